@@ -1,0 +1,32 @@
+"""Low-bit floating-point quantization for text-to-image diffusion pipelines.
+
+Importing dmquant also registers its quantizer with diffusers, now or when diffusers is first imported, so that
+`DiffusionPipeline.from_pretrained` loads the folders that dmquant saves.
+"""
+
+import importlib
+
+from dmquant import import_hooks
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "get_format": "dmquant.formats",
+    "quantize_tensor": "dmquant.qtensor",
+    "quantize_": "dmquant.convert",
+    "Recipe": "dmquant.recipe",
+    "QuantConfig": "dmquant.diffusers_backend",
+    "load_pipeline": "dmquant.diffusers_backend",
+    "save_pipeline": "dmquant.diffusers_backend",
+}
+__all__ = list(_HOME)
+
+
+def __getattr__(name: str):
+    """Import torch only when something that needs it is asked for, so that `dmquant --help` answers at once."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'dmquant' has no attribute '{name}'")
+    return getattr(importlib.import_module(_HOME[name]), name)
+
+
+import_hooks.install()

@@ -1,0 +1,120 @@
+"""Swap the layers of a module for quantized ones, as a recipe says, and account for what that saves."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from dmquant.activations import ActivationSpec
+from dmquant.errors import UsageError
+from dmquant.layers import QUANTIZED, QuantConv2d, QuantLinear, quantize_layer
+from dmquant.qtensor import WeightSpec
+from dmquant.recipe import NO_FORMAT, Recipe
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What a recipe makes of one layer."""
+
+    name: str
+    weights: WeightSpec
+    activations: ActivationSpec | None
+    note: str | None = None
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What became of one layer: its plan, and the relative squared error of its weight."""
+
+    plan: LayerPlan
+    error: float
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes of a model's parameters and buffers, and bits per quantized weight with all its scales."""
+
+    quantized_weights: int
+    quantized_bytes: int
+    kept_bytes: int
+
+    @property
+    def bytes(self) -> int:
+        return self.quantized_bytes + self.kept_bytes
+
+    @property
+    def bits_per_weight(self) -> float | None:
+        """Codes and scales over the weights they stand for; None where nothing is quantized."""
+        return 8 * self.quantized_bytes / self.quantized_weights if self.quantized_weights else None
+
+
+def plan(module: nn.Module, recipe: Recipe) -> list[LayerPlan]:
+    """What `recipe` makes of each Linear and Conv2d of `module`, in the module's order; kept layers are left out.
+
+    Names and shapes decide alone, so that a checkpoint's skeleton on the meta device gets the same plan.
+    """
+    plans = []
+    for name, layer in module.named_modules():
+        if type(layer) not in QUANTIZED or (settings := recipe.settings_for(name)) is None:
+            continue
+        weights = WeightSpec.parse(settings.weights, settings.granularity, settings.scale, settings.store)
+        activations = None
+        if settings.activations not in NO_FORMAT:
+            activations = ActivationSpec.parse(settings.activations, settings.activation_granularity)
+        plans.append(LayerPlan(name, weights, activations, _remainder(name, layer, weights)))
+    return plans
+
+
+def quantize_(
+    module: nn.Module, recipe: Recipe | str, progress: Callable[[int, int, str], None] | None = None
+) -> list[LayerReport]:
+    """Replace the layers of `module` by quantized ones in place, round to nearest, without data.
+
+    `progress(done, total, name)` is called after each layer. Raises UsageError if no layer is left to quantize, or
+    a weight is NaN or infinite.
+    """
+    recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
+    plans = plan(module, recipe)
+    if not plans:
+        raise UsageError(f"recipe '{recipe.name}' quantizes none of the layers of {type(module).__name__}")
+    reports = []
+    for done, step in enumerate(plans, start=1):
+        layer = module.get_submodule(step.name)
+        try:
+            quantized = quantize_layer(layer, step.weights, step.activations)
+        except UsageError as error:
+            raise UsageError(f"layer {step.name}: {error}") from None
+        reports.append(LayerReport(step, relative_error(layer.weight, quantized)))
+        module.set_submodule(step.name, quantized)
+        if progress:
+            progress(done, len(plans), step.name)
+    return reports
+
+
+def relative_error(weight: Tensor, quantized: QuantLinear | QuantConv2d) -> float:
+    """Squared error of a quantized weight over the squared weight."""
+    exact = weight.detach().float()
+    lost = (quantized.dequantize(exact.dtype) - exact).square().sum()
+    return (lost / exact.square().sum().clamp(min=1e-30)).item()
+
+
+def footprint(module: nn.Module) -> Footprint:
+    """What a model's parameters and buffers take; biases and everything in high precision count as kept."""
+    weights = quantized = 0
+    for layer in module.modules():
+        if isinstance(layer, (QuantLinear, QuantConv2d)):
+            rows, *rest = layer.weight_shape
+            weights += rows * math.prod(rest)
+            parts = (layer.qweight, layer.scale, layer.scale_base)
+            quantized += sum(part.nbytes for part in parts if part is not None)
+    total = sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
+    return Footprint(weights, quantized, total - quantized)
+
+
+def _remainder(name: str, layer: nn.Module, spec: WeightSpec) -> str | None:
+    columns = layer.weight[0].numel()
+    size = spec.granularity.size
+    if not size or columns % size == 0:
+        return None
+    return f"{name}: {columns} weights a channel do not divide into groups of {size}; the last group has {columns % size}"

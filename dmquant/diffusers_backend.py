@@ -1,0 +1,181 @@
+"""The quantizer that diffusers' `from_pretrained` and `save_pretrained` call.
+
+Loading a full-precision checkpoint with a `QuantConfig` quantizes a layer at a time as its weight is read; loading a
+quantized one fills empty quantized layers with its bytes. Registered by `dmquant.import_hooks`.
+"""
+
+import enum
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.quantizers.base import DiffusersQuantizer
+from diffusers.quantizers.quantization_config import QuantizationConfigMixin
+from torch import nn
+
+from dmquant.convert import plan
+from dmquant.errors import UserError
+from dmquant.layers import QUANTIZED, QuantConv2d, QuantLinear, quantize_layer
+from dmquant.recipe import Recipe
+
+_PACKED = ("qweight", "scale", "scale_base")
+
+
+class QuantMethod(str, enum.Enum):
+    """diffusers reads `.value` of the method's name."""
+
+    DMQUANT = "dmquant"
+
+
+class QuantConfig(QuantizationConfigMixin):
+    """A `quantization_config` for diffusers: a recipe by name, by bits (`w4a6`), from a YAML file, or as a dict.
+
+    `w` and `a` set its formats and `keep` names more layers (globs) to leave in high precision. In a saved model's
+    config.json it is the recipe in full. Keys that this version does not know are ignored.
+    """
+
+    def __init__(
+        self,
+        recipe: "str | Path | dict[str, Any] | Recipe" = "rtn",
+        w: str | None = None,
+        a: str | None = None,
+        keep: tuple[str, ...] = (),
+        **_later_versions: Any,
+    ):
+        self.quant_method = QuantMethod.DMQUANT
+        if isinstance(recipe, dict):
+            recipe = Recipe.model_validate(recipe)
+        elif not isinstance(recipe, Recipe):
+            recipe = Recipe.load(recipe, w, a)
+        self.recipe = recipe.keeping(keep)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"quant_method": QuantMethod.DMQUANT.value, "version": 1, "recipe": self.recipe.to_dict()}
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """What diffusers logs."""
+        return self.to_dict()
+
+
+class DMQuantizer(DiffusersQuantizer):
+    """Plans the layers once the skeleton is known, then swaps them: all at once before loading packed weights, or
+    each one when its float weight arrives."""
+
+    use_keep_in_fp32_modules = True
+
+    def __init__(self, quantization_config: QuantConfig, **kwargs: Any):
+        super().__init__(quantization_config, **kwargs)
+        self._plans = {}
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        """Anything that runs torch runs this."""
+
+    def update_torch_dtype(self, torch_dtype: torch.dtype | None) -> torch.dtype:
+        return torch_dtype or torch.float32
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        self._plans = {step.name: step for step in plan(model, self.quantization_config.recipe)}
+        if self.pre_quantized:
+            for name, step in self._plans.items():
+                layer = model.get_submodule(name)
+                model.set_submodule(name, QUANTIZED[type(layer)].like(layer, step.weights, step.activations, "meta"))
+        attach(model, self)
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        return model
+
+    def check_if_quantized_param(
+        self, model: nn.Module, param_value: torch.Tensor, param_name: str, state_dict: dict[str, Any], **kwargs: Any
+    ) -> bool:
+        layer_name, _, leaf = param_name.rpartition(".")
+        return layer_name in self._plans and (leaf in _PACKED if self.pre_quantized else leaf == "weight")
+
+    def check_quantized_param_shape(self, param_name: str, current_param: Any, loaded_param: Any) -> bool:
+        if tuple(current_param.shape) != tuple(loaded_param.shape):
+            raise UserError(
+                f"{param_name} has shape {tuple(loaded_param.shape)} in the file but the recipe in config.json "
+                f"implies {tuple(current_param.shape)}: the folder does not hold one model"
+            )
+        return True
+
+    def create_quantized_param(
+        self,
+        model: nn.Module,
+        param_value: torch.Tensor,
+        param_name: str,
+        target_device: torch.device,
+        state_dict: dict[str, Any],
+        unexpected_keys: list[str] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        layer_name, _, leaf = param_name.rpartition(".")
+        layer = model.get_submodule(layer_name)
+        # Not `param_value`: diffusers has already cast that to torch_dtype.
+        stored = state_dict[param_name].to(target_device)
+        if self.pre_quantized:
+            setattr(layer, leaf, nn.Parameter(stored, requires_grad=False))
+        else:
+            step = self._plans[layer_name]
+            model.set_submodule(layer_name, quantize_layer(layer, step.weights, step.activations, stored))
+
+    @property
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+def register(registry: Any) -> None:
+    """Enter the quantizer in diffusers' `quantizers.auto`, unless diffusers brings its own by that name."""
+    registry.AUTO_QUANTIZER_MAPPING.setdefault(QuantMethod.DMQUANT.value, DMQuantizer)
+    registry.AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault(QuantMethod.DMQUANT.value, QuantConfig)
+
+
+def attach(model: nn.Module, quantizer: DMQuantizer) -> None:
+    """Tell a diffusers model that it is quantized, so that `save_pretrained` writes it as such."""
+    config = quantizer.quantization_config
+    model.register_to_config(quantization_config=config.to_dict())
+    model.hf_quantizer, model.is_quantized = quantizer, True
+    model.quantization_method = config.quant_method
+
+
+def mark_quantized(model: nn.Module, recipe: Recipe) -> None:
+    """`attach` for a model whose layers were quantized in place by `quantize_(model, recipe)`."""
+    attach(model, DMQuantizer(QuantConfig(recipe), pre_quantized=True))
+
+
+def save_pipeline(pipeline: Any, folder: str | Path) -> None:
+    """`save_pretrained`, without what would tie the folder to this machine or to one dtype.
+
+    diffusers writes local paths as `_name_or_path`. And transformers loads a text encoder in the dtype that its config
+    names while diffusers loads everything else in float32, so by default the two would not fit together.
+    Raises OSError as the disk does.
+    """
+    folder = Path(folder)
+    pipeline.save_pretrained(folder, safe_serialization=True)
+    for file in (folder / "model_index.json", *folder.glob("*/*config.json")):
+        content = json.loads(file.read_text())
+        portable = {key: value for key, value in content.items() if key != "_name_or_path"}
+        if "dtype" in portable:
+            portable["dtype"] = "float32"
+        if portable != content:
+            file.write_text(json.dumps(portable, indent=2) + "\n")
+
+
+def load_pipeline(folder: str | Path, **options: Any) -> Any:
+    """`DiffusionPipeline.from_pretrained` with dmquant registered; `options` are its own."""
+    from diffusers import DiffusionPipeline
+
+    return DiffusionPipeline.from_pretrained(folder, **options)
+
+
+def is_quantized_layer(layer: nn.Module) -> bool:
+    """Whether a layer's weight is packed."""
+    return isinstance(layer, (QuantLinear, QuantConv2d))

@@ -1,0 +1,29 @@
+"""Errors meant for the person at the keyboard: one line, what is wrong and what to do."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """Something the user can put right; the command line prints the message alone and exits with 1."""
+
+    exit_code = 1
+
+
+class UsageError(UserError, ValueError):
+    """The command itself is wrong (an unknown name, an option that makes no sense); exits with 2."""
+
+    exit_code = 2
+
+
+def nearest(name: str, choices: Iterable[str]) -> str | None:
+    """The choice that `name` most likely meant, or None."""
+    matches = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.5)
+    return matches[0] if matches else None
+
+
+def unknown(kind: str, name: str, choices: Iterable[str], hint: str) -> UsageError:
+    """A UsageError like "unknown format 'fp44': did you mean 'fp4'? `dmquant formats` lists them"."""
+    guess = nearest(name, choices)
+    suggestion = f" did you mean '{guess}'?" if guess else ""
+    return UsageError(f"unknown {kind} '{name}':{suggestion} {hint}".replace(":  ", ": "))

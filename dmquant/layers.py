@@ -1,0 +1,188 @@
+"""Linear and Conv2d layers whose weights stay packed: codes and scales in memory, dequantized when used.
+
+Both subclass the float layer, so that LoRA adapters, offloading and module filters go on recognising them. Codes and
+scales are uint8 Parameters: as Parameters they are offloaded, and as bytes no `.to(dtype)`, and no loader that casts
+floating-point tensors, can change them.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dmquant import kernels
+from dmquant.activations import ActivationSpec
+from dmquant.packing import packed_size
+from dmquant.qtensor import QuantizedTensor, WeightSpec, quantize
+from dmquant.scaling import STORES, Scales
+
+
+class DequantizedWeight(Tensor):
+    """What `layer.weight` of a quantized layer gives: readable like any tensor, but no place to write to."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @property
+    def data(self) -> Tensor:
+        return self.detach().as_subclass(Tensor)
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        raise RuntimeError(
+            "a quantized layer's weight cannot be written to, so nothing can be fused into it: "
+            "keep the LoRA adapter unfused, or fuse it into the full-precision model and quantize again"
+        )
+
+
+class _QuantizedLayer(nn.Module):
+    """Packed weight, optional activation quantization, and what both kinds of layer share."""
+
+    channel_dim: int  # of the input
+
+    def _setup(self, shape: tuple[int, ...], bias: bool, spec: WeightSpec, activations, device, dtype) -> None:
+        self.weight_shape, self.weight_spec, self.activations = shape, spec, activations
+        rows, columns = shape[0], torch.Size(shape[1:]).numel()
+        self.qweight = _bytes_parameter((rows, packed_size(columns, spec.fmt.bits)), torch.uint8, device)
+        self.scale = _bytes_parameter(spec.scale_shape(rows, columns), STORES[spec.store].dtype, device)
+        base = spec.base_shape(rows, columns)
+        self.scale_base = None if base is None else _bytes_parameter(base, torch.float32, device)
+        self.bias = nn.Parameter(torch.empty(rows, device=device, dtype=dtype)) if bias else None
+
+    def load_quantized(self, weight: QuantizedTensor, bias: Tensor | None) -> None:
+        """Take over codes, scales and bias."""
+        self.qweight = _as_bytes(weight.codes)
+        self.scale = _as_bytes(weight.scales.stored)
+        self.scale_base = None if weight.scales.base is None else _as_bytes(weight.scales.base)
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+
+    @property
+    def scales(self) -> Scales:
+        spec = self.weight_spec
+        stored = self.scale.view(STORES[spec.store].dtype)
+        base = None if self.scale_base is None else self.scale_base.view(torch.float32)
+        return Scales(stored, base, spec.store)
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """The weight in the float layer's shape."""
+        kernel = kernels.select(self.qweight.device)
+        return kernel.dequantize(self.qweight, self.scales.decode(), self.weight_spec, self.weight_shape, dtype)
+
+    @property
+    def weight(self) -> Tensor:
+        dtype = torch.get_default_dtype() if self.bias is None else self.bias.dtype
+        return self.dequantize(dtype).as_subclass(DequantizedWeight)
+
+    def _quantize_input(self, x: Tensor) -> Tensor:
+        if self.activations is None:
+            return x
+        return kernels.select(x.device).fake_quantize(x, self.activations, self.channel_dim)
+
+    def _specs_repr(self) -> str:
+        spec, activations = self.weight_spec, self.activations
+        inputs = f"{activations.fmt.name}/{activations.granularity}" if activations else "none"
+        return f", weights={spec.fmt.name}/{spec.granularity}, activations={inputs}"
+
+
+class QuantLinear(_QuantizedLayer, nn.Linear):
+    """`nn.Linear` with a packed weight. Input (..., in_features); computes in the input's dtype."""
+
+    channel_dim = -1
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool,
+        spec: WeightSpec,
+        activations: ActivationSpec | None = None,
+        device=None,
+        dtype: torch.dtype | None = None,
+    ):
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = in_features, out_features
+        self._setup((out_features, in_features), bias, spec, activations, device, dtype)
+
+    @classmethod
+    def like(cls, layer: nn.Linear, spec: WeightSpec, activations: ActivationSpec | None, device=None) -> "QuantLinear":
+        """An empty quantized layer of the same shape, to be filled by `load_quantized` or from a checkpoint."""
+        bias = layer.bias
+        dtype = None if bias is None else bias.dtype
+        return cls(layer.in_features, layer.out_features, bias is not None, spec, activations, device, dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(self._quantize_input(x), self.dequantize(x.dtype), self.bias)
+
+    def extra_repr(self) -> str:
+        return nn.Linear.extra_repr(self) + self._specs_repr()
+
+
+class QuantConv2d(_QuantizedLayer, nn.Conv2d):
+    """`nn.Conv2d` with a packed weight. Input (batch, channels, height, width); computes in the input's dtype."""
+
+    channel_dim = -3
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: tuple[int, int],
+        bias: bool,
+        spec: WeightSpec,
+        activations: ActivationSpec | None = None,
+        device=None,
+        dtype: torch.dtype | None = None,
+        **geometry,
+    ):
+        # The float layer works out paddings and checks arguments; made on meta, it costs no memory.
+        nn.Conv2d.__init__(self, in_channels, out_channels, kernel_size, bias=bias, device="meta", **geometry)
+        del self._parameters["weight"]
+        shape = (out_channels, in_channels // self.groups, *self.kernel_size)
+        self._setup(shape, bias, spec, activations, device, dtype)
+
+    @classmethod
+    def like(cls, layer: nn.Conv2d, spec: WeightSpec, activations: ActivationSpec | None, device=None) -> "QuantConv2d":
+        """An empty quantized layer of the same shape, to be filled by `load_quantized` or from a checkpoint."""
+        return cls(
+            layer.in_channels,
+            layer.out_channels,
+            layer.kernel_size,
+            layer.bias is not None,
+            spec,
+            activations,
+            device,
+            None if layer.bias is None else layer.bias.dtype,
+            stride=layer.stride,
+            padding=layer.padding,
+            dilation=layer.dilation,
+            groups=layer.groups,
+            padding_mode=layer.padding_mode,
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._conv_forward(self._quantize_input(x), self.dequantize(x.dtype), self.bias)
+
+    def extra_repr(self) -> str:
+        return nn.Conv2d.extra_repr(self) + self._specs_repr()
+
+
+QUANTIZED = {nn.Linear: QuantLinear, nn.Conv2d: QuantConv2d}  # by exact class: a subclass may compute something else
+
+
+def quantize_layer(
+    layer: nn.Linear | nn.Conv2d, spec: WeightSpec, activations: ActivationSpec | None, weight: Tensor | None = None
+) -> QuantLinear | QuantConv2d:
+    """A quantized layer with the scales and nearest codes of `weight` (default: the layer's own)."""
+    weight = layer.weight if weight is None else weight
+    quantized = QUANTIZED[type(layer)].like(layer, spec, activations, device="meta")
+    quantized.load_quantized(quantize(weight, spec), layer.bias)
+    return quantized.train(layer.training)
+
+
+def _bytes_parameter(shape: tuple[int, int], dtype: torch.dtype, device) -> nn.Parameter:
+    rows, columns = shape
+    return nn.Parameter(
+        torch.empty(rows, columns * dtype.itemsize, dtype=torch.uint8, device=device), requires_grad=False
+    )
+
+
+def _as_bytes(tensor: Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor.contiguous().view(torch.uint8), requires_grad=False)

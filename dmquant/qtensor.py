@@ -1,0 +1,118 @@
+"""A quantized tensor: packed codes and their scales, and the specification they were made by."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dmquant.errors import UsageError
+from dmquant.formats import Format, get_format
+from dmquant.packing import pack, unpack
+from dmquant.scaling import (
+    BLOCK_FORMATS,
+    RULES,
+    STORES,
+    Granularity,
+    Scales,
+    check_choice,
+    fit_scales,
+    from_groups,
+    to_groups,
+)
+
+
+@dataclass(frozen=True)
+class WeightSpec:
+    """How a weight is quantized: format, which elements share a scale, how the scale is chosen and stored."""
+
+    fmt: Format
+    granularity: Granularity
+    scale: str
+    store: str
+
+    @classmethod
+    def parse(
+        cls, format: str, granularity: str = "group:64", scale: str = "absmax", store: str = "bf16"
+    ) -> "WeightSpec":
+        """Checked; a block format such as `mxfp4` brings its own granularity and store."""
+        if block := BLOCK_FORMATS.get(format.lower()):
+            format, granularity, store = block.format, block.granularity, block.store
+        if granularity == "token":
+            raise UsageError("granularity 'token' is for activations: use tensor, channel or group:N for weights")
+        return cls(
+            get_format(format),
+            Granularity.parse(granularity),
+            check_choice("scale rule", scale, RULES),
+            check_choice("scale storage", store, STORES),
+        )
+
+    def scale_shape(self, rows: int, columns: int) -> tuple[int, int]:
+        """Scale rows and scale columns of a (rows, columns) matrix."""
+        if self.granularity.kind == "tensor":
+            return 1, 1
+        return rows, math.ceil(columns / (self.granularity.size or columns))
+
+    def base_shape(self, rows: int, columns: int) -> tuple[int, int] | None:
+        """Shape of the float32 base that the stored scales are relative to, or None."""
+        return {"pow2": (self.scale_shape(rows, columns)[0], 1), "e4m3": (1, 1)}.get(self.store)
+
+
+@dataclass(frozen=True)
+class QuantizedTensor:
+    """Codes packed by rows (uint8, rows x bytes), scales as stored, and the shape of the tensor they stand for."""
+
+    codes: Tensor
+    scales: Scales
+    spec: WeightSpec
+    shape: tuple[int, ...]
+
+    @property
+    def scale(self) -> Tensor:
+        """Float32 scales, (scale rows, scale columns)."""
+        return self.scales.decode()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes and scales together."""
+        parts = (self.codes, self.scales.stored, self.scales.base)
+        return sum(part.nbytes for part in parts if part is not None)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The tensor these codes stand for: decoded and scaled in float32, then cast to `dtype`."""
+        return dequantize(self.codes, self.scale, self.spec, self.shape, dtype)
+
+
+def quantize_tensor(
+    weight: Tensor, format: str, granularity: str = "group:64", scale: str = "absmax", store: str = "bf16"
+) -> QuantizedTensor:
+    """Round a weight (output channels first) to the nearest codes of a format, its scales fitted first.
+
+    Trailing dimensions count as one, in memory order: a convolution's groups run over (in, height, width).
+    Raises UsageError for unknown names and for NaN or infinite weights.
+    """
+    return quantize(weight, WeightSpec.parse(format, granularity, scale, store))
+
+
+def quantize(weight: Tensor, spec: WeightSpec) -> QuantizedTensor:
+    """`quantize_tensor` for a specification already parsed."""
+    matrix = weight.detach().reshape(len(weight), -1).float()
+    scales = fit_scales(matrix, spec.fmt, spec.granularity, spec.scale, spec.store)
+    codes = encode(matrix, scales.decode(), spec)
+    return QuantizedTensor(codes, scales, spec, tuple(weight.shape))
+
+
+def encode(matrix: Tensor, scale: Tensor, spec: WeightSpec) -> Tensor:
+    """Packed nearest codes (rows x bytes) of a float32 matrix under float32 scales."""
+    groups = to_groups(matrix, spec.granularity)
+    codes = spec.fmt.encode(groups / scale.unsqueeze(-1))
+    return pack(from_groups(codes, *matrix.shape), spec.fmt.bits)
+
+
+def dequantize(codes: Tensor, scale: Tensor, spec: WeightSpec, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """What packed codes and float32 scales stand for; this defines the meaning of a quantized weight."""
+    rows = shape[0]
+    columns = torch.Size(shape).numel() // rows
+    values = spec.fmt.decode(unpack(codes, spec.fmt.bits, columns))
+    groups = to_groups(values, spec.granularity) * scale.unsqueeze(-1)
+    return from_groups(groups, rows, columns).reshape(shape).to(dtype)

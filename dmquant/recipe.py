@@ -1,0 +1,206 @@
+"""Recipes: which layers of a model become which format, and how. YAML or JSON, checked when read."""
+
+import fnmatch
+import importlib.resources
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from dmquant.errors import UsageError, unknown
+
+NO_FORMAT = ("none", "bf16")  # leave alone
+_BITS = re.compile(r"w(\d+)a(\d+)")
+_FLOAT_OF_BITS = {4: "fp4", 6: "fp6", 8: "fp8", 16: "none"}
+
+
+class Settings(BaseModel):
+    """What can be set for a whole model or, in a rule, for some of its layers."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    weights: str | None = None
+    activations: str | None = None
+    granularity: str | None = None
+    activation_granularity: str | None = None
+    scale: str | None = None
+    store: str | None = None
+
+    @field_validator("weights", "activations")
+    @classmethod
+    def _known_format(cls, name: str | None) -> str | None:
+        """Checked here, where the file and line are known; torch is imported only for this."""
+        from dmquant.formats import get_format
+        from dmquant.scaling import BLOCK_FORMATS
+
+        if name is not None and name not in NO_FORMAT and name.lower() not in BLOCK_FORMATS:
+            get_format(name)
+        return name
+
+    @field_validator("granularity", "activation_granularity")
+    @classmethod
+    def _known_granularity(cls, text: str | None) -> str | None:
+        from dmquant.scaling import Granularity
+
+        return text if text is None else str(Granularity.parse(text))
+
+    @field_validator("scale")
+    @classmethod
+    def _known_rule(cls, name: str | None) -> str | None:
+        from dmquant.scaling import RULES, check_choice
+
+        return name if name is None else check_choice("scale rule", name, RULES)
+
+    @field_validator("store")
+    @classmethod
+    def _known_store(cls, name: str | None) -> str | None:
+        from dmquant.scaling import STORES, check_choice
+
+        return name if name is None else check_choice("scale storage", name, STORES)
+
+
+class Rule(Settings):
+    """Settings for the layers whose module name matches a glob; `keep` leaves them in high precision."""
+
+    match: str | list[str]
+    keep: bool | None = None
+
+    def matches(self, name: str) -> bool:
+        globs = [self.match] if isinstance(self.match, str) else self.match
+        return any(fnmatch.fnmatchcase(name, glob) for glob in globs)
+
+
+class Recipe(Settings):
+    """Everything that decides what a quantized model is: settings for all layers, and rules; later rules win."""
+
+    name: str
+    description: str = ""
+    weights: str = "fp4"
+    activations: str = "none"
+    granularity: str = "group:64"
+    activation_granularity: str = "token"
+    scale: str = "absmax"
+    store: str = "bf16"
+    rules: list[Rule] = Field(default_factory=list)
+
+    @classmethod
+    def load(cls, source: str | Path = "rtn", w: str | None = None, a: str | None = None) -> "Recipe":
+        """A recipe by name (`dmquant recipes`), by bits (`w4a6`) or from a YAML file; `w` and `a` set its formats.
+
+        Raises UsageError for an unknown name or format, a missing file, and for a file that is not a recipe,
+        then with file and line.
+        """
+        formats = {"weights": w, "activations": a}
+        if bits := _BITS.fullmatch(str(source)):
+            named = dict(zip(formats, map(_float_of_bits, bits.groups()), strict=True))
+            recipe = cls.load("rtn").with_settings(name=str(source), **named)
+        else:
+            path = _find(str(source))
+            recipe = parse_yaml(cls, path.read_text(), str(source))
+        return recipe.with_settings(**{key: name for key, name in formats.items() if name is not None})
+
+    def with_settings(self, **settings: Any) -> "Recipe":
+        """A copy with some settings replaced, checked like the rest."""
+        try:
+            return Recipe.model_validate(self.model_dump() | settings)
+        except ValidationError as error:
+            raise UsageError(_in_words(error.errors()[0], Recipe)) from None
+
+    def keeping(self, globs: Iterable[str]) -> "Recipe":
+        """A copy that leaves the named layers in high precision unless one of its own rules says otherwise."""
+        globs = list(globs)
+        return self.with_settings(rules=[Rule(match=globs, keep=True), *self.rules]) if globs else self
+
+    def settings_for(self, name: str) -> "Settings | None":
+        """The settings of one layer, all filled in; None where it stays in high precision."""
+        merged = {key: getattr(self, key) for key in Settings.model_fields}
+        keep = False
+        for rule in self.rules:
+            if rule.matches(name):
+                keep = keep if rule.keep is None else rule.keep
+                merged |= {key: value for key in merged if (value := getattr(rule, key)) is not None}
+        return None if keep or merged["weights"] in NO_FORMAT else Settings.model_construct(**merged)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types, without what was left at its default in rules."""
+        return self.model_dump(exclude_none=True)
+
+    def save(self, path: str | Path) -> None:
+        """Write as YAML; `Recipe.load(path)` gives an equal recipe."""
+        Path(path).write_text(yaml.safe_dump(self.to_dict(), sort_keys=False))
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes that come with dmquant."""
+    return sorted(entry.name.removesuffix(".yaml") for entry in _folder().iterdir() if entry.name.endswith(".yaml"))
+
+
+def bits_names() -> list[str]:
+    """Names of the data-free recipes by bits, such as `w4a6`."""
+    return [f"w{w}a{a}" for w in _FLOAT_OF_BITS for a in _FLOAT_OF_BITS if w <= a and w < 16]
+
+
+def parse_yaml(model: type[BaseModel], text: str, source: str) -> Any:
+    """`text` as a `model`; a UsageError names the source and line of what is wrong with it."""
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        return model.model_validate(yaml.safe_load(text))
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise UsageError(f"{source}, line {line}: not valid YAML: {error.problem}") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the file"
+        problem = _in_words(first, model)
+        raise UsageError(f"{source}, line {_line_of(root, first['loc'])}: {where}: {problem}") from None
+
+
+def _in_words(error: dict[str, Any], model: type[BaseModel]) -> str:
+    if error["type"] == "extra_forbidden":
+        in_rule = len(error["loc"]) > 1
+        fields = (Rule if in_rule else model).model_fields
+        return str(unknown("key", str(error["loc"][-1]), fields, f"known: {', '.join(fields)}"))
+    if error["type"] == "missing":
+        return "this key is required"
+    if error["type"] == "value_error":  # a UsageError of ours, raised while checking
+        return str(error["ctx"]["error"])
+    return f"{error['msg']} (got {error['input']!r})"
+
+
+def _line_of(node: yaml.Node | None, location: tuple[str | int, ...]) -> int:
+    """Line (from 1) of the node at a pydantic location, or of the deepest part of it that exists."""
+    line = node.start_mark.line + 1 if node else 1
+    for step in location:
+        if isinstance(node, yaml.MappingNode):
+            pair = next(((key, value) for key, value in node.value if key.value == str(step)), None)
+            if pair is None:
+                break
+            line, node = pair[0].start_mark.line + 1, pair[1]
+        elif isinstance(node, yaml.SequenceNode) and isinstance(step, int) and step < len(node.value):
+            node = node.value[step]
+            line = node.start_mark.line + 1
+    return line
+
+
+def _float_of_bits(bits: str) -> str:
+    if int(bits) not in _FLOAT_OF_BITS:
+        raise UsageError(f"no floating-point format is implied by {bits} bits: name one with --w and --a")
+    return _FLOAT_OF_BITS[int(bits)]
+
+
+def _folder():
+    return importlib.resources.files("dmquant.configs") / "recipes"
+
+
+def _find(source: str):
+    if source in recipe_names():
+        return _folder() / f"{source}.yaml"
+    path = Path(source)
+    if path.suffix in (".yaml", ".yml", ".json") or "/" in source:
+        if not path.is_file():
+            raise UsageError(f"no recipe file {source}")
+        return path
+    raise unknown("recipe", source, [*recipe_names(), *bits_names()], "`dmquant recipes` lists them")

@@ -1,0 +1,247 @@
+"""Scales: which elements share one, how it is fitted, and how it is stored.
+
+A scale is quantized first and the weights afterwards with the scale as stored, so what was fitted is what runs.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dmquant.errors import UsageError, unknown
+from dmquant.formats import Format, get_format
+
+_SMALLEST = 2.0**-126  # the smallest normal float32: below it a quotient could overflow
+_EXAMPLES = ("tensor", "channel", "token", "group:32", "group:64", "group:128")
+_CHUNK = 1 << 22  # elements searched at once, so that a search needs megabytes, not copies of the layer
+
+
+@dataclass(frozen=True)
+class Granularity:
+    """Which elements share a scale: the whole `tensor`, a `channel`, a `token`, or a `group` of `size` elements."""
+
+    kind: str
+    size: int | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> "Granularity":
+        """`tensor`, `channel`, `token` or `group:N`; anything else is a UsageError."""
+        kind, _, size = text.partition(":")
+        if kind == "group" and size.isdecimal() and int(size) > 0:
+            return cls(kind, int(size))
+        if kind in ("tensor", "channel", "token") and not size:
+            return cls(kind)
+        raise unknown(
+            "granularity", text, ["tensor", "channel", "token", "group:64"], "use tensor, channel, token, group:N"
+        )
+
+    def __str__(self) -> str:
+        return self.kind if self.size is None else f"{self.kind}:{self.size}"
+
+
+@dataclass(frozen=True)
+class BlockFormat:
+    """A format together with the group size and scale storage that a standard prescribes."""
+
+    format: str
+    granularity: str
+    store: str
+    source: str
+
+
+BLOCK_FORMATS = {
+    "mxfp4": BlockFormat("fp4_e2m1", "group:32", "e8m0", "OCP Microscaling Formats (MX) 1.0"),
+    "mxfp6": BlockFormat("fp6_e2m3", "group:32", "e8m0", "OCP Microscaling Formats (MX) 1.0"),
+    "mxfp8": BlockFormat("fp8_e4m3", "group:32", "e8m0", "OCP Microscaling Formats (MX) 1.0"),
+    "nvfp4": BlockFormat("fp4_e2m1", "group:16", "e4m3", "NVIDIA NVFP4: float32 tensor scale, E4M3 group scales"),
+}
+
+
+def to_groups(matrix: Tensor, granularity: Granularity) -> Tensor:
+    """View (rows, columns) as (scale rows, scale columns, elements sharing a scale).
+
+    The last group of a row may be shorter: it is padded with zeros, which change neither its absmax nor its error.
+    """
+    rows, columns = matrix.shape
+    if granularity.kind == "tensor":
+        return matrix.reshape(1, 1, -1)
+    if granularity.kind == "group":
+        matrix = F.pad(matrix, (0, -columns % granularity.size))
+        return matrix.reshape(rows, -1, granularity.size)
+    return matrix.reshape(rows, 1, columns)
+
+
+def from_groups(groups: Tensor, rows: int, columns: int) -> Tensor:
+    """Undo `to_groups`: (rows, columns), without the padding."""
+    return groups.reshape(rows, -1)[:, :columns]
+
+
+def floor_exponent(x: Tensor) -> Tensor:
+    """floor(log2(x)) of positive normal float32 values, exactly; int32, same shape."""
+    return (x.view(torch.int32) >> 23) - 127
+
+
+def power_of_two(exponent: Tensor) -> Tensor:
+    """2**exponent in float32, for integer exponents of -126..127."""
+    return ((exponent.to(torch.int32) + 127) << 23).view(torch.float32)
+
+
+@dataclass(frozen=True)
+class Store:
+    """How scales are kept.
+
+    `encode(amplitude, format, base)` gives the stored scales for groups whose largest magnitude is to be
+    `amplitude` (rows, columns; float32), in `dtype`; `decode(stored, base)` gives them back in float32.
+    `base(amplitude, format)` is the float32 scale that the stored ones are relative to, or None. `search` lists the
+    multiples of absmax that the `mse` rule tries.
+    """
+
+    dtype: torch.dtype
+    encode: Callable[[Tensor, Format, Tensor | None], Tensor]
+    decode: Callable[[Tensor, Tensor | None], Tensor]
+    base: Callable[[Tensor, Format], Tensor | None]
+    search: tuple[float, ...]
+
+
+def _encode_e8m0(amplitude: Tensor, fmt: Format, base: Tensor | None) -> Tensor:
+    """OCP MX 1.0, section 6.3: the exponent of the largest element less the format's largest exponent."""
+    largest = math.frexp(fmt.max)[1] - 1
+    return (floor_exponent(amplitude) - largest + 127).clamp(1, 254).to(torch.uint8)
+
+
+def _encode_pow2(amplitude: Tensor, fmt: Format, base: Tensor | None) -> Tensor:
+    """The smallest power of two of the channel scale that clips nothing, at most 14 octaves below it."""
+    ratio = (amplitude / fmt.max / base).clamp(min=2.0**-14)
+    exponent = floor_exponent(ratio)
+    exponent += ratio > power_of_two(exponent)
+    return (exponent.clamp(-14, 127) + 127).to(torch.uint8)
+
+
+def _encode_e4m3(amplitude: Tensor, fmt: Format, base: Tensor | None) -> Tensor:
+    e4m3 = get_format("fp8_e4m3")
+    return e4m3.encode((amplitude / fmt.max / base).clamp(min=e4m3.min_positive))
+
+
+def _no_base(amplitude: Tensor, fmt: Format) -> None:
+    return None
+
+
+_FREE = tuple(0.4 + 0.025 * step for step in range(45))  # 0.4 .. 1.5
+_OCTAVES = (0.25, 0.5, 1.0, 2.0)
+
+
+def _plain(amplitude: Tensor, fmt: Format) -> Tensor:
+    return (amplitude / fmt.max).clamp(min=_SMALLEST)
+
+
+def _octaves(stored: Tensor) -> Tensor:
+    return power_of_two(stored.to(torch.int32) - 127)
+
+
+STORES = {
+    "fp32": Store(
+        dtype=torch.float32,
+        encode=lambda amplitude, fmt, base: _plain(amplitude, fmt),
+        decode=lambda stored, base: stored,
+        base=_no_base,
+        search=_FREE,
+    ),
+    "bf16": Store(
+        dtype=torch.bfloat16,
+        encode=lambda amplitude, fmt, base: _plain(amplitude, fmt).bfloat16(),
+        decode=lambda stored, base: stored.float(),
+        base=_no_base,
+        search=_FREE,
+    ),
+    "e8m0": Store(
+        dtype=torch.uint8,
+        encode=_encode_e8m0,
+        decode=lambda stored, base: _octaves(stored),
+        base=_no_base,
+        search=_OCTAVES,
+    ),
+    "pow2": Store(
+        dtype=torch.uint8,
+        encode=_encode_pow2,
+        decode=lambda stored, base: base * _octaves(stored),
+        base=lambda amplitude, fmt: _plain(amplitude.amax(1, keepdim=True), fmt),
+        search=_OCTAVES,
+    ),
+    "e4m3": Store(
+        dtype=torch.uint8,
+        encode=_encode_e4m3,
+        decode=lambda stored, base: base * get_format("fp8_e4m3").decode(stored),
+        base=lambda amplitude, fmt: _plain(amplitude.amax().view(1, 1) / 448, fmt),
+        search=_FREE,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Scales:
+    """Fitted scales as stored, and the float32 base that they are relative to, if any."""
+
+    stored: Tensor
+    base: Tensor | None
+    store: str
+
+    def decode(self) -> Tensor:
+        """Float32 scales, (scale rows, scale columns)."""
+        return STORES[self.store].decode(self.stored, self.base)
+
+
+def absmax(groups: Tensor) -> Tensor:
+    """Largest magnitude of every group, (scale rows, scale columns); at least the smallest normal float32."""
+    return groups.abs().amax(-1).clamp(min=_SMALLEST)
+
+
+def fit_absmax(groups: Tensor, fmt: Format, store: str) -> Scales:
+    """The largest magnitude of a group becomes the largest value of the format (for e8m0: OCP's floor rule)."""
+    amplitude = absmax(groups)
+    base = STORES[store].base(amplitude, fmt)
+    return Scales(STORES[store].encode(amplitude, fmt, base), base, store)
+
+
+def fit_mse(groups: Tensor, fmt: Format, store: str) -> Scales:
+    """The multiple of absmax with the least squared weight error, absmax among the candidates."""
+    amplitude, kind = absmax(groups), STORES[store]
+    base = kind.base(amplitude, fmt)
+    best = kind.encode(amplitude, fmt, base)
+    rows = max(1, _CHUNK // max(1, groups[0].numel()))
+    for start in range(0, len(groups), rows):
+        part = slice(start, start + rows)
+        part_base = base[part] if base is not None and len(base) == len(groups) else base
+        chosen = best[part]
+        least = _squared_error(groups[part], kind.decode(chosen, part_base), fmt)
+        for multiple in kind.search:
+            candidate = kind.encode(amplitude[part] * multiple, fmt, part_base)
+            error = _squared_error(groups[part], kind.decode(candidate, part_base), fmt)
+            better = error < least
+            chosen, least = torch.where(better, candidate, chosen), torch.where(better, error, least)
+        best[part] = chosen
+    return Scales(best, base, store)
+
+
+def _squared_error(groups: Tensor, scale: Tensor, fmt: Format) -> Tensor:
+    scale = scale.unsqueeze(-1)
+    return (fmt.round(groups / scale).mul_(scale).sub_(groups)).square_().sum(-1)
+
+
+RULES: dict[str, Callable[[Tensor, Format, str], Scales]] = {"absmax": fit_absmax, "mse": fit_mse}
+
+
+def check_choice(kind: str, name: str, choices: Iterable[str]) -> str:
+    """`name` if it is one of `choices`, else a UsageError with the nearest one."""
+    if name not in choices:
+        raise unknown(kind, name, choices, f"known: {', '.join(choices)}")
+    return name
+
+
+def fit_scales(matrix: Tensor, fmt: Format, granularity: Granularity, rule: str, store: str) -> Scales:
+    """Scales of a float32 matrix (rows = output channels); UsageError for NaN or infinite weights."""
+    if not torch.isfinite(matrix).all():
+        raise UsageError("the weights hold NaN or infinite values: they cannot be quantized")
+    return RULES[check_choice("scale rule", rule, RULES)](to_groups(matrix, granularity), fmt, store)

@@ -1,0 +1,56 @@
+"""report.md: the report for a terminal, a code host or a message."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from dmquant.evaluation import report_tables as tables
+from dmquant.evaluation.result import Measured, Report
+
+
+def render_markdown(folder: Path, report: Report) -> str:
+    """The report as Markdown; `folder` is where it will lie, for the grid."""
+    parts = [f"# {_cell(report.model)}: {', '.join(map(_cell, report.recipes))} against full precision"]
+    if (folder / "grid.png").is_file():
+        parts.append("![Image pairs: full precision and quantized](grid.png)")
+    parts += ["## Size and cost", _table(tables.FACTS_HEADER, tables.facts(report))]
+    for name, variant in tables.variants(report).items():
+        if variant.metrics:
+            parts += [f"## Metrics: {_cell(name)}", _metrics(variant)]
+    parts += [f"## Settings\n\nImage pairs share prompt, seed and initial noise. {len(report.prompts)} prompts."]
+    parts += [_table(("setting", "value"), ((key, str(value)) for key, value in report.settings.items()))]
+    parts += [_table(("package", "version"), report.versions.items())]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _metrics(variant: Measured) -> str:
+    header = ("metric", "value", "95 % interval", "images", "backbone", "note")
+    return _table(
+        header,
+        (
+            (
+                tables.metric_title(name),
+                tables.metric_value(name, metric),
+                tables.metric_interval(name, metric),
+                str(metric.images) if metric.value is not None else "",
+                tables.backbone_text(metric.backbone),
+                metric.note or "",
+            )
+            for name, metric in variant.metrics.items()
+        ),
+    )
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table, or "" without rows."""
+    body = [f"| {' | '.join(map(_cell, row))} |" for row in rows]
+    if not body:
+        return ""
+    return "\n".join([f"| {' | '.join(map(_cell, header))} |", "|" + " --- |" * len(header), *body])
+
+
+def _cell(text: str) -> str:
+    """`text` on one line, with what Markdown or HTML would take for markup escaped."""
+    text = " ".join(str(text).split())
+    for character, escaped in (("\\", "\\\\"), ("|", "\\|"), ("<", "&lt;"), ("`", "\\`"), ("*", "\\*"), ("[", "\\[")):
+        text = text.replace(character, escaped)
+    return text

@@ -1,0 +1,154 @@
+"""What a run found, as data: metrics that say what they are, and the report that holds them.
+
+Everything here goes into report.json and comes back equal. Version 1 of that file has the keys that `Report.to_json`
+writes; releases may add keys to it, so a reader ignores those it does not know.
+"""
+
+from dataclasses import dataclass, field, fields
+from typing import Any, TypeVar
+
+VERSION = 1
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """The network that a metric looks through: its name and the SHA-256 of its weights file."""
+
+    name: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One metric of one set of images.
+
+    `value` is None exactly when the metric was not computed; `reason` then says what is missing and how to get it.
+    `low` and `high` bound the 95 % bootstrap interval over images where one exists. `images` is how many images
+    were scored, `note` what a reader must know before comparing the number with another.
+    """
+
+    value: float | None
+    low: float | None = None
+    high: float | None = None
+    images: int = 0
+    backbone: Backbone | None = None
+    reason: str | None = None
+    note: str | None = None
+
+    def __post_init__(self) -> None:
+        if (self.value is None) == (self.reason is None):
+            raise ValueError("a metric has either a value or the reason why it has none")
+
+    @classmethod
+    def not_computed(cls, reason: str) -> "Metric":
+        """A metric without a value, and why."""
+        return cls(None, reason=reason)
+
+    def to_json(self) -> dict[str, Any]:
+        """The metric as it stands in report.json."""
+        if self.value is None:
+            return {"value": None, "reason": self.reason}
+        return {
+            "value": self.value,
+            "low": self.low,
+            "high": self.high,
+            "images": self.images,
+            "backbone": None if self.backbone is None else vars(self.backbone).copy(),
+            **({} if self.note is None else {"note": self.note}),
+        }
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> "Metric":
+        """The inverse of `to_json`."""
+        backbone = data.get("backbone")
+        return _build(cls, {**data, "backbone": backbone and _build(Backbone, backbone)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """What is known of one variant of the backbone, full precision or quantized.
+
+    `size_bytes` is the backbone's on disk, `seconds` what each stage took, `peak_memory_bytes` the highest memory
+    use while generating, `images` the folder of its images relative to the report.
+    """
+
+    size_bytes: int
+    images: str
+    seconds: dict[str, float] = field(default_factory=dict)
+    peak_memory_bytes: int | None = None
+    metrics: dict[str, Metric] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reference(Measured):
+    """The full-precision pipeline that everything is compared with."""
+
+    name: str = "full precision"
+    dtype: str
+    images: str = "images/fp"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecipeResult(Measured):
+    """The pipeline quantized by one recipe; `bits_per_weight` counts scales and what stays in 16 bit."""
+
+    weights: str
+    activations: str
+    bits_per_weight: float
+    images: str = "images/quantized"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """One model, its full-precision reference and what each recipe made of it.
+
+    `prompts` are in the order of the images; `settings` (seed, steps, guidance, size, device, ...) and `versions`
+    (of the packages used) are flat and printed as they are.
+    """
+
+    model: str
+    reference: Reference
+    recipes: dict[str, RecipeResult]
+    prompts: list[str]
+    settings: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as the object that report.json holds."""
+        return {
+            "version": VERSION,
+            "model": self.model,
+            "reference": _measured_to_json(self.reference),
+            "recipes": {name: _measured_to_json(recipe) for name, recipe in self.recipes.items()},
+            "prompts": self.prompts,
+            "settings": self.settings,
+            "versions": self.versions,
+        }
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> "Report":
+        """The inverse of `to_json`."""
+        return cls(
+            model=data["model"],
+            reference=_measured_from_json(Reference, data["reference"]),
+            recipes={name: _measured_from_json(RecipeResult, recipe) for name, recipe in data["recipes"].items()},
+            prompts=data["prompts"],
+            settings=data["settings"],
+            versions=data["versions"],
+        )
+
+
+def _measured_to_json(measured: Measured) -> dict[str, Any]:
+    return {**vars(measured), "metrics": {name: metric.to_json() for name, metric in measured.metrics.items()}}
+
+
+def _measured_from_json(cls: type[T], data: dict[str, Any]) -> T:
+    return _build(
+        cls, {**data, "metrics": {name: Metric.from_json(metric) for name, metric in data["metrics"].items()}}
+    )
+
+
+def _build(cls: type[T], data: dict[str, Any]) -> T:
+    """`cls` from those items of `data` that are its fields."""
+    return cls(**{field.name: data[field.name] for field in fields(cls) if field.name in data})

@@ -1,0 +1,48 @@
+"""Score one folder of generated images against another, and against real ones."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from dmquant.evaluation.inception import Inception
+from dmquant.evaluation.metrics import METRICS, WITHOUT_REFERENCE, Inputs, check_names, compute
+from dmquant.evaluation.progress import Progress, silent
+from dmquant.evaluation.result import Metric
+
+
+def score_pairs(
+    reference_dir: Path,
+    quantized_dir: Path,
+    metrics: Sequence[str] = tuple(METRICS),
+    real: Path | None = None,
+    device: str = "cpu",
+    progress: Progress = silent,
+    inception: Inception | None = None,
+) -> dict[str, Metric]:
+    """Every metric of `metrics` for the images in `quantized_dir` against those in `reference_dir`.
+
+    Both hold PNG files, equal names being pairs; `real` is a folder of real images for `fid_real`. Pass the same
+    `inception` to several calls to look at each image once. Raises UsageError for an unknown metric, UserError for
+    missing, unreadable or unequal images.
+    """
+    check_names(metrics)
+    inputs = Inputs(Path(quantized_dir), Path(reference_dir), _folder(real), device, progress, inception)
+    len(inputs.pairs)  # a missing counterpart is an error whatever the metrics
+    return {name: compute(name, inputs) for name in metrics}
+
+
+def score_reference(
+    reference_dir: Path,
+    metrics: Sequence[str] = tuple(METRICS),
+    real: Path | None = None,
+    device: str = "cpu",
+    progress: Progress = silent,
+    inception: Inception | None = None,
+) -> dict[str, Metric]:
+    """Those of `metrics` that need no full-precision images, for the full-precision images themselves."""
+    check_names(metrics)
+    inputs = Inputs(Path(reference_dir), Path(reference_dir), _folder(real), device, progress, inception)
+    return {name: compute(name, inputs) for name in metrics if name in WITHOUT_REFERENCE}
+
+
+def _folder(path: Path | None) -> Path | None:
+    return None if path is None else Path(path)

@@ -1,0 +1,114 @@
+"""Load a full-precision pipeline, from files that were checked first, on a device and in a dtype that exist."""
+
+import importlib.resources
+import inspect
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from dmquant.errors import UsageError, UserError
+from dmquant.pipelines import folders, hub
+from dmquant.pipelines.registry import EMBEDDED, Family, ModelSpec, families, family_of
+from dmquant.torchvision_guard import ensure_torchvision_imports
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def resolve_device(text: str) -> str:
+    """`cpu`, `cuda` or `cuda:N` for what `--device` says; `auto` takes CUDA where there is some."""
+    if text == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if text == "cpu":
+        return text
+    if not re.fullmatch(r"cuda(:\d+)?", text):
+        raise UsageError(f"unknown device '{text}': it is auto, cpu, cuda or cuda:N")
+    if not torch.cuda.is_available():
+        build = "has no CUDA" if torch.version.cuda is None else "finds no GPU"
+        raise UserError(f"CUDA is not available (torch {torch.__version__} {build}): use --device cpu")
+    _, _, number = text.partition(":")
+    if number and int(number) >= torch.cuda.device_count():
+        raise UserError(f"there is no {text}: this machine has {torch.cuda.device_count()} CUDA device(s), from cuda:0")
+    return text
+
+
+def resolve_dtype(name: str, device: str) -> torch.dtype:
+    """The dtype of a name in DTYPES; UsageError for any other name, and for fp16 on the CPU."""
+    if name not in DTYPES:
+        raise UsageError(f"unknown dtype '{name}': it is one of {', '.join(DTYPES)}")
+    if name == "fp16" and device == "cpu":
+        raise UsageError("fp16 on a CPU is some ten times slower than bf16: use --dtype bf16 or fp32")
+    return DTYPES[name]
+
+
+def load_full_precision(
+    spec: ModelSpec, dtype: torch.dtype, device: str, say: Callable[[str], None] | None = None
+) -> "DiffusionPipeline":
+    """The model's pipeline in `dtype` on `device`, in eval mode; `say` is told of a download before it starts.
+
+    Weights come from safetensors only. Raises UserError for weights that are missing, truncated, damaged, not finite,
+    already quantized, or not to be had.
+    """
+    ensure_torchvision_imports()
+    import diffusers
+
+    family = families()[spec.family]
+    parameters = inspect.signature(getattr(diffusers, spec.pipeline).__init__).parameters
+    without = {name: value for name, value in family.without.items() if name in parameters}
+    folder = _folder_of(spec, without, say or (lambda line: print(line, file=sys.stderr)))
+    _check(folder, family, without)
+    try:
+        pipeline = diffusers.DiffusionPipeline.from_pretrained(
+            folder,
+            torch_dtype=dtype,
+            use_safetensors=True,
+            local_files_only=True,
+            variant=folders.variant(folder, family.component),
+            **without,
+        )
+    except (OSError, ValueError, RuntimeError, ImportError, AttributeError, KeyError, TypeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"diffusers cannot load {folder}: {type(error).__name__}: {reason}") from error
+    _check_backbone(pipeline, folder)
+    return pipeline.to(device)
+
+
+def _folder_of(spec: ModelSpec, without: dict, say: Callable[[str], None]) -> Path:
+    if spec.source.startswith(EMBEDDED):
+        return embedded_folder(spec)
+    path = Path(spec.source)
+    return path if path.is_absolute() else hub.pipeline(spec.source, spec.download_bytes, without, say)
+
+
+def embedded_folder(spec: ModelSpec) -> Path:
+    """Where an embedded model's files are in the installed package."""
+    return Path(str(importlib.resources.files("dmquant.pipelines"))) / "assets" / spec.source.removeprefix(EMBEDDED)
+
+
+def _check(folder: Path, family: Family, without: dict) -> None:
+    """UserError for a folder that does not hold a whole pipeline in full precision."""
+    folders.check_whole(folder, frozenset(without))
+    method = folders.quantization(folder, family.component)
+    if method is not None:
+        raise UserError(
+            f"{folder} is already quantized (by {method}): start from the full-precision model; "
+            "`dmquant inspect` shows what this one holds"
+        )
+
+
+def _check_backbone(pipeline: "DiffusionPipeline", folder: Path) -> None:
+    """UserError for a backbone that diffusers would leave partly at random values, or that holds NaN or infinity."""
+    component = family_of(pipeline).component
+    backbone = getattr(pipeline, component)
+    absent = backbone.state_dict().keys() - folders.tensor_names(folder / component)
+    if absent:
+        raise UserError(f"{folder / component} lacks {len(absent)} tensor(s) of its model, '{min(absent)}' among them")
+    for name, parameter in backbone.named_parameters():
+        if not parameter.isfinite().all():
+            raise UserError(f"{folder / component} is damaged: '{name}' holds NaN or infinity in {parameter.dtype}")

@@ -1,0 +1,64 @@
+"""Peak memory of one stage of work, and in words what was measured."""
+
+import contextlib
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+_CLEAR_PEAK = "5"  # proc(5), /proc/pid/clear_refs: reset the peak resident set size to the current one
+
+
+@dataclass
+class PeakMemory:
+    """Bytes at the highest point, and what they count."""
+
+    bytes: int = 0
+    what: str = ""
+
+
+@contextlib.contextmanager
+def peak_memory(device: str) -> Iterator[PeakMemory]:
+    """Measure the block; the yielded record is filled in when it ends.
+
+    On CUDA: bytes of tensors allocated on the device. Elsewhere: resident memory of the process, libraries included,
+    within the block on Linux, since the process began on other systems.
+    """
+    peak = PeakMemory()
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats(device)
+        yield peak
+        peak.bytes, peak.what = torch.cuda.max_memory_allocated(device), "tensors allocated on the device"
+        return
+    reset = _reset_resident_peak()
+    yield peak
+    peak.bytes = _resident_peak()
+    peak.what = "resident memory of the process" + ("" if reset else " since it began")
+
+
+def _reset_resident_peak() -> bool:
+    try:
+        Path("/proc/self/clear_refs").write_text(_CLEAR_PEAK)
+    except OSError:
+        return False
+    return True
+
+
+def _resident_peak() -> int:
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        return _resident_peak_since_start()
+    return int(re.search(r"VmHWM:\s+(\d+) kB", status).group(1)) * 1024
+
+
+def _resident_peak_since_start() -> int:
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
