@@ -72,7 +72,12 @@ Prompts = Annotated[
     ),
 ]
 NumPrompts = Annotated[
-    int, typer.Option(min=1, help="How many prompts, one image each on each side.", rich_help_panel="Images")
+    int | None,
+    typer.Option(
+        min=1,
+        help="How many prompts, one image each; drawn from the list with SEED. Default: 64, or all of a shorter list.",
+        rich_help_panel="Images",
+    ),
 ]
 Steps = Annotated[
     int | None, typer.Option(min=1, help="Denoising steps an image. Default: the model's.", rich_help_panel="Images")
@@ -179,7 +184,7 @@ def run(
     w: Weights = None,
     a: Activations = None,
     prompts: Prompts = None,
-    num_prompts: NumPrompts = 64,
+    num_prompts: NumPrompts = None,
     steps: Steps = None,
     guidance: Guidance = None,
     height: Height = None,
@@ -259,7 +264,7 @@ def generate(
     model: Model,
     out: Annotated[Path, typer.Option(metavar="DIR", help="Where the images go.", rich_help_panel="Output")],
     prompts: Prompts = None,
-    num_prompts: NumPrompts = 64,
+    num_prompts: NumPrompts = None,
     steps: Steps = None,
     guidance: Guidance = None,
     height: Height = None,

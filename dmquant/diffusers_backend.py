@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.quantizers import auto
 from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import nn
@@ -132,10 +133,9 @@ class DMQuantizer(DiffusersQuantizer):
         return True
 
 
-def register(registry: Any) -> None:
-    """Enter the quantizer in diffusers' `quantizers.auto`, unless diffusers brings its own by that name."""
-    registry.AUTO_QUANTIZER_MAPPING.setdefault(QuantMethod.DMQUANT.value, DMQuantizer)
-    registry.AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault(QuantMethod.DMQUANT.value, QuantConfig)
+# diffusers offers no registration; should it bring a quantizer of this name itself, that one stays.
+auto.AUTO_QUANTIZER_MAPPING.setdefault(QuantMethod.DMQUANT.value, DMQuantizer)
+auto.AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault(QuantMethod.DMQUANT.value, QuantConfig)
 
 
 def attach(model: nn.Module, quantizer: DMQuantizer) -> None:

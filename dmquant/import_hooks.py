@@ -5,6 +5,7 @@ Before diffusers, transformers, peft, open_clip or torchmetrics is imported, tor
 no registration of its own.
 """
 
+import importlib
 import sys
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
@@ -12,6 +13,7 @@ from types import ModuleType
 
 _USE_TORCHVISION = {"diffusers", "transformers", "peft", "open_clip", "torchmetrics"}
 _REGISTRY = "diffusers.quantizers.auto"
+_OURS = "dmquant.diffusers_backend"
 
 
 class _Finder(MetaPathFinder):
@@ -37,18 +39,12 @@ class _RegisteringLoader(Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         self.loader.exec_module(module)
-        _register(module)
-
-
-def _register(registry: ModuleType) -> None:
-    from dmquant import diffusers_backend
-
-    diffusers_backend.register(registry)
+        importlib.import_module(_OURS)  # which registers itself
 
 
 def install() -> None:
     """Arrange all this, once; if diffusers is already imported, register at once."""
     if _REGISTRY in sys.modules:
-        _register(sys.modules[_REGISTRY])
+        importlib.import_module(_OURS)
     elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())

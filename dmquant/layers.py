@@ -120,11 +120,18 @@ class QuantConv2d(_QuantizedLayer, nn.Conv2d):
 
     channel_dim = -3
 
+    def __new__(cls, *args, spec: WeightSpec | None = None, **kwargs):
+        # peft makes a convolution's adapter by calling the convolution's own class as it would nn.Conv2d.
+        if args and spec is None:
+            return nn.Conv2d(*args, **kwargs)
+        return super().__new__(cls)
+
     def __init__(
         self,
         in_channels: int,
         out_channels: int,
         kernel_size: tuple[int, int],
+        *,
         bias: bool,
         spec: WeightSpec,
         activations: ActivationSpec | None = None,
@@ -145,11 +152,11 @@ class QuantConv2d(_QuantizedLayer, nn.Conv2d):
             layer.in_channels,
             layer.out_channels,
             layer.kernel_size,
-            layer.bias is not None,
-            spec,
-            activations,
-            device,
-            None if layer.bias is None else layer.bias.dtype,
+            bias=layer.bias is not None,
+            spec=spec,
+            activations=activations,
+            device=device,
+            dtype=None if layer.bias is None else layer.bias.dtype,
             stride=layer.stride,
             padding=layer.padding,
             dilation=layer.dilation,

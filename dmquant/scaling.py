@@ -15,6 +15,7 @@ from dmquant.errors import UsageError, unknown
 from dmquant.formats import Format, get_format
 
 _SMALLEST = 2.0**-126  # the smallest normal float32: below it a quotient could overflow
+_LARGEST = 3.38e38  # a little under the largest bfloat16: a scale rounded up must not overflow when multiplied
 _EXAMPLES = ("tensor", "channel", "token", "group:32", "group:64", "group:128")
 _CHUNK = 1 << 22  # elements searched at once, so that a search needs megabytes, not copies of the layer
 
@@ -134,7 +135,7 @@ _OCTAVES = (0.25, 0.5, 1.0, 2.0)
 
 
 def _plain(amplitude: Tensor, fmt: Format) -> Tensor:
-    return (amplitude / fmt.max).clamp(min=_SMALLEST)
+    return (amplitude / fmt.max).clamp(_SMALLEST, _LARGEST / fmt.max)
 
 
 def _octaves(stored: Tensor) -> Tensor:

@@ -97,7 +97,7 @@ def generate(
     *,
     batch_size: int,
     call: dict[str, Any],
-    on_batch: Callable[[Generated, int], None] = lambda generated, images: None,
+    on_batch: Callable[[Generated], None] = lambda generated: None,
 ) -> Generated:
     """Make the images of `requests` that `folder` lacks, in batches.
 
@@ -110,7 +110,7 @@ def generate(
         batch_size: images a batch.
         call: arguments of the pipeline's call other than prompt, generator and output type: height, width,
             num_inference_steps, guidance_scale, and what its family needs.
-        on_batch: called after every batch with what was made so far and the images of that batch.
+        on_batch: called after every batch with all that was made so far.
     """
     folder.mkdir(parents=True, exist_ok=True)
     wanted = {request.index for request in missing(folder, requests)}
@@ -127,7 +127,7 @@ def generate(
                 _save(image, request, folder)
             each = (time.perf_counter() - began) / len(batch)
             generated.seconds |= {request.key: each for request in batch}
-            on_batch(generated, len(batch))
+            on_batch(generated)
     return generated
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from dmquant.errors import UserError
-from dmquant.evaluation.images import generated_images, open_rgb, save_image
+from dmquant.evaluation.images import matching_images, open_rgb, save_image
 
 SMALLEST, LARGEST = 128, 384  # pixels: the longer side of a picture in the grid
 LINE_WIDTH = 1320  # pixels: rows of small pictures share a line up to this width
@@ -32,12 +32,7 @@ def draw_grid(
     With `amplify`, every column after the first is followed by its absolute difference from the first times that
     factor. Raises UserError for missing or unreadable images and for prompts that do not match them.
     """
-    folders = {heading: generated_images(Path(folder)) for heading, folder in columns.items()}
-    for heading, paths in folders.items():
-        if len(paths) != len(prompts):
-            raise UserError(
-                f"column '{heading}' has {len(paths)} images for {len(prompts)} prompts: generate them again"
-            )
+    folders = matching_images({heading: Path(folder) for heading, folder in columns.items()}, len(prompts))
     chosen = _spread(len(prompts), rows)
     pictures = [_row([paths[index] for paths in folders.values()], amplify) for index in chosen]
     sheet = _compose(pictures, [prompts[index] for index in chosen], _headings(list(columns), amplify))

@@ -1,6 +1,6 @@
 """Image files as tensors, and folders of images that belong together by name."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,6 +55,19 @@ def generated_images(folder: Path) -> list[Path]:
 def any_images(folder: Path) -> list[Path]:
     """The images in `folder` and its subfolders, sorted; raises UserError when there are none."""
     return _some((path for path in _listed(folder, "**/*") if path.suffix.lower() in SUFFIXES), folder, "image")
+
+
+def matching_images(folders: Mapping[str, Path], count: int) -> dict[str, list[Path]]:
+    """The PNG files of several named folders; raises UserError unless each holds `count`, of the same names in all."""
+    images = {name: generated_images(folder) for name, folder in folders.items()}
+    first = next(iter(images.values()))
+    for name, paths in images.items():
+        if len(paths) != count:
+            raise UserError(
+                f"{folders[name]} ({name}) has {len(paths)} images for {count} prompts: generate them again"
+            )
+        _require_same_names(first, paths, folders[name])
+    return images
 
 
 @dataclass(frozen=True)

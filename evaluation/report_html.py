@@ -9,9 +9,8 @@ from urllib.parse import quote
 
 from PIL import Image
 
-from dmquant.errors import UserError
 from dmquant.evaluation import report_tables as tables
-from dmquant.evaluation.images import generated_images
+from dmquant.evaluation.images import matching_images
 from dmquant.evaluation.result import Metric, Report
 
 SMALLEST, LARGEST = 128, 320  # pixels: the width an image of a pair is shown at
@@ -83,9 +82,9 @@ def render_html(folder: Path, report: Report) -> str:
 
     Raises UserError when an image folder is missing or does not hold one image per prompt.
     """
-    images = {name: _images(folder, name, variant.images, report) for name, variant in tables.variants(report).items()}
-    width, height = _shown_size(next(iter(images.values())))
     count = len(report.prompts)
+    images = matching_images({name: folder / kind.images for name, kind in tables.variants(report).items()}, count)
+    width, height = _shown_size(next(iter(images.values())))
     return PAGE.substitute(
         title=escape(f"{report.model}: {', '.join(report.recipes)} against full precision"),
         summary=escape(_summary(report)),
@@ -157,13 +156,6 @@ def _pair(folder: Path, index: int, prompt: str, images: dict[str, list[Path]]) 
         for source in [escape(quote(paths[index].relative_to(folder).as_posix()))]
     )
     return f"<figure><div>{links}</div><figcaption>{escape(prompt)}</figcaption></figure>"
-
-
-def _images(folder: Path, name: str, relative: str, report: Report) -> list[Path]:
-    paths = generated_images(folder / relative)
-    if len(paths) != len(report.prompts):
-        raise UserError(f"{folder / relative} has {len(paths)} images for {len(report.prompts)} prompts ({name})")
-    return paths
 
 
 def _shown_size(paths: list[Path]) -> tuple[int, int]:

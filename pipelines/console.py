@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Iterator
 from datetime import datetime, timezone
@@ -21,12 +22,14 @@ from rich.progress import (
 )
 from rich.table import Table
 
+PLAIN_WIDTH = 120  # columns where there is no terminal to ask
+
 
 class Console:
     """Results go to standard output, bars to standard error; bars show only on a terminal."""
 
     def __init__(self) -> None:
-        self._out = rich.console.Console(highlight=False, soft_wrap=True)
+        self._out = rich.console.Console(highlight=False, soft_wrap=True, width=_width())
         self._bars = rich.console.Console(stderr=True, highlight=False)
         self._log: Path | None = None
 
@@ -46,7 +49,7 @@ class Console:
     def show(self, table: Table) -> None:
         """Print a table, and log it as plain text."""
         self._out.print(table, soft_wrap=False)
-        plain = rich.console.Console(file=StringIO(), width=160)
+        plain = rich.console.Console(file=StringIO(), width=PLAIN_WIDTH)
         plain.print(table)
         self.note(plain.file.getvalue().rstrip())
 
@@ -75,7 +78,7 @@ class Console:
             TextColumn("left"),
             TimeRemainingColumn(),
         )
-        with Progress(*columns, console=self._bars, transient=True) as progress:
+        with Progress(*columns, console=self._bars, transient=True, disable=not self._bars.is_terminal) as progress:
             yield Bar(progress, progress.add_task(title, total=None, speed=""))
 
 
@@ -89,6 +92,10 @@ class Bar:
     def __call__(self, done: int, total: int, what: str | None = None, speed: str = "") -> None:
         named = {} if what is None else {"description": what}
         self._progress.update(self._task, completed=done, total=total, speed=speed, **named)
+
+
+def _width() -> int | None:
+    return None if sys.stdout.isatty() else PLAIN_WIDTH
 
 
 def quiet_libraries() -> None:

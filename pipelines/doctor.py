@@ -88,9 +88,8 @@ def _compiler() -> Check:
 def _cuda() -> Iterator[Check]:
     if not torch.cuda.is_available():
         build = "built without CUDA" if torch.version.cuda is None else "finds no GPU"
-        yield Check(
-            "CUDA", "missing", f"torch {build}: everything runs on the CPU", "needs an NVIDIA GPU and CUDA torch"
-        )
+        remedy = "needs an NVIDIA GPU and a CUDA build of torch"
+        yield Check("CUDA", "missing", f"torch {build}: everything runs on the CPU", remedy)
         return
     for index in range(torch.cuda.device_count()):
         device = torch.cuda.get_device_properties(index)
@@ -150,18 +149,12 @@ def _models() -> Iterator[Check]:
 
 
 def _hub() -> Check:
+    cache = f"cache in {constants.HF_HUB_CACHE}"
     if constants.HF_HUB_OFFLINE:
-        return Check(
-            "Hub", "warn", f"offline by HF_HUB_OFFLINE; cache in {constants.HF_HUB_CACHE}", "unset it to download"
-        )
+        return Check("Hub", "warn", f"offline by HF_HUB_OFFLINE; {cache}", "unset it to download")
     if hub.reachable(HUB_ANSWER_SECONDS):
-        return Check("Hub", "ok", f"reachable; cache in {constants.HF_HUB_CACHE}")
-    return Check(
-        "Hub",
-        "missing",
-        f"not reachable; cache in {constants.HF_HUB_CACHE}",
-        "the embedded models and local folders work without it",
-    )
+        return Check("Hub", "ok", f"reachable; {cache}")
+    return Check("Hub", "missing", f"not reachable; {cache}", "embedded models and local folders work without it")
 
 
 def _embedded(spec: ModelSpec) -> Check:
@@ -181,7 +174,6 @@ def _cached(spec: ModelSpec) -> Check:
         return Check(spec.name, "missing", f"{spec.source} is not in the local cache", remedy)
     missing = folders.missing_parts(folder, frozenset(families()[spec.family].without))
     if missing:
-        return Check(
-            spec.name, "warn", f"{folder} lacks {', '.join(missing)}", "the rest is downloaded when first used"
-        )
+        remedy = "the rest is downloaded when first used"
+        return Check(spec.name, "warn", f"{folder} lacks {', '.join(missing)}", remedy)
     return Check(spec.name, "ok", str(folder))

@@ -15,6 +15,8 @@ _PICKLES = (".bin", ".pt", ".ckpt")
 
 def pipeline_class(folder: Path) -> str:
     """Class name of the pipeline in `folder`; UserError for anything that is not a diffusers pipeline folder."""
+    if not folder.exists():
+        raise UserError(f"there is no folder {folder}")
     if not folder.is_dir():
         raise UserError(
             f"{folder} is a file: give a diffusers folder "
@@ -109,22 +111,18 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _missing_weights(part: Path) -> list[str]:
-    """Weight files that a component's folder should hold and does not."""
-    shards = {
-        shard
-        for index in part.glob("*.safetensors.index*.json")
-        for shard in read_json(index).get("weight_map", {}).values()
-    }
+    """Weight files that a component's folder should hold and does not; one whole variant of them is enough."""
     present = {path.name for path in part.glob("*.safetensors")}
-    if shards and not shards <= present:
-        whole = [name for name in present if "-of-" not in name]
-        return [] if whole else sorted(shards - present)
-    if present:
+    indexes = [read_json(path).get("weight_map", {}) for path in part.glob("*.safetensors.index*.json")]
+    sharded = [set(index.values()) for index in indexes]
+    if any("-of-" not in name for name in present) or any(shards <= present for shards in sharded):
         return []
+    if sharded:
+        return sorted(min((shards - present for shards in sharded), key=len))
+    if present:
+        return ["*.safetensors.index.json"]
     pickled = any(path.suffix in _PICKLES for path in part.iterdir())
-    return [
-        "*.safetensors (only pickled weights are there, which can run code when opened)" if pickled else "*.safetensors"
-    ]
+    return ["*.safetensors" + (" (pickled weights are there, but can run code when opened)" if pickled else "")]
 
 
 def _tensor_names(path: Path) -> list[str]:

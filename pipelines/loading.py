@@ -12,7 +12,7 @@ import torch
 
 from dmquant.errors import UsageError, UserError
 from dmquant.pipelines import folders, hub
-from dmquant.pipelines.registry import EMBEDDED, Family, ModelSpec, families, family_of
+from dmquant.pipelines.registry import EMBEDDED, ModelSpec, families, family_of
 from dmquant.torchvision_guard import ensure_torchvision_imports
 
 if TYPE_CHECKING:
@@ -47,22 +47,43 @@ def resolve_dtype(name: str, device: str) -> torch.dtype:
     return DTYPES[name]
 
 
+def checked_folder(spec: ModelSpec, say: Callable[[str], None]) -> Path:
+    """The folder with the model's files, downloaded if need be, and found whole and in full precision.
+
+    `say` is told of a download before it starts. Raises UserError for weights that are missing, truncated, damaged,
+    already quantized, or not to be had.
+    """
+    family = families()[spec.family]
+    if spec.source.startswith(EMBEDDED):
+        folder = embedded_folder(spec)
+    elif Path(spec.source).is_absolute():
+        folder = Path(spec.source)
+    else:
+        folder = hub.pipeline(spec.source, spec.download_bytes, family.without, say)
+    folders.check_whole(folder, frozenset(family.without))
+    method = folders.quantization(folder, family.component)
+    if method is not None:
+        raise UserError(
+            f"{folder} is already quantized (by {method}): start from the full-precision model; "
+            "`dmquant inspect` shows what this one holds"
+        )
+    return folder
+
+
 def load_full_precision(
     spec: ModelSpec, dtype: torch.dtype, device: str, say: Callable[[str], None] | None = None
 ) -> "DiffusionPipeline":
-    """The model's pipeline in `dtype` on `device`, in eval mode; `say` is told of a download before it starts.
+    """The model's pipeline in `dtype` on `device`, in eval mode, from safetensors only.
 
-    Weights come from safetensors only. Raises UserError for weights that are missing, truncated, damaged, not finite,
-    already quantized, or not to be had.
+    Raises UserError as `checked_folder` does, and for a backbone with tensors that are absent or not finite.
     """
+    folder = checked_folder(spec, say or (lambda line: print(line, file=sys.stderr)))
+    family = families()[spec.family]
     ensure_torchvision_imports()
     import diffusers
 
-    family = families()[spec.family]
     parameters = inspect.signature(getattr(diffusers, spec.pipeline).__init__).parameters
     without = {name: value for name, value in family.without.items() if name in parameters}
-    folder = _folder_of(spec, without, say or (lambda line: print(line, file=sys.stderr)))
-    _check(folder, family, without)
     try:
         pipeline = diffusers.DiffusionPipeline.from_pretrained(
             folder,
@@ -79,27 +100,9 @@ def load_full_precision(
     return pipeline.to(device)
 
 
-def _folder_of(spec: ModelSpec, without: dict, say: Callable[[str], None]) -> Path:
-    if spec.source.startswith(EMBEDDED):
-        return embedded_folder(spec)
-    path = Path(spec.source)
-    return path if path.is_absolute() else hub.pipeline(spec.source, spec.download_bytes, without, say)
-
-
 def embedded_folder(spec: ModelSpec) -> Path:
     """Where an embedded model's files are in the installed package."""
     return Path(str(importlib.resources.files("dmquant.pipelines"))) / "assets" / spec.source.removeprefix(EMBEDDED)
-
-
-def _check(folder: Path, family: Family, without: dict) -> None:
-    """UserError for a folder that does not hold a whole pipeline in full precision."""
-    folders.check_whole(folder, frozenset(without))
-    method = folders.quantization(folder, family.component)
-    if method is not None:
-        raise UserError(
-            f"{folder} is already quantized (by {method}): start from the full-precision model; "
-            "`dmquant inspect` shows what this one holds"
-        )
 
 
 def _check_backbone(pipeline: "DiffusionPipeline", folder: Path) -> None:

@@ -105,7 +105,7 @@ def resolve_model(text: str) -> ModelSpec:
         folder, download_bytes = hub.configuration(text)
         return _spec_of_folder(folder, name=text.split("/")[1], source=text, download_bytes=download_bytes)
     if "/" in text or "\\" in text:
-        raise UserError(f"there is no folder '{text}'")
+        raise UserError(f"there is no folder {text}")
     raise unknown("model", text, models, "`dmquant models` lists them; a Hub id or a local diffusers folder works too")
 
 

@@ -127,9 +127,7 @@ def claim(path: Path, model: str, overwrite: bool = False) -> Iterator[RunFolder
         if overwrite and is_run(path):
             _remove_entries(path)
         if not is_run(path):
-            write_text(
-                path / STATE, json.dumps({"version": VERSION, "model": model, "stages": {}, "notes": {}}) + "\n"
-            )
+            write_text(path / STATE, json.dumps({"version": VERSION, "model": model, "stages": {}, "notes": {}}) + "\n")
         folder = RunFolder(path)
         try:
             yield folder

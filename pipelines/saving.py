@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 PARTIAL = ".part"
+NARROW = (torch.float16, torch.bfloat16)
 
 
 def save_whole(pipeline: "DiffusionPipeline", folder: Path, card: str) -> None:
@@ -31,17 +32,18 @@ def save_whole(pipeline: "DiffusionPipeline", folder: Path, card: str) -> None:
 
 
 def narrow_exactly(module: nn.Module) -> None:
-    """Hold the floating-point tensors of `module` in 16 bits where that loses nothing, in place.
+    """Hold each float32 tensor that `module` saves in 16 bits where that loses nothing, in place.
 
     Weights published in 16 bits and computed with in float32 go back to the 16 bits they came from, so that what
     stays in high precision does not cost double on disk. Loading in float32 gives the same numbers again.
     """
-    tensors = [tensor for tensor in (*module.parameters(), *module.buffers()) if tensor.dtype == torch.float32]
-    for dtype in (torch.float16, torch.bfloat16):
-        if all(torch.equal(tensor.to(dtype).float(), tensor) for tensor in tensors):
-            for tensor in tensors:
-                tensor.data = tensor.data.to(dtype)
-            return
+    for tensor in module.state_dict(keep_vars=True).values():
+        exact = (dtype for dtype in NARROW if tensor.dtype == torch.float32 and _survives(tensor, dtype))
+        tensor.data = tensor.data.to(next(exact, tensor.dtype))
+
+
+def _survives(tensor: torch.Tensor, dtype: torch.dtype) -> bool:
+    return torch.equal(tensor.to(dtype).to(tensor.dtype), tensor)
 
 
 def model_card(name: str, recipe: str, weights: str, activations: str, pipeline: str, dtype: torch.dtype) -> str:

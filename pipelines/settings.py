@@ -1,18 +1,31 @@
-"""From what the user typed to what a run needs: every name looked up and every value checked before work begins."""
+"""From what was typed to what a run needs: every name looked up and every value checked before any work begins."""
 
+import importlib.metadata
 import platform
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+import dmquant
 from dmquant.errors import UsageError
-from dmquant.evaluation.generate import batch_size_for
+from dmquant.evaluation.generate import ImageRequest, batch_size_for, image_requests
+from dmquant.evaluation.images import any_images
+from dmquant.evaluation.metrics import check_names
+from dmquant.formats import get_format
 from dmquant.pipelines.loading import resolve_device, resolve_dtype
 from dmquant.pipelines.prompts import load_prompts
-from dmquant.pipelines.registry import ModelSpec, resolve_model
-from dmquant.recipe import Recipe
+from dmquant.pipelines.registry import Family, ModelSpec, families, resolve_model
+from dmquant.pipelines.runfolder import fingerprint
+from dmquant.recipe import NO_FORMAT, Recipe
+from dmquant.scaling import BLOCK_FORMATS
+
+DEFAULT_PROMPTS = 64
+DEFAULT_METRICS = ("psnr", "ssim", "fid_fp")
+DEFAULT_METRICS_WITH_REAL = (*DEFAULT_METRICS, "fid_real")
+PIXELS_A_LATENT = 8  # diffusers asks for sizes that this divides
+LIBRARIES = ("torch", "diffusers", "transformers")
 
 
 @dataclass(frozen=True)
@@ -24,7 +37,7 @@ class Options:
     w: str | None = None
     a: str | None = None
     prompts: str | None = None
-    num_prompts: int = 64
+    num_prompts: int | None = None
     steps: int | None = None
     guidance: float | None = None
     height: int | None = None
@@ -39,7 +52,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything a run depends on, resolved and checked."""
+    """Everything that the result of a run depends on, except the weights themselves."""
 
     model: ModelSpec
     recipe: Recipe
@@ -52,5 +65,124 @@ class Settings:
     batch_size: int
     metrics: tuple[str, ...]
     real: Path | None
-    device: torch.device
-    dtype: torch.dtype
+    device: str
+    dtype_name: str
+    folder_name: str
+
+    @property
+    def family(self) -> Family:
+        return families()[self.model.family]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return resolve_dtype(self.dtype_name, self.device)
+
+    @property
+    def formats(self) -> tuple[str, str]:
+        """Full names of the formats of weights and activations."""
+        return format_name(self.recipe.weights), format_name(self.recipe.activations)
+
+    @property
+    def call(self) -> dict[str, Any]:
+        """Arguments of the pipeline's call that all images share."""
+        return {
+            "height": self.height,
+            "width": self.width,
+            "num_inference_steps": self.steps,
+            "guidance_scale": self.guidance,
+            **self.model.call,
+        }
+
+    def requests(self, weights: str) -> list[ImageRequest]:
+        """The images to make with the weights that the fingerprint `weights` stands for."""
+        settings = fingerprint(
+            weights=weights, call=self.call, dtype=self.dtype_name, device=self.device.partition(":")[0]
+        )
+        return image_requests(self.prompts, self.seed, settings)
+
+    def to_dict(self, source_hashes: dict[str, str]) -> dict[str, Any]:
+        """What run.yaml holds."""
+        return {
+            "model": {
+                "name": self.model.name,
+                "source": self.model.source,
+                "family": self.model.family,
+                "pipeline": self.model.pipeline,
+                "sha256": source_hashes,
+            },
+            "recipe": self.recipe.to_dict(),
+            "images": {"seed": self.seed, "count": len(self.prompts), "batch_size": self.batch_size, **self.call},
+            "metrics": list(self.metrics),
+            "real": None if self.real is None else str(self.real),
+            "device": self.device,
+            "dtype": self.dtype_name,
+            "versions": versions(),
+            "prompts_sha256": fingerprint(prompts=self.prompts),
+            "prompts": list(self.prompts),
+        }
+
+
+def resolve(options: Options) -> Settings:
+    """Look up and check everything that was typed; reads no weights and writes nothing.
+
+    Raises UsageError for unknown names and impossible values, UserError for what this machine does not have.
+    """
+    model = resolve_model(options.model)
+    recipe = Recipe.load(options.recipe, options.w, options.a).keeping(families()[model.family].keep)
+    device = resolve_device(options.device)
+    dtype_name = options.dtype or model.dtype
+    resolve_dtype(dtype_name, device)
+    height, width = options.height or model.height, options.width or model.width
+    for side, pixels in (("height", height), ("width", width)):
+        if pixels % PIXELS_A_LATENT:
+            raise UsageError(f"--{side} {pixels} is not a multiple of {PIXELS_A_LATENT}")
+    return Settings(
+        model=model,
+        recipe=recipe,
+        prompts=tuple(_prompts(options, model)),
+        steps=options.steps or model.steps,
+        guidance=model.guidance if options.guidance is None else options.guidance,
+        height=height,
+        width=width,
+        seed=options.seed,
+        batch_size=options.batch_size or batch_size_for(height, width),
+        metrics=resolve_metrics(options.metrics, options.real),
+        real=options.real,
+        device=device,
+        dtype_name=dtype_name,
+        folder_name="-".join(filter(None, (model.name, recipe.name, options.w, options.a))),
+    )
+
+
+def resolve_metrics(listed: str | None, real: Path | None) -> tuple[str, ...]:
+    """Names of the metrics to compute, from a comma-separated list; also checks that `real` holds images."""
+    if real is not None:
+        any_images(real)
+    if listed is None:
+        return DEFAULT_METRICS if real is None else DEFAULT_METRICS_WITH_REAL
+    names = tuple(dict.fromkeys(name.strip() for name in listed.split(",") if name.strip()))
+    if not names:
+        raise UsageError("--metrics is empty: name at least one, such as psnr")
+    check_names(names)
+    return names
+
+
+def format_name(name: str) -> str:
+    """The full name of a format: `fp4` is `fp4_e2m1`; block formats and `none` are called as they are."""
+    lower = name.lower()
+    if name in NO_FORMAT:
+        return "none"
+    return lower if lower in BLOCK_FORMATS else get_format(name).name
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a result depends on."""
+    libraries = {name: importlib.metadata.version(name) for name in LIBRARIES}
+    return {"dmquant": dmquant.__version__, "python": platform.python_version(), **libraries}
+
+
+def _prompts(options: Options, model: ModelSpec) -> list[str]:
+    """As many prompts as were asked for; by default 64, or all where the list has fewer."""
+    listed = options.prompts or model.prompts
+    number = options.num_prompts or min(DEFAULT_PROMPTS, len(load_prompts(listed, None, options.seed)))
+    return load_prompts(listed, number, options.seed)

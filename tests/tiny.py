@@ -32,7 +32,7 @@ from transformers import (
     T5EncoderModel,
 )
 
-WORDS = "a red green blue yellow apple cat house tree boat face on the of with and , & animal food photo".split()
+WORDS = ["a", "red", "green", "blue", "apple", "cat", "house", "tree", "boat", "face", "on", "the", "with", "and", ","]
 TOKENS = 16
 
 # What a tiny PixArt pipeline needs in its call besides prompt, size, steps and guidance.

@@ -16,7 +16,7 @@ from dmquant.kernels import reference
 from dmquant.qtensor import WeightSpec
 from dmquant.scaling import to_groups
 
-_WORTH_COMPILING = 1 << 20  # elements; below, a guard check costs more than the fused loop saves
+WORTH_COMPILING = 1 << 20  # elements; below, a guard check costs more than the fused loop saves
 _WIDE = {2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}  # one element of so many bytes
 
 
@@ -38,6 +38,8 @@ def _pair_table(fmt: Format, dtype: torch.dtype) -> Tensor | None:
 
 def dequantize(codes: Tensor, scale: Tensor, spec: WeightSpec, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """The weight in `dtype`."""
+    if torch.compiler.is_compiling():  # which fuses the reference better than it looks up tables
+        return reference.dequantize(codes, scale, spec, shape, dtype)
     rows = shape[0]
     columns = math.prod(shape[1:])
     table = _pair_table(spec.fmt, dtype)
@@ -51,7 +53,8 @@ def dequantize(codes: Tensor, scale: Tensor, spec: WeightSpec, shape: tuple[int,
 
 
 @functools.cache
-def _can_compile() -> bool:
+def can_compile() -> bool:
+    """Whether torch.compile finds a C++ compiler."""
     return shutil.which("c++") is not None or shutil.which("g++") is not None
 
 
@@ -62,6 +65,6 @@ def _compiled_fake_quantize():
 
 def fake_quantize(x: Tensor, spec: ActivationSpec, dim: int) -> Tensor:
     """A layer's input rounded to what `spec` can represent."""
-    if x.numel() >= _WORTH_COMPILING and _can_compile() and not torch.compiler.is_compiling():
+    if x.numel() >= WORTH_COMPILING and can_compile() and not torch.compiler.is_compiling():
         return _compiled_fake_quantize()(x, spec, dim)
     return reference.fake_quantize(x, spec, dim)

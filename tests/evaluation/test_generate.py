@@ -113,7 +113,7 @@ def test_a_stop_between_batches_keeps_the_finished_ones_and_resuming_gives_the_s
     requests = image_requests(PROMPTS, seed=0, settings="s")
     generate(pipeline, requests, tmp_path / "whole", batch_size=2, call=CALL)
 
-    def stop(generated, images):
+    def stop(generated):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

@@ -1,0 +1,184 @@
+"""What there is: models, formats, recipes, this machine, and what is inside a folder; as tables on the screen."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+from safetensors import safe_open
+
+from dmquant.convert import plan
+from dmquant.diffusers_backend import QuantConfig, QuantMethod
+from dmquant.errors import UserError
+from dmquant.evaluation.report_tables import size_text
+from dmquant.formats import get_format
+from dmquant.pipelines import doctor as examination
+from dmquant.pipelines import folders, runfolder
+from dmquant.pipelines.console import Console, quiet_libraries
+from dmquant.pipelines.hub import readable
+from dmquant.pipelines.registry import families, registered_models
+from dmquant.pipelines.settings import format_name
+from dmquant.recipe import Recipe, bits_names, recipe_names
+from dmquant.scaling import BLOCK_FORMATS
+
+FORMATS = (
+    *("fp4_e2m1", "fp4_e1m2", "fp4_e3m0", "fp6_e2m3", "fp6_e3m2", "fp8_e4m3", "fp8_e5m2", "fp8_e3m4"),
+    *(f"int{bits}" for bits in range(2, 9)),
+)
+SHORT_NAMES = ("fp4", "fp6", "fp8")
+MARKS = {"ok": "ok", "warn": "note", "missing": "missing"}
+
+
+def models() -> None:
+    """One row a registered model."""
+    table = Table("model", "what it is", "size", "steps", "guidance", "dtype", "download", "licence")
+    for spec in registered_models().values():
+        download = "none" if spec.download_bytes is None else readable(spec.download_bytes)
+        table.add_row(
+            spec.name,
+            spec.description,
+            f"{spec.width}x{spec.height}",
+            str(spec.steps),
+            f"{spec.guidance:g}",
+            spec.dtype,
+            download,
+            spec.license or "",
+        )
+    console = Console()
+    console.show(table)
+    console.say("A Hub id or a local diffusers folder works too, if its pipeline is one of:")
+    console.say(", ".join(sorted(name for family in families().values() for name in family.pipelines)))
+
+
+def formats() -> None:
+    """One row a number format, then the block formats."""
+    short = {get_format(name).name: name for name in SHORT_NAMES}
+    table = Table("format", "short", "bits", "values", "largest", "smallest above 0")
+    for name in FORMATS:
+        fmt = get_format(name)
+        table.add_row(
+            fmt.name,
+            short.get(fmt.name, ""),
+            str(fmt.bits),
+            str(len(fmt.values)),
+            f"{fmt.max:g}",
+            f"{fmt.min_positive:g}",
+        )
+    blocks = Table("block format", "format", "scale of", "scale stored as")
+    for name, block in BLOCK_FORMATS.items():
+        blocks.add_row(name, get_format(block.format).name, str(block.granularity), block.store)
+    console = Console()
+    console.show(table)
+    console.show(blocks)
+    console.say("Any fpN_eXmY with N = 1 + X + Y up to 8 works too; none (or bf16) leaves a tensor alone.")
+
+
+def recipes() -> None:
+    """One row a recipe that comes with the package."""
+    table = Table("recipe", "weights", "activations", "granularity", "scale rule", "what it does")
+    for name in [*recipe_names(), *bits_names()]:
+        recipe = Recipe.load(name)
+        table.add_row(
+            name,
+            format_name(recipe.weights),
+            format_name(recipe.activations),
+            recipe.granularity,
+            recipe.scale,
+            recipe.description,
+        )
+    console = Console()
+    console.show(table)
+    console.say("--w and --a set the formats of any of them; a YAML file with the same keys is a recipe too.")
+
+
+def doctor() -> None:
+    """One row a check of this machine."""
+    quiet_libraries()
+    table = Table("", "check", "found", "what to do")
+    for check in examination.examine():
+        table.add_row(MARKS[check.status], check.name, check.detail, check.remedy)
+    Console().show(table)
+
+
+def inspect(folder: Path, layers: bool) -> None:
+    """The parts of a pipeline folder (or of the model in a run folder), their bytes, and what its backbone is.
+
+    Raises UserError for a folder that holds no pipeline, or one that is not whole.
+    """
+    quiet_libraries()
+    if runfolder.is_run(folder):
+        folder = folder / runfolder.MODEL
+    if not folder.exists():
+        raise UserError(f"there is no folder {folder}")
+    pipeline = folders.pipeline_class(folder)
+    folders.check_whole(folder)
+    console = Console()
+    parts = Table("part", "files", "size", title=f"{folder}: {pipeline}", title_justify="left")
+    for name in folders.components(folder):
+        files = [path for path in sorted((folder / name).rglob("*")) if path.is_file()]
+        parts.add_row(name, str(len(files)), size_text(sum(path.stat().st_size for path in files)))
+    console.show(parts)
+    family = next((family for family in families().values() if pipeline in family.pipelines), None)
+    if family is None:
+        console.say(f"no model family knows a {pipeline}")
+        return
+    method = folders.quantization(folder, family.component)
+    if method != QuantMethod.DMQUANT.value:
+        console.say(f"{family.component}: " + ("full precision" if method is None else f"quantized by {method}"))
+        return
+    _inspect_backbone(folder / family.component, layers, console)
+
+
+def _inspect_backbone(folder: Path, layers: bool, console: Console) -> None:
+    """What the recipe in a backbone's config.json makes of its layers, and what its files hold."""
+    recipe = QuantConfig(**folders.read_json(folder / "config.json")["quantization_config"]).recipe
+    plans = plan(_skeleton(folder), recipe)
+    sizes = _tensor_bytes(folder)
+    quantized = {step.name for step in plans}
+    packed = sum(size for name, size in sizes.items() if _layer(name) in quantized and not name.endswith(".bias"))
+    weights = sum(step.weights_count for step in plans)
+    console.say(
+        f"{folder.name}: recipe {recipe.name}, weights {format_name(recipe.weights)}, "
+        f"activations {format_name(recipe.activations)}, {len(plans)} layers; "
+        f"{8 * packed / weights:.3f} bits a quantized weight; {size_text(packed)} packed, "
+        f"{size_text(sum(sizes.values()) - packed)} in high precision"
+    )
+    if layers:
+        table = Table("layer", "weights", "granularity", "scale", "activations", "size")
+        for step in plans:
+            size = sum(size for name, size in sizes.items() if _layer(name) == step.name)
+            activations = "none" if step.activations is None else step.activations.fmt.name
+            table.add_row(
+                step.name,
+                step.weights.fmt.name,
+                str(step.weights.granularity),
+                f"{step.weights.scale}, {step.weights.store}",
+                activations,
+                size_text(size),
+            )
+        console.show(table)
+
+
+def _skeleton(folder: Path) -> Any:
+    """The backbone at full precision on the meta device: names and shapes without memory."""
+    import diffusers
+
+    config = folders.read_json(folder / "config.json")
+    model = getattr(diffusers, config["_class_name"])
+    with torch.device("meta"):
+        return model.from_config({key: value for key, value in config.items() if key != "quantization_config"})
+
+
+def _tensor_bytes(folder: Path) -> dict[str, int]:
+    """Bytes of every tensor in a component's safetensors files, by name; reads the headers only."""
+    sizes = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118: safe_open is no mapping
+                part = file.get_slice(name)
+                sizes[name] = torch.Size(part.get_shape()).numel() * ITEM_BYTES[part.get_dtype()]
+    return sizes
+
+
+def _layer(tensor: str) -> str:
+    return tensor.rpartition(".")[0]

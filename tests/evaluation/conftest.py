@@ -1,0 +1,55 @@
+"""Small folders of images for the tests of dmquant.evaluation."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from dmquant.evaluation.images import save_image
+from dmquant.evaluation.inception import Inception
+from dmquant.evaluation.result import Backbone
+
+
+def smooth_images(count: int, size: int = 32, seed: int = 0) -> Tensor:
+    """Colour gradients with texture, uint8 [count, 3, size, size]: neither constant nor noise."""
+    rng = np.random.default_rng(seed)
+    coarse = rng.uniform(0, 255, (count, 4, 4, 3)).astype(np.uint8)
+    pictures = [Image.fromarray(picture).resize((size, size), Image.Resampling.BICUBIC) for picture in coarse]
+    return torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures])).permute(0, 3, 1, 2)
+
+
+def with_noise(images: Tensor, sigma: float, seed: int = 1) -> Tensor:
+    """`images` with Gaussian noise of `sigma` 8-bit steps, uint8."""
+    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(seed)) * sigma
+    return (images + noise).round().clamp(0, 255).to(torch.uint8)
+
+
+def write_images(folder: Path, images: Tensor) -> Path:
+    """Write uint8 [N, 3, H, W] as 00000.png, 00001.png, ... to `folder`, which is returned."""
+    for index, image in enumerate(images):
+        save_image(image, folder / f"{index:05d}.png")
+    return folder
+
+
+class RandomExtractor(nn.Module):
+    """Eight fixed random features, each a nonlinear projection of an 8x8 thumbnail."""
+
+    def __init__(self):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.register_buffer("projection", torch.randn(3 * 64, 8, generator=generator) / 8)
+        self.calls = 0
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.calls += len(images)
+        thumbnails = nn.functional.adaptive_avg_pool2d(images.float() / 255, 8)
+        roughness = (images.float() / 255).diff(dim=-1).abs().mean(dim=(1, 2, 3))
+        return (thumbnails.flatten(1) @ self.projection).tanh() + roughness[:, None]
+
+
+@pytest.fixture
+def extractor() -> Inception:
+    return Inception(RandomExtractor(), Backbone("random", "0" * 64), batch_size=5)

@@ -1,0 +1,95 @@
+"""quantize_ swaps exactly the layers that the recipe says, and the books balance."""
+
+import pytest
+import torch
+from torch import nn
+
+from dmquant.convert import footprint, plan, quantize_
+from dmquant.errors import UsageError
+from dmquant.layers import QuantConv2d, QuantLinear
+from dmquant.recipe import Recipe, Rule
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv_in = nn.Conv2d(4, 16, 3, padding=1)
+        self.blocks = nn.ModuleList(nn.ModuleDict({"conv": nn.Conv2d(16, 16, 3), "ff": nn.Linear(96, 32)}) for _ in range(2))
+        self.norm = nn.LayerNorm(32)
+        self.proj_out = nn.Linear(32, 4)
+
+
+def kinds(net):
+    return {name for name, layer in net.named_modules() if isinstance(layer, (QuantLinear, QuantConv2d))}
+
+
+def test_the_packaged_recipe_keeps_first_and_last_layers():
+    net = Net()
+    reports = quantize_(net, "rtn")
+    assert kinds(net) == {"blocks.0.conv", "blocks.0.ff", "blocks.1.conv", "blocks.1.ff"}
+    assert [report.plan.name for report in reports] == sorted(kinds(net))
+
+
+def test_rules_choose_format_and_granularity_by_name():
+    net = Net()
+    rules = [Rule(match="*conv*", weights="int8", granularity="channel"), Rule(match="blocks.1.*", keep=True)]
+    quantize_(net, Recipe(name="x", rules=rules))
+    assert kinds(net) == {"conv_in", "blocks.0.conv", "blocks.0.ff", "proj_out"}
+    conv, ff = net.blocks[0]["conv"].weight_spec, net.blocks[0]["ff"].weight_spec
+    assert (conv.fmt.name, str(conv.granularity)) == ("int8", "channel")
+    assert (ff.fmt.name, str(ff.granularity)) == ("fp4_e2m1", "group:64")
+
+
+def test_a_group_size_that_does_not_divide_is_handled_and_said():
+    net = Net()
+    notes = {report.plan.name: report.plan.note for report in quantize_(net, Recipe(name="x", granularity="group:64"))}
+    assert "blocks.0.ff: 96 weights a channel do not divide into groups of 64; the last group has 32" in notes.values()
+    assert notes["blocks.0.conv"] == "blocks.0.conv: 144 weights a channel do not divide into groups of 64; the last group has 16"
+    assert net.blocks[0]["ff"](torch.randn(2, 96)).isfinite().all()
+
+
+def test_the_same_plan_on_meta():
+    with torch.device("meta"):
+        empty = Net()
+    assert plan(empty, Recipe.load("rtn")) == plan(Net(), Recipe.load("rtn"))
+
+
+def test_a_recipe_that_quantizes_nothing_is_an_error():
+    with pytest.raises(UsageError, match="quantizes none of the layers of Net"):
+        quantize_(Net(), Recipe(name="idle", rules=[Rule(match="*", keep=True)]))
+
+
+def test_a_layer_with_nan_weights_is_named():
+    net = Net()
+    net.blocks[1]["ff"].weight.data[0, 0] = float("nan")
+    with pytest.raises(UsageError, match=r"layer blocks\.1\.ff: the weights hold NaN"):
+        quantize_(net, "rtn")
+
+
+def test_progress_counts_every_layer():
+    seen = []
+    quantize_(Net(), "rtn", progress=lambda *step: seen.append(step))
+    assert [(done, total) for done, total, _ in seen] == [(1, 4), (2, 4), (3, 4), (4, 4)]
+
+
+def test_reported_errors_are_those_of_the_weights():
+    net = Net()
+    exact = net.blocks[0]["ff"].weight.detach().clone()
+    error = {report.plan.name: report.error for report in quantize_(net, "rtn")}["blocks.0.ff"]
+    back = net.blocks[0]["ff"].dequantize(torch.float32)
+    assert error == pytest.approx(((back - exact).square().sum() / exact.square().sum()).item())
+    assert 0.003 < error < 0.03
+
+
+def test_footprint_counts_scales_biases_and_kept_layers():
+    net = Net()
+    before = footprint(net)
+    assert before.bits_per_weight is None
+    assert before.bytes == 4 * sum(p.numel() for p in net.parameters())
+    quantize_(net, Recipe.load("w4a16").with_settings(granularity="group:16"))
+    after = footprint(net)
+    weights = 2 * (16 * 144 + 32 * 96)
+    assert after.quantized_weights == weights
+    assert after.bits_per_weight == 5.0  # four bits, and sixteen of scale for every sixteen
+    assert after.kept_bytes == before.bytes - 4 * weights
+    assert after.bytes == sum(t.nbytes for t in (*net.parameters(), *net.buffers()))

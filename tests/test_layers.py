@@ -1,0 +1,175 @@
+"""Quantized layers compute what their packed weights and quantized inputs say, and remain Linear and Conv2d to others."""
+
+import copy
+import io
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from dmquant import kernels
+from dmquant.activations import ActivationSpec, fake_quantize
+from dmquant.layers import QuantConv2d, QuantLinear, quantize_layer
+from dmquant.qtensor import WeightSpec, quantize_tensor
+
+FP4, FP6 = WeightSpec.parse("fp4"), ActivationSpec.parse("fp6")
+
+
+@pytest.mark.parametrize("activations", [None, FP6, ActivationSpec.parse("int8", "tensor"), ActivationSpec.parse("mxfp6")])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_linear_is_its_dequantized_weight_on_quantized_inputs(activations, bias, dtype):
+    layer = nn.Linear(200, 96, bias=bias).to(dtype)
+    quantized = quantize_layer(layer, FP4, activations)
+    x = torch.randn(2, 7, 200, dtype=dtype)
+    inputs = x if activations is None else fake_quantize(x, activations)
+    weight = quantize_tensor(layer.weight, "fp4").dequantize(dtype)
+    assert torch.equal(quantized(x), F.linear(inputs, weight, layer.bias))
+    assert quantized(x).dtype == dtype
+
+
+@pytest.mark.parametrize("activations", [None, FP6])
+@pytest.mark.parametrize(
+    "geometry",
+    [
+        {"padding": 1},
+        {"stride": 2, "padding": 1},
+        {"dilation": 2, "padding": "same"},
+        {"groups": 4},
+        {"padding": 1, "padding_mode": "circular"},
+        {"padding": (0, 2), "bias": False},
+    ],
+)
+def test_convolution_is_its_dequantized_weight_on_quantized_inputs(activations, geometry):
+    layer = nn.Conv2d(12, 8, 3, **geometry)
+    quantized = quantize_layer(layer, FP4, activations)
+    x = torch.randn(2, 12, 9, 10)
+    inputs = x if activations is None else fake_quantize(x, activations, dim=1)
+    float_twin = copy.deepcopy(layer)
+    float_twin.weight.data = quantize_tensor(layer.weight, "fp4").dequantize()
+    assert torch.equal(quantized(x), float_twin(inputs))
+    assert quantized(x[0]).shape == quantized(x)[0].shape  # unbatched, as nn.Conv2d
+
+
+@pytest.mark.parametrize(("format", "most"), [("fp8", 0.04), ("fp6", 0.04), ("fp4", 0.13), ("int8", 0.01), ("nvfp4", 0.12)])
+def test_more_bits_stay_closer_to_the_float_layer(format, most):
+    layer = nn.Linear(256, 128)
+    x = torch.randn(64, 256)
+    quantized = quantize_layer(layer, WeightSpec.parse(format), None)
+    assert (quantized(x) - layer(x)).norm() / layer(x).norm() < most
+
+
+def test_layers_hold_only_packed_bytes_and_bias():
+    quantized = quantize_layer(nn.Linear(256, 32).bfloat16(), FP4, FP6)
+    assert {name: p.dtype for name, p in quantized.named_parameters()} == {
+        "qweight": torch.uint8,
+        "scale": torch.uint8,
+        "bias": torch.bfloat16,
+    }
+    assert sum(p.nbytes for p in quantized.parameters()) == 256 * 32 * 4.25 / 8 + 32 * 2
+    assert not list(quantized.buffers())
+
+
+@pytest.mark.parametrize("format", ["fp4", "nvfp4", "mxfp4", "int4"])
+def test_casting_the_module_changes_no_code_and_no_scale(format):
+    quantized = quantize_layer(nn.Linear(96, 64), WeightSpec.parse(format, store="fp32"), None)
+    before = quantized.dequantize(torch.float32)
+    quantized.half().to(torch.bfloat16)
+    assert quantized.bias.dtype == torch.bfloat16
+    assert torch.equal(quantized.dequantize(torch.float32), before)
+
+
+def test_copies_and_pickles_give_the_same_output():
+    quantized = quantize_layer(nn.Conv2d(8, 8, 3), FP4, FP6)
+    x = torch.randn(1, 8, 6, 6)
+    file = io.BytesIO()
+    torch.save(quantized, file)
+    file.seek(0)
+    for twin in (copy.deepcopy(quantized), torch.load(file, weights_only=False)):
+        assert torch.equal(twin(x), quantized(x))
+
+
+def test_state_dict_fills_an_empty_layer():
+    layer = nn.Linear(100, 40)
+    quantized = quantize_layer(layer, FP4, FP6)
+    empty = QuantLinear.like(layer, FP4, FP6, device="meta")
+    empty.load_state_dict(quantized.state_dict(), assign=True)
+    x = torch.randn(3, 100)
+    assert torch.equal(empty(x), quantized(x))
+
+
+def test_subclasses_count_as_linear_and_convolution():
+    assert isinstance(quantize_layer(nn.Linear(8, 8), FP4, None), nn.Linear)
+    conv = quantize_layer(nn.Conv2d(8, 8, 1), FP4, None)
+    assert isinstance(conv, nn.Conv2d)
+    assert isinstance(conv, QuantConv2d)
+    assert conv.weight.shape == (8, 8, 1, 1)
+
+
+def test_gradients_reach_the_input_for_adapters_below():
+    quantized = quantize_layer(nn.Linear(32, 8), FP4, None)
+    x = torch.randn(4, 32, requires_grad=True)
+    quantized(x).sum().backward()
+    assert torch.allclose(x.grad, quantized.dequantize(torch.float32).sum(0).expand(4, -1), atol=1e-6)
+
+
+def test_the_reference_kernels_can_be_forced_and_agree():
+    quantized = quantize_layer(nn.Linear(128, 64), FP4, FP6)
+    x = torch.randn(5, 128)
+    fast = quantized(x)
+    kernels.use_reference(True)
+    try:
+        assert torch.equal(quantized(x), fast)
+    finally:
+        kernels.use_reference(False)
+
+
+@pytest.mark.slow
+def test_torch_compile_agrees_with_eager():
+    quantized = quantize_layer(nn.Linear(128, 64), FP4, FP6)
+    x = torch.randn(5, 128)
+    assert torch.allclose(torch.compile(quantized)(x), quantized(x), atol=1e-5)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_agrees_with_cpu():
+    for layer, x in ((nn.Linear(128, 64), torch.randn(5, 128)), (nn.Conv2d(8, 8, 3), torch.randn(2, 8, 9, 9))):
+        quantized = quantize_layer(layer, FP4, FP6)
+        expected = quantized(x)
+        on_gpu = quantized.cuda()
+        assert torch.equal(on_gpu.dequantize(torch.float32).cpu(), quantize_layer(layer, FP4, FP6).dequantize(torch.float32))
+        assert torch.allclose(on_gpu(x.cuda()).cpu(), expected, rtol=1e-2, atol=1e-2)
+
+
+class TestLora:
+    """LoRA adapters (peft) on quantized layers."""
+
+    def adapted(self):
+        peft = pytest.importorskip("peft")
+
+        class Model(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.to_q = quantize_layer(nn.Linear(64, 64), FP4, None)
+                self.conv = quantize_layer(nn.Conv2d(8, 8, 3), FP4, None)
+
+            def forward(self, x):
+                return self.to_q(x)
+
+        base = Model()
+        config = peft.LoraConfig(target_modules=["to_q", "conv"], r=4, init_lora_weights=False)
+        return peft.get_peft_model(base, config)
+
+    def test_an_adapter_changes_the_output_and_can_be_disabled(self):
+        model, x = self.adapted(), torch.randn(3, 64)
+        with model.disable_adapter():
+            plain = model(x)
+        lora = model.base_model.model.to_q
+        delta = lora.lora_B["default"](lora.lora_A["default"](x)) * lora.scaling["default"]
+        assert torch.allclose(model(x), plain + delta, atol=1e-5)
+
+    @pytest.mark.parametrize("safe", [True, False])
+    def test_fusing_is_a_clear_error_instead_of_a_lost_adapter(self, safe):
+        with pytest.raises(RuntimeError, match="keep the LoRA adapter unfused"):
+            self.adapted().merge_adapter(safe_merge=safe)

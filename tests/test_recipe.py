@@ -1,0 +1,95 @@
+"""Recipes: what a name or a file means for each layer, and one clear line where it means nothing."""
+
+import pytest
+
+from dmquant.errors import UsageError
+from dmquant.recipe import Recipe, Rule, bits_names, recipe_names
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_packaged_recipes_load_and_round_trip(name, tmp_path):
+    recipe = Recipe.load(name)
+    assert recipe.name == name
+    recipe.save(tmp_path / "copy.yaml")
+    assert Recipe.load(tmp_path / "copy.yaml") == recipe
+
+
+@pytest.mark.parametrize(("name", "formats"), [("w4a6", ("fp4", "fp6")), ("w8a8", ("fp8", "fp8")), ("w4a16", ("fp4", "none"))])
+def test_names_by_bits_are_floating_point(name, formats):
+    recipe = Recipe.load(name)
+    assert (recipe.weights, recipe.activations) == formats
+    assert name in bits_names()
+
+
+def test_formats_of_the_command_line_win():
+    recipe = Recipe.load("w4a6", w="int4", a="int8")
+    assert (recipe.weights, recipe.activations) == ("int4", "int8")
+
+
+def test_later_rules_win_and_keep_can_be_taken_back():
+    recipe = Recipe(
+        name="x",
+        rules=[
+            Rule(match="*", activations="fp8"),
+            Rule(match="blocks.*", weights="fp6", granularity="channel"),
+            Rule(match=["blocks.0.*", "head"], keep=True),
+            Rule(match="blocks.0.attn", keep=False),
+        ],
+    )
+    assert recipe.settings_for("blocks.0.ff") is None
+    assert recipe.settings_for("head") is None
+    attn = recipe.settings_for("blocks.0.attn")
+    assert (attn.weights, attn.activations, attn.granularity) == ("fp6", "fp8", "channel")
+    assert recipe.settings_for("other").weights == "fp4"
+
+
+def test_no_format_for_weights_leaves_a_layer_alone():
+    assert Recipe(name="x", rules=[Rule(match="a", weights="bf16")]).settings_for("a") is None
+
+
+def test_kept_layers_of_a_family_come_before_the_recipes_own_rules():
+    recipe = Recipe(name="x", rules=[Rule(match="head", keep=False)]).keeping(["head", "tail"])
+    assert recipe.settings_for("head") is not None
+    assert recipe.settings_for("tail") is None
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("name: x\nweigths: fp4\n", r"line 2: weigths: unknown key 'weigths': did you mean 'weights'"),
+        ("name: x\nweights: fp44\n", r"line 2: weights: unknown format 'fp44': did you mean 'fp4'"),
+        ("name: x\nweights: fp4_e2m2\n", r"line 2: weights: .*does not add up"),
+        ("name: x\nscale: best\n", r"line 2: scale: unknown scale rule 'best'"),
+        ("name: x\ngranularity: 64\n", r"line 2: granularity: Input should be a valid string"),
+        ("name: x\ngranularity: row\n", r"line 2: granularity: unknown granularity 'row'"),
+        ("name: x\nrules:\n  - match: a\n    kep: true\n", r"line 4: rules.0.kep: unknown key 'kep': did you mean 'keep'"),
+        ("name: x\nrules:\n  - keep: true\n", r"line 3: rules.0.match: this key is required"),
+        ("name: x\nrules: many\n", r"line 2: rules: Input should be a valid list"),
+        ("weights: fp4\n", r"name: this key is required"),
+        ("name: [x\nweights: fp4\n", r"line \d: not valid YAML"),
+        ("", r"Input should be a valid dictionary"),
+        ("- a\n- b\n", r"Input should be a valid dictionary"),
+    ],
+)
+def test_a_wrong_file_is_one_line_with_file_and_line(tmp_path, text, message):
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    with pytest.raises(UsageError, match=message) as error:
+        Recipe.load(path)
+    assert "\n" not in str(error.value)
+    assert "mine.yaml" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("rtnn",), "unknown recipe 'rtnn': did you mean 'rtn'"),
+        (("nowhere.yaml",), "no recipe file nowhere.yaml"),
+        (("rtn", "fp5"), "unknown format 'fp5'"),
+        (("rtn", "fp4", "int9"), "integer formats"),
+        (("w5a6",), "no floating-point format is implied by 5 bits"),
+    ],
+)
+def test_unknown_names_are_usage_errors(arguments, message):
+    with pytest.raises(UsageError, match=message):
+        Recipe.load(*arguments)
