@@ -316,21 +316,19 @@ def score(
     stages.score(fp, quantized, metrics, real, device)
 
 
-@command(
-    "dmquant grid images/fp images/quantized --out grid.png", "dmquant grid images/fp images/quantized --columns 4"
-)
+@command("dmquant grid images/fp images/quantized --out grid.png", "dmquant grid images/fp images/quantized --rows 4")
 def grid(
     fp: FullPrecisionImages,
     quantized: QuantizedImages,
     out: Annotated[Path, typer.Option(metavar="FILE", help="The picture to write.", rich_help_panel="Output")] = Path(
         "grid.png"
     ),
-    columns: Annotated[int, typer.Option(min=1, help="Pairs to show.", rich_help_panel="Output")] = 8,
+    rows: Annotated[int, typer.Option(min=1, help="Prompts to show, spread over all.", rich_help_panel="Output")] = 12,
 ) -> None:
     """Draw image pairs side by side: full precision above, quantized below."""
     from dmquant.pipelines import stages
 
-    stages.grid(fp, quantized, out, columns)
+    stages.grid(fp, quantized, out, rows)
 
 
 @command("dmquant report runs/emoji-pixart-w4a6")

@@ -17,7 +17,7 @@ from torch import nn
 
 from dmquant.convert import plan
 from dmquant.errors import UserError
-from dmquant.layers import QUANTIZED, QuantConv2d, QuantLinear, quantize_layer
+from dmquant.layers import QUANTIZED, quantize_layer
 from dmquant.recipe import Recipe
 
 _PACKED = ("qweight", "scale", "scale_base")
@@ -174,8 +174,3 @@ def load_pipeline(folder: str | Path, **options: Any) -> Any:
     from diffusers import DiffusionPipeline
 
     return DiffusionPipeline.from_pretrained(folder, **options)
-
-
-def is_quantized_layer(layer: nn.Module) -> bool:
-    """Whether a layer's weight is packed."""
-    return isinstance(layer, (QuantLinear, QuantConv2d))

@@ -38,7 +38,7 @@ th, td { padding: .5rem .8rem; text-align: left; vertical-align: top; border-top
 thead th { border-top: 0; background: var(--panel); font-weight: 600; font-size: .85rem; color: var(--faint); }
 tbody th { font-weight: 600; white-space: nowrap; }
 td.fact { white-space: nowrap; }
-td small { display: block; color: var(--faint); font-size: .8rem; }
+td small { display: block; min-width: 15rem; color: var(--faint); font-size: .8rem; }
 .missing { color: var(--warn); font-size: .85rem; }
 .grid { display: block; max-width: 100%; height: auto; border: 1px solid var(--line); border-radius: 8px; }
 .pairs { display: flex; flex-wrap: wrap; gap: 1.2rem; }

@@ -1,11 +1,11 @@
 """What there is: models, formats, recipes, this machine, and what is inside a folder; as tables on the screen."""
 
+import json
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.table import Table
-from safetensors import safe_open
+from torch import nn
 
 from dmquant.convert import plan
 from dmquant.diffusers_backend import QuantConfig, QuantMethod
@@ -26,12 +26,13 @@ FORMATS = (
     *(f"int{bits}" for bits in range(2, 9)),
 )
 SHORT_NAMES = ("fp4", "fp6", "fp8")
+PACKED = ("qweight", "scale", "scale_base")
 MARKS = {"ok": "ok", "warn": "note", "missing": "missing"}
 
 
 def models() -> None:
     """One row a registered model."""
-    table = Table("model", "what it is", "size", "steps", "guidance", "dtype", "download", "licence")
+    table = _table("model", "what it is", "size", "steps", "guidance", "dtype", "download", "licence")
     for spec in registered_models().values():
         download = "none" if spec.download_bytes is None else readable(spec.download_bytes)
         table.add_row(
@@ -53,7 +54,7 @@ def models() -> None:
 def formats() -> None:
     """One row a number format, then the block formats."""
     short = {get_format(name).name: name for name in SHORT_NAMES}
-    table = Table("format", "short", "bits", "values", "largest", "smallest above 0")
+    table = _table("format", "short", "bits", "values", "largest", "smallest above 0")
     for name in FORMATS:
         fmt = get_format(name)
         table.add_row(
@@ -64,7 +65,7 @@ def formats() -> None:
             f"{fmt.max:g}",
             f"{fmt.min_positive:g}",
         )
-    blocks = Table("block format", "format", "scale of", "scale stored as")
+    blocks = _table("block format", "format", "scale of", "scale stored as")
     for name, block in BLOCK_FORMATS.items():
         blocks.add_row(name, get_format(block.format).name, str(block.granularity), block.store)
     console = Console()
@@ -75,7 +76,7 @@ def formats() -> None:
 
 def recipes() -> None:
     """One row a recipe that comes with the package."""
-    table = Table("recipe", "weights", "activations", "granularity", "scale rule", "what it does")
+    table = _table("recipe", "weights", "activations", "granularity", "scale rule", "what it does")
     for name in [*recipe_names(), *bits_names()]:
         recipe = Recipe.load(name)
         table.add_row(
@@ -94,7 +95,7 @@ def recipes() -> None:
 def doctor() -> None:
     """One row a check of this machine."""
     quiet_libraries()
-    table = Table("", "check", "found", "what to do")
+    table = _table("", "check", "found", "what to do")
     for check in examination.examine():
         table.add_row(MARKS[check.status], check.name, check.detail, check.remedy)
     Console().show(table)
@@ -113,10 +114,11 @@ def inspect(folder: Path, layers: bool) -> None:
     pipeline = folders.pipeline_class(folder)
     folders.check_whole(folder)
     console = Console()
-    parts = Table("part", "files", "size", title=f"{folder}: {pipeline}", title_justify="left")
+    parts = _table("part", "files", "size")
     for name in folders.components(folder):
         files = [path for path in sorted((folder / name).rglob("*")) if path.is_file()]
         parts.add_row(name, str(len(files)), size_text(sum(path.stat().st_size for path in files)))
+    console.say(f"{folder}: {pipeline}")
     console.show(parts)
     family = next((family for family in families().values() if pipeline in family.pipelines), None)
     if family is None:
@@ -132,11 +134,12 @@ def inspect(folder: Path, layers: bool) -> None:
 def _inspect_backbone(folder: Path, layers: bool, console: Console) -> None:
     """What the recipe in a backbone's config.json makes of its layers, and what its files hold."""
     recipe = QuantConfig(**folders.read_json(folder / "config.json")["quantization_config"]).recipe
-    plans = plan(_skeleton(folder), recipe)
+    skeleton = _skeleton(folder)
+    plans = plan(skeleton, recipe)
     sizes = _tensor_bytes(folder)
-    quantized = {step.name for step in plans}
-    packed = sum(size for name, size in sizes.items() if _layer(name) in quantized and not name.endswith(".bias"))
-    weights = sum(step.weights_count for step in plans)
+    packed_of = {step.name: sum(sizes.get(f"{step.name}.{part}", 0) for part in PACKED) for step in plans}
+    packed = sum(packed_of.values())
+    weights = sum(skeleton.get_submodule(step.name).weight.numel() for step in plans)
     console.say(
         f"{folder.name}: recipe {recipe.name}, weights {format_name(recipe.weights)}, "
         f"activations {format_name(recipe.activations)}, {len(plans)} layers; "
@@ -144,9 +147,8 @@ def _inspect_backbone(folder: Path, layers: bool, console: Console) -> None:
         f"{size_text(sum(sizes.values()) - packed)} in high precision"
     )
     if layers:
-        table = Table("layer", "weights", "granularity", "scale", "activations", "size")
+        table = _table("layer", "weights", "granularity", "scale", "activations", "size")
         for step in plans:
-            size = sum(size for name, size in sizes.items() if _layer(name) == step.name)
             activations = "none" if step.activations is None else step.activations.fmt.name
             table.add_row(
                 step.name,
@@ -154,31 +156,35 @@ def _inspect_backbone(folder: Path, layers: bool, console: Console) -> None:
                 str(step.weights.granularity),
                 f"{step.weights.scale}, {step.weights.store}",
                 activations,
-                size_text(size),
+                size_text(packed_of[step.name]),
             )
         console.show(table)
 
 
-def _skeleton(folder: Path) -> Any:
+def _skeleton(folder: Path) -> nn.Module:
     """The backbone at full precision on the meta device: names and shapes without memory."""
     import diffusers
 
     config = folders.read_json(folder / "config.json")
-    model = getattr(diffusers, config["_class_name"])
+    model = getattr(diffusers, config.pop("_class_name"))
+    config.pop("quantization_config")
     with torch.device("meta"):
-        return model.from_config({key: value for key, value in config.items() if key != "quantization_config"})
+        return model.from_config(config)
 
 
 def _tensor_bytes(folder: Path) -> dict[str, int]:
     """Bytes of every tensor in a component's safetensors files, by name; reads the headers only."""
     sizes = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118: safe_open is no mapping
-                part = file.get_slice(name)
-                sizes[name] = torch.Size(part.get_shape()).numel() * ITEM_BYTES[part.get_dtype()]
+    for path in folder.glob("*.safetensors"):
+        with path.open("rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        entries = {name: entry["data_offsets"] for name, entry in header.items() if name != "__metadata__"}
+        sizes |= {name: end - begin for name, (begin, end) in entries.items()}
     return sizes
 
 
-def _layer(tensor: str) -> str:
-    return tensor.rpartition(".")[0]
+def _table(*headers: str) -> Table:
+    table = Table()
+    for header in headers:
+        table.add_column(header, overflow="fold")
+    return table

@@ -182,7 +182,10 @@ def versions() -> dict[str, str]:
 
 
 def _prompts(options: Options, model: ModelSpec) -> list[str]:
-    """As many prompts as were asked for; by default 64, or all where the list has fewer."""
+    """As many prompts as were asked for; by default 64, or all in their order where the list has no more."""
     listed = options.prompts or model.prompts
-    number = options.num_prompts or min(DEFAULT_PROMPTS, len(load_prompts(listed, None, options.seed)))
+    everything = load_prompts(listed, None, options.seed)
+    number = options.num_prompts or DEFAULT_PROMPTS
+    if len(everything) == number or (options.num_prompts is None and len(everything) < number):
+        return everything
     return load_prompts(listed, number, options.seed)

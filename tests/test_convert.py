@@ -14,9 +14,14 @@ class Net(nn.Module):
     def __init__(self):
         super().__init__()
         self.conv_in = nn.Conv2d(4, 16, 3, padding=1)
-        self.blocks = nn.ModuleList(nn.ModuleDict({"conv": nn.Conv2d(16, 16, 3), "ff": nn.Linear(96, 32)}) for _ in range(2))
+        self.blocks = nn.ModuleList(
+            nn.ModuleDict({"conv": nn.Conv2d(16, 16, 3), "ff": nn.Linear(96, 32)}) for _ in range(2)
+        )
         self.norm = nn.LayerNorm(32)
         self.proj_out = nn.Linear(32, 4)
+
+    def block(self):
+        return nn.ModuleDict({"conv": nn.Conv2d(16, 16, 3), "ff": nn.Linear(96, 32)})
 
 
 def kinds(net):
@@ -44,7 +49,10 @@ def test_a_group_size_that_does_not_divide_is_handled_and_said():
     net = Net()
     notes = {report.plan.name: report.plan.note for report in quantize_(net, Recipe(name="x", granularity="group:64"))}
     assert "blocks.0.ff: 96 weights a channel do not divide into groups of 64; the last group has 32" in notes.values()
-    assert notes["blocks.0.conv"] == "blocks.0.conv: 144 weights a channel do not divide into groups of 64; the last group has 16"
+    assert (
+        notes["blocks.0.conv"]
+        == "blocks.0.conv: 144 weights a channel do not divide into groups of 64; the last group has 16"
+    )
     assert net.blocks[0]["ff"](torch.randn(2, 96)).isfinite().all()
 
 

@@ -97,7 +97,9 @@ def test_quantizing_while_loading_gives_the_same_model(kind, dtype, shard, tmp_p
     assert all(torch.equal(got[name], expected[name]) for name in got)
     assert not any(parameter.is_meta for parameter in loaded.parameters())
     loaded.save_pretrained(tmp_path / "again")
-    assert torch.equal(example(type(loaded).from_pretrained(tmp_path / "again", torch_dtype=dtype), dtype), example(loaded, dtype))
+    assert torch.equal(
+        example(type(loaded).from_pretrained(tmp_path / "again", torch_dtype=dtype), dtype), example(loaded, dtype)
+    )
 
 
 def test_convolutions_of_a_unet_are_quantized():
@@ -170,7 +172,9 @@ def test_no_local_path_is_left_in_a_pipeline_folder(tmp_path):
 def test_a_folder_saved_in_bfloat16_loads_without_naming_a_dtype(tmp_path):
     save_pipeline(tiny_pixart().to(torch.bfloat16), tmp_path)
     pipeline = load_pipeline(tmp_path)
-    assert {component.dtype for component in (pipeline.text_encoder, pipeline.transformer, pipeline.vae)} == {torch.float32}
+    assert {component.dtype for component in (pipeline.text_encoder, pipeline.transformer, pipeline.vae)} == {
+        torch.float32
+    }
 
 
 def test_importing_dmquant_imports_no_torch_and_the_public_names_resolve():

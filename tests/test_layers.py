@@ -1,4 +1,4 @@
-"""Quantized layers compute what their packed weights and quantized inputs say, and remain Linear and Conv2d to others."""
+"""Quantized layers compute what packed weights and quantized inputs say, and remain Linear and Conv2d to others."""
 
 import copy
 import io
@@ -14,9 +14,12 @@ from dmquant.layers import QuantConv2d, QuantLinear, quantize_layer
 from dmquant.qtensor import WeightSpec, quantize_tensor
 
 FP4, FP6 = WeightSpec.parse("fp4"), ActivationSpec.parse("fp6")
+ACTIVATIONS = [None, FP6, ActivationSpec.parse("int8", "tensor"), ActivationSpec.parse("mxfp6")]
 
 
-@pytest.mark.parametrize("activations", [None, FP6, ActivationSpec.parse("int8", "tensor"), ActivationSpec.parse("mxfp6")])
+@pytest.mark.parametrize(
+    "activations", [None, FP6, ActivationSpec.parse("int8", "tensor"), ActivationSpec.parse("mxfp6")]
+)
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_linear_is_its_dequantized_weight_on_quantized_inputs(activations, bias, dtype):
@@ -52,7 +55,9 @@ def test_convolution_is_its_dequantized_weight_on_quantized_inputs(activations, 
     assert quantized(x[0]).shape == quantized(x)[0].shape  # unbatched, as nn.Conv2d
 
 
-@pytest.mark.parametrize(("format", "most"), [("fp8", 0.04), ("fp6", 0.04), ("fp4", 0.13), ("int8", 0.01), ("nvfp4", 0.12)])
+@pytest.mark.parametrize(
+    ("format", "most"), [("fp8", 0.04), ("fp6", 0.04), ("fp4", 0.13), ("int8", 0.01), ("nvfp4", 0.12)]
+)
 def test_more_bits_stay_closer_to_the_float_layer(format, most):
     layer = nn.Linear(256, 128)
     x = torch.randn(64, 256)
@@ -138,7 +143,9 @@ def test_cuda_agrees_with_cpu():
         quantized = quantize_layer(layer, FP4, FP6)
         expected = quantized(x)
         on_gpu = quantized.cuda()
-        assert torch.equal(on_gpu.dequantize(torch.float32).cpu(), quantize_layer(layer, FP4, FP6).dequantize(torch.float32))
+        assert torch.equal(
+            on_gpu.dequantize(torch.float32).cpu(), quantize_layer(layer, FP4, FP6).dequantize(torch.float32)
+        )
         assert torch.allclose(on_gpu(x.cuda()).cpu(), expected, rtol=1e-2, atol=1e-2)
 
 

@@ -13,7 +13,20 @@ from dmquant.kernels import cpu, reference
 from dmquant.qtensor import WeightSpec, quantize_tensor
 from dmquant.scaling import BLOCK_FORMATS, STORES, Granularity, fit_absmax, fit_mse, to_groups
 
-FORMATS = ("fp4", "fp4_e1m2", "fp4_e3m0", "fp6", "fp6_e3m2", "fp8", "fp8_e5m2", "fp3_e1m1", "int2", "int4", "int8", "lut4")
+FORMATS = (
+    "fp4",
+    "fp4_e1m2",
+    "fp4_e3m0",
+    "fp6",
+    "fp6_e3m2",
+    "fp8",
+    "fp8_e5m2",
+    "fp3_e1m1",
+    "int2",
+    "int4",
+    "int8",
+    "lut4",
+)
 GRANULARITIES = ("tensor", "channel", "group:16", "group:100")
 
 
@@ -79,7 +92,9 @@ def test_the_mse_rule_never_loses_to_absmax(format, store):
 
 def test_the_mse_rule_clips_where_that_pays():
     w = weights(64, 64)
-    errors = [(quantize_tensor(w, "int3", "channel", rule).dequantize() - w).square().mean() for rule in ("absmax", "mse")]
+    errors = [
+        (quantize_tensor(w, "int3", "channel", rule).dequantize() - w).square().mean() for rule in ("absmax", "mse")
+    ]
     assert errors[1] < 0.8 * errors[0]
 
 

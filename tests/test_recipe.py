@@ -14,7 +14,9 @@ def test_packaged_recipes_load_and_round_trip(name, tmp_path):
     assert Recipe.load(tmp_path / "copy.yaml") == recipe
 
 
-@pytest.mark.parametrize(("name", "formats"), [("w4a6", ("fp4", "fp6")), ("w8a8", ("fp8", "fp8")), ("w4a16", ("fp4", "none"))])
+@pytest.mark.parametrize(
+    ("name", "formats"), [("w4a6", ("fp4", "fp6")), ("w8a8", ("fp8", "fp8")), ("w4a16", ("fp4", "none"))]
+)
 def test_names_by_bits_are_floating_point(name, formats):
     recipe = Recipe.load(name)
     assert (recipe.weights, recipe.activations) == formats
@@ -62,7 +64,10 @@ def test_kept_layers_of_a_family_come_before_the_recipes_own_rules():
         ("name: x\nscale: best\n", r"line 2: scale: unknown scale rule 'best'"),
         ("name: x\ngranularity: 64\n", r"line 2: granularity: Input should be a valid string"),
         ("name: x\ngranularity: row\n", r"line 2: granularity: unknown granularity 'row'"),
-        ("name: x\nrules:\n  - match: a\n    kep: true\n", r"line 4: rules.0.kep: unknown key 'kep': did you mean 'keep'"),
+        (
+            "name: x\nrules:\n  - match: a\n    kep: true\n",
+            r"line 4: rules.0.kep: unknown key 'kep': did you mean 'keep'",
+        ),
         ("name: x\nrules:\n  - keep: true\n", r"line 3: rules.0.match: this key is required"),
         ("name: x\nrules: many\n", r"line 2: rules: Input should be a valid list"),
         ("weights: fp4\n", r"name: this key is required"),

@@ -1,0 +1,39 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+DEMO := runs/demo
+
+# pip reads this in build environments too, where -c does not reach.
+export PIP_CONSTRAINT := constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint wheel clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(INSTALLED) ## quantize the embedded model to W4A6 and compare it with full precision
+	$(BIN)/dmquant run emoji-pixart --w fp4 --a fp6 --out $(DEMO)
+	@echo "grid:   $(DEMO)/grid.png"
+	@echo "report: $(DEMO)/report.html (also report.md and report.json)"
+
+test: lint ## lint, then run all tests
+	$(BIN)/python -m pytest
+
+lint: $(INSTALLED) ## check style and formatting
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+wheel: $(INSTALLED) ## build dist/dmquant-VERSION-py3-none-any.whl
+	rm -rf build/lib dist  # setuptools would pack what earlier builds left in build/lib
+	$(BIN)/pip wheel --no-deps --wheel-dir dist .
+
+clean: ## remove the environment, builds and caches; runs/ stays
+	rm -rf $(VENV) build/lib build/bdist.* dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv --clear $(VENV)
+	$(BIN)/pip install --editable '.[test,offline]'
+	touch $@

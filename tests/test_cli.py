@@ -1,0 +1,229 @@
+"""The command line: instant help, and one clear line with the right exit code for everything that can be wrong."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from dmquant import cli
+from tests.tiny import tiny_pixart
+
+COMMANDS = [command.callback.__name__ for command in cli.app.registered_commands]
+HEAVY = ("torch", "diffusers", "transformers", "torchmetrics")
+HELP_SECONDS = 0.5
+
+
+def dmquant(capsys, *arguments):
+    """Run the command in this process: exit code, standard output, standard error."""
+    sys.argv = ["dmquant", *map(str, arguments)]
+    try:
+        cli.main()
+        code = 0
+    except SystemExit as ended:
+        code = ended.code or 0
+    output = capsys.readouterr()
+    return code, output.out, output.err
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", sys.argv)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    tiny_pixart(folder)
+    return folder
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"]])
+def test_help_is_instant_and_imports_nothing_heavy(arguments):
+    script = (
+        "import sys, time\n"
+        f"sys.argv = ['dmquant', *{arguments}]\n"
+        "from dmquant.cli import main\n"
+        "try:\n    main()\nexcept SystemExit:\n    pass\n"
+        f"print('imported', [name for name in {HEAVY} if name in sys.modules], time.process_time(), file=sys.stderr)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert "Usage" in done.stdout
+    imported, seconds = done.stderr.removeprefix("imported ").rsplit(" ", 1)
+    assert imported == "[]"
+    assert float(seconds) < HELP_SECONDS
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_itself_with_an_example(capsys, command):
+    code, out, _ = dmquant(capsys, command, "--help")
+    assert code == 0
+    assert f"dmquant {command}" in out.partition("Examples")[2]
+
+
+@pytest.mark.parametrize("command", ["models", "formats", "recipes"])
+def test_the_lists_name_what_there_is(capsys, command):
+    code, out, _ = dmquant(capsys, command)
+    assert code == 0
+    expected = {"models": "emoji-pixart", "formats": "fp6_e2m3", "recipes": "w4a6"}
+    assert expected[command] in out
+
+
+WRONG_USAGE = {
+    "unknown model": (["emoji-pixar"], "did you mean 'emoji-pixart'?"),
+    "unknown weight format": (["MODEL", "--w", "fp44"], "did you mean 'fp4'?"),
+    "unknown activation format": (["MODEL", "--a", "e2m3"], "unknown format"),
+    "unknown recipe": (["MODEL", "--recipe", "rtm"], "did you mean 'rtn'?"),
+    "no such recipe file": (["MODEL", "--recipe", "mine.yaml"], "mine.yaml"),
+    "unknown metric": (["MODEL", "--metrics", "psnr,sim"], "did you mean 'ssim'?"),
+    "no metric": (["MODEL", "--metrics", ","], "--metrics is empty"),
+    "unknown prompt set": (["MODEL", "--prompts", "emojo"], "did you mean 'emoji'?"),
+    "too many prompts": (["MODEL", "--num-prompts", "1000000"], "1000000 prompts asked for"),
+    "unknown device": (["MODEL", "--device", "gpu"], "unknown device 'gpu'"),
+    "unknown dtype": (["MODEL", "--dtype", "fp64"], "unknown dtype 'fp64'"),
+    "odd size": (["MODEL", "--height", "33"], "not a multiple of 8"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "says"), WRONG_USAGE.values(), ids=WRONG_USAGE)
+def test_wrong_usage_is_one_line_exits_with_2_and_writes_nothing(capsys, model, tmp_path, arguments, says):
+    arguments = [model if argument == "MODEL" else argument for argument in arguments]
+    _fails(dmquant(capsys, "run", *arguments, "--out", "run"), 2, says)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "says"),
+    [
+        ("name: mine\nweights: fp4\nwieghts: fp6\n", 3, "did you mean 'weights'?"),
+        ("name: mine\nrules:\n  - match: 'a*'\n    keep: [1]\n", 4, "keep"),
+        ("name: mine\nweights: fp99\n", 2, "fp99"),
+        ("name: [mine\n", 2, "not valid YAML"),
+    ],
+)
+def test_a_bad_recipe_file_is_named_with_its_line(capsys, model, tmp_path, text, line, says):
+    (tmp_path / "mine.yaml").write_text(text)
+    result = dmquant(capsys, "run", model, "--recipe", "mine.yaml", "--out", "run")
+    _fails(result, 2, says)
+    assert f"mine.yaml, line {line}" in result[2]
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_empty_prompt_file(capsys, model, tmp_path):
+    (tmp_path / "prompts.txt").write_text("\n# nothing yet\n")
+    _fails(dmquant(capsys, "run", model, "--prompts", "prompts.txt", "--out", "run"), 1, "holds no prompts")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_of_real_images_without_any(capsys, model, tmp_path):
+    (tmp_path / "photos").mkdir()
+    _fails(dmquant(capsys, "run", model, "--real", "photos", "--out", "run"), 1, "no image in photos")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_that_is_no_pipeline(capsys, tmp_path):
+    (tmp_path / "folder").mkdir()
+    for command in (["run", "folder", "--out", "out"], ["inspect", "folder"], ["quantize", "folder", "--out", "out"]):
+        _fails(dmquant(capsys, *command), 1, "no diffusers pipeline")
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_that_are_truncated(capsys, model, tmp_path):
+    broken = shutil.copytree(model, tmp_path / "broken")
+    weights = broken / "transformer" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    for command in (["run", "broken", "--out", "out"], ["inspect", "broken"], ["generate", "broken", "--out", "out"]):
+        _fails(dmquant(capsys, *command), 1, "truncated or damaged")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
+def test_cuda_where_there_is_none(capsys, model, tmp_path):
+    _fails(dmquant(capsys, "run", model, "--device", "cuda", "--out", "run"), 1, "use --device cpu")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments", [["run"], ["run", "model", "--num-prompts", "0"], ["fly"], ["run", "m", "--stepz"]]
+)
+def test_what_the_parser_refuses_exits_with_2(capsys, arguments):
+    code, _, err = dmquant(capsys, *arguments)
+    assert code == 2
+    assert "Traceback" not in err
+
+
+def test_an_unexpected_error_is_one_line_and_debug_shows_the_traceback(capsys, monkeypatch):
+    from dmquant.pipelines import listing
+
+    def broken():
+        raise ZeroDivisionError("division\nby zero")
+
+    monkeypatch.setattr(listing, "formats", broken)
+    _fails(dmquant(capsys, "formats"), 1, "ZeroDivisionError: division by zero (rerun with --debug for the traceback)")
+    code, _, err = dmquant(capsys, "formats", "--debug")
+    assert code == 1
+    assert "Traceback" in err
+    assert "in broken" in err
+
+
+def test_ctrl_c_is_one_line_and_exits_with_130(capsys, monkeypatch):
+    from dmquant.pipelines import listing
+
+    def stopped():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(listing, "formats", stopped)
+    assert dmquant(capsys, "formats") == (130, "", "stopped; run the same command to resume\n")
+
+
+def test_score_and_grid_work_on_any_two_folders_that_pair_up(capsys, tmp_path):
+    for side, grey in (("fp", 100), ("quantized", 110)):
+        (tmp_path / side).mkdir()
+        for name in ("00000.png", "00001.png"):
+            Image.new("RGB", (32, 32), (grey,) * 3).save(tmp_path / side / name)
+    code, out, _ = dmquant(capsys, "score", "fp", "quantized", "--metrics", "psnr")
+    assert code == 0
+    assert "28.13 dB" in out  # 20 log10(255 / 10)
+    code, _, _ = dmquant(capsys, "grid", "fp", "quantized", "--out", "pairs.png", "--rows", "2")
+    assert code == 0
+    assert Image.open("pairs.png").width > 3 * 32
+    (tmp_path / "quantized" / "00001.png").unlink()
+    _fails(dmquant(capsys, "score", "fp", "quantized"), 1, "lacks 1 of 2 images")
+
+
+def test_the_report_of_a_folder_without_a_run(capsys, tmp_path):
+    _fails(dmquant(capsys, "report", tmp_path), 1, "holds no run")
+
+
+def test_quantize_writes_a_model_that_inspect_describes_and_generate_uses(capsys, model, tmp_path):
+    code, _, err = dmquant(capsys, "quantize", model, "--w", "fp4", "--a", "none", "--out", "q")
+    assert (code, err) == (0, "")
+    assert not Path("q.part").exists()
+    code, out, _ = dmquant(capsys, "inspect", "q", "--layers")
+    assert code == 0
+    assert "fp4_e2m1" in out
+    assert "transformer_blocks.0.attn1.to_q" in out
+    code, out, err = dmquant(
+        capsys, "generate", "q", "--prompts", "emoji", "--num-prompts", 2, "--steps", 1, "--out", "images"
+    )
+    assert (code, err) == (0, "")
+    assert sorted(path.name for path in Path("images").iterdir()) == ["00000.png", "00001.png"]
+    _fails(dmquant(capsys, "quantize", model, "--out", "q"), 1, "--overwrite")
+    _fails(dmquant(capsys, "quantize", model, "--out", "images", "--overwrite"), 1, "something else than a pipeline")
+    _fails(dmquant(capsys, "run", "q", "--out", "run"), 1, "already quantized")
+    assert dmquant(capsys, "quantize", model, "--w", "int8", "--out", "q", "--overwrite")[0] == 0
+    assert "int8" in dmquant(capsys, "inspect", "q")[1]
+
+
+def _fails(result, exit_code, says):
+    """One line on standard error, nothing on standard output."""
+    code, out, err = result
+    assert code == exit_code
+    assert says in err
+    assert err.count("\n") == 1, err
+    assert err.startswith("error: ")
+    assert out == ""
