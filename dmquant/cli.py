@@ -232,7 +232,7 @@ def run(
             dtype=dtype,
         )
     )
-    stages.run(resolved, out or Path("runs") / resolved.default_folder, overwrite)
+    stages.run(resolved, out or Path("runs") / resolved.folder_name, overwrite)
 
 
 @command(

@@ -8,18 +8,20 @@ from torch import Tensor
 
 from dmquant.errors import UsageError
 from dmquant.formats import Format, get_format
-from dmquant.packing import pack, unpack
+from dmquant.packing import pack, packed_size, unpack
 from dmquant.scaling import (
     BLOCK_FORMATS,
     RULES,
     STORES,
     Granularity,
     Scales,
+    absmax,
     check_choice,
-    fit_scales,
     from_groups,
     to_groups,
 )
+
+_PART = 1 << 20  # weights quantized at once
 
 
 @dataclass(frozen=True)
@@ -96,10 +98,28 @@ def quantize_tensor(
 
 def quantize(weight: Tensor, spec: WeightSpec) -> QuantizedTensor:
     """`quantize_tensor` for a specification already parsed."""
-    matrix = weight.detach().reshape(len(weight), -1).float()
-    scales = fit_scales(matrix, spec.fmt, spec.granularity, spec.scale, spec.store)
-    codes = encode(matrix, scales.decode(), spec)
-    return QuantizedTensor(codes, scales, spec, tuple(weight.shape))
+    matrix = weight.detach().reshape(len(weight), -1)
+    rows, columns = matrix.shape
+    parts, store = _parts(rows, columns, spec.granularity), STORES[spec.store]
+    # The results first, then what a part needs for a while: so that memory peaks near the size of the results.
+    codes = matrix.new_empty(rows, packed_size(columns, spec.fmt.bits), dtype=torch.uint8)
+    stored = matrix.new_empty(spec.scale_shape(rows, columns), dtype=store.dtype)
+    amplitude = torch.cat([absmax(to_groups(matrix[part].float(), spec.granularity)) for part in parts])
+    if not torch.isfinite(amplitude).all():
+        raise UsageError("the weights hold NaN or infinite values: they cannot be quantized")
+    base = store.base(amplitude, spec.fmt)
+    for part in parts:
+        exact = matrix[part].float()
+        base_of_part = base if base is None or len(base) == 1 else base[part]
+        scales = RULES[spec.scale](to_groups(exact, spec.granularity), spec.fmt, spec.store, base_of_part)
+        stored[part], codes[part] = scales.stored, encode(exact, scales.decode(), spec)
+    return QuantizedTensor(codes, Scales(stored, base, spec.store), spec, tuple(weight.shape))
+
+
+def _parts(rows: int, columns: int, granularity: Granularity) -> list[slice]:
+    """Ranges of rows to quantize one after another; all rows together where they share their scale."""
+    size = rows if granularity.kind == "tensor" else max(1, _PART // columns)
+    return [slice(start, start + size) for start in range(0, rows, size)]
 
 
 def encode(matrix: Tensor, scale: Tensor, spec: WeightSpec) -> Tensor:

@@ -11,13 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dmquant.errors import UsageError, unknown
+from dmquant.errors import unknown
 from dmquant.formats import Format, get_format
 
 _SMALLEST = 2.0**-126  # the smallest normal float32: below it a quotient could overflow
 _LARGEST = 3.38e38  # a little under the largest bfloat16: a scale rounded up must not overflow when multiplied
 _EXAMPLES = ("tensor", "channel", "token", "group:32", "group:64", "group:128")
-_CHUNK = 1 << 22  # elements searched at once, so that a search needs megabytes, not copies of the layer
 
 
 @dataclass(frozen=True)
@@ -199,31 +198,26 @@ def absmax(groups: Tensor) -> Tensor:
     return groups.abs().amax(-1).clamp(min=_SMALLEST)
 
 
-def fit_absmax(groups: Tensor, fmt: Format, store: str) -> Scales:
-    """The largest magnitude of a group becomes the largest value of the format (for e8m0: OCP's floor rule)."""
+def fit_absmax(groups: Tensor, fmt: Format, store: str, base: Tensor | None = None) -> Scales:
+    """The largest magnitude of a group becomes the largest value of the format (for e8m0: OCP's floor rule).
+
+    `base` is what the store's scales are relative to where `groups` is only a part of a tensor; by default its own.
+    """
     amplitude = absmax(groups)
-    base = STORES[store].base(amplitude, fmt)
+    base = STORES[store].base(amplitude, fmt) if base is None else base
     return Scales(STORES[store].encode(amplitude, fmt, base), base, store)
 
 
-def fit_mse(groups: Tensor, fmt: Format, store: str) -> Scales:
-    """The multiple of absmax with the least squared weight error, absmax among the candidates."""
-    amplitude, kind = absmax(groups), STORES[store]
-    base = kind.base(amplitude, fmt)
-    best = kind.encode(amplitude, fmt, base)
-    rows = max(1, _CHUNK // max(1, groups[0].numel()))
-    for start in range(0, len(groups), rows):
-        part = slice(start, start + rows)
-        part_base = base[part] if base is not None and len(base) == len(groups) else base
-        chosen = best[part]
-        least = _squared_error(groups[part], kind.decode(chosen, part_base), fmt)
-        for multiple in kind.search:
-            candidate = kind.encode(amplitude[part] * multiple, fmt, part_base)
-            error = _squared_error(groups[part], kind.decode(candidate, part_base), fmt)
-            better = error < least
-            chosen, least = torch.where(better, candidate, chosen), torch.where(better, error, least)
-        best[part] = chosen
-    return Scales(best, base, store)
+def fit_mse(groups: Tensor, fmt: Format, store: str, base: Tensor | None = None) -> Scales:
+    """The multiple of absmax with the least squared weight error, absmax among the candidates; `base` as there."""
+    amplitude, kind, best = absmax(groups), STORES[store], fit_absmax(groups, fmt, store, base)
+    chosen, least = best.stored, _squared_error(groups, best.decode(), fmt)
+    for multiple in kind.search:
+        candidate = kind.encode(amplitude * multiple, fmt, best.base)
+        error = _squared_error(groups, kind.decode(candidate, best.base), fmt)
+        better = error < least
+        chosen, least = torch.where(better, candidate, chosen), torch.where(better, error, least)
+    return Scales(chosen, best.base, store)
 
 
 def _squared_error(groups: Tensor, scale: Tensor, fmt: Format) -> Tensor:
@@ -231,7 +225,7 @@ def _squared_error(groups: Tensor, scale: Tensor, fmt: Format) -> Tensor:
     return (fmt.round(groups / scale).mul_(scale).sub_(groups)).square_().sum(-1)
 
 
-RULES: dict[str, Callable[[Tensor, Format, str], Scales]] = {"absmax": fit_absmax, "mse": fit_mse}
+RULES: dict[str, Callable[[Tensor, Format, str, Tensor | None], Scales]] = {"absmax": fit_absmax, "mse": fit_mse}
 
 
 def check_choice(kind: str, name: str, choices: Iterable[str]) -> str:
@@ -239,10 +233,3 @@ def check_choice(kind: str, name: str, choices: Iterable[str]) -> str:
     if name not in choices:
         raise unknown(kind, name, choices, f"known: {', '.join(choices)}")
     return name
-
-
-def fit_scales(matrix: Tensor, fmt: Format, granularity: Granularity, rule: str, store: str) -> Scales:
-    """Scales of a float32 matrix (rows = output channels); UsageError for NaN or infinite weights."""
-    if not torch.isfinite(matrix).all():
-        raise UsageError("the weights hold NaN or infinite values: they cannot be quantized")
-    return RULES[check_choice("scale rule", rule, RULES)](to_groups(matrix, granularity), fmt, store)

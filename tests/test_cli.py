@@ -219,6 +219,19 @@ def test_quantize_writes_a_model_that_inspect_describes_and_generate_uses(capsys
     assert "int8" in dmquant(capsys, "inspect", "q")[1]
 
 
+def test_a_run_goes_to_a_folder_named_after_it_and_its_report_can_be_written_again(capsys, model):
+    arguments = ["--num-prompts", 2, "--steps", 1, "--metrics", "psnr"]
+    code, out, err = dmquant(capsys, "run", model, "--w", "int8", "--a", "none", *arguments)
+    assert (code, err) == (0, "")
+    assert "PSNR" in out
+    folder = Path("runs/tiny-rtn-int8-none")
+    before = (folder / "report.json").read_text()
+    (folder / "report.json").unlink()
+    assert dmquant(capsys, "report", folder)[0] == 0
+    assert (folder / "report.json").read_text() == before
+    assert "int8" in dmquant(capsys, "inspect", folder)[1]
+
+
 def _fails(result, exit_code, says):
     """One line on standard error, nothing on standard output."""
     code, out, err = result

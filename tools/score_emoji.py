@@ -21,9 +21,9 @@ from dmquant.torchvision_guard import ensure_torchvision_imports
 
 ensure_torchvision_imports()
 
-from diffusers import PixArtSigmaPipeline  # noqa: E402
+from diffusers import PixArtSigmaPipeline
 
-from dmquant.evaluation.inception import Inception  # noqa: E402
+from dmquant.evaluation.inception import Inception
 
 COMPOSITIONS = (
     "blue apple, food & drink, food fruit",

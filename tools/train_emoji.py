@@ -1,11 +1,11 @@
 """Train the embedded model `emoji-pixart`: a small PixArt-Sigma text-to-image pipeline on captioned emoji.
 
     npm pack emoji-datasource-google@16.0.0 && tar xzf emoji-datasource-google-16.0.0.tgz
-    python tools/train_emoji.py --data package --out build/emoji-pixart --vae-minutes 25 --dit-minutes 120
+    python tools/train_emoji.py --data package --out build/emoji-pixart --minutes 120
 
-Runs on CPU (bfloat16 autocast) and CUDA. The learning rate follows the share of the time budget spent, so any
-budget ends annealed. A checkpoint is written every minute to OUT/checkpoint; the same command resumes from it.
-The result, in float16, is OUT/pipeline.
+Runs on CPU and CUDA, in bfloat16 autocast. The learning rate follows the share of the budget spent, so any budget
+ends annealed. A checkpoint is written every minute to OUT/checkpoint, and the same command resumes from it; with
+smaller budgets than were spent it packages what is there. The result is OUT/pipeline, in float16.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import json
 import math
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -20,26 +21,33 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from torch import Tensor
 
 from dmquant.torchvision_guard import ensure_torchvision_imports
 
 ensure_torchvision_imports()
 
-from diffusers import (  # noqa: E402
+from diffusers import (
     AutoencoderKL,
     DPMSolverMultistepScheduler,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
 )
-from diffusers.models.attention_processor import AttnProcessor  # noqa: E402
-from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel  # noqa: E402
+from diffusers.models.attention_processor import AttnProcessor
+from diffusers.utils import logging
+from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 IMAGE_SIZE = 64
+LATENT_CHANNELS = 16
 TEXT_LENGTH = 24
+NOISE = {"num_train_timesteps": 1000, "beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}
+SHARE_OF_MINUTES = {"vae": 0.25, "decoder": 0.15, "transformer": 0.6}
+WARMUP_STEPS = 100
 CHECKPOINT_SECONDS = 60
+LOG_SECONDS = 20
 
 
-def load_emoji(package: Path) -> tuple[torch.Tensor, list[str]]:
+def load_emoji(package: Path) -> tuple[Tensor, list[str]]:
     """Images (N, 3, 64, 64), float32 in [-1, 1] on white, and captions like 'red apple, food & drink, food fruit'."""
     images, captions = [], []
     for entry in json.loads((package / "emoji.json").read_text()):
@@ -60,9 +68,8 @@ def make_tokenizer(captions: list[str]) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.Unigram())
     tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.Metaspace()
     specials = ["<pad>", "</s>", "<unk>"]
-    tokenizer.train_from_iterator(
-        captions, trainers.UnigramTrainer(vocab_size=2048, special_tokens=specials, unk_token="<unk>", show_progress=False)
-    )
+    trainer = trainers.UnigramTrainer(vocab_size=2048, special_tokens=specials, unk_token="<unk>", show_progress=False)
+    tokenizer.train_from_iterator(captions, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
         single="$A </s>", special_tokens=[("</s>", tokenizer.token_to_id("</s>"))]
     )
@@ -80,32 +87,31 @@ def make_vae() -> AutoencoderKL:
         up_block_types=("UpDecoderBlock2D",) * 4,
         block_out_channels=(24, 48, 64, 64),
         layers_per_block=1,
-        latent_channels=16,
+        latent_channels=LATENT_CHANNELS,
         norm_num_groups=8,
         mid_block_add_attention=False,
         sample_size=IMAGE_SIZE,
     )
     # Starting at unit posterior noise, the decoder learns to ignore the latents before they carry anything.
-    torch.nn.init.constant_(vae.quant_conv.bias[16:], -4.0)
+    torch.nn.init.constant_(vae.quant_conv.bias[LATENT_CHANNELS:], -4.0)
     return vae
 
 
 def make_text_encoder(vocabulary: int) -> T5EncoderModel:
-    return T5EncoderModel(
-        T5Config(
-            vocab_size=vocabulary,
-            d_model=128,
-            d_kv=32,
-            d_ff=256,
-            num_layers=2,
-            num_heads=4,
-            feed_forward_proj="gated-gelu",
-            dropout_rate=0.0,
-            is_encoder_decoder=False,
-            pad_token_id=0,
-            eos_token_id=1,
-        )
+    config = T5Config(
+        vocab_size=vocabulary,
+        d_model=128,
+        d_kv=32,
+        d_ff=256,
+        num_layers=2,
+        num_heads=4,
+        feed_forward_proj="gated-gelu",
+        dropout_rate=0.0,
+        is_encoder_decoder=False,
+        pad_token_id=0,
+        eos_token_id=1,
     )
+    return T5EncoderModel(config)
 
 
 def make_transformer(width: int, depth: int) -> PixArtTransformer2DModel:
@@ -113,8 +119,8 @@ def make_transformer(width: int, depth: int) -> PixArtTransformer2DModel:
     transformer = PixArtTransformer2DModel(
         num_attention_heads=width // 32,
         attention_head_dim=32,
-        in_channels=16,
-        out_channels=32,  # the second half is PixArt's learned variance; the pipeline drops it
+        in_channels=LATENT_CHANNELS,
+        out_channels=2 * LATENT_CHANNELS,  # the second half is PixArt's learned variance; the pipeline drops it
         num_layers=depth,
         cross_attention_dim=width,
         attention_bias=True,
@@ -136,70 +142,80 @@ def make_transformer(width: int, depth: int) -> PixArtTransformer2DModel:
 
 
 class Training:
-    """A loop over `step` until its minutes are spent: clipping, exponential average, checkpoints, resuming."""
+    """Trains `modules` until their minutes are spent, then leaves the running average in their parameters.
 
-    def __init__(self, name, modules, optimizers, minutes, checkpoints: Path, decay=0.9995):
+    A checkpoint of the same name in `folder` is resumed. All randomness must come from torch's CPU generator, which
+    the checkpoint holds.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        modules: dict[str, torch.nn.Module],
+        optimizers: list[torch.optim.Optimizer],
+        minutes: float,
+        decay: float,
+        folder: Path,
+    ):
         self.name, self.modules, self.optimizers = name, torch.nn.ModuleDict(modules), optimizers
-        self.budget, self.decay = minutes * 60, decay
-        self.file = checkpoints / f"{name}.pt"
-        self.average = [p.detach().clone() for p in self.modules.parameters()]
+        self.groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        self.rates = [group["lr"] for group in self.groups]
+        self.budget, self.decay, self.file = 60 * minutes, decay, folder / f"{name}.pt"
+        self.parameters = list(self.modules.parameters())
+        self.average = [parameter.detach().clone() for parameter in self.parameters]
         self.steps, self.seconds = 0, 0.0
         if self.file.exists():
             self._resume()
 
-    def run(self, loss_of_batch, rate_of_progress):
-        """Train; returns once the parameters hold their running average."""
-        parameters = list(self.modules.parameters())
-        shown, last_shown, tick = 0.0, self.seconds, time.monotonic()
-        last_saved = self.seconds
-        base_rates = [group["lr"] for optimizer in self.optimizers for group in optimizer.param_groups]
+    def run(self, loss_of_batch: Callable[[], Tensor], schedule: Callable[[float], float]) -> None:
+        """`schedule` maps the share of the budget spent to a factor on the learning rates."""
+        logged = saved = self.seconds
+        before = time.monotonic()
         while self.seconds < self.budget:
-            rate = rate_of_progress(self.seconds / self.budget) * min(1, (self.steps + 1) / 100)
-            groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
-            for group, base in zip(groups, base_rates, strict=True):
-                group["lr"] = base * rate
-            loss = loss_of_batch()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-            for optimizer in self.optimizers:
-                optimizer.step()
-                optimizer.zero_grad()
-            self.steps += 1
-            decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
-            torch._foreach_lerp_(self.average, [p.detach() for p in parameters], 1 - decay)
+            loss = self._step(loss_of_batch, schedule(self.seconds / self.budget))
             now = time.monotonic()
-            self.seconds, tick = self.seconds + now - tick, now
-            shown = loss.item() if shown == 0 else 0.99 * shown + 0.01 * loss.item()
-            if self.seconds - last_shown > 20:
-                last_shown = self.seconds
+            self.seconds, before = self.seconds + now - before, now
+            if self.seconds - logged > LOG_SECONDS:
+                logged = self.seconds
                 left = (self.budget - self.seconds) / 60
-                print(f"{self.name}: step {self.steps}, loss {shown:.4f}, {left:.1f} min left", flush=True)
-            if self.seconds - last_saved > CHECKPOINT_SECONDS or self.seconds >= self.budget:
-                last_saved = self.seconds
-                for group, base in zip(groups, base_rates, strict=True):
-                    group["lr"] = base
+                print(f"{self.name}: step {self.steps}, loss {loss:.4f}, {left:.1f} min left", flush=True)
+            if self.seconds - saved > CHECKPOINT_SECONDS or self.seconds >= self.budget:
+                saved = self.seconds
                 self._save()
-        for parameter, mean in zip(parameters, self.average, strict=True):
+        for parameter, mean in zip(self.parameters, self.average, strict=True):
             parameter.data.copy_(mean)
         self.modules.eval()
 
-    def _save(self):
+    def _step(self, loss_of_batch: Callable[[], Tensor], factor: float) -> float:
+        factor *= min(1, (self.steps + 1) / WARMUP_STEPS)
+        for group, rate in zip(self.groups, self.rates, strict=True):
+            group["lr"] = rate * factor
+        loss = loss_of_batch()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        self.steps += 1
+        decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
+        torch._foreach_lerp_(self.average, [parameter.detach() for parameter in self.parameters], 1 - decay)
+        return loss.item()
+
+    def _save(self) -> None:
         self.file.parent.mkdir(parents=True, exist_ok=True)
         part = self.file.with_suffix(".part")
-        torch.save(
-            {
-                "modules": self.modules.state_dict(),
-                "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-                "average": self.average,
-                "steps": self.steps,
-                "seconds": self.seconds,
-                "random": torch.get_rng_state(),
-            },
-            part,
-        )
+        state = {
+            "modules": self.modules.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "average": self.average,
+            "steps": self.steps,
+            "seconds": self.seconds,
+            "random": torch.get_rng_state(),
+        }
+        torch.save(state, part)
         part.replace(self.file)
 
-    def _resume(self):
+    def _resume(self) -> None:
         state = torch.load(self.file, map_location=self.average[0].device, weights_only=True)
         self.modules.load_state_dict(state["modules"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
@@ -209,40 +225,90 @@ class Training:
         torch.set_rng_state(state["random"].cpu())
         print(f"{self.name}: resumed at step {self.steps}, {self.seconds / 60:.1f} minutes spent", flush=True)
 
+    def facts(self) -> dict[str, float]:
+        return {"steps": self.steps, "minutes": round(self.seconds / 60, 2)}
 
-def train_vae(images, minutes, batch, checkpoints):
+
+def cosine(spent: float) -> float:
+    return 0.5 * (1 + math.cos(math.pi * spent)) + 0.01
+
+
+def hold_then_fall(spent: float) -> float:
+    return min(1.0, max(0.01, 2 * (1 - spent)))
+
+
+def picture_loss(made: Tensor, real: Tensor) -> Tensor:
+    coarse = F.l1_loss(F.avg_pool2d(made, 4), F.avg_pool2d(real, 4))
+    return F.l1_loss(made, real) + 0.5 * F.mse_loss(made, real) + 0.5 * coarse
+
+
+def train_vae(images: Tensor, minutes: float, batch: int, folder: Path) -> tuple[AutoencoderKL, dict]:
     device = images.device
     vae = make_vae().to(device)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=1.5e-3, weight_decay=0.0, betas=(0.9, 0.99))
-    training = Training("vae", {"vae": vae}, [optimizer], minutes, checkpoints, decay=0.999)
+    training = Training("vae", {"vae": vae}, [optimizer], minutes, 0.999, folder)
 
-    def reconstruct(x):
-        posterior = vae.encode(x).latent_dist
-        noise = torch.randn_like(posterior.mean) * posterior.std.clamp(max=1.0)
-        return vae.decode(posterior.mean + noise).sample, posterior.kl()
-
-    def loss_of_batch():
+    def loss_of_batch() -> Tensor:
         x = images[torch.randint(0, len(images), (batch,)).to(device)]
         x = x.flip(3) if torch.rand(1) < 0.5 else x
         with torch.autocast(device.type, torch.bfloat16):
-            y, kl = reconstruct(x)
-        y, latent_size = y.float(), 8 * 8 * 16
-        coarse = F.l1_loss(F.avg_pool2d(y, 4), F.avg_pool2d(x, 4))
-        return F.l1_loss(y, x) + 0.5 * F.mse_loss(y, x) + 0.5 * coarse + 1e-3 * kl.float().mean() / latent_size
+            posterior = vae.encode(x).latent_dist
+            noise = torch.randn(posterior.mean.shape).to(posterior.mean)
+            y = vae.decode(posterior.mean + noise * posterior.std.clamp(max=1.0)).sample
+        nats_per_latent = posterior.kl().float().mean() / posterior.mean[0].numel()
+        return picture_loss(y.float(), x) + 1e-3 * nats_per_latent
 
-    training.run(loss_of_batch, lambda spent: 0.5 * (1 + math.cos(math.pi * spent)) + 0.01)
-    with torch.no_grad():
-        latents = torch.cat([vae.encode(part).latent_dist.mean for part in images.split(64)])
-        errors = [
-            F.mse_loss(vae.decode(z).sample, x) for z, x in zip(latents.split(64), images.split(64), strict=True)
-        ]
-    psnr = 10 * math.log10(4 / torch.stack(errors).mean().item())
-    vae.register_to_config(scaling_factor=float(1 / latents.std()))
-    print(f"vae: {training.steps} steps of {batch}, reconstruction PSNR {psnr:.2f} dB", flush=True)
-    return vae, latents * vae.config.scaling_factor, {"steps": training.steps, "batch": batch, "psnr": psnr}
+    training.run(loss_of_batch, cosine)
+    return vae, training.facts()
 
 
-def train_transformer(latents, captions, tokenizer, minutes, batch, width, depth, checkpoints):
+@torch.no_grad()
+def encode(vae: AutoencoderKL, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of every image's posterior."""
+    posteriors = [vae.encode(part).latent_dist for part in images.split(64)]
+    return torch.cat([p.mean for p in posteriors]), torch.cat([p.std for p in posteriors])
+
+
+@torch.no_grad()
+def reconstruction_psnr(vae: AutoencoderKL, means: Tensor, images: Tensor) -> float:
+    """In dB, of the mean squared error over all images."""
+    pairs = zip(means.split(64), images.split(64), strict=True)
+    error = sum(F.mse_loss(vae.decode(z).sample.clamp(-1, 1), x, reduction="sum") for z, x in pairs)
+    return 10 * math.log10(4 * images.numel() / error.item())
+
+
+def refine_decoder(
+    vae: AutoencoderKL, means: Tensor, deviations: Tensor, images: Tensor, minutes: float, batch: int, folder: Path
+) -> dict:
+    """Train the decoder alone on the finished encoder's latents: two thirds of the work, and the latents stay."""
+    device = images.device
+    modules = {"post_quant_conv": vae.post_quant_conv, "decoder": vae.decoder}
+    parameters = [parameter for module in modules.values() for parameter in module.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.0, betas=(0.9, 0.99))
+    training = Training("decoder", modules, [optimizer], minutes, 0.999, folder)
+
+    def loss_of_batch() -> Tensor:
+        index = torch.randint(0, len(images), (batch,)).to(device)
+        noise = torch.randn(batch, *means.shape[1:]).to(device)
+        with torch.autocast(device.type, torch.bfloat16):
+            y = vae.decode(means[index] + noise * deviations[index]).sample
+        return picture_loss(y.float(), images[index])
+
+    training.run(loss_of_batch, cosine)
+    return training.facts()
+
+
+def train_transformer(
+    latents: Tensor,
+    captions: list[str],
+    tokenizer: PreTrainedTokenizerFast,
+    minutes: float,
+    batch: int,
+    width: int,
+    depth: int,
+    folder: Path,
+) -> tuple[T5EncoderModel, PixArtTransformer2DModel, dict]:
+    """Text encoder and transformer together, on velocity prediction; 10 % of the captions are dropped."""
     device = latents.device
     text = make_text_encoder(len(tokenizer)).to(device)
     transformer = make_transformer(width, depth).to(device)
@@ -256,96 +322,111 @@ def train_transformer(latents, captions, tokenizer, minutes, batch, width, depth
         torch.optim.AdamW(others, lr=1.5e-3, weight_decay=0.0, betas=(0.9, 0.99)),
     ]
     modules = {"text": text, "transformer": transformer}
-    training = Training("transformer", modules, optimizers, minutes, checkpoints, decay=0.998)
-    alphas = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, device=device), 0)
+    training = Training("transformer", modules, optimizers, minutes, 0.998, folder)
+    alphas = DPMSolverMultistepScheduler(**NOISE).alphas_cumprod.to(device)
     tokens = tokenizer(
         [*captions, ""], padding="max_length", max_length=TEXT_LENGTH, truncation=True, return_tensors="pt"
-    )
-    ids, masks = tokens.input_ids.to(device), tokens.attention_mask.to(device)
-    empty = {"resolution": None, "aspect_ratio": None}
+    ).to(device)
 
-    def predict(noisy, ids, mask, t):
-        context = text(ids, attention_mask=mask)[0]
+    def predict(noisy: Tensor, caption: Tensor, t: Tensor) -> Tensor:
+        mask = tokens.attention_mask[caption]
         return transformer(
             noisy,
-            encoder_hidden_states=context,
+            encoder_hidden_states=text(tokens.input_ids[caption], attention_mask=mask)[0],
             encoder_attention_mask=mask,
             timestep=t,
-            added_cond_kwargs=empty,
+            added_cond_kwargs={"resolution": None, "aspect_ratio": None},
             return_dict=False,
-        )[0][:, :16]
+        )[0][:, :LATENT_CHANNELS]
 
-    def loss_of_batch():
+    def loss_of_batch() -> Tensor:
         index = torch.randint(0, len(latents), (batch,))
         caption = torch.where(torch.rand(batch) < 0.1, len(captions), index).to(device)
-        index = index.to(device)
-        t = torch.randint(0, 1000, (batch,)).to(device)
+        t = torch.randint(0, len(alphas), (batch,)).to(device)
         noise = torch.randn(batch, *latents.shape[1:]).to(device)
-        alpha = alphas[t].view(-1, 1, 1, 1)
-        noisy = alpha.sqrt() * latents[index] + (1 - alpha).sqrt() * noise
-        velocity = alpha.sqrt() * noise - (1 - alpha).sqrt() * latents[index]
+        clean, alpha = latents[index.to(device)], alphas[t].view(-1, 1, 1, 1)
+        noisy = alpha.sqrt() * clean + (1 - alpha).sqrt() * noise
+        velocity = alpha.sqrt() * noise - (1 - alpha).sqrt() * clean
         with torch.autocast(device.type, torch.bfloat16):
-            predicted = predict(noisy, ids[caption], masks[caption], t)
-        # min-SNR-5 (Hang et al. 2303.09556) without its zero at pure noise, where the caption alone decides the picture
+            predicted = predict(noisy, caption, t)
+        # min-SNR-5 (Hang et al. 2303.09556), but not zero at pure noise, where the caption alone decides the picture
         weight = (6 * (1 - alpha)).clamp(max=1)
         return (weight * (predicted.float() - velocity) ** 2).mean()
 
-    training.run(loss_of_batch, lambda spent: 1 if spent < 0.5 else max(0.01, (1 - spent) / 0.5))
-    print(f"transformer: {training.steps} steps of {batch}", flush=True)
-    return text, transformer, {"steps": training.steps, "batch": batch, "width": width, "depth": depth}
+    training.run(loss_of_batch, hold_then_fall)
+    return text, transformer, training.facts() | {"batch": batch, "width": width, "depth": depth}
 
 
-def main() -> None:
+def save_pipeline(tokenizer, text, vae, transformer, folder: Path) -> None:
+    """Write a PixArtSigmaPipeline in float16."""
+    scheduler = DPMSolverMultistepScheduler(**NOISE, algorithm_type="dpmsolver++", prediction_type="v_prediction")
+    pipeline = PixArtSigmaPipeline(
+        tokenizer=tokenizer, text_encoder=text, vae=vae, transformer=transformer, scheduler=scheduler
+    )
+    pipeline.to("cpu", torch.float16).save_pretrained(folder)
+    # transformers 5 writes its own class name, which transformers 4 does not know; both read the older one.
+    for file in (folder / "model_index.json", folder / "tokenizer/tokenizer_config.json"):
+        file.write_text(file.read_text().replace("TokenizersBackend", "PreTrainedTokenizerFast"))
+
+
+def parse_options(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="the unpacked npm package emoji-datasource-google")
     parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints and the pipeline")
-    parser.add_argument("--vae-minutes", type=float, default=25)
-    parser.add_argument("--dit-minutes", type=float, default=120)
-    parser.add_argument("--vae-batch", type=int, default=16)
-    parser.add_argument("--dit-batch", type=int, default=128)
+    parser.add_argument("--minutes", type=float, default=120, help="the compute budget, shared by the three stages")
+    for stage, share in SHARE_OF_MINUTES.items():
+        parser.add_argument(f"--{stage}-minutes", type=float, help=f"of that for the {stage}; default {share:.0%}")
+    parser.add_argument("--vae-batch", type=int, default=8)
+    parser.add_argument("--transformer-batch", type=int, default=128)
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--depth", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    options = parser.parse_args()
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = parse_options(arguments)
     if not (options.data / "emoji.json").exists():
         sys.exit(f"{options.data} is not the unpacked emoji-datasource-google package: it has no emoji.json")
+    logging.set_verbosity_error()  # or every save in float16 says that float16 does not run on CPUs
+    given = {stage: getattr(options, f"{stage}_minutes") for stage in SHARE_OF_MINUTES}
+    minutes = {
+        stage: options.minutes * share if given[stage] is None else given[stage]
+        for stage, share in SHARE_OF_MINUTES.items()
+    }
     torch.manual_seed(options.seed)
+    checkpoints = options.out / "checkpoint"
     images, captions = load_emoji(options.data)
     images = images.to(options.device)
     tokenizer = make_tokenizer(captions)
-    checkpoints = options.out / "checkpoint"
-    vae, latents, vae_facts = train_vae(
-        images, options.vae_minutes, options.vae_batch, checkpoints
-    )
-    text, transformer, dit_facts = train_transformer(
-        latents,
+
+    vae, vae_facts = train_vae(images, minutes["vae"], options.vae_batch, checkpoints)
+    means, deviations = encode(vae, images)
+    vae.register_to_config(scaling_factor=float(1 / means.std()))
+    decoder_facts = refine_decoder(vae, means, deviations, images, minutes["decoder"], options.vae_batch, checkpoints)
+    psnr = reconstruction_psnr(vae, means, images)
+    print(f"vae: reconstruction PSNR {psnr:.2f} dB", flush=True)
+    text, transformer, transformer_facts = train_transformer(
+        means * vae.config.scaling_factor,
         captions,
         tokenizer,
-        options.dit_minutes,
-        options.dit_batch,
+        minutes["transformer"],
+        options.transformer_batch,
         options.width,
         options.depth,
         checkpoints,
     )
-    scheduler = DPMSolverMultistepScheduler(
-        num_train_timesteps=1000,
-        beta_schedule="linear",
-        beta_start=1e-4,
-        beta_end=0.02,
-        algorithm_type="dpmsolver++",
-        prediction_type="v_prediction",
-    )
-    pipeline = PixArtSigmaPipeline(
-        tokenizer=tokenizer, text_encoder=text, vae=vae, transformer=transformer, scheduler=scheduler
-    )
-    pipeline.to("cpu", torch.float16).save_pretrained(options.out / "pipeline")
+    save_pipeline(tokenizer, text, vae, transformer, options.out / "pipeline")
     facts = {
         "seed": options.seed,
         "device": options.device,
-        "vae": vae_facts | {"minutes": options.vae_minutes},
-        "transformer": dit_facts | {"minutes": options.dit_minutes},
         "torch": torch.__version__,
+        "images": len(images),
+        "vae": vae_facts | {"batch": options.vae_batch},
+        "decoder": decoder_facts | {"batch": options.vae_batch},
+        "transformer": transformer_facts,
+        "reconstruction_psnr_db": round(psnr, 2),
     }
     (options.out / "training.json").write_text(json.dumps(facts, indent=2) + "\n")
 
