@@ -34,6 +34,6 @@ clean: ## remove the environment, builds and caches; runs/ stays
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(INSTALLED): pyproject.toml constraints.txt
-	$(PYTHON) -m venv --clear $(VENV)
+	test -e $@ || $(PYTHON) -m venv --clear $(VENV)  # what an interrupted installation left is not trusted
 	$(BIN)/pip install --editable '.[test,offline]'
 	touch $@

@@ -91,7 +91,7 @@ def _seconds(folder: RunFolder, side: str) -> float:
 
 
 def _peak(folder: RunFolder, side: str) -> int | None:
-    return folder.record(f"images_{side}")["peak_memory_bytes"] or None
+    return folder.record(f"images_{side}")["peak_memory_bytes"]
 
 
 def _flat_settings(folder: RunFolder, settings: dict[str, Any]) -> dict[str, Any]:
@@ -116,6 +116,6 @@ def _flat_settings(folder: RunFolder, settings: dict[str, Any]) -> dict[str, Any
         "device": settings["device"],
         "dtype": settings["dtype"],
         "peak memory is": folder.record("images_quantized")["peak_memory_of"] or "not measured",
-        "images with NaN or infinity": folder.record("images_quantized")["not_finite"],
+        "images with NaN or infinity": folder.record("images_quantized")["not_finite"] or 0,
         "real images": settings["real"] or "none",
     }

@@ -89,21 +89,19 @@ class Run:
         if not absent and self.folder.finished(stage, settings):
             self.console.say(f"{TITLES[side]}: all {len(requests)} are there")
             return
-        peak_bytes, peak_of, not_finite = 0, "", 0
+        earlier = self.folder.record(stage) or {}
+        measured = {name: earlier.get(name) for name in ("peak_memory_bytes", "peak_memory_of", "not_finite")}
         if absent:
             with peak_memory(self.settings.device) as peak:
                 generated = make_images(
                     load(), requests, images, self.settings, self.console, TITLES[side], self._note(side)
                 )
-            peak_bytes, peak_of, not_finite = peak.bytes, peak.what, generated.not_finite
-        self.folder.finish(
-            stage,
-            settings,
-            images=len(requests),
-            peak_memory_bytes=peak_bytes,
-            peak_memory_of=peak_of,
-            not_finite=not_finite,
-        )
+            measured = {
+                "peak_memory_bytes": peak.bytes,
+                "peak_memory_of": peak.what,
+                "not_finite": generated.not_finite,
+            }
+        self.folder.finish(stage, settings, images=len(requests), **measured)
 
     def _note(self, side: str) -> Callable[[Generated], None]:
         """Remember after every batch what its images took, so that a killed run can still say it."""

@@ -3,20 +3,24 @@
 Both give the reference's result bit for bit.
 """
 
+import dataclasses
 import functools
 import math
 import shutil
+import sysconfig
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from dmquant.activations import ActivationSpec
-from dmquant.formats import Format
+from dmquant.formats import FloatFormat, Format
 from dmquant.kernels import reference
 from dmquant.qtensor import WeightSpec
-from dmquant.scaling import to_groups
 
-WORTH_COMPILING = 1 << 20  # elements; below, a guard check costs more than the fused loop saves
+WORTH_COMPILING = 1 << 18  # elements; below, seconds of compiling would buy microseconds a call
+_FEW_BINADES = 32  # no format of up to five exponent bits has more; beyond, bit casts cost less than comparisons
+_CACHED = 1 << 16  # elements whose float32 copies stay in a core's cache
 _WIDE = {2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}  # one element of so many bytes
 
 
@@ -46,16 +50,50 @@ def dequantize(codes: Tensor, scale: Tensor, spec: WeightSpec, shape: tuple[int,
     row_bits = columns * spec.fmt.bits
     if table is None or row_bits % 16 or columns % (spec.granularity.size or 1):
         return reference.dequantize(codes, scale, spec, shape, dtype)
-    index = codes.view(torch.int16).flatten().int() & 0xFFFF
-    values = table.index_select(0, index).view(dtype).view(rows, columns)
-    groups = to_groups(values, spec.granularity).mul_(scale.unsqueeze(-1))
+    index = codes.view(torch.uint16).flatten().int()
+    values = table.index_select(0, index).view(dtype)
+    groups = values.view(rows, -1, spec.granularity.size or columns)
+    _scale_rows(groups, scale.expand(rows, -1).unsqueeze(-1))
     return groups.view(shape)
+
+
+def _scale_rows(groups: Tensor, scale: Tensor) -> None:
+    """Multiply in place by float32 scales, rounding each product once to the dtype of `groups`."""
+    narrow = scale.to(groups.dtype)
+    if torch.equal(narrow.float(), scale):
+        groups.mul_(narrow)
+        return
+    # Mixed dtypes make float32 copies of what they multiply: some rows at a time, they stay in the cache.
+    rows = max(1, _CACHED // groups[0].numel())
+    for part, part_scale in zip(groups.split(rows), scale.split(rows), strict=True):
+        part.mul_(part_scale)
+
+
+class _ComparingFormat(FloatFormat):
+    """A float format that finds binades by comparisons: compiled for a CPU, a bit cast goes through memory."""
+
+    def _binade(self, x: Tensor) -> Tensor:
+        magnitude = x.abs()
+        binade = torch.full_like(magnitude, 2.0**self.min_exponent)
+        for exponent in range(self.min_exponent + 1, self.max_exponent + 1):
+            binade = torch.where(magnitude >= 2.0**exponent, 2.0**exponent, binade)
+        return binade
+
+
+@functools.cache
+def _to_compile(spec: ActivationSpec) -> ActivationSpec:
+    """The same quantization, in operations that compile to faster code."""
+    fmt = spec.fmt
+    if isinstance(fmt, FloatFormat) and fmt.max_exponent - fmt.min_exponent < _FEW_BINADES:
+        return dataclasses.replace(spec, fmt=_ComparingFormat(fmt.exponent, fmt.mantissa))
+    return spec
 
 
 @functools.cache
 def can_compile() -> bool:
-    """Whether torch.compile finds a C++ compiler."""
-    return shutil.which("c++") is not None or shutil.which("g++") is not None
+    """Whether torch.compile finds a C++ compiler and Python's headers."""
+    compiler = shutil.which("c++") or shutil.which("g++")
+    return compiler is not None and Path(sysconfig.get_path("include"), "Python.h").exists()
 
 
 @functools.cache
@@ -66,5 +104,9 @@ def _compiled_fake_quantize():
 def fake_quantize(x: Tensor, spec: ActivationSpec, dim: int) -> Tensor:
     """A layer's input rounded to what `spec` can represent."""
     if x.numel() >= WORTH_COMPILING and can_compile() and not torch.compiler.is_compiling():
-        return _compiled_fake_quantize()(x, spec, dim)
+        spec, tokens = _to_compile(spec), x.movedim(dim, -1)
+        if not tokens.is_contiguous():
+            return _compiled_fake_quantize()(x, spec, dim)
+        matrix = tokens.flatten(0, -2)  # torch.compile gives up after eight variants: spare it the number of dimensions
+        return _compiled_fake_quantize()(matrix, spec, -1).view(tokens.shape).movedim(-1, dim)
     return reference.fake_quantize(x, spec, dim)
