@@ -16,6 +16,8 @@ import threading
 import time
 from pathlib import Path
 
+import dmquant  # before diffusers, for which it makes torchvision importable
+
 PIXART_SIGMA = {
     "num_attention_heads": 16,
     "attention_head_dim": 72,
@@ -36,7 +38,6 @@ PIXART_SIGMA = {
 
 
 def write_checkpoint(folder: str, blocks: int) -> None:
-    import dmquant  # noqa: F401
     import torch
     from diffusers import PixArtTransformer2DModel
 
@@ -50,7 +51,6 @@ def anonymous_bytes() -> int:
 
 
 def load_and_measure(folder: str, recipe: str) -> None:
-    import dmquant
     import torch
     from diffusers import PixArtTransformer2DModel
 

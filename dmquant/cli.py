@@ -75,7 +75,7 @@ NumPrompts = Annotated[
     int | None,
     typer.Option(
         min=1,
-        help="How many prompts, one image each; drawn from the list with SEED. Default: 64, or all of a shorter list.",
+        help="How many prompts, from the top of the list, one image each. Default: 64, or all of a shorter list.",
         rich_help_panel="Images",
     ),
 ]

@@ -105,7 +105,7 @@ def _summary(report: Report) -> str:
     reference = report.reference
     recipes = [
         f"{name} stores {recipe.bits_per_weight:.2f} bits a weight and makes the backbone "
-        f"{reference.size_bytes / recipe.size_bytes:.1f} times smaller than {reference.dtype}"
+        f"{reference.size_bytes / recipe.size_bytes:.1f} times smaller than 16 bit"
         for name, recipe in report.recipes.items()
     ]
     return "; ".join(recipes) + "." if len(recipes) <= 2 else f"{len(recipes)} recipes against {reference.dtype}."

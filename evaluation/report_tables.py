@@ -107,7 +107,7 @@ def _reference_facts(reference: Reference) -> tuple[str, ...]:
         reference.dtype,
         reference.dtype,
         "",
-        size_text(reference.size_bytes),
+        f"{size_text(reference.size_bytes)} in 16 bit",
         "1.00×",
         *_cost(reference),
     )

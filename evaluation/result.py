@@ -82,7 +82,7 @@ class Measured:
 
 @dataclass(frozen=True, kw_only=True)
 class Reference(Measured):
-    """The full-precision pipeline that everything is compared with."""
+    """The full-precision pipeline that everything is compared with; its `size_bytes` are those of 16-bit weights."""
 
     name: str = "full precision"
     dtype: str

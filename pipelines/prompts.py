@@ -1,7 +1,6 @@
 """Prompt sets: text files with one prompt a line; lines that start with `#` are comments."""
 
 import importlib.resources
-import random
 from pathlib import Path
 
 from dmquant.errors import UsageError, UserError, unknown
@@ -14,11 +13,10 @@ def prompt_sets() -> dict[str, int]:
     return {name: len(_prompts_in(text)) for name, text in _packaged().items()}
 
 
-def load_prompts(name_or_file: str, number: int | None, seed: int) -> list[str]:
-    """Prompts of a packaged set or of a file: all in their order, or `number` of them drawn with `seed`.
+def load_prompts(name_or_file: str, number: int | None = None) -> list[str]:
+    """The first `number` prompts of a packaged set or of a file, or all of them.
 
-    A larger `number` with the same seed starts with the same prompts. Raises UsageError for an unknown set and for
-    more prompts than there are, UserError for a file without any.
+    Raises UsageError for an unknown set and for more prompts than there are, UserError for a file without any.
     """
     packaged = _packaged()
     if name_or_file in packaged:
@@ -33,13 +31,7 @@ def load_prompts(name_or_file: str, number: int | None, seed: int) -> list[str]:
         return prompts
     if not 1 <= number <= len(prompts):
         raise UsageError(f"{number} prompts asked for, but '{name_or_file}' has {len(prompts)}")
-    return _drawn(prompts, number, seed)
-
-
-def _drawn(prompts: list[str], number: int, seed: int) -> list[str]:
-    order = list(prompts)
-    random.Random(seed).shuffle(order)
-    return order[:number]
+    return prompts[:number]
 
 
 def _packaged() -> dict[str, str]:

@@ -22,7 +22,7 @@ def build_report(folder: RunFolder, settings: dict[str, Any]) -> Report:
     model, scores, recipe = folder.record("model"), folder.record("scores"), settings["recipe"]
     listed = settings["metrics"]
     reference = Reference(
-        dtype=f"{settings['dtype']} (size in 16 bit)",
+        dtype=settings["dtype"],
         size_bytes=model["full_precision_bytes"],
         seconds={"generate": _seconds(folder, "fp")},
         peak_memory_bytes=_peak(folder, "fp"),

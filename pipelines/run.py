@@ -153,7 +153,7 @@ class Run:
 
     def _report(self, record: dict[str, Any]) -> None:
         path = self.folder.path
-        heading = "weights {}, activations {}".format(*self.settings.formats)
+        heading = "W {} A {}".format(*(name.partition("_")[0] for name in self.settings.formats))
         draw_grid(
             {"full precision": self.folder.images(FP), heading: self.folder.images(QUANTIZED)},
             self.settings.prompts,

@@ -182,10 +182,6 @@ def versions() -> dict[str, str]:
 
 
 def _prompts(options: Options, model: ModelSpec) -> list[str]:
-    """As many prompts as were asked for; by default 64, or all in their order where the list has no more."""
+    """The first prompts of the list, as many as were asked for; by default 64, or all where there are no more."""
     listed = options.prompts or model.prompts
-    everything = load_prompts(listed, None, options.seed)
-    number = options.num_prompts or DEFAULT_PROMPTS
-    if len(everything) == number or (options.num_prompts is None and len(everything) < number):
-        return everything
-    return load_prompts(listed, number, options.seed)
+    return load_prompts(listed, options.num_prompts) if options.num_prompts else load_prompts(listed)[:DEFAULT_PROMPTS]

@@ -15,7 +15,7 @@ def test_an_embedded_model_loads_and_draws_with_its_own_settings(spec):
     assert family_of(pipeline).name == spec.family
     pipeline.set_progress_bar_config(disable=True)
     images = pipeline(
-        load_prompts(spec.prompts, 2, seed=0),
+        load_prompts(spec.prompts, 2),
         height=spec.height,
         width=spec.width,
         num_inference_steps=4,
