@@ -22,6 +22,7 @@ from dmquant.torchvision_guard import ensure_torchvision_imports
 ensure_torchvision_imports()
 
 from diffusers import PixArtSigmaPipeline
+from diffusers.utils import logging
 
 from dmquant.evaluation.inception import Inception
 
@@ -95,7 +96,7 @@ def hit_rates(features: Tensor, reference: Tensor, own: Tensor) -> dict[str, flo
     """Shares of rows of `features` whose own reference image, at index `own`, is the nearest, or among the five."""
     nearest = torch.cdist(features, reference, compute_mode="donot_use_mm_for_euclid_dist").topk(5, largest=False)
     hits = nearest.indices == own[:, None]
-    return {"top1": hits[:, 0].float().mean().item(), "top5": hits.any(1).float().mean().item()}
+    return {"top1": hits[:, 0].sum().item() / len(own), "top5": hits.any(1).sum().item() / len(own)}
 
 
 def draw(rows: list[list[Image.Image]], scale: int = 2) -> Image.Image:
@@ -120,6 +121,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
 
+    logging.set_verbosity_error()  # or every caption cut at 24 tokens is named
     options.out.mkdir(parents=True, exist_ok=True)
     images, captions = load_emoji(options.data)
     own = torch.randperm(len(images), generator=torch.Generator().manual_seed(options.seed))[: options.captions]
@@ -140,6 +142,7 @@ def main() -> None:
     reference = reference_features(inception, images, options.out)
     generated_features = inception.features(save(generated, options.out / "generated"))
     ceiling_features = inception.features(save(to_pil(reconstructed), options.out / "reconstructed"))
+    psnr = 10 * torch.log10(4 / (reconstructed.clamp(-1, 1) - images[own]).square().mean())
     score = {
         "captions": len(prompts),
         "training_images": len(images),
@@ -148,7 +151,7 @@ def main() -> None:
         "seed": options.seed,
         "generated": hit_rates(generated_features, reference, own),
         "vae_ceiling": hit_rates(ceiling_features, reference, own),
-        "vae_psnr_db": (10 * torch.log10(4 / (reconstructed.clamp(-1, 1) - images[own]).square().mean())).item(),
+        "vae_psnr_db": round(psnr.item(), 2),
         "inception": {"name": inception.backbone.name, "sha256": inception.backbone.sha256},
     }
     (options.out / "score.json").write_text(json.dumps(score, indent=2) + "\n")

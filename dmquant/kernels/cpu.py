@@ -8,6 +8,7 @@ import functools
 import math
 import shutil
 import sysconfig
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -18,9 +19,11 @@ from dmquant.formats import FloatFormat, Format
 from dmquant.kernels import reference
 from dmquant.qtensor import WeightSpec
 
-WORTH_COMPILING = 1 << 18  # elements; below, seconds of compiling would buy microseconds a call
+WORTH_COMPILING = 1 << 18  # elements in a call; below, the compiled loop saves only microseconds
+PAYS_AFTER = 1 << 31  # elements in all; before, a run ends sooner without the seconds that compiling takes
 _FEW_BINADES = 32  # no format of up to five exponent bits has more; beyond, bit casts cost less than comparisons
 _CACHED = 1 << 16  # elements whose float32 copies stay in a core's cache
+_seen: Counter[ActivationSpec] = Counter()
 _WIDE = {2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}  # one element of so many bytes
 
 
@@ -101,9 +104,16 @@ def _compiled_fake_quantize():
     return torch.compile(reference.fake_quantize, dynamic=True)
 
 
+def _worth_compiling(x: Tensor, spec: ActivationSpec) -> bool:
+    if x.numel() < WORTH_COMPILING:
+        return False
+    _seen[spec] += x.numel()
+    return _seen[spec] >= PAYS_AFTER and can_compile()
+
+
 def fake_quantize(x: Tensor, spec: ActivationSpec, dim: int) -> Tensor:
     """A layer's input rounded to what `spec` can represent."""
-    if x.numel() >= WORTH_COMPILING and can_compile() and not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and _worth_compiling(x, spec):
         spec, tokens = _to_compile(spec), x.movedim(dim, -1)
         if not tokens.is_contiguous():
             return _compiled_fake_quantize()(x, spec, dim)
