@@ -62,7 +62,7 @@ def plan(module: nn.Module, recipe: Recipe) -> list[LayerPlan]:
         activations = None
         if settings.activations not in NO_FORMAT:
             activations = ActivationSpec.parse(settings.activations, settings.activation_granularity)
-        plans.append(LayerPlan(name, weights, activations, _remainder(name, layer, weights)))
+        plans.append(LayerPlan(name, weights, activations, _remainder(layer, weights)))
     return plans
 
 
@@ -112,7 +112,7 @@ def footprint(module: nn.Module) -> Footprint:
     return Footprint(weights, quantized, total - quantized)
 
 
-def _remainder(name: str, layer: nn.Module, spec: WeightSpec) -> str | None:
+def _remainder(layer: nn.Module, spec: WeightSpec) -> str | None:
     columns = layer.weight[0].numel()
     size = spec.granularity.size
     if not size or columns % size == 0:

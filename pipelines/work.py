@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dmquant.convert import footprint, quantize_
+from dmquant.convert import LayerReport, footprint, quantize_
 from dmquant.diffusers_backend import load_pipeline, mark_quantized
 from dmquant.errors import UserError
 from dmquant.evaluation.generate import Generated, ImageRequest, generate, missing
@@ -35,9 +35,9 @@ def make_model(pipeline: "DiffusionPipeline", settings: Settings, folder: Path, 
     began = time.perf_counter()
     with console.bar("quantizing") as bar:
         layers = quantize_(backbone, settings.recipe, lambda done, total, name: bar(done, total))
-    for layer in layers:
-        if layer.plan.note:
-            console.say(f"note: {layer.plan.note}")
+    for note, names in _notes(layers).items():
+        others = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        console.say(f"note: {names[0]}{others}: {note}")
     mark_quantized(backbone, settings.recipe)
     narrow_exactly(backbone)
     size, stored = footprint(backbone), sum(tensor.nbytes for tensor in backbone.state_dict().values())
@@ -65,6 +65,15 @@ def make_model(pipeline: "DiffusionPipeline", settings: Settings, folder: Path, 
         f"({size_text(facts['full_precision_bytes'])} in 16 bit), in {seconds:.1f} s"
     )
     return facts
+
+
+def _notes(layers: Sequence[LayerReport]) -> dict[str, list[str]]:
+    """The layers that each note is about."""
+    notes: dict[str, list[str]] = {}
+    for layer in layers:
+        if layer.plan.note:
+            notes.setdefault(layer.plan.note, []).append(layer.plan.name)
+    return notes
 
 
 def load_quantized(folder: Path, settings: Settings) -> "DiffusionPipeline":
