@@ -117,6 +117,4 @@ def _remainder(layer: nn.Module, spec: WeightSpec) -> str | None:
     size = spec.granularity.size
     if not size or columns % size == 0:
         return None
-    return (
-        f"{name}: {columns} weights a channel do not divide into groups of {size}; the last group has {columns % size}"
-    )
+    return f"{columns} weights a channel do not divide into groups of {size}; the last group has {columns % size}"

@@ -48,11 +48,8 @@ def test_rules_choose_format_and_granularity_by_name():
 def test_a_group_size_that_does_not_divide_is_handled_and_said():
     net = Net()
     notes = {report.plan.name: report.plan.note for report in quantize_(net, Recipe(name="x", granularity="group:64"))}
-    assert "blocks.0.ff: 96 weights a channel do not divide into groups of 64; the last group has 32" in notes.values()
-    assert (
-        notes["blocks.0.conv"]
-        == "blocks.0.conv: 144 weights a channel do not divide into groups of 64; the last group has 16"
-    )
+    assert "96 weights a channel do not divide into groups of 64; the last group has 32" in notes.values()
+    assert notes["blocks.0.conv"] == "144 weights a channel do not divide into groups of 64; the last group has 16"
     assert net.blocks[0]["ff"](torch.randn(2, 96)).isfinite().all()
 
 
