@@ -28,7 +28,7 @@ def cached(repo: str) -> Path | None:
 def cached_pipelines() -> list[str]:
     """Ids of all repositories in the local cache that hold a pipeline's index."""
     try:
-        repositories = huggingface_hub.scan_cache_dir().repos
+        repositories = huggingface_hub.scan_cache_dir(constants.HF_HUB_CACHE).repos
     except huggingface_hub.CacheNotFound:
         return []
     return sorted(repository.repo_id for repository in repositories if cached(repository.repo_id))

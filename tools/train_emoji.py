@@ -5,7 +5,8 @@
 
 Runs on CPU and CUDA, in bfloat16 autocast. The learning rate follows the share of the budget spent, so any budget
 ends annealed. A checkpoint is written every minute to OUT/checkpoint, and the same command resumes from it; with
-smaller budgets than were spent it packages what is there. The result is OUT/pipeline, in float16.
+smaller budgets than were spent it packages what is there. The decoder and the transformer may be trained on; training
+the VAE on changes the latents that both were trained for. The result is OUT/pipeline, in float16.
 """
 
 import argparse
@@ -23,6 +24,7 @@ from PIL import Image
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor
 
+from dmquant.diffusers_backend import save_pipeline
 from dmquant.torchvision_guard import ensure_torchvision_imports
 
 ensure_torchvision_imports()
@@ -367,13 +369,13 @@ def train_transformer(
     return text, transformer, training.facts() | {"batch": batch, "width": width, "depth": depth}
 
 
-def save_pipeline(tokenizer, text, vae, transformer, folder: Path) -> None:
+def write_pipeline(tokenizer, text, vae, transformer, folder: Path) -> None:
     """Write a PixArtSigmaPipeline in float16."""
     scheduler = DPMSolverMultistepScheduler(**NOISE, algorithm_type="dpmsolver++", prediction_type="v_prediction")
     pipeline = PixArtSigmaPipeline(
         tokenizer=tokenizer, text_encoder=text, vae=vae, transformer=transformer, scheduler=scheduler
     )
-    pipeline.to("cpu", torch.float16).save_pretrained(folder)
+    save_pipeline(pipeline.to("cpu", torch.float16), folder)
     # transformers 5 writes its own class name, which transformers 4 does not know; both read the older one.
     for file in (folder / "model_index.json", folder / "tokenizer/tokenizer_config.json"):
         file.write_text(file.read_text().replace("TokenizersBackend", "PreTrainedTokenizerFast"))
@@ -427,7 +429,7 @@ def main(arguments: list[str] | None = None) -> None:
         options.depth,
         checkpoints,
     )
-    save_pipeline(tokenizer, text, vae, transformer, options.out / "pipeline")
+    write_pipeline(tokenizer, text, vae, transformer, options.out / "pipeline")
     facts = {
         "seed": options.seed,
         "device": options.device,
