@@ -1,6 +1,6 @@
 """Round-to-nearest in FP and INT, at several bits, against one set of full-precision images: a markdown table.
 
-    python benchmarks/rtn_baseline.py --num-prompts 128 --out runs/baseline
+    python benchmarks/rtn_baseline.py --scale mse --out runs/baseline-mse
 
 Every row is `dmquant run MODEL` with other formats in the same run folder, so the full-precision images are made once;
 each row's report is kept as OUT/NAME.json, and a row that is there is not measured again.
@@ -12,6 +12,8 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+
+from dmquant.recipe import Recipe
 
 ROWS = [
     ("fp8", "fp8"),
@@ -28,11 +30,11 @@ ROWS = [
 HEADER = ["weights, activations", "bits/weight", "in files, MB", "of 16 bit", "PSNR, dB", "SSIM", "FID to FP"]
 
 
-def measure(model: str, weights: str, activations: str, folder: Path, options: list[str]) -> dict:
+def measure(model: str, weights: str, activations: str, folder: Path, options: list[object]) -> dict:
     kept = folder / f"{weights}-{activations}.json"
     if not kept.exists():
         command = [sys.executable, "-m", "dmquant", "run", model, "--w", weights, "--a", activations]
-        subprocess.run([*command, "--out", str(folder / "run"), *options], check=True)
+        subprocess.run([*command, "--out", str(folder / "run"), *map(str, options)], check=True)
         shutil.copy(folder / "run" / "report.json", kept)
     return json.loads(kept.read_text())
 
@@ -62,13 +64,17 @@ def row(weights: str, activations: str, report: dict) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="emoji-pixart")
-    parser.add_argument("--num-prompts", default="128")
+    parser.add_argument("--num-prompts", type=int, default=64)
+    parser.add_argument("--scale", choices=("mse", "absmax"), default="mse")
     parser.add_argument("--out", type=Path, default=Path("runs/baseline"))
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
+    recipe = options.out / f"rtn-{options.scale}.yaml"
+    Recipe.load("rtn").with_settings(scale=options.scale).save(recipe)
+    run_options = ["--recipe", recipe, "--num-prompts", options.num_prompts]
     rows = [HEADER, ["---"] * len(HEADER)]
     for weights, activations in ROWS:
-        report = measure(options.model, weights, activations, options.out, ["--num-prompts", options.num_prompts])
+        report = measure(options.model, weights, activations, options.out, run_options)
         rows.append(row(weights, activations, report))
     print("\n".join(f"| {' | '.join(cells)} |" for cells in rows))
 
