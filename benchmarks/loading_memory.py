@@ -1,9 +1,9 @@
 """Peak memory of quantizing a PixArt transformer while loading it, against its packed size.
 
-    python benchmarks/loading_memory.py [--blocks 28] [--recipe w4a6]
+    python benchmarks/loading_memory.py [--blocks 28] [--recipe w4a6] [--scale absmax]
 
 Writes a transformer of PixArt-Sigma's width with random bfloat16 weights to a temporary folder, then loads it in a
-fresh process with `quantization_config=QuantConfig(RECIPE)` and samples that process's anonymous memory (Linux). Pages
+fresh process with a `quantization_config` of that recipe and samples that process's anonymous memory (Linux). Pages
 of the checkpoint that are mapped from the file are not counted: the system takes them back when it needs memory.
 """
 
@@ -50,11 +50,11 @@ def anonymous_bytes() -> int:
     return next(int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon"))
 
 
-def load_and_measure(folder: str, recipe: str) -> None:
+def load_and_measure(folder: str, recipe: str, scale: str) -> None:
     import torch
     from diffusers import PixArtTransformer2DModel
 
-    config = dmquant.QuantConfig(recipe)
+    config = dmquant.QuantConfig(dmquant.Recipe.load(recipe).with_settings(scale=scale))
     before, peak, done = anonymous_bytes(), 0, threading.Event()
 
     def watch() -> None:
@@ -78,14 +78,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--blocks", type=int, default=28)
     parser.add_argument("--recipe", default="w4a6")
+    parser.add_argument("--scale", choices=("absmax", "mse"), default="absmax")
     parser.add_argument("--load", metavar="FOLDER", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.load:
-        load_and_measure(options.load, options.recipe)
+        load_and_measure(options.load, options.recipe, options.scale)
         return
     with tempfile.TemporaryDirectory() as folder:
         write_checkpoint(folder, options.blocks)
-        command = [sys.executable, __file__, "--load", folder, "--recipe", options.recipe]
+        command = [sys.executable, __file__, "--load", folder, "--recipe", options.recipe, "--scale", options.scale]
         answer = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
     facts = json.loads(answer)
     print(

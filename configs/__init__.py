@@ -1,0 +1,1 @@
+"""Data, no code: models, recipes and prompt sets."""

@@ -1,0 +1,1 @@
+"""Model families, the registry of names, and the stages of a run."""
