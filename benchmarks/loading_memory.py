@@ -1,6 +1,6 @@
 """Peak memory of quantizing a PixArt transformer while loading it, against its packed size.
 
-    python benchmarks/loading_memory.py [--blocks 28] [--recipe w4a6] [--scale absmax]
+    python benchmarks/loading_memory.py [--blocks 28] [--recipe w4a6] [--scale mse]
 
 Writes a transformer of PixArt-Sigma's width with random bfloat16 weights to a temporary folder, then loads it in a
 fresh process with a `quantization_config` of that recipe and samples that process's anonymous memory (Linux). Pages
@@ -78,7 +78,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--blocks", type=int, default=28)
     parser.add_argument("--recipe", default="w4a6")
-    parser.add_argument("--scale", choices=("absmax", "mse"), default="absmax")
+    parser.add_argument("--scale", choices=("mse", "absmax"), default="mse")
     parser.add_argument("--load", metavar="FOLDER", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.load:
