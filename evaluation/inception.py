@@ -21,7 +21,6 @@ from dmquant.errors import UserError
 from dmquant.evaluation.images import load_image
 from dmquant.evaluation.progress import Progress, silent
 from dmquant.evaluation.result import Backbone
-from dmquant.torchvision_guard import ensure_torchvision_imports
 
 ENVIRONMENT = "DMQUANT_INCEPTION"
 SIZE = 299
@@ -124,7 +123,6 @@ def _build_torchscript(path: Path) -> nn.Module:
 
 
 def _build_torchmetrics(path: Path) -> nn.Module:
-    ensure_torchvision_imports()
     from torchmetrics.image.fid import NoTrainInceptionV3
 
     try:

@@ -7,17 +7,14 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+from torchmetrics.image.fid import FrechetInceptionDistance
 
 from dmquant.errors import unknown
 from dmquant.evaluation.images import ImagePairs, any_images, generated_images
 from dmquant.evaluation.inception import Inception, InceptionUnavailableError
 from dmquant.evaluation.progress import Progress, silent
 from dmquant.evaluation.result import Metric
-from dmquant.torchvision_guard import ensure_torchvision_imports
-
-ensure_torchvision_imports()
-from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
-from torchmetrics.image.fid import FrechetInceptionDistance
 
 PSNR_CAP = 100.0  # dB, what a pair of identical images counts as; one 8-bit step in a 64x64 image is 89 dB
 SSIM_WINDOW = 11  # pixels, a Gaussian of sigma 1.5 cut at 3.5 sigma

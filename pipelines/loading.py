@@ -13,7 +13,6 @@ import torch
 from dmquant.errors import UsageError, UserError
 from dmquant.pipelines import folders, hub
 from dmquant.pipelines.registry import EMBEDDED, ModelSpec, families, family_of
-from dmquant.torchvision_guard import ensure_torchvision_imports
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -79,7 +78,6 @@ def load_full_precision(
     """
     folder = checked_folder(spec, say or (lambda line: print(line, file=sys.stderr)))
     family = families()[spec.family]
-    ensure_torchvision_imports()
     import diffusers
 
     parameters = inspect.signature(getattr(diffusers, spec.pipeline).__init__).parameters
