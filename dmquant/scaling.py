@@ -129,7 +129,7 @@ def _no_base(amplitude: Tensor, fmt: Format) -> None:
     return None
 
 
-# Three times as many candidates lower the weight error by one to two per cent more, and take three times as long.
+# Three times as many candidates lower the weight error by 1 % more at four bits and 8 % in FP8.
 _FREE = (0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.05, 1.1, 1.15, 1.2, 1.3, 1.4, 1.5)
 _OCTAVES = (0.25, 0.5, 1.0, 2.0)
 

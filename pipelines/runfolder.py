@@ -60,11 +60,6 @@ class RunFolder:
         """Name of the model the run is about."""
         return self._state["model"]
 
-    @property
-    def reports(self) -> dict[str, Path]:
-        """Paths of the three reports by suffix."""
-        return {Path(name).suffix[1:]: self.path / name for name in REPORTS}
-
     def images(self, side: str) -> Path:
         """The folder of the images of one side, `fp` or `quantized`."""
         return self.path / IMAGES / side

@@ -17,13 +17,6 @@ from tests.tiny import IMAGE_SIZE, tiny_pixart
 COMMIT = "0" * 40
 
 
-@pytest.fixture(scope="module")
-def original(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models") / "pixart"
-    tiny_pixart(folder)
-    return folder
-
-
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     folder = tmp_path / "hub"

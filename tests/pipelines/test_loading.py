@@ -18,13 +18,6 @@ WEIGHTS = {
 }
 
 
-@pytest.fixture(scope="module")
-def original(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models") / "pixart"
-    tiny_pixart(folder)
-    return folder
-
-
 @pytest.fixture
 def folder(original, tmp_path):
     return shutil.copytree(original, tmp_path / "pixart")
