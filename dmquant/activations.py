@@ -1,41 +1,132 @@
-"""Online activation quantization: every token's scale comes from the token itself, at run time."""
+"""Activation quantization: online, where a scale comes from the input itself, or static, where calibration fixed it."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from dmquant.errors import UsageError
+from dmquant.errors import UsageError, unknown
 from dmquant.formats import Format, get_format
 from dmquant.scaling import BLOCK_FORMATS, STORES, Granularity, check_choice, fit_absmax, from_groups, to_groups
+
+SCHEDULE = 1000  # timesteps run from 0 to this, in diffusers also those of flow matching
 
 
 @dataclass(frozen=True)
 class ActivationSpec:
     """How a layer's input is quantized when it arrives.
 
-    `token`: one scale for the channels of an image patch, a text token, or (for a convolution) a pixel position.
-    `group:N`: one for N consecutive channels of it. `tensor`: one for everything in the call, the batch included.
+    Online, `ranges` is None. `token`: one scale for the channels of an image patch, a text token, or (for a
+    convolution) a pixel position. `group:N`: one for N consecutive channels of it. `tensor`: one for everything in the
+    call, the batch included.
+
+    Static, the timesteps 0..SCHEDULE are cut into `ranges` equal ranges with scales of their own, in float32.
+    `tensor`: one scale for all of an input. `channel`: one for each input channel.
     """
 
     fmt: Format
     granularity: Granularity
     store: str
+    ranges: int | None = None
 
     @classmethod
-    def parse(cls, format: str, granularity: str = "token", store: str = "fp32") -> "ActivationSpec":
-        """Checked; a block format such as `mxfp6` brings its own granularity and store."""
+    def parse(
+        cls, format: str, granularity: str = "token", store: str = "fp32", scale: str = "online"
+    ) -> "ActivationSpec":
+        """Checked; `scale` is `online` or `static:R`. A block format such as `mxfp6` brings its own granularity and
+        store."""
+        ranges = parse_ranges(scale)
         if block := BLOCK_FORMATS.get(format.lower()):
             format, granularity, store = block.format, block.granularity, block.store
-        if granularity == "channel":
+        parsed = Granularity.parse(granularity)
+        if ranges is None and parsed.kind == "channel":
             raise UsageError("granularity 'channel' is for weights: use token, group:N or tensor for activations")
-        return cls(get_format(format), Granularity.parse(granularity), check_choice("scale storage", store, STORES))
+        if ranges is not None and parsed.kind not in ("tensor", "channel"):
+            raise UsageError(
+                f"a static activation scale cannot be one per {parsed}, which is known only at run time: "
+                "use granularity tensor or channel, or online scales"
+            )
+        return cls(get_format(format), parsed, check_choice("scale storage", store, STORES), ranges)
+
+    def scale_shape(self, channels: int) -> tuple[int, int]:
+        """Of a static layer's scales: timestep ranges, input channels (or 1)."""
+        return self.ranges, channels if self.granularity.kind == "channel" else 1
+
+    def __str__(self) -> str:
+        static = "" if self.ranges is None else f"/static:{self.ranges}"
+        return f"{self.fmt.name}/{self.granularity}{static}"
 
 
-def fake_quantize(x: Tensor, spec: ActivationSpec, dim: int = -1) -> Tensor:
+def parse_ranges(text: str) -> int | None:
+    """The timestep ranges of an activation scale: R for `static:R`, None for `online`; else a UsageError."""
+    kind, _, count = text.partition(":")
+    if kind == "static" and count.isdecimal() and int(count) > 0:
+        return int(count)
+    if text == "online":
+        return None
+    raise unknown("activation scale", text, ["online", "static:1"], "use online, or static:R for R timestep ranges")
+
+
+def ranges_of(timesteps: Tensor, count: int) -> Tensor:
+    """Which of `count` equal ranges of 0..SCHEDULE each timestep lies in; outside, the nearest. int64, same shape.
+
+    Counts the edges below, all in whole numbers: a quotient may round differently on another device.
+    """
+    edges = torch.arange(1, count, device=timesteps.device) * SCHEDULE
+    return (timesteps.float().unsqueeze(-1) * count >= edges).sum(-1)
+
+
+class TimestepRanges:
+    """The timestep ranges of the backbone call in progress, shared by the static layers of one model.
+
+    `counts` are the numbers of ranges in use. Whoever runs the layers calls `set` first: for a whole backbone that is
+    the hook of `diffusers_backend.attach`. A model serves one call at a time.
+    """
+
+    def __init__(self, counts: Iterable[int]):
+        self.counts = frozenset(counts)
+        self.of_rows: dict[int, Tensor] = {}
+
+    def set(self, timesteps: Tensor | float) -> None:
+        """Timesteps of the coming call: one for each row of the batch, or one for all."""
+        rows = torch.as_tensor(timesteps).reshape(-1)
+        self.of_rows = {count: ranges_of(rows, count) for count in self.counts}
+
+
+def static_scale(scale: Tensor, ranges: TimestepRanges | None, x: Tensor, dim: int) -> Tensor:
+    """The scales, of those fitted (ranges, 1 or channels), that apply to the rows of `x`; they broadcast to it.
+
+    Where the first dimension of `x` is a multiple of the rows, each row's scale is repeated. A RuntimeError says if
+    it is no multiple, or nobody has said what timestep it is.
+    """
+    count = len(scale)
+    if count > 1:
+        if ranges is None or count not in ranges.of_rows:
+            raise RuntimeError(
+                "this layer has one activation scale for each timestep range and was not told the timestep: "
+                "call the whole backbone, with its timestep"
+            )
+        scale = scale[ranges.of_rows[count].to(scale.device)]
+    rows, columns = scale.shape
+    shape = [1] * x.ndim
+    if rows > 1:
+        if dim % x.ndim == 0 or len(x) % rows:
+            raise RuntimeError(f"an input of shape {tuple(x.shape)} does not divide into the {rows} rows of the call")
+        scale = scale.repeat_interleave(len(x) // rows, 0)
+        shape[0] = len(x)
+    shape[dim] = columns
+    return scale.view(shape)
+
+
+def fake_quantize(x: Tensor, spec: ActivationSpec, dim: int = -1, scale: Tensor | None = None) -> Tensor:
     """Round `x` to values that `spec` can represent, channels along `dim`; same dtype and shape.
 
-    Scale, quotient and product are float32. NaN stays NaN; a token of zeros stays zero.
+    `scale`, for a static spec alone, is float32 and broadcasts to `x`. Scale, quotient and product are float32. NaN
+    stays NaN; a token of zeros stays zero.
     """
+    if spec.ranges is not None:
+        return spec.fmt.round(x.float() / scale).mul_(scale).to(x.dtype)
     channels_last = x.movedim(dim, -1)
     tokens = channels_last.reshape(-1, channels_last.shape[-1]).float()
     groups = to_groups(tokens, spec.granularity)

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from dmquant.errors import UserError
+from dmquant.pipelines.defaults import DEFAULT_RECIPE
 
 STOPPED = 130  # what a shell expects of a program ended by Ctrl-C
 _debug = False
@@ -50,7 +51,7 @@ Weights = Annotated[
         "--w",
         metavar="FMT",
         help="Format of the weights, such as fp4, fp6_e2m3, int8, mxfp4; none leaves them alone. "
-        "Default: the recipe's; fp4 for rtn.",
+        "Default: the recipe's.",
         rich_help_panel="Quantization",
     ),
 ]
@@ -59,8 +60,33 @@ Activations = Annotated[
     typer.Option(
         "--a",
         metavar="FMT",
-        help="Format of the activations; none leaves them alone. Default: the recipe's; fp6 for rtn.",
+        help="Format of the activations; none leaves them alone. Default: the recipe's.",
         rich_help_panel="Quantization",
+    ),
+]
+CalibrationPrompts = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE|NAME",
+        help="Prompts to calibrate with, as for --prompts; the recipe says how many. Default: the model's own list.",
+        rich_help_panel="Calibration",
+    ),
+]
+CalibrationData = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR",
+        help="Calibration data to use, or to make and keep there for other recipes. Default: made for this folder.",
+        rich_help_panel="Calibration",
+    ),
+]
+MemoryBudget = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        help="Memory for calibration beside the model, such as 8GB; what does not fit goes to disk. "
+        "Changes nothing in the result. Default: what it takes.",
+        rich_help_panel="Calibration",
     ),
 ]
 Prompts = Annotated[
@@ -107,7 +133,7 @@ Metrics = Annotated[
     str | None,
     typer.Option(
         metavar="LIST",
-        help="Metrics, comma separated. Default: psnr,ssim,fid_fp, and fid_real with --real.",
+        help="Metrics, comma separated. Default: psnr,ssim,latent_mse,fid_fp, and fid_real with --real.",
         rich_help_panel="Scores",
     ),
 ]
@@ -180,9 +206,12 @@ def _fail(message: str, exit_code: int) -> None:
 )
 def run(
     model: Model,
-    recipe: Recipe = "rtn",
+    recipe: Recipe = DEFAULT_RECIPE,
     w: Weights = None,
     a: Activations = None,
+    calibration_prompts: CalibrationPrompts = None,
+    calibration_data: CalibrationData = None,
+    memory_budget: MemoryBudget = None,
     prompts: Prompts = None,
     num_prompts: NumPrompts = None,
     steps: Steps = None,
@@ -218,6 +247,9 @@ def run(
             recipe=recipe,
             w=w,
             a=a,
+            calibration_prompts=calibration_prompts,
+            calibration_data=calibration_data,
+            memory_budget=memory_budget,
             prompts=prompts,
             num_prompts=num_prompts,
             steps=steps,
@@ -236,23 +268,125 @@ def run(
 
 
 @command(
+    "dmquant compare emoji-pixart --recipes rtn,w4a6,w8a8",
+    "dmquant compare pixart-sigma --recipes rtn:int4:int8,rtn:fp4:fp8,mine.yaml --device cuda --out runs/int-or-float",
+)
+def compare(
+    model: Model,
+    recipes: Annotated[
+        str,
+        typer.Option(
+            metavar="LIST",
+            help="Recipes, comma separated: names or YAML files, each with formats if need be, "
+            "as RECIPE:WEIGHTS:ACTIVATIONS.",
+            rich_help_panel="Quantization",
+        ),
+    ],
+    w: Weights = None,
+    a: Activations = None,
+    calibration_prompts: CalibrationPrompts = None,
+    calibration_data: CalibrationData = None,
+    memory_budget: MemoryBudget = None,
+    prompts: Prompts = None,
+    num_prompts: NumPrompts = None,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    height: Height = None,
+    width: Width = None,
+    seed: Seed = 0,
+    batch_size: BatchSize = None,
+    metrics: Metrics = None,
+    real: Real = None,
+    device: Device = "auto",
+    dtype: Dtype = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="The folder of the comparison. Default: runs/MODEL-compare.",
+            rich_help_panel="Output",
+            show_default=False,
+        ),
+    ] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Quantize MODEL by several recipes and compare all with the same full-precision images: one table, one picture.
+
+    The same command on the same folder resumes; with another recipe in the list, only that one is done.
+    """
+    from dmquant.pipelines import settings, stages
+
+    resolved = settings.resolve_all(
+        settings.Options(
+            model=model,
+            w=w,
+            a=a,
+            calibration_prompts=calibration_prompts,
+            calibration_data=calibration_data,
+            memory_budget=memory_budget,
+            prompts=prompts,
+            num_prompts=num_prompts,
+            steps=steps,
+            guidance=guidance,
+            height=height,
+            width=width,
+            seed=seed,
+            batch_size=batch_size,
+            metrics=metrics,
+            real=real,
+            device=device,
+            dtype=dtype,
+        ),
+        recipes,
+    )
+    common = next(iter(resolved.values()))
+    stages.compare(resolved, out or Path("runs") / f"{common.model.name}-compare", overwrite)
+
+
+@command(
     "dmquant quantize emoji-pixart --w fp4 --a fp6 --out model",
     "dmquant quantize PixArt-alpha/PixArt-Sigma-XL-2-1024-MS --recipe w4a16 --out pixart-w4",
 )
 def quantize(
     model: Model,
     out: Annotated[Path, typer.Option(metavar="DIR", help="Where the model folder goes.", rich_help_panel="Output")],
-    recipe: Recipe = "rtn",
+    recipe: Recipe = DEFAULT_RECIPE,
     w: Weights = None,
     a: Activations = None,
+    calibration_prompts: CalibrationPrompts = None,
+    calibration_data: CalibrationData = None,
+    memory_budget: MemoryBudget = None,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    height: Height = None,
+    width: Width = None,
     device: Device = "auto",
     dtype: Dtype = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Quantize MODEL and save it as a diffusers pipeline folder; no images, no scores."""
+    """Quantize MODEL and save it as a diffusers pipeline folder; no images, no scores.
+
+    Steps, guidance and size are those of the pipeline runs that calibration learns from.
+    """
     from dmquant.pipelines import settings, stages
 
-    resolved = settings.resolve(settings.Options(model=model, recipe=recipe, w=w, a=a, device=device, dtype=dtype))
+    resolved = settings.resolve(
+        settings.Options(
+            model=model,
+            recipe=recipe,
+            w=w,
+            a=a,
+            calibration_prompts=calibration_prompts,
+            calibration_data=calibration_data,
+            memory_budget=memory_budget,
+            steps=steps,
+            guidance=guidance,
+            height=height,
+            width=width,
+            device=device,
+            dtype=dtype,
+        )
+    )
     stages.quantize(resolved, out, overwrite)
 
 
@@ -325,7 +459,7 @@ def grid(
     ),
     rows: Annotated[int, typer.Option(min=1, help="Prompts to show, spread over all.", rich_help_panel="Output")] = 12,
 ) -> None:
-    """Draw image pairs side by side: full precision above, quantized below."""
+    """Draw image pairs side by side: full precision, quantized, and their difference."""
     from dmquant.pipelines import stages
 
     stages.grid(fp, quantized, out, rows)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from dmquant.activations import ActivationSpec
 from dmquant.errors import UsageError
+from dmquant.formats import Format, get_format
 from dmquant.layers import QUANTIZED, QuantConv2d, QuantLinear, quantize_layer
 from dmquant.qtensor import WeightSpec
 from dmquant.recipe import NO_FORMAT, Recipe
@@ -21,6 +22,8 @@ class LayerPlan:
     weights: WeightSpec
     activations: ActivationSpec | None
     note: str | None = None
+    candidates: tuple[Format, ...] = ()
+    """Formats to choose from by output error; empty where the recipe names one."""
 
 
 @dataclass(frozen=True)
@@ -61,8 +64,11 @@ def plan(module: nn.Module, recipe: Recipe) -> list[LayerPlan]:
         weights = WeightSpec.parse(settings.weights, settings.granularity, settings.scale, settings.store)
         activations = None
         if settings.activations not in NO_FORMAT:
-            activations = ActivationSpec.parse(settings.activations, settings.activation_granularity)
-        plans.append(LayerPlan(name, weights, activations, _remainder(layer, weights)))
+            activations = ActivationSpec.parse(
+                settings.activations, settings.activation_granularity, scale=settings.activation_scale
+            )
+        candidates = tuple(map(get_format, settings.candidates or ()))
+        plans.append(LayerPlan(name, weights, activations, _remainder(layer, weights), candidates))
     return plans
 
 
@@ -71,10 +77,11 @@ def quantize_(
 ) -> list[LayerReport]:
     """Replace the layers of `module` by quantized ones in place, round to nearest, without data.
 
-    `progress(done, total, name)` is called after each layer. Raises UsageError if no layer is left to quantize, or
-    a weight is NaN or infinite.
+    `progress(done, total, name)` is called after each layer. Raises UsageError if no layer is left to quantize, a
+    weight is NaN or infinite, or the recipe needs calibration data.
     """
     recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
+    refuse_without_data(recipe)
     plans = plan(module, recipe)
     if not plans:
         raise UsageError(f"recipe '{recipe.name}' quantizes none of the layers of {type(module).__name__}")
@@ -90,6 +97,15 @@ def quantize_(
         if progress:
             progress(done, len(plans), step.name)
     return reports
+
+
+def refuse_without_data(recipe: Recipe) -> None:
+    """UsageError for a recipe that only calibration can carry out."""
+    if recipe.calibrated:
+        raise UsageError(
+            f"recipe '{recipe.name}' needs calibration data: use `dmquant run` or `dmquant quantize`, "
+            "or a recipe without data such as rtn"
+        )
 
 
 def relative_error(weight: Tensor, quantized: QuantLinear | QuantConv2d) -> float:

@@ -5,6 +5,7 @@ quantized one fills empty quantized layers with its bytes. Registered by `dmquan
 """
 
 import enum
+import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,13 @@ from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import nn
 
+from dmquant.activations import TimestepRanges
 from dmquant.convert import plan
-from dmquant.errors import UserError
-from dmquant.layers import QUANTIZED, quantize_layer
+from dmquant.errors import UsageError, UserError
+from dmquant.layers import QUANTIZED, quantize_layer, share_timesteps
 from dmquant.recipe import Recipe
 
-_PACKED = ("qweight", "scale", "scale_base")
+_PACKED = ("qweight", "scale", "scale_base", "input_scale")
 
 
 class QuantMethod(str, enum.Enum):
@@ -138,8 +140,33 @@ auto.AUTO_QUANTIZER_MAPPING.setdefault(QuantMethod.DMQUANT.value, DMQuantizer)
 auto.AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault(QuantMethod.DMQUANT.value, QuantConfig)
 
 
+class _TellTimestep:
+    """A forward pre-hook that tells a backbone's static layers the timestep; a class, so that copies keep apart."""
+
+    def __init__(self, backbone: nn.Module, ranges: TimestepRanges):
+        parameters = list(inspect.signature(type(backbone).forward).parameters)
+        if "timestep" not in parameters:
+            raise UsageError(
+                f"{type(backbone).__name__} is called without a timestep, so its activations cannot have "
+                "scales for several timestep ranges: use static:1 or online"
+            )
+        self.position = parameters.index("timestep") - 1  # not counting self
+        self.ranges = ranges
+
+    def __call__(self, backbone: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        timestep = kwargs.get("timestep", next(iter(args[self.position :]), None))
+        if timestep is None:
+            raise RuntimeError(f"{type(backbone).__name__} was called without a timestep")
+        self.ranges.set(timestep)
+
+
 def attach(model: nn.Module, quantizer: DMQuantizer) -> None:
-    """Tell a diffusers model that it is quantized, so that `save_pretrained` writes it as such."""
+    """Tell a diffusers model that it is quantized, so that `save_pretrained` writes it as such.
+
+    Where its layers have activation scales for several timestep ranges, every call tells them its timestep.
+    """
+    if ranges := share_timesteps(model):
+        model.register_forward_pre_hook(_TellTimestep(model, ranges), with_kwargs=True)
     config = quantizer.quantization_config
     model.register_to_config(quantization_config=config.to_dict())
     model.hf_quantizer, model.is_quantized = quantizer, True

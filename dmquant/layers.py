@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dmquant import kernels
-from dmquant.activations import ActivationSpec
+from dmquant.activations import ActivationSpec, TimestepRanges, static_scale
+from dmquant.errors import UsageError
 from dmquant.packing import packed_size
 from dmquant.qtensor import QuantizedTensor, WeightSpec, quantize
 from dmquant.scaling import STORES, Scales
@@ -37,22 +38,39 @@ class _QuantizedLayer(nn.Module):
     """Packed weight, optional activation quantization, and what both kinds of layer share."""
 
     channel_dim: int  # of the input
+    timestep_ranges: TimestepRanges | None  # set by `share_timesteps`
 
-    def _setup(self, shape: tuple[int, ...], bias: bool, spec: WeightSpec, activations, device, dtype) -> None:
+    def _setup(
+        self, shape: tuple[int, ...], channels: int, bias: bool, spec: WeightSpec, activations, device, dtype
+    ) -> None:
         self.weight_shape, self.weight_spec, self.activations = shape, spec, activations
         rows, columns = shape[0], torch.Size(shape[1:]).numel()
         self.qweight = _bytes_parameter((rows, packed_size(columns, spec.fmt.bits)), torch.uint8, device)
         self.scale = _bytes_parameter(spec.scale_shape(rows, columns), STORES[spec.store].dtype, device)
         base = spec.base_shape(rows, columns)
         self.scale_base = None if base is None else _bytes_parameter(base, torch.float32, device)
+        self.input_scale, self.timestep_ranges = None, None
+        if self.is_static:
+            self.input_scale = _bytes_parameter(activations.scale_shape(channels), torch.float32, device)
         self.bias = nn.Parameter(torch.empty(rows, device=device, dtype=dtype)) if bias else None
 
-    def load_quantized(self, weight: QuantizedTensor, bias: Tensor | None) -> None:
-        """Take over codes, scales and bias."""
+    @property
+    def is_static(self) -> bool:
+        """Whether calibration fixed the scales of the input."""
+        return self.activations is not None and self.activations.ranges is not None
+
+    def load_quantized(self, weight: QuantizedTensor, bias: Tensor | None, input_scale: Tensor | None = None) -> None:
+        """Take over codes, scales and bias, and if given static input scales: float32, in the spec's `scale_shape`."""
         self.qweight = _as_bytes(weight.codes)
         self.scale = _as_bytes(weight.scales.stored)
         self.scale_base = None if weight.scales.base is None else _as_bytes(weight.scales.base)
+        if input_scale is not None:
+            self.input_scale = _as_bytes(input_scale)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+
+    def load_input_scale(self, input_scale: Tensor) -> None:
+        """Take over static input scales, float32 and of the spec's `scale_shape`."""
+        self.input_scale = _as_bytes(input_scale)
 
     @property
     def scales(self) -> Scales:
@@ -71,15 +89,18 @@ class _QuantizedLayer(nn.Module):
         dtype = torch.get_default_dtype() if self.bias is None else self.bias.dtype
         return self.dequantize(dtype).as_subclass(DequantizedWeight)
 
-    def _quantize_input(self, x: Tensor) -> Tensor:
+    def quantize_input(self, x: Tensor) -> Tensor:
+        """`x` as the layer's weight meets it: rounded as `activations` says, same dtype and shape."""
         if self.activations is None:
             return x
-        return kernels.select(x.device).fake_quantize(x, self.activations, self.channel_dim)
+        scale = None
+        if self.is_static:
+            scale = static_scale(self.input_scale.view(torch.float32), self.timestep_ranges, x, self.channel_dim)
+        return kernels.select(x.device).fake_quantize(x, self.activations, self.channel_dim, scale)
 
     def _specs_repr(self) -> str:
-        spec, activations = self.weight_spec, self.activations
-        inputs = f"{activations.fmt.name}/{activations.granularity}" if activations else "none"
-        return f", weights={spec.fmt.name}/{spec.granularity}, activations={inputs}"
+        spec = self.weight_spec
+        return f", weights={spec.fmt.name}/{spec.granularity}, activations={self.activations or 'none'}"
 
 
 class QuantLinear(_QuantizedLayer, nn.Linear):
@@ -99,7 +120,7 @@ class QuantLinear(_QuantizedLayer, nn.Linear):
     ):
         nn.Module.__init__(self)
         self.in_features, self.out_features = in_features, out_features
-        self._setup((out_features, in_features), bias, spec, activations, device, dtype)
+        self._setup((out_features, in_features), in_features, bias, spec, activations, device, dtype)
 
     @classmethod
     def like(cls, layer: nn.Linear, spec: WeightSpec, activations: ActivationSpec | None, device=None) -> "QuantLinear":
@@ -109,7 +130,7 @@ class QuantLinear(_QuantizedLayer, nn.Linear):
         return cls(layer.in_features, layer.out_features, bias is not None, spec, activations, device, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(self._quantize_input(x), self.dequantize(x.dtype), self.bias)
+        return F.linear(self.quantize_input(x), self.dequantize(x.dtype), self.bias)
 
     def extra_repr(self) -> str:
         return nn.Linear.extra_repr(self) + self._specs_repr()
@@ -143,7 +164,7 @@ class QuantConv2d(_QuantizedLayer, nn.Conv2d):
         nn.Conv2d.__init__(self, in_channels, out_channels, kernel_size, bias=bias, device="meta", **geometry)
         del self._parameters["weight"]
         shape = (out_channels, in_channels // self.groups, *self.kernel_size)
-        self._setup(shape, bias, spec, activations, device, dtype)
+        self._setup(shape, in_channels, bias, spec, activations, device, dtype)
 
     @classmethod
     def like(cls, layer: nn.Conv2d, spec: WeightSpec, activations: ActivationSpec | None, device=None) -> "QuantConv2d":
@@ -165,7 +186,7 @@ class QuantConv2d(_QuantizedLayer, nn.Conv2d):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._conv_forward(self._quantize_input(x), self.dequantize(x.dtype), self.bias)
+        return self._conv_forward(self.quantize_input(x), self.dequantize(x.dtype), self.bias)
 
     def extra_repr(self) -> str:
         return nn.Conv2d.extra_repr(self) + self._specs_repr()
@@ -175,13 +196,34 @@ QUANTIZED = {nn.Linear: QuantLinear, nn.Conv2d: QuantConv2d}  # by exact class: 
 
 
 def quantize_layer(
-    layer: nn.Linear | nn.Conv2d, spec: WeightSpec, activations: ActivationSpec | None, weight: Tensor | None = None
+    layer: nn.Linear | nn.Conv2d,
+    spec: WeightSpec,
+    activations: ActivationSpec | None,
+    weight: Tensor | None = None,
+    input_scale: Tensor | None = None,
 ) -> QuantLinear | QuantConv2d:
-    """A quantized layer with the scales and nearest codes of `weight` (default: the layer's own)."""
+    """A quantized layer with the scales and nearest codes of `weight` (default: the layer's own).
+
+    `input_scale` is what calibration fitted for static activations (calib.ranges); without it they are a UsageError.
+    """
     weight = layer.weight if weight is None else weight
     quantized = QUANTIZED[type(layer)].like(layer, spec, activations, device="meta")
-    quantized.load_quantized(quantize(weight, spec), layer.bias)
+    if quantized.is_static and input_scale is None:
+        raise UsageError("static activation scales are fitted to calibration data: use `dmquant run` or `quantize`")
+    quantized.load_quantized(quantize(weight, spec), layer.bias, input_scale)
     return quantized.train(layer.training)
+
+
+def share_timesteps(module: nn.Module) -> TimestepRanges | None:
+    """One `TimestepRanges` for the layers of `module` that have several static scales; None where there are none."""
+    layers = [layer for layer in module.modules() if isinstance(layer, _QuantizedLayer) and layer.is_static]
+    layers = [layer for layer in layers if layer.activations.ranges > 1]
+    if not layers:
+        return None
+    shared = TimestepRanges(layer.activations.ranges for layer in layers)
+    for layer in layers:
+        layer.timestep_ranges = shared
+    return shared
 
 
 def _bytes_parameter(shape: tuple[int, int], dtype: torch.dtype, device) -> nn.Parameter:

@@ -1,7 +1,8 @@
 """A quantized tensor: packed codes and their scales, and the specification they were made by."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from dmquant.formats import Format, get_format
 from dmquant.packing import pack, packed_size, unpack
 from dmquant.scaling import (
     BLOCK_FORMATS,
+    DATA_RULES,
     RULES,
     STORES,
     Granularity,
@@ -45,9 +47,18 @@ class WeightSpec:
         return cls(
             get_format(format),
             Granularity.parse(granularity),
-            check_choice("scale rule", scale, RULES),
+            check_choice("scale rule", scale, (*RULES, *DATA_RULES)),
             check_choice("scale storage", store, STORES),
         )
+
+    @property
+    def rule(self) -> Callable[..., Scales]:
+        """The function that fits scales without data."""
+        return RULES[self.scale]
+
+    def with_format(self, fmt: Format) -> "WeightSpec":
+        """The same but for the format."""
+        return replace(self, fmt=fmt)
 
     def scale_shape(self, rows: int, columns: int) -> tuple[int, int]:
         """Scale rows and scale columns of a (rows, columns) matrix."""
@@ -98,6 +109,8 @@ def quantize_tensor(
 
 def quantize(weight: Tensor, spec: WeightSpec) -> QuantizedTensor:
     """`quantize_tensor` for a specification already parsed."""
+    if spec.scale in DATA_RULES:
+        raise UsageError(f"scale rule '{spec.scale}' needs calibration data; without data use {' or '.join(RULES)}")
     matrix = weight.detach().reshape(len(weight), -1)
     rows, columns = matrix.shape
     parts, store = _parts(rows, columns, spec.granularity), STORES[spec.store]
@@ -111,7 +124,7 @@ def quantize(weight: Tensor, spec: WeightSpec) -> QuantizedTensor:
     for part in parts:
         exact = matrix[part].float()
         base_of_part = base if base is None or len(base) == 1 else base[part]
-        scales = RULES[spec.scale](to_groups(exact, spec.granularity), spec.fmt, spec.store, base_of_part)
+        scales = spec.rule(to_groups(exact, spec.granularity), spec.fmt, spec.store, base_of_part)
         stored[part], codes[part] = scales.stored, encode(exact, scales.decode(), spec)
     return QuantizedTensor(codes, Scales(stored, base, spec.store), spec, tuple(weight.shape))
 

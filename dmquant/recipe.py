@@ -5,14 +5,15 @@ import importlib.resources
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from dmquant.errors import UsageError, unknown
 
 NO_FORMAT = ("none", "bf16")  # leave alone
+ONLINE = "online"
 _BITS = re.compile(r"w(\d+)a(\d+)")
 _FLOAT_OF_BITS = {4: "fp4", 6: "fp6", 8: "fp8", 16: "none"}
 
@@ -26,8 +27,12 @@ class Settings(BaseModel):
     activations: str | None = None
     granularity: str | None = None
     activation_granularity: str | None = None
+    activation_scale: str | None = None
+    """`online`: from the data, at run time; `static:R`: fixed at calibration, one for each of R timestep ranges."""
     scale: str | None = None
     store: str | None = None
+    candidates: list[str] | None = None
+    """Formats of as many bits as `weights`: calibration takes for each layer the one of least output error."""
 
     @field_validator("weights", "activations")
     @classmethod
@@ -40,6 +45,22 @@ class Settings(BaseModel):
             get_format(name)
         return name
 
+    @field_validator("candidates")
+    @classmethod
+    def _known_formats(cls, names: list[str] | None) -> list[str] | None:
+        from dmquant.formats import get_format
+
+        return None if names is None else [get_format(name).name for name in names]
+
+    @field_validator("activation_scale")
+    @classmethod
+    def _known_activation_scale(cls, text: str | None) -> str | None:
+        from dmquant.activations import parse_ranges
+
+        if text is not None:
+            parse_ranges(text)
+        return text
+
     @field_validator("granularity", "activation_granularity")
     @classmethod
     def _known_granularity(cls, text: str | None) -> str | None:
@@ -50,9 +71,9 @@ class Settings(BaseModel):
     @field_validator("scale")
     @classmethod
     def _known_rule(cls, name: str | None) -> str | None:
-        from dmquant.scaling import RULES, check_choice
+        from dmquant.scaling import DATA_RULES, RULES, check_choice
 
-        return name if name is None else check_choice("scale rule", name, RULES)
+        return name if name is None else check_choice("scale rule", name, (*RULES, *DATA_RULES))
 
     @field_validator("store")
     @classmethod
@@ -73,6 +94,71 @@ class Rule(Settings):
         return any(fnmatch.fnmatchcase(name, glob) for glob in globs)
 
 
+class Rounding(BaseModel):
+    """A rounding method of dmquant.rounding by name, and that method's own options."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    method: str = "nearest"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_name(cls, given: Any) -> Any:
+        return {"method": given} if isinstance(given, str) else given
+
+    @model_validator(mode="after")
+    def _known_options(self) -> "Rounding":
+        from dmquant.rounding import get_method
+
+        method = get_method(self.method)
+        try:
+            method.Options.model_validate(self.options)
+        except ValidationError as error:
+            raise UsageError(_in_words(error.errors()[0], method.Options)) from None
+        return self
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What was set of the method's own options."""
+        return dict(self.model_extra or {})
+
+
+class Calibration(BaseModel):
+    """Which calls of the full-precision backbone are kept to calibrate on."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    prompts: int = Field(default=128, ge=2)
+    steps_per_prompt: int = Field(default=10, ge=1)
+    sampler: Literal["uniform", "stratified", "importance"] = "stratified"
+    held_out: float = Field(default=0.125, gt=0, lt=1)
+    """Share of the prompts that nothing is learned from; what was learned is judged on them."""
+    seed: int = Field(default=0, ge=0)
+
+
+class Learning(BaseModel):
+    """How the roundings of a unit are learned, whatever the rounding method."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    unit: Literal["layer", "block", "window"] = "block"
+    window: int = Field(default=2, ge=2)
+    """Blocks a window; windows overlap by all but one block. Only for unit: window."""
+    iterations: int = Field(default=1000, ge=0)
+    batch_size: int = Field(default=16, ge=1)
+    """Backbone calls a step; each holds both guidance branches."""
+    learning_rate: float = Field(default=0.1, gt=0)
+    full_precision_inputs: float = Field(default=0.0, ge=0, le=1)
+    """Share of a unit's input elements that come from full precision instead of the quantized units before it."""
+    quantize_activations: bool = True
+    """Whether activations are quantized while roundings are learned."""
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    compile: bool = False
+    checks: int = Field(default=5, ge=1)
+    """How often the hard-rounded unit is tried on held-out data; the best of these is kept."""
+    seed: int = Field(default=0, ge=0)
+
+
 class Recipe(Settings):
     """Everything that decides what a quantized model is: settings for all layers, and rules; later rules win."""
 
@@ -82,9 +168,25 @@ class Recipe(Settings):
     activations: str = "none"
     granularity: str = "group:64"
     activation_granularity: str = "token"
+    activation_scale: str = ONLINE
     scale: str = "absmax"
     store: str = "bf16"
+    rounding: Rounding = Rounding()
+    calibration: Calibration = Calibration()
+    learning: Learning = Learning()
     rules: list[Rule] = Field(default_factory=list)
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether making a model by this recipe takes data."""
+        from dmquant.rounding import get_method
+        from dmquant.scaling import DATA_RULES
+
+        everywhere = [self, *self.rules]
+        return get_method(self.rounding.method).LEARNS or any(
+            settings.scale in DATA_RULES or settings.candidates or settings.activation_scale not in (None, ONLINE)
+            for settings in everywhere
+        )
 
     @classmethod
     def load(cls, source: str | Path = "rtn", w: str | None = None, a: str | None = None) -> "Recipe":
@@ -100,7 +202,10 @@ class Recipe(Settings):
         else:
             path = _find(str(source))
             recipe = parse_yaml(cls, path.read_text(), str(source))
-        return recipe.with_settings(**{key: name for key, name in formats.items() if name is not None})
+        changed = {key: name for key, name in formats.items() if name is not None and name != getattr(recipe, key)}
+        if "weights" in changed:  # the candidates stood for the recipe's own format
+            changed["candidates"] = None
+        return recipe.with_settings(**changed)
 
     def with_settings(self, **settings: Any) -> "Recipe":
         """A copy with some settings replaced, checked like the rest."""
@@ -125,8 +230,9 @@ class Recipe(Settings):
         return None if keep or merged["weights"] in NO_FORMAT else Settings.model_construct(**merged)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types, without what was left at its default in rules."""
-        return self.model_dump(exclude_none=True)
+        """Plain JSON types, without what was left at its default in rules or has no meaning without data."""
+        unused = set() if self.calibrated else {"calibration", "learning"}
+        return self.model_dump(exclude_none=True, exclude=unused)
 
     def save(self, path: str | Path) -> None:
         """Write as YAML; `Recipe.load(path)` gives an equal recipe."""

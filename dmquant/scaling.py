@@ -211,22 +211,47 @@ def fit_absmax(groups: Tensor, fmt: Format, store: str, base: Tensor | None = No
 
 def fit_mse(groups: Tensor, fmt: Format, store: str, base: Tensor | None = None) -> Scales:
     """The multiple of absmax with the least squared weight error, absmax among the candidates; `base` as there."""
+    return _search(groups, fmt, store, base, lambda error: error.square_().sum(-1))
+
+
+def fit_hessian(groups: Tensor, fmt: Format, store: str, moments: Tensor) -> Scales:
+    """The multiple of absmax with the least squared error of the layer's output, at nearest rounding.
+
+    `moments` (scale columns, n, n) are the second moments of the inputs that each group of n weights meets: the error
+    of a group is e^T H e, as if the other groups were exact. Granularity `tensor` sums that over the rows.
+    """
+    rows, columns = groups.shape[:2]
+    width = moments.shape[-1]
+
+    def output_error(error: Tensor) -> Tensor:
+        per_group = error.reshape(-1, len(moments), width).transpose(0, 1)
+        squared = (torch.bmm(per_group, moments) * per_group).sum(-1)
+        return squared.T.reshape(rows, -1, columns).sum(1)
+
+    return _search(groups, fmt, store, None, output_error)
+
+
+def _search(
+    groups: Tensor, fmt: Format, store: str, base: Tensor | None, measure: Callable[[Tensor], Tensor]
+) -> Scales:
+    """Of absmax and the multiples of it in the store's list, the scale of each group that `measure` finds best."""
     amplitude, kind, best = absmax(groups), STORES[store], fit_absmax(groups, fmt, store, base)
-    chosen, least = best.stored, _squared_error(groups, best.decode(), fmt)
+    chosen, least = best.stored, measure(_rounding_error(groups, best.decode(), fmt))
     for multiple in kind.search:
         candidate = kind.encode(amplitude * multiple, fmt, best.base)
-        error = _squared_error(groups, kind.decode(candidate, best.base), fmt)
+        error = measure(_rounding_error(groups, kind.decode(candidate, best.base), fmt))
         better = error < least
         chosen, least = torch.where(better, candidate, chosen), torch.where(better, error, least)
     return Scales(chosen, best.base, store)
 
 
-def _squared_error(groups: Tensor, scale: Tensor, fmt: Format) -> Tensor:
+def _rounding_error(groups: Tensor, scale: Tensor, fmt: Format) -> Tensor:
     scale = scale.unsqueeze(-1)
-    return (fmt.round(groups / scale).mul_(scale).sub_(groups)).square_().sum(-1)
+    return fmt.round(groups / scale).mul_(scale).sub_(groups)
 
 
 RULES: dict[str, Callable[[Tensor, Format, str, Tensor | None], Scales]] = {"absmax": fit_absmax, "mse": fit_mse}
+DATA_RULES = ("hessian",)  # fitted where calibration data is at hand
 
 
 def check_choice(kind: str, name: str, choices: Iterable[str]) -> str:

@@ -2,7 +2,7 @@
 
 Every image has its own seed, drawn on the CPU, so its noise depends neither on the batch it is made in nor on the
 device. Every PNG carries its prompt, its seed and the key of the settings that made it; one that is on disk with the
-right key is not made again.
+right key is not made again. Beside it lie the image's final latents.
 """
 
 import contextlib
@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from PIL import Image, PngImagePlugin
 
-from dmquant.evaluation.files import replacing
+from dmquant.evaluation.latents import latent_path, read_latent, recording_latents, save_latent
+from dmquant.files import replacing
 
 MAX_BATCH = 16
 PIXELS_PER_BATCH = 1024 * 1024
@@ -26,12 +27,16 @@ PIXELS_PER_BATCH = 1024 * 1024
 
 @dataclass(frozen=True)
 class ImageRequest:
-    """One image to make: its number in the set, prompt, seed, and the key of everything that determines it."""
+    """One image to make: its number in the set, prompt, seed, and the key of everything that determines it.
+
+    With `latents`, an image that is there without its final latents counts as missing.
+    """
 
     index: int
     prompt: str
     seed: int
     key: str
+    latents: bool = False
 
     @property
     def name(self) -> str:
@@ -47,12 +52,12 @@ class Generated:
     not_finite: int = 0
 
 
-def image_requests(prompts: Sequence[str], seed: int, settings: str) -> list[ImageRequest]:
+def image_requests(prompts: Sequence[str], seed: int, settings: str, latents: bool = False) -> list[ImageRequest]:
     """One request a prompt; image `i` gets seed `seed + i`. `settings` stands for all that the prompts share."""
     requests = []
     for index, prompt in enumerate(prompts):
         key = hashlib.sha256(json.dumps([settings, prompt, seed + index]).encode()).hexdigest()[:32]
-        requests.append(ImageRequest(index, prompt, seed + index, key))
+        requests.append(ImageRequest(index, prompt, seed + index, key, latents))
     return requests
 
 
@@ -78,16 +83,23 @@ def read_prompt(path: Path) -> str | None:
 
 
 def missing(folder: Path, requests: Sequence[ImageRequest]) -> list[ImageRequest]:
-    """The requests whose image is not yet in `folder`, whole and with the right key."""
-    return [request for request in requests if read_key(folder / request.name) != request.key]
+    """The requests whose image is not yet in `folder`, whole, with the right key, and with its latents if wanted."""
+    return [request for request in requests if not _is_there(folder / request.name, request)]
+
+
+def _is_there(path: Path, request: ImageRequest) -> bool:
+    if read_key(path) != request.key:
+        return False
+    return not request.latents or read_latent(path, request.key) is not None
 
 
 def prune(folder: Path, requests: Sequence[ImageRequest]) -> None:
-    """Remove images of ours that no request asks for any more; other files stay."""
+    """Remove images of ours that no request asks for any more, and their latents; other files stay."""
     names = {request.name for request in requests}
     for path in folder.glob("[0-9]*.png"):
         if path.name not in names and read_key(path) is not None:
             path.unlink()
+            latent_path(path).unlink(missing_ok=True)
 
 
 def generate(
@@ -106,7 +118,8 @@ def generate(
 
     Args:
         pipeline: a diffusers text-to-image pipeline, on its device.
-        folder: where `00000.png` and so on go; created if need be. A PNG appears there whole or not at all.
+        folder: where `00000.png` and so on go; created if need be. A PNG appears there whole or not at all, and after
+            its latents.
         batch_size: images a batch.
         call: arguments of the pipeline's call other than prompt, generator and output type: height, width,
             num_inference_steps, guidance_scale, and what its family needs.
@@ -121,8 +134,12 @@ def generate(
             if not batch:
                 continue
             began = time.perf_counter()
-            images = _call(pipeline, batch, call)
+            with recording_latents(pipeline) as latents:
+                images = _call(pipeline, batch, call)
             generated.not_finite += int((~np.isfinite(images)).any(axis=(1, 2, 3)).sum())
+            if latents:
+                for request, latent in zip(batch, torch.cat(latents), strict=True):
+                    save_latent(latent, folder / request.name, request.key)
             for request, image in zip(batch, images, strict=True):
                 _save(image, request, folder)
             each = (time.perf_counter() - began) / len(batch)

@@ -29,13 +29,19 @@ def draw_grid(
 
     `columns` maps a heading to a folder of PNG images of the same names, full precision first. `prompts` has one
     entry per image, in the order of the names. At most `rows` prompts are shown, evenly spread over all of them.
-    With `amplify`, every column after the first is followed by its absolute difference from the first times that
-    factor. Raises UserError for missing or unreadable images and for prompts that do not match them.
+    Where there are two columns, their absolute difference times `amplify` is the third, unless that is None. Raises
+    UserError for missing or unreadable images and for prompts that do not match them.
     """
     folders = matching_images({heading: Path(folder) for heading, folder in columns.items()}, len(prompts))
     chosen = _spread(len(prompts), rows)
-    pictures = [_row([paths[index] for paths in folders.values()], amplify) for index in chosen]
-    sheet = _compose(pictures, [prompts[index] for index in chosen], _headings(list(columns), amplify))
+    headings = list(columns)
+    if len(headings) != 2:
+        amplify = None
+    if amplify is not None:
+        headings.append(f"{amplify:g}x difference")
+    largest = max(SMALLEST, min(LARGEST, (LINE_WIDTH - 2 * MARGIN + GAP) // len(headings) - GAP))
+    pictures = [_row([paths[index] for paths in folders.values()], amplify, largest) for index in chosen]
+    sheet = _compose(pictures, [prompts[index] for index in chosen], headings)
     save_image(sheet, Path(out))
     return Path(out)
 
@@ -47,23 +53,14 @@ def _spread(count: int, limit: int) -> list[int]:
     return np.linspace(0, count - 1, limit).round().astype(int).tolist()
 
 
-def _headings(names: list[str], amplify: float | None) -> list[str]:
-    first, *others = names
-    if amplify is None:
-        return names
-    return [first, *(heading for name in others for heading in (name, f"{amplify:g}x difference"))]
-
-
-def _row(paths: list[Path], amplify: float | None) -> list[Image.Image]:
-    first, *others = (open_rgb(path) for path in paths)
-    pictures = [first]
+def _row(paths: list[Path], amplify: float | None, largest: int) -> list[Image.Image]:
+    first, *others = pictures = [open_rgb(path) for path in paths]
     for path, other in zip(paths[1:], others, strict=True):
         if other.size != first.size:
             raise UserError(f"{path} and {paths[0]} differ in size: generate both at one size")
-        pictures.append(other)
-        if amplify is not None:
-            pictures.append(_difference(first, other, amplify))
-    return [_scaled(picture) for picture in pictures]
+    if amplify is not None:
+        pictures.append(_difference(first, others[0], amplify))
+    return [_scaled(picture, largest) for picture in pictures]
 
 
 def _difference(a: Image.Image, b: Image.Image, amplify: float) -> Image.Image:
@@ -71,14 +68,14 @@ def _difference(a: Image.Image, b: Image.Image, amplify: float) -> Image.Image:
     return Image.fromarray((distance * amplify).clip(0, 255).round().astype(np.uint8))
 
 
-def _scaled(picture: Image.Image) -> Image.Image:
-    """`picture` enlarged by a whole factor if it is small, reduced if it is large."""
+def _scaled(picture: Image.Image, largest: int) -> Image.Image:
+    """`picture` enlarged by a whole factor if it is small, reduced if its longer side is over `largest` pixels."""
     side = max(picture.size)
     if side < SMALLEST:
         factor = -(-SMALLEST // side)
         return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.LANCZOS)
-    if side > LARGEST:
-        width, height = (max(1, round(length * LARGEST / side)) for length in picture.size)
+    if side > largest:
+        width, height = (max(1, round(length * largest / side)) for length in picture.size)
         return picture.resize((width, height), Image.Resampling.LANCZOS)
     return picture
 
@@ -92,7 +89,8 @@ def _compose(rows: list[list[Image.Image]], captions: list[str], headings: list[
     row_height = height + GAP + max(map(len, wrapped)) * LINE_HEIGHT
     per_line = max(1, min(len(rows), (LINE_WIDTH - MARGIN) // (row_width + MARGIN)))
     lines = -(-len(rows) // per_line)
-    top = MARGIN + LINE_HEIGHT + GAP
+    titles = [_wrapped(heading, width, font) for heading in headings]
+    top = MARGIN + max(map(len, titles)) * LINE_HEIGHT + GAP
     sheet = Image.new(
         "RGB",
         (per_line * (row_width + MARGIN) + MARGIN, top + lines * (row_height + MARGIN)),
@@ -100,9 +98,10 @@ def _compose(rows: list[list[Image.Image]], captions: list[str], headings: list[
     )
     draw = ImageDraw.Draw(sheet)
     for across in range(per_line):
-        for column, heading in enumerate(headings):
+        for column, lines_of_title in enumerate(titles):
             left = MARGIN + across * (row_width + MARGIN) + column * (width + GAP)
-            draw.text((left, MARGIN), _fitted(heading, width, font), fill=INK, font=font)
+            for index, line in enumerate(lines_of_title):
+                draw.text((left, MARGIN + index * LINE_HEIGHT), line, fill=INK, font=font)
     for number, (row, lines_of_text) in enumerate(zip(rows, wrapped, strict=True)):
         left = MARGIN + (number % per_line) * (row_width + MARGIN)
         y = top + (number // per_line) * (row_height + MARGIN)

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from dmquant.errors import UserError
-from dmquant.evaluation.files import replacing
+from dmquant.files import replacing
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
 
@@ -88,9 +88,14 @@ class ImagePairs:
     def __len__(self) -> int:
         return len(self.reference)
 
+    @property
+    def paths(self) -> Iterator[tuple[Path, Path]]:
+        """(reference, quantized) of every pair, as files."""
+        return zip(self.reference, self.quantized, strict=True)
+
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield (reference, quantized), both uint8 [3, H, W]; raises UserError when their sizes differ."""
-        for reference_path, quantized_path in zip(self.reference, self.quantized, strict=True):
+        for reference_path, quantized_path in self.paths:
             reference, quantized = load_image(reference_path), load_image(quantized_path)
             if reference.shape != quantized.shape:
                 raise UserError(

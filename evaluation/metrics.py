@@ -1,5 +1,7 @@
 """The metrics: every one a function from `Inputs` to `Metric`, listed in `METRICS` under its name in report.json."""
 
+import math
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -10,9 +12,11 @@ from torch import Tensor, nn
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 from torchmetrics.image.fid import FrechetInceptionDistance
 
-from dmquant.errors import unknown
+from dmquant.errors import UserError, unknown
+from dmquant.evaluation.generate import read_key
 from dmquant.evaluation.images import ImagePairs, any_images, generated_images
 from dmquant.evaluation.inception import Inception, InceptionUnavailableError
+from dmquant.evaluation.latents import read_latent
 from dmquant.evaluation.progress import Progress, silent
 from dmquant.evaluation.result import Metric
 
@@ -68,6 +72,27 @@ def ssim(inputs: Inputs) -> Metric:
     return _mean(torch.cat(values).cpu())
 
 
+def latent_mse(inputs: Inputs) -> Metric:
+    """Mean squared difference of the pairs' final latents, in the units of the sampler (before the VAE's scaling)."""
+    values, absent = [], Counter()
+    for done, paths in enumerate(inputs.pairs.paths, start=1):
+        latents = [read_latent(path, read_key(path)) for path in paths]
+        absent.update(path.parent for path, latent in zip(paths, latents, strict=True) if latent is None)
+        if not absent:
+            values.append(_squared_difference(*latents, *paths))
+        inputs.progress("latents", done, len(inputs.pairs))
+    if absent:
+        folder, count = absent.most_common(1)[0]
+        return Metric.not_computed(
+            f"{count} of {len(inputs.pairs)} images in {folder.name} have no final latents beside them; a run with "
+            "latent_mse named in --metrics makes those images again"
+        )
+    not_finite = sum(not math.isfinite(value) for value in values)
+    if not_finite:
+        return Metric.not_computed(f"{not_finite} of {len(values)} images have NaN or infinity in their final latents")
+    return _mean(torch.tensor(values, dtype=torch.float64))
+
+
 def fid_fp(inputs: Inputs) -> Metric:
     """Fréchet Inception distance (Heusel et al. 2017) between the images and the full-precision ones."""
     return _fid(inputs, generated_images(inputs.images), generated_images(inputs.reference))
@@ -80,8 +105,14 @@ def fid_real(inputs: Inputs) -> Metric:
     return _fid(inputs, generated_images(inputs.images), any_images(inputs.real))
 
 
-METRICS: dict[str, Callable[[Inputs], Metric]] = {"psnr": psnr, "ssim": ssim, "fid_fp": fid_fp, "fid_real": fid_real}
-NOT_IMPLEMENTED = ("lpips", "kid_fp", "cmmd_fp", "clip_score", "hpsv2", "latent_mse")
+METRICS: dict[str, Callable[[Inputs], Metric]] = {
+    "psnr": psnr,
+    "ssim": ssim,
+    "latent_mse": latent_mse,
+    "fid_fp": fid_fp,
+    "fid_real": fid_real,
+}
+NOT_IMPLEMENTED = ("lpips", "kid_fp", "cmmd_fp", "clip_score", "hpsv2")
 NAMES = (*METRICS, *NOT_IMPLEMENTED)
 WITHOUT_REFERENCE = frozenset({"fid_real", "clip_score", "hpsv2"})  # these score full precision itself, too
 
@@ -134,6 +165,12 @@ def _float_pairs(inputs: Inputs, what: str) -> Iterator[tuple[Tensor, Tensor]]:
     for done, (reference, image) in enumerate(inputs.pairs, start=1):
         yield tuple(x[None].to(inputs.device, torch.float64) for x in (image, reference))
         inputs.progress(what, done, len(inputs.pairs))
+
+
+def _squared_difference(reference: Tensor, latent: Tensor, reference_path: Path, path: Path) -> float:
+    if latent.shape != reference.shape:
+        raise UserError(f"the final latents of {path} and {reference_path} differ in size: generate both at one size")
+    return float((latent.double() - reference.double()).square().mean())
 
 
 def _mean(values: Tensor, note: str | None = None) -> Metric:

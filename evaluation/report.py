@@ -4,10 +4,10 @@ import json
 from pathlib import Path
 
 from dmquant.errors import UserError
-from dmquant.evaluation.files import write_text
 from dmquant.evaluation.report_html import render_html
 from dmquant.evaluation.report_markdown import render_markdown
 from dmquant.evaluation.result import VERSION, Report
+from dmquant.files import write_text
 
 JSON_NAME = "report.json"
 

@@ -38,9 +38,9 @@ th, td { padding: .5rem .8rem; text-align: left; vertical-align: top; border-top
 thead th { border-top: 0; background: var(--panel); font-weight: 600; font-size: .85rem; color: var(--faint); }
 tbody th { font-weight: 600; white-space: nowrap; }
 td.fact { white-space: nowrap; }
-td small { display: block; min-width: 15rem; color: var(--faint); font-size: .8rem; }
-.missing { color: var(--warn); font-size: .85rem; }
-.grid { display: block; max-width: 100%; height: auto; border: 1px solid var(--line); border-radius: 8px; }
+td small { display: block; min-width: 11rem; color: var(--faint); font-size: .8rem; }
+.missing { color: var(--warn); font-size: .85rem; min-width: 12rem; }
+.picture { display: block; max-width: 100%; height: auto; border: 1px solid var(--line); border-radius: 8px; }
 .pairs { display: flex; flex-wrap: wrap; gap: 1.2rem; }
 figure { margin: 0; padding: .7rem; background: var(--panel); border: 1px solid var(--line); border-radius: 8px;
   max-width: 100%; }
@@ -56,6 +56,7 @@ code { font-size: .85em; overflow-wrap: anywhere; }
 <body>
 <h1>$title</h1>
 <p>$summary</p>
+$plot
 <h2>Size and cost</h2>
 $facts
 <h2>Metrics</h2>
@@ -67,6 +68,8 @@ $grid
 <div class="pairs">
 $pairs
 </div>
+<h2>$recipes_title</h2>
+$recipes
 <h2>Settings and versions</h2>
 <div class="two">
 $settings
@@ -86,11 +89,14 @@ def render_html(folder: Path, report: Report) -> str:
     images = matching_images({name: folder / kind.images for name, kind in tables.variants(report).items()}, count)
     width, height = _shown_size(next(iter(images.values())))
     return PAGE.substitute(
-        title=escape(f"{report.model}: {', '.join(report.recipes)} against full precision"),
+        title=escape(tables.title(report)),
         summary=escape(_summary(report)),
         facts=_table(tables.FACTS_HEADER, map(_fact_row, tables.facts(report))),
         metrics=_metrics(report),
-        grid=_grid(folder / "grid.png"),
+        plot=_picture(folder / "compare.png", "PSNR of every recipe against its bits a weight and its latent MSE"),
+        grid=_picture(folder / "grid.png", "Full-precision and quantized images side by side"),
+        recipes_title="Recipes" if len(report.recipes) > 1 else "Recipe",
+        recipes=_table(("", *report.recipes), map(_setting_row, tables.recipe_settings(report))),
         count=count,
         columns=len(images),
         width=f"{width}px",
@@ -108,21 +114,19 @@ def _summary(report: Report) -> str:
         f"{reference.size_bytes / recipe.size_bytes:.1f} times smaller than 16 bit"
         for name, recipe in report.recipes.items()
     ]
-    return "; ".join(recipes) + "." if len(recipes) <= 2 else f"{len(recipes)} recipes against {reference.dtype}."
+    return "; ".join(recipes) + "." if len(recipes) <= 2 else f"Full precision is {reference.dtype}."
 
 
 def _metrics(report: Report) -> str:
-    """A row a metric, a column a variant; what a cell says besides its value stands below it."""
+    """A row a variant, a column a metric; what a cell says besides its value stands below it."""
     names = tables.shown_metrics(report)
     if not names:
         return "<p>None were asked for.</p>"
-    shown = {name: variant for name, variant in tables.variants(report).items() if variant.metrics}
     rows = (
-        [f"<th scope=row>{escape(tables.metric_title(name))}</th>"]
-        + [_metric_cell(name, variant.metrics.get(name)) for variant in shown.values()]
-        for name in names
+        [f"<th scope=row>{escape(title)}</th>", *(_metric_cell(name, variant.metrics.get(name)) for name in names)]
+        for title, variant in tables.scored(report).items()
     )
-    return _table(("metric", *shown), rows)
+    return _table(("", *map(tables.metric_title, names)), rows)
 
 
 def _metric_cell(name: str, metric: Metric | None) -> str:
@@ -132,7 +136,7 @@ def _metric_cell(name: str, metric: Metric | None) -> str:
         return f'<td class="missing">{escape(tables.metric_value(name, metric))}</td>'
     interval = tables.metric_interval(name, metric)
     details = [
-        f"95 % interval {interval}" if interval else "",
+        f"95 %: {interval}" if interval else "",
         metric.note or f"{metric.images} images",
         tables.backbone_text(metric.backbone),
     ]
@@ -140,13 +144,12 @@ def _metric_cell(name: str, metric: Metric | None) -> str:
     return f"<td>{escape(tables.metric_value(name, metric))}{below}</td>"
 
 
-def _grid(path: Path) -> str:
+def _picture(path: Path, about: str) -> str:
+    """An image inside the page, or nothing where there is none."""
     if not path.is_file():
-        return "<p>No grid was drawn.</p>"
+        return ""
     data = base64.b64encode(path.read_bytes()).decode("ascii")
-    return (
-        f'<img class="grid" alt="Full-precision and quantized images side by side" src="data:image/png;base64,{data}">'
-    )
+    return f'<img class="picture" alt="{escape(about)}" src="data:image/png;base64,{data}">'
 
 
 def _pair(folder: Path, index: int, prompt: str, images: dict[str, list[Path]]) -> str:
@@ -178,6 +181,11 @@ def _fact_row(row: Sequence[str]) -> list[str]:
     return [f"<th scope=row>{escape(name)}</th>", *(f'<td class="fact">{escape(value)}</td>' for value in values)]
 
 
+def _setting_row(row: Sequence[str]) -> list[str]:
+    name, *values = row
+    return [f"<th scope=row>{escape(name)}</th>", *(f"<td><code>{escape(value)}</code></td>" for value in values)]
+
+
 def _plain_row(item: tuple[str, object]) -> list[str]:
     key, value = item
-    return [f"<th scope=row>{escape(key)}</th>", f"<td><code>{escape(str(value))}</code></td>"]
+    return _setting_row((key, str(value)))

@@ -9,17 +9,31 @@ from dmquant.evaluation.result import Measured, Report
 
 def render_markdown(folder: Path, report: Report) -> str:
     """The report as Markdown; `folder` is where it will lie, for the grid."""
-    parts = [f"# {_cell(report.model)}: {', '.join(map(_cell, report.recipes))} against full precision"]
+    parts = [f"# {_cell(tables.title(report))}"]
     if (folder / "grid.png").is_file():
         parts.append("![Image pairs: full precision and quantized](grid.png)")
+    if (folder / "compare.png").is_file():
+        parts.append("![PSNR of every recipe against its bits a weight and its latent MSE](compare.png)")
     parts += ["## Size and cost", _table(tables.FACTS_HEADER, tables.facts(report))]
-    for name, variant in tables.variants(report).items():
-        if variant.metrics:
-            parts += [f"## Metrics: {_cell(name)}", _metrics(variant)]
+    if len(report.recipes) > 1:
+        parts += ["## Metrics", _overview(report)]
+    for name, variant in tables.scored(report).items():
+        parts += [f"## Metrics: {_cell(name)}", _metrics(variant)]
+    parts += ["## Recipes", _table(("", *report.recipes), tables.recipe_settings(report))]
     parts += [f"## Settings\n\nImage pairs share prompt, seed and initial noise. {len(report.prompts)} prompts."]
     parts += [_table(("setting", "value"), ((key, str(value)) for key, value in report.settings.items()))]
     parts += [_table(("package", "version"), report.versions.items())]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _overview(report: Report) -> str:
+    """A row a variant, a column a metric, values only."""
+    names = tables.shown_metrics(report)
+    rows = (
+        (title, *(tables.metric_short(name, variant.metrics.get(name)) for name in names))
+        for title, variant in tables.scored(report).items()
+    )
+    return _table(("", *map(tables.metric_title, names)), rows)
 
 
 def _metrics(variant: Measured) -> str:

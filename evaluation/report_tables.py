@@ -7,27 +7,35 @@ from dmquant.evaluation.result import Backbone, Measured, Metric, RecipeResult, 
 
 @dataclass(frozen=True)
 class Style:
-    """How a metric is printed: its title, unit, decimals, and which way is better."""
+    """How a metric is printed: its title, unit, number format, and which way is better."""
 
     title: str
     unit: str
-    decimals: int
+    digits: str
     better: str
 
 
 STYLES = {
-    "psnr": Style("PSNR", " dB", 2, "higher"),
-    "ssim": Style("SSIM", "", 4, "higher"),
-    "lpips": Style("LPIPS", "", 4, "lower"),
-    "fid_fp": Style("FID against full precision", "", 2, "lower"),
-    "fid_real": Style("FID against real images", "", 2, "lower"),
-    "kid_fp": Style("KID against full precision", "", 4, "lower"),
-    "cmmd_fp": Style("CMMD against full precision", "", 4, "lower"),
-    "clip_score": Style("CLIPScore", "", 2, "higher"),
-    "hpsv2": Style("HPSv2", "", 4, "higher"),
-    "latent_mse": Style("Latent MSE", "", 5, "lower"),
+    "psnr": Style("PSNR", " dB", ".2f", "higher"),
+    "ssim": Style("SSIM", "", ".4f", "higher"),
+    "latent_mse": Style("Latent MSE", "", "#.3g", "lower"),  # from 1e-6 to 1
+    "lpips": Style("LPIPS", "", ".4f", "lower"),
+    "fid_fp": Style("FID against full precision", "", ".2f", "lower"),
+    "fid_real": Style("FID against real images", "", ".2f", "lower"),
+    "kid_fp": Style("KID against full precision", "", ".4f", "lower"),
+    "cmmd_fp": Style("CMMD against full precision", "", ".4f", "lower"),
+    "clip_score": Style("CLIPScore", "", ".2f", "higher"),
+    "hpsv2": Style("HPSv2", "", ".4f", "higher"),
 }
+NAMED = 3  # recipes that a title names; it counts more of them
 ARROWS = {"higher": "↑", "lower": "↓"}
+
+
+def title(report: Report) -> str:
+    """What the report is about, in one line."""
+    recipes = list(report.recipes)
+    named = ", ".join(recipes) if len(recipes) <= NAMED else f"{len(recipes)} recipes"
+    return f"{report.model}: {named} against full precision"
 
 
 def metric_title(name: str) -> str:
@@ -41,15 +49,22 @@ def metric_value(name: str, metric: Metric) -> str:
     if metric.value is None:
         return f"not computed: {metric.reason}"
     style = STYLES[name]
-    return f"{metric.value:.{style.decimals}f}{style.unit}"
+    return f"{metric.value:{style.digits}}{style.unit}"
+
+
+def metric_short(name: str, metric: Metric | None) -> str:
+    """The metric's value with its unit, "not computed" without the reason, or "" where it was not asked for."""
+    if metric is None:
+        return ""
+    return "not computed" if metric.value is None else metric_value(name, metric)
 
 
 def metric_interval(name: str, metric: Metric) -> str:
     """The 95 % interval as "low to high", or "" where there is none."""
     if metric.low is None or metric.high is None:
         return ""
-    decimals = STYLES[name].decimals
-    return f"{metric.low:.{decimals}f} to {metric.high:.{decimals}f}"
+    digits = STYLES[name].digits
+    return f"{metric.low:{digits}} to {metric.high:{digits}}"
 
 
 def backbone_text(backbone: Backbone | None) -> str:
@@ -94,6 +109,18 @@ def shown_metrics(report: Report) -> list[str]:
     """The metrics that any recipe lists, in the order of STYLES."""
     listed = {name for recipe in report.recipes.values() for name in recipe.metrics}
     return [name for name in STYLES if name in listed]
+
+
+def recipe_settings(report: Report) -> list[tuple[str, ...]]:
+    """What each recipe did: one row a setting, its name first, then a cell a recipe."""
+    recipes = report.recipes.values()
+    names = dict.fromkeys(name for recipe in recipes for name in recipe.settings)
+    return [(name, *(str(recipe.settings.get(name, "")) for recipe in recipes)) for name in names]
+
+
+def scored(report: Report) -> dict[str, Measured]:
+    """The variants that have any metric."""
+    return {name: variant for name, variant in variants(report).items() if variant.metrics}
 
 
 def variants(report: Report) -> dict[str, Measured]:

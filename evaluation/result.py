@@ -91,11 +91,15 @@ class Reference(Measured):
 
 @dataclass(frozen=True, kw_only=True)
 class RecipeResult(Measured):
-    """The pipeline quantized by one recipe; `bits_per_weight` counts scales and what stays in 16 bit."""
+    """The pipeline quantized by one recipe; `bits_per_weight` counts scales and what stays in 16 bit.
+
+    `settings` (granularity, rounding, ...) are flat and printed as they are.
+    """
 
     weights: str
     activations: str
     bits_per_weight: float
+    settings: dict[str, Any] = field(default_factory=dict)
     images: str = "images/quantized"
 
 

@@ -1,18 +1,9 @@
 """Which model this is: SHA-256 of the files that make a pipeline what it is."""
 
-import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
-
-def sha256(path: Path, on_bytes: Callable[[int], None] = lambda count: None) -> str:
-    """SHA-256 of a file in hexadecimal, read as a stream; `on_bytes` is told of every piece read."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-            on_bytes(len(block))
-    return digest.hexdigest()
+from dmquant.files import sha256
 
 
 def identifying_files(folder: Path, backbone: str) -> list[Path]:

@@ -15,6 +15,7 @@ from dmquant.formats import get_format
 from dmquant.pipelines import doctor as examination
 from dmquant.pipelines import folders, runfolder
 from dmquant.pipelines.console import Console, quiet_libraries
+from dmquant.pipelines.defaults import DEFAULT_RECIPE
 from dmquant.pipelines.hub import readable
 from dmquant.pipelines.registry import families, registered_models
 from dmquant.pipelines.settings import format_name
@@ -76,12 +77,14 @@ def formats() -> None:
 
 def recipes() -> None:
     """One row a recipe that comes with the package."""
-    table = _table("recipe", "weights", "activations", "granularity", "scale rule", "what it does")
+    table = _table("recipe", "data", "rounding", "weights", "activations", "granularity", "scale rule", "what it does")
     for name in [*recipe_names(), *bits_names()]:
         recipe = Recipe.load(name)
         table.add_row(
             name,
-            format_name(recipe.weights),
+            "calibrated" if recipe.calibrated else "data-free",
+            recipe.rounding.method,
+            _formats(recipe.weights, recipe.candidates),
             format_name(recipe.activations),
             recipe.granularity,
             recipe.scale,
@@ -89,7 +92,13 @@ def recipes() -> None:
         )
     console = Console()
     console.show(table)
-    console.say("--w and --a set the formats of any of them; a YAML file with the same keys is a recipe too.")
+    console.say(f"--recipe is {DEFAULT_RECIPE} unless named. --w and --a set the formats of any of them.")
+    console.say("A YAML file with the same keys is a recipe too.")
+
+
+def _formats(weights: str, candidates: list[str] | None) -> str:
+    """The format of the weights, or those that calibration chooses from."""
+    return " or ".join(candidates) if candidates else format_name(weights)
 
 
 def doctor() -> None:

@@ -44,7 +44,9 @@ class ModelSpec(BaseModel):
     guidance: float = Field(ge=0)
     dtype: Literal["bf16", "fp16", "fp32"]
     prompts: str
-    """Name of the prompt set in configs/prompts."""
+    """Name of the prompt set in configs/prompts that images are made and scored on."""
+    calibration_prompts: str
+    """Name of the prompt set to calibrate with; it shares no prompt with the one for images."""
     download_bytes: int | None = Field(default=None, gt=0)
     """About what the Hub sends for it; None where nothing is downloaded or the size is not known."""
     call: dict[str, Any] = {}

@@ -8,46 +8,71 @@ from dmquant.evaluation.report_tables import (
     FACTS_HEADER,
     facts,
     metric_interval,
+    metric_short,
     metric_title,
     metric_value,
     shown_metrics,
+    size_text,
+    time_text,
+    variants,
 )
 from dmquant.evaluation.result import Metric, RecipeResult, Reference, Report
-from dmquant.pipelines.runfolder import RunFolder
+from dmquant.pipelines.runfolder import RECIPES, RunFolder
 from dmquant.pipelines.settings import format_name
 
 
 def build_report(folder: RunFolder, settings: dict[str, Any]) -> Report:
-    """The report of a finished run; `settings` is what its run.yaml holds."""
-    model, scores, recipe = folder.record("model"), folder.record("scores"), settings["recipe"]
-    listed = settings["metrics"]
+    """The report of a finished run or comparison; `settings` is what its run.yaml holds."""
+    sides = quantized_sides(folder, settings)
+    side, _ = next(iter(sides.values()))
     reference = Reference(
         dtype=settings["dtype"],
-        size_bytes=model["full_precision_bytes"],
+        size_bytes=side.record("model")["full_precision_bytes"],
         seconds={"generate": _seconds(folder, "fp")},
         peak_memory_bytes=_peak(folder, "fp"),
-        metrics=_metrics(scores["reference"], listed),
-    )
-    result = RecipeResult(
-        weights=format_name(recipe["weights"]),
-        activations=format_name(recipe["activations"]),
-        bits_per_weight=model["bits_per_weight"],
-        size_bytes=model["size_bytes"],
-        seconds={
-            "quantize": model["seconds"],
-            "generate": _seconds(folder, "quantized"),
-            "score": scores["seconds"],
-        },
-        peak_memory_bytes=_peak(folder, "quantized"),
-        metrics=_metrics(scores["metrics"], listed),
+        metrics=_metrics(side.record("scores")["reference"], settings["metrics"]),
     )
     return Report(
         model=settings["model"]["name"],
         reference=reference,
-        recipes={recipe["name"]: result},
+        recipes={name: _result(folder, side, recipe, settings["metrics"]) for name, (side, recipe) in sides.items()},
         prompts=settings["prompts"],
-        settings=_flat_settings(folder, settings),
+        settings=_flat_settings(side, settings),
         versions=settings["versions"],
+    )
+
+
+def unfinished(folder: RunFolder, settings: dict[str, Any]) -> list[str]:
+    """The stages that are not done in a run or a comparison."""
+    if "recipes" in settings:
+        return [stage for stage in ("images_fp", RECIPES) if not folder.record(stage)]
+    return [stage for stage in ("images_fp", "model", "images_quantized", "scores") if not folder.record(stage)]
+
+
+def quantized_sides(folder: RunFolder, settings: dict[str, Any]) -> dict[str, tuple[RunFolder, dict[str, Any]]]:
+    """Folder and recipe of each quantized side that is finished, by the recipe's name."""
+    if "recipes" in settings:
+        names = folder.record(RECIPES)["names"]
+        return {name: (RunFolder(folder.recipe(name)), settings["recipes"][name]) for name in names}
+    return {settings["recipe"]["name"]: (folder, settings["recipe"])}
+
+
+def _result(folder: RunFolder, side: RunFolder, recipe: dict[str, Any], listed: list[str]) -> RecipeResult:
+    model, scores = side.record("model"), side.record("scores")
+    return RecipeResult(
+        weights=format_name(recipe["weights"]),
+        activations=format_name(recipe["activations"]),
+        bits_per_weight=model["bits_per_weight"],
+        size_bytes=model["size_bytes"],
+        images=side.images("quantized").relative_to(folder.path).as_posix(),
+        seconds={
+            "quantize": model["seconds"],
+            "generate": _seconds(side, "quantized"),
+            "score": scores["seconds"],
+        },
+        peak_memory_bytes=_peak(side, "quantized"),
+        metrics=_metrics(scores["metrics"], listed),
+        settings=_recipe_settings(side, recipe),
     )
 
 
@@ -65,6 +90,33 @@ def closing_table(report: Report) -> Table:
         columns = (report.reference.metrics, *(recipe.metrics for recipe in report.recipes.values()))
         table.add_row(metric_title(name), *(_cell(name, metrics) for metrics in columns))
     return table
+
+
+def comparison_table(report: Report) -> Table:
+    """A row a variant: what it stores, its size, its metrics above their intervals, and how long it took to make."""
+    columns = {"": [], "weights\nactivations": [], "bits\nsize": []}
+    for (title, weights, activations, bits, *_), variant in zip(facts(report), variants(report).values(), strict=True):
+        cells = (title, f"{weights}\n{activations}", f"{bits}\n{size_text(variant.size_bytes)}")
+        for column, cell in zip(columns.values(), cells, strict=True):
+            column.append(cell)
+    for name in shown_metrics(report):
+        metrics = (variant.metrics.get(name) for variant in variants(report).values())
+        columns[metric_title(name)] = [_stacked_cell(name, metric) for metric in metrics]
+    seconds = (variant.seconds.get("quantize") for variant in variants(report).values())
+    columns["quantizing\ntook"] = ["" if took is None else time_text(took) for took in seconds]
+    table = Table(title=report.model, title_justify="left")
+    for header, cells in columns.items():
+        table.add_column(
+            header, overflow="fold", min_width=max(len(line) for cell in cells for line in cell.split("\n"))
+        )
+    for row in zip(*columns.values(), strict=True):
+        table.add_row(*row)
+    return table
+
+
+def _stacked_cell(name: str, metric: Metric | None) -> str:
+    interval = "" if metric is None else metric_interval(name, metric).replace(" to ", "–")
+    return "\n".join(filter(None, (metric_short(name, metric), interval)))
 
 
 def metrics_table(metrics: dict[str, Metric], reference: dict[str, Metric]) -> Table:
@@ -94,19 +146,11 @@ def _peak(folder: RunFolder, side: str) -> int | None:
     return folder.record(f"images_{side}")["peak_memory_bytes"]
 
 
-def _flat_settings(folder: RunFolder, settings: dict[str, Any]) -> dict[str, Any]:
+def _flat_settings(side: RunFolder, settings: dict[str, Any]) -> dict[str, Any]:
     """What a reader needs to repeat the run, one value a line."""
-    model, recipe, images = settings["model"], settings["recipe"], settings["images"]
-    made = folder.record("model")
-    weights = [digest for name, digest in model["sha256"].items() if name.endswith(".safetensors")]
+    images = settings["images"]
     return {
-        "source": model["source"],
-        "weights (sha256)": ", ".join(weights),
-        "recipe": recipe["name"],
-        "granularity": f"weights {recipe['granularity']}, activations {recipe['activation_granularity']}",
-        "scale rule": f"{recipe['scale']}, stored as {recipe['store']}",
-        "quantized": f"{made['layers']} layers, {made['quantized_weights']} of {made['parameters']} weights, "
-        f"{made['bits_per_quantized_weight']:.3f} bits each",
+        "source": settings["model"]["source"],
         "images": images["count"],
         "seed": f"{images['seed']} + image number",
         "steps": images["num_inference_steps"],
@@ -115,7 +159,28 @@ def _flat_settings(folder: RunFolder, settings: dict[str, Any]) -> dict[str, Any
         "batch size": images["batch_size"],
         "device": settings["device"],
         "dtype": settings["dtype"],
-        "peak memory is": folder.record("images_quantized")["peak_memory_of"] or "not measured",
-        "images with NaN or infinity": folder.record("images_quantized")["not_finite"] or 0,
+        "peak memory is": side.record("images_quantized")["peak_memory_of"] or "not measured",
         "real images": settings["real"] or "none",
     }
+
+
+def _recipe_settings(side: RunFolder, recipe: dict[str, Any]) -> dict[str, Any]:
+    """How one recipe made its model, one value a line."""
+    made = side.record("model")
+    weights = [digest for name, digest in made["sha256"].items() if name.endswith(".safetensors")]
+    return {
+        "recipe": recipe["name"],
+        "rounding": _with_options(recipe["rounding"], "method"),
+        **({"calibration": _with_options(recipe["calibration"], "sampler")} if "calibration" in recipe else {}),
+        "granularity": f"weights {recipe['granularity']}, activations {recipe['activation_granularity']}",
+        "scale rule": f"{recipe['scale']}, stored as {recipe['store']}",
+        "quantized": f"{made['layers']} layers, {made['quantized_weights']} of {made['parameters']} weights, "
+        f"{made['bits_per_quantized_weight']:.3f} bits each",
+        "weights (sha256)": ", ".join(weights),
+        "images with NaN or infinity": side.record("images_quantized")["not_finite"] or 0,
+    }
+
+
+def _with_options(given: dict[str, Any], first: str) -> str:
+    """The value of one key, then the others by name: "adaround, regularizer 0.01"."""
+    return ", ".join([str(given[first]), *(f"{key} {value}" for key, value in given.items() if key != first)])

@@ -1,5 +1,8 @@
 """A run folder: what it holds, who may write it, and which stages are already done.
 
+A run of one recipe holds both sides, full precision and quantized. A comparison holds the full-precision side, and a
+run folder for the quantized side of each recipe below `recipes/`.
+
 `state.json` is the memory of a run. A stage is done when its record there carries the fingerprint of exactly the
 settings the stage depends on and the files it wrote are still what it wrote, so the same command continues after a
 kill, and a changed setting redoes what depends on it and nothing else.
@@ -10,13 +13,14 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from dmquant.errors import UserError
-from dmquant.evaluation.files import write_text
+from dmquant.files import write_text
 
 try:
     import fcntl
@@ -24,10 +28,14 @@ except ImportError:  # Windows: a run is not protected against a second one in t
     fcntl = None
 
 VERSION = 1
-STATE, SETTINGS, LOG, GRID, LOCK = "state.json", "run.yaml", "log.txt", "grid.png", ".lock"
-IMAGES, MODEL, PARTIAL_MODEL = "images", "model", "model.part"
+STATE, SETTINGS, LOG, LOCK = "state.json", "run.yaml", "log.txt", ".lock"
+GRID, PLOT = "grid.png", "compare.png"
+IMAGES, MODEL, PARTIAL_MODEL, CALIBRATION, RECIPES = "images", "model", "model.part", "calibration", "recipes"
 REPORTS = ("report.md", "report.html", "report.json")
-ENTRIES = (STATE, SETTINGS, LOG, GRID, LOCK, IMAGES, MODEL, PARTIAL_MODEL, *REPORTS)
+ENTRIES = (
+    *(STATE, SETTINGS, LOG, LOCK, GRID, PLOT, IMAGES, MODEL, PARTIAL_MODEL, CALIBRATION, RECIPES),
+    *REPORTS,
+)
 
 
 def fingerprint(**settings: Any) -> str:
@@ -63,6 +71,10 @@ class RunFolder:
     def images(self, side: str) -> Path:
         """The folder of the images of one side, `fp` or `quantized`."""
         return self.path / IMAGES / side
+
+    def recipe(self, name: str) -> Path:
+        """The run folder of one recipe of a comparison."""
+        return self.path / RECIPES / re.sub(r"[^\w.+-]", "_", name)
 
     def record(self, stage: str) -> dict[str, Any] | None:
         """What was stored when `stage` was finished, or None."""

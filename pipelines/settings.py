@@ -2,7 +2,8 @@
 
 import importlib.metadata
 import platform
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from dmquant.evaluation.generate import ImageRequest, batch_size_for, image_requ
 from dmquant.evaluation.images import any_images
 from dmquant.evaluation.metrics import check_names
 from dmquant.formats import get_format
+from dmquant.pipelines.defaults import DEFAULT_RECIPE
 from dmquant.pipelines.loading import resolve_device, resolve_dtype
 from dmquant.pipelines.prompts import load_prompts
 from dmquant.pipelines.registry import Family, ModelSpec, families, resolve_model
@@ -22,10 +24,13 @@ from dmquant.recipe import NO_FORMAT, Recipe
 from dmquant.scaling import BLOCK_FORMATS
 
 DEFAULT_PROMPTS = 64
-DEFAULT_METRICS = ("psnr", "ssim", "fid_fp")
+LATENTS = "latent_mse"
+DEFAULT_METRICS = ("psnr", "ssim", LATENTS, "fid_fp")
 DEFAULT_METRICS_WITH_REAL = (*DEFAULT_METRICS, "fid_real")
 PIXELS_A_LATENT = 8  # diffusers asks for sizes that this divides
 LIBRARIES = ("torch", "diffusers", "transformers")
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]i?)b?", re.IGNORECASE)
+_POWERS = "kmgt"
 
 
 @dataclass(frozen=True)
@@ -33,9 +38,12 @@ class Options:
     """What was typed; None stands for the model's or the recipe's own default."""
 
     model: str
-    recipe: str = "rtn"
+    recipe: str = DEFAULT_RECIPE
     w: str | None = None
     a: str | None = None
+    calibration_prompts: str | None = None
+    calibration_data: Path | None = None
+    memory_budget: str | None = None
     prompts: str | None = None
     num_prompts: int | None = None
     steps: int | None = None
@@ -52,10 +60,18 @@ class Options:
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that the result of a run depends on, except the weights themselves."""
+    """Everything that the result of a run depends on, except the weights themselves.
+
+    `calibration_prompts` is the whole list, of which the recipe takes as many as it asks for; `calibration_data` a
+    folder with calibration data to use or to create; `memory_budget` bytes, None for what calibration needs. Images
+    without their final latents are made again where `needs_latents`.
+    """
 
     model: ModelSpec
     recipe: Recipe
+    calibration_prompts: tuple[str, ...]
+    calibration_data: Path | None
+    memory_budget: int | None
     prompts: tuple[str, ...]
     steps: int
     guidance: float
@@ -64,6 +80,7 @@ class Settings:
     seed: int
     batch_size: int
     metrics: tuple[str, ...]
+    needs_latents: bool
     real: Path | None
     device: str
     dtype_name: str
@@ -98,10 +115,24 @@ class Settings:
         settings = fingerprint(
             weights=weights, call=self.call, dtype=self.dtype_name, device=self.device.partition(":")[0]
         )
-        return image_requests(self.prompts, self.seed, settings)
+        return image_requests(self.prompts, self.seed, settings, self.needs_latents)
 
-    def to_dict(self, source_hashes: dict[str, str]) -> dict[str, Any]:
-        """What run.yaml holds."""
+    def model_key(self, weights: str) -> str:
+        """Fingerprint of all that the quantized model depends on, `weights` being that of the full-precision ones.
+
+        The memory budget is not part of it: it decides where data lies, not what is computed from it.
+        """
+        data = {"calibration_prompts": self.calibration_prompts, "call": self.call} if self.recipe.calibrated else {}
+        return fingerprint(
+            source=weights,
+            recipe=self.recipe.to_dict(),
+            dtype=self.dtype_name,
+            dmquant=dmquant.__version__,
+            **data,
+        )
+
+    def to_dict(self, source_hashes: dict[str, str], recipes: dict[str, Any]) -> dict[str, Any]:
+        """What run.yaml holds; `recipes` is its part that says how the model is quantized."""
         return {
             "model": {
                 "name": self.model.name,
@@ -110,7 +141,13 @@ class Settings:
                 "pipeline": self.model.pipeline,
                 "sha256": source_hashes,
             },
-            "recipe": self.recipe.to_dict(),
+            **recipes,
+            "calibration": {
+                "data": None if self.calibration_data is None else str(self.calibration_data),
+                "memory_budget": self.memory_budget,
+                "prompts_sha256": fingerprint(prompts=self.calibration_prompts),
+                "prompts": list(self.calibration_prompts),
+            },
             "images": {"seed": self.seed, "count": len(self.prompts), "batch_size": self.batch_size, **self.call},
             "metrics": list(self.metrics),
             "real": None if self.real is None else str(self.real),
@@ -128,7 +165,8 @@ def resolve(options: Options) -> Settings:
     Raises UsageError for unknown names and impossible values, UserError for what this machine does not have.
     """
     model = resolve_model(options.model)
-    recipe = Recipe.load(options.recipe, options.w, options.a).keeping(families()[model.family].keep)
+    recipe = _recipe(model, options.recipe, options.w, options.a)
+    metrics = resolve_metrics(options.metrics, options.real)
     device = resolve_device(options.device)
     dtype_name = options.dtype or model.dtype
     resolve_dtype(dtype_name, device)
@@ -139,6 +177,9 @@ def resolve(options: Options) -> Settings:
     return Settings(
         model=model,
         recipe=recipe,
+        calibration_prompts=tuple(load_prompts(options.calibration_prompts or model.calibration_prompts)),
+        calibration_data=options.calibration_data,
+        memory_budget=None if options.memory_budget is None else parse_size(options.memory_budget, "--memory-budget"),
         prompts=tuple(_prompts(options, model)),
         steps=options.steps or model.steps,
         guidance=model.guidance if options.guidance is None else options.guidance,
@@ -146,12 +187,47 @@ def resolve(options: Options) -> Settings:
         width=width,
         seed=options.seed,
         batch_size=options.batch_size or batch_size_for(height, width),
-        metrics=resolve_metrics(options.metrics, options.real),
+        metrics=metrics,
+        # Images of an earlier version have none: what hours have made is not made again for a default.
+        needs_latents=options.metrics is not None and LATENTS in metrics,
         real=options.real,
         device=device,
         dtype_name=dtype_name,
         folder_name="-".join(filter(None, (model.name, recipe.name, options.w, options.a))),
     )
+
+
+def resolve_all(options: Options, recipes: str) -> dict[str, Settings]:
+    """Settings for each of several recipes by name, which differ in the recipe only.
+
+    `recipes` is a comma-separated list of RECIPE[:WEIGHTS[:ACTIVATIONS]]; formats that an entry does not give are the
+    options'. Raises as `resolve` does, and UsageError for an empty list or two recipes of one name.
+    """
+    entries = [entry.strip() for entry in recipes.split(",") if entry.strip()]
+    if not entries:
+        raise UsageError("--recipes is empty: name at least one, such as rtn")
+    base = resolve(replace(options, recipe=entries[0].partition(":")[0]))
+    settings: dict[str, Settings] = {}
+    for entry in dict.fromkeys(entries):
+        source, *formats = entry.split(":")
+        if len(formats) > 2:
+            raise UsageError(f"'{entry}' in --recipes has more than RECIPE:WEIGHTS:ACTIVATIONS")
+        given = [name or None for name in (*formats, "", "")[:2]]
+        recipe = _recipe(base.model, source, given[0] or options.w, given[1] or options.a)
+        name = "-".join([recipe.name, *filter(None, given)])
+        if name in settings:
+            raise UsageError(f"two of the recipes are called '{name}': give one another name in its file")
+        settings[name] = replace(base, recipe=recipe.with_settings(name=name))
+    return settings
+
+
+def parse_size(text: str, option: str) -> int:
+    """Bytes of a size such as 8GB, 512MB or 1.5GiB; UsageError, naming the option, for anything else."""
+    match = _SIZE.fullmatch(text.strip())
+    if match is None or not float(match[1]):
+        raise UsageError(f"{option} '{text}' is not a size: write it as 8GB, 512MB or 1.5GiB")
+    prefix = match[2].lower()
+    return int(float(match[1]) * (1024 if prefix.endswith("i") else 1000) ** (_POWERS.index(prefix[0]) + 1))
 
 
 def resolve_metrics(listed: str | None, real: Path | None) -> tuple[str, ...]:
@@ -179,6 +255,10 @@ def versions() -> dict[str, str]:
     """Versions of what a result depends on."""
     libraries = {name: importlib.metadata.version(name) for name in LIBRARIES}
     return {"dmquant": dmquant.__version__, "python": platform.python_version(), **libraries}
+
+
+def _recipe(model: ModelSpec, source: str, w: str | None, a: str | None) -> Recipe:
+    return Recipe.load(source, w, a).keeping(families()[model.family].keep)
 
 
 def _prompts(options: Options, model: ModelSpec) -> list[str]:

@@ -1,7 +1,8 @@
 """The commands: a whole run, and each of its stages alone on folders."""
 
 import contextlib
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import yaml
@@ -15,7 +16,13 @@ from dmquant.pipelines import folders, runfolder
 from dmquant.pipelines.console import Console, quiet_libraries
 from dmquant.pipelines.hashes import pipeline_hashes
 from dmquant.pipelines.loading import checked_folder, load_full_precision, resolve_device
-from dmquant.pipelines.reporting import build_report, closing_table, metrics_table
+from dmquant.pipelines.reporting import (
+    build_report,
+    closing_table,
+    comparison_table,
+    metrics_table,
+    unfinished,
+)
 from dmquant.pipelines.run import Run
 from dmquant.pipelines.runfolder import RunFolder, claim, fingerprint, is_full_disk
 from dmquant.pipelines.settings import Settings, resolve_metrics
@@ -35,8 +42,28 @@ def run(settings: Settings, out: Path, overwrite: bool) -> None:
         Run(settings, source, folder, console).finish()
 
 
+def compare(settings: Mapping[str, Settings], out: Path, overwrite: bool) -> None:
+    """Quantize a model by several recipes and compare all with the same images, or from where that stopped."""
+    from dmquant.pipelines.compare import Comparison  # brings matplotlib, which no other command needs
+
+    quiet_libraries()
+    console = Console()
+    model = next(iter(settings.values())).model
+    source = checked_folder(model, console.say)
+    with (
+        claim(out, model.name, overwrite) as folder,
+        console.logging_to(out / runfolder.LOG),
+        _explaining_a_full_disk(out),
+    ):
+        Comparison(settings, source, folder, console).finish()
+
+
 def quantize(settings: Settings, out: Path, overwrite: bool) -> None:
-    """Write the quantized pipeline of a model to the folder `out`, without making images."""
+    """Write the quantized pipeline of a model to the folder `out`, without making images.
+
+    What calibration has done so far is kept beside it until the pipeline is written, so that a command that was
+    killed continues there when it is given again.
+    """
     quiet_libraries()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         if not (out / folders.INDEX).is_file():
@@ -46,7 +73,9 @@ def quantize(settings: Settings, out: Path, overwrite: bool) -> None:
     console = Console()
     with _explaining_a_full_disk(out):
         pipeline = load_full_precision(settings.model, settings.dtype, settings.device, console.say)
-        make_model(pipeline, settings, out, console)
+        workspace = out.with_name(f"{out.name}.{runfolder.CALIBRATION}")
+        make_model(pipeline, settings, out, console, workspace=workspace)
+    shutil.rmtree(workspace, ignore_errors=True)
     console.say(f"model: {out}")
 
 
@@ -88,12 +117,13 @@ def grid(fp: Path, quantized: Path, out: Path, rows: int) -> None:
 def report(folder: Path) -> None:
     """Write the reports of a finished run again."""
     run_folder = RunFolder(folder)
-    absent = [stage for stage in ("images_fp", "model", "images_quantized", "scores") if not run_folder.record(stage)]
+    settings = yaml.safe_load((folder / runfolder.SETTINGS).read_text(encoding="utf-8"))
+    absent = unfinished(run_folder, settings)
     if absent:
         raise UserError(f"{folder} is not finished ({', '.join(absent)} not done); run its command again to resume")
-    result = build_report(run_folder, yaml.safe_load((folder / runfolder.SETTINGS).read_text(encoding="utf-8")))
+    result = build_report(run_folder, settings)
     write_report(folder, result)
-    Console().show(closing_table(result))
+    Console().show(comparison_table(result) if "recipes" in settings else closing_table(result))
 
 
 @contextlib.contextmanager

@@ -1,9 +1,13 @@
-"""Online activation quantization: scales come from the token itself, whatever the batch around it."""
+"""Activation quantization: online, scales come from the token itself, whatever the batch around it; static, from
+calibration, by the timestep of each row."""
 
+from fractions import Fraction
+
+import numpy as np
 import pytest
 import torch
 
-from dmquant.activations import ActivationSpec, fake_quantize
+from dmquant.activations import ActivationSpec, TimestepRanges, fake_quantize, ranges_of, static_scale
 from dmquant.errors import UsageError
 from dmquant.formats import get_format
 from dmquant.kernels import cpu, reference
@@ -81,3 +85,78 @@ def test_the_compiled_loop_gives_the_reference_bit_for_bit(format, granularity, 
         x = torch.randn(1024, 1152, dtype=dtype)
         assert x.numel() >= cpu.WORTH_COMPILING
         assert torch.equal(cpu.fake_quantize(x, spec, -1), reference.fake_quantize(x, spec, -1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("format", ["fp6", "fp8", "int8"])
+def test_one_static_scale_from_the_true_absmax_is_the_online_tensor_scale(format, dtype):
+    x = torch.randn(3, 7, 40).to(dtype)
+    spec = ActivationSpec.parse(format, "tensor", scale="static:1")
+    scale = (x.abs().amax().float() / spec.fmt.max).view(1, 1)
+    online = fake_quantize(x, ActivationSpec.parse(format, "tensor"))
+    assert torch.equal(fake_quantize(x, spec, scale=static_scale(scale, None, x, -1)), online)
+
+
+@pytest.mark.parametrize(("shape", "dim"), [((4, 5, 12), -1), ((4, 12, 3, 5), -3), ((12, 3, 5), -3)])
+def test_static_channel_scales_are_what_numpy_makes_of_them(shape, dim):
+    spec = ActivationSpec.parse("fp6", "channel", scale="static:1")
+    x = torch.randn(shape) * torch.logspace(-1, 1, 12).view(
+        [12 if axis == dim else 1 for axis in range(-len(shape), 0)]
+    )
+    scale = torch.rand(1, 12) + 0.1  # clips some
+    channels_last = np.moveaxis(x.numpy(), dim, -1)
+    values = spec.fmt.values.numpy()
+    nearest = np.abs(channels_last[..., None] / scale[0].numpy()[:, None] - values).argmin(-1)
+    expected = np.moveaxis(values[nearest] * scale[0].numpy(), -1, dim)
+    got = fake_quantize(x, spec, dim, static_scale(scale, None, x, dim))
+    assert np.array_equal(got.numpy(), expected)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7, 10, 48, 1000])
+def test_every_timestep_lies_in_the_range_that_exact_arithmetic_says(count):
+    exact = [min(int(Fraction(timestep * count, 1000)), count - 1) for timestep in range(1001)]
+    for dtype in (torch.int64, torch.float32):
+        assert ranges_of(torch.arange(1001, dtype=dtype), count).tolist() == exact
+
+
+def test_timesteps_outside_the_schedule_take_the_nearest_range():
+    assert ranges_of(torch.tensor([-5.0, 1000.0, 4000.0, float("inf")]), 10).tolist() == [0, 9, 9, 9]
+
+
+def test_each_row_of_a_mixed_batch_gets_the_scale_of_its_timestep():
+    scale, ranges = torch.tensor([[0.1], [0.2], [0.4], [0.8]]), TimestepRanges({4})
+    ranges.set(torch.tensor([999, 0, 260]))
+    chosen = static_scale(scale, ranges, torch.zeros(3, 5, 8), -1)
+    assert torch.equal(chosen.flatten(), torch.tensor([0.8, 0.1, 0.2]))
+    tokens_of_rows = static_scale(scale, ranges, torch.zeros(6, 8), -1)
+    assert torch.equal(tokens_of_rows.flatten(), torch.tensor([0.8, 0.8, 0.1, 0.1, 0.2, 0.2]))
+    for one_for_all in (700, 700.0, torch.tensor(700)):
+        ranges.set(one_for_all)
+        assert static_scale(scale, ranges, torch.zeros(3, 5, 8), -1).flatten().tolist() == pytest.approx([0.4])
+
+
+def test_rows_that_do_not_fit_and_timesteps_nobody_told_are_clear_errors():
+    scale, ranges = torch.ones(2, 1), TimestepRanges({2})
+    for unset in (None, ranges):
+        with pytest.raises(RuntimeError, match="was not told the timestep"):
+            static_scale(scale, unset, torch.zeros(2, 8), -1)
+    ranges.set(torch.tensor([1, 999]))
+    for x in (torch.zeros(3, 8), torch.zeros(8)):
+        with pytest.raises(RuntimeError, match="does not divide into the 2 rows"):
+            static_scale(scale, ranges, x, -1)
+
+
+@pytest.mark.parametrize(
+    ("format", "granularity", "scale", "message"),
+    [
+        ("fp6", "token", "static:4", "cannot be one per token"),
+        ("fp6", "group:32", "static:1", "cannot be one per group:32"),
+        ("mxfp6", "tensor", "static:1", "cannot be one per group:32"),
+        ("fp6", "tensor", "static", "use online, or static:R"),
+        ("fp6", "tensor", "static:0", "use online, or static:R"),
+        ("fp6", "tensor", "onlin", "did you mean 'online'"),
+    ],
+)
+def test_scales_that_make_no_sense_are_refused(format, granularity, scale, message):
+    with pytest.raises(UsageError, match=message):
+        ActivationSpec.parse(format, granularity, scale=scale)

@@ -10,6 +10,8 @@ import torch
 from PIL import Image
 
 from dmquant import cli
+from dmquant.pipelines.defaults import DEFAULT_RECIPE
+from dmquant.pipelines.settings import parse_size
 from tests.tiny import tiny_pixart
 
 COMMANDS = [command.callback.__name__ for command in cli.app.registered_commands]
@@ -86,6 +88,9 @@ WRONG_USAGE = {
     "unknown device": (["MODEL", "--device", "gpu"], "unknown device 'gpu'"),
     "unknown dtype": (["MODEL", "--dtype", "fp64"], "unknown dtype 'fp64'"),
     "odd size": (["MODEL", "--height", "33"], "not a multiple of 8"),
+    "no size": (["MODEL", "--memory-budget", "8 apples"], "write it as 8GB"),
+    "no memory": (["MODEL", "--memory-budget", "0GB"], "write it as 8GB"),
+    "unknown calibration prompts": (["MODEL", "--calibration-prompts", "emojo"], "did you mean 'emoji'?"),
 }
 
 
@@ -94,6 +99,44 @@ def test_wrong_usage_is_one_line_exits_with_2_and_writes_nothing(capsys, model, 
     arguments = [model if argument == "MODEL" else argument for argument in arguments]
     _fails(dmquant(capsys, "run", *arguments, "--out", "run"), 2, says)
     assert list(tmp_path.iterdir()) == []
+
+
+WRONG_RECIPES = {
+    "none": (",", "--recipes is empty"),
+    "unknown": ("rtn,rtm", "did you mean 'rtn'?"),
+    "unknown format": ("rtn:fp44", "did you mean 'fp4'?"),
+    "too many parts": ("rtn:fp4:fp6:fp8", "RECIPE:WEIGHTS:ACTIVATIONS"),
+    "two of one name": ("rtn,./mine.yaml", "two of the recipes are called 'rtn'"),
+}
+
+
+@pytest.mark.parametrize(("recipes", "says"), WRONG_RECIPES.values(), ids=WRONG_RECIPES)
+def test_a_wrong_list_of_recipes_is_one_line_exits_with_2_and_writes_nothing(capsys, model, recipes, says):
+    Path("mine.yaml").write_text("name: rtn\nweights: fp4\n")
+    _fails(dmquant(capsys, "compare", model, "--recipes", recipes, "--out", "run"), 2, says)
+    assert not Path("run").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [("8GB", 8_000_000_000), ("512MB", 512_000_000), ("1.5GiB", 3 << 29), ("2 gib", 2 << 30), ("64k", 64_000)],
+)
+def test_a_memory_budget_is_read_in_decimal_or_binary_units(text, count):
+    assert parse_size(text, "--memory-budget") == count
+
+
+def test_the_recipes_say_whether_they_need_data_and_how_they_round(capsys):
+    out = dmquant(capsys, "recipes")[1]
+    row = next(line for line in out.splitlines() if line.startswith("│ rtn "))
+    assert [cell.strip() for cell in row.split("│")[1:7]] == [
+        *("rtn", "data-free", "nearest", "fp4_e2m1", "fp6_e2m3", "group:64")
+    ]
+    assert f"--recipe is {DEFAULT_RECIPE}" in out
+
+
+@pytest.mark.parametrize("command", ["run", "quantize"])
+def test_help_names_the_recipe_that_is_the_default(capsys, command):
+    assert f"default: {DEFAULT_RECIPE}]" in dmquant(capsys, command, "--help")[1]
 
 
 @pytest.mark.parametrize(
@@ -200,9 +243,9 @@ def test_the_report_of_a_folder_without_a_run(capsys, tmp_path):
 
 
 def test_quantize_writes_a_model_that_inspect_describes_and_generate_uses(capsys, model, tmp_path):
-    code, _, err = dmquant(capsys, "quantize", model, "--w", "fp4", "--a", "none", "--out", "q")
+    code, _, err = dmquant(capsys, "quantize", model, "--recipe", "rtn", "--w", "fp4", "--a", "none", "--out", "q")
     assert (code, err) == (0, "")
-    assert not Path("q.part").exists()
+    assert sorted(path.name for path in Path().iterdir()) == ["q"]
     code, out, _ = dmquant(capsys, "inspect", "q", "--layers")
     assert code == 0
     assert "fp4_e2m1" in out
@@ -211,16 +254,16 @@ def test_quantize_writes_a_model_that_inspect_describes_and_generate_uses(capsys
         capsys, "generate", "q", "--prompts", "emoji", "--num-prompts", 2, "--steps", 1, "--out", "images"
     )
     assert (code, err) == (0, "")
-    assert sorted(path.name for path in Path("images").iterdir()) == ["00000.png", "00001.png"]
+    assert sorted(path.name for path in Path("images").glob("*.png")) == ["00000.png", "00001.png"]
     _fails(dmquant(capsys, "quantize", model, "--out", "q"), 1, "--overwrite")
     _fails(dmquant(capsys, "quantize", model, "--out", "images", "--overwrite"), 1, "something else than a pipeline")
     _fails(dmquant(capsys, "run", "q", "--out", "run"), 1, "already quantized")
-    assert dmquant(capsys, "quantize", model, "--w", "int8", "--out", "q", "--overwrite")[0] == 0
+    assert dmquant(capsys, "quantize", model, "--recipe", "rtn", "--w", "int8", "--out", "q", "--overwrite")[0] == 0
     assert "int8" in dmquant(capsys, "inspect", "q")[1]
 
 
 def test_a_run_goes_to_a_folder_named_after_it_and_its_report_can_be_written_again(capsys, model):
-    arguments = ["--num-prompts", 2, "--steps", 1, "--metrics", "psnr"]
+    arguments = ["--recipe", "rtn", "--num-prompts", 2, "--steps", 1, "--metrics", "psnr"]
     code, out, err = dmquant(capsys, "run", model, "--w", "int8", "--a", "none", *arguments)
     assert (code, err) == (0, "")
     assert "PSNR" in out

@@ -9,12 +9,14 @@ import torch
 from safetensors import safe_open
 
 import dmquant
-from dmquant.convert import footprint, quantize_
+from dmquant.activations import ActivationSpec
+from dmquant.convert import footprint, plan, quantize_
 from dmquant.diffusers_backend import QuantConfig, load_pipeline, mark_quantized, save_pipeline
-from dmquant.errors import UserError
-from dmquant.layers import QuantConv2d, QuantLinear
+from dmquant.errors import UsageError, UserError
+from dmquant.layers import QuantConv2d, QuantLinear, quantize_layer
+from dmquant.qtensor import WeightSpec
 from dmquant.recipe import Recipe
-from tests.tiny import tiny_pixart, tiny_sd
+from tests.tiny import IMAGE_SIZE, PIXART_CALL, tiny_pixart, tiny_sd
 
 BUILDERS = {"pixart": (tiny_pixart, "transformer"), "unet": (tiny_sd, "unet")}
 RECIPES = {
@@ -43,17 +45,42 @@ def quantized_backbone(kind, recipe):
     return model
 
 
-def example(model, dtype=torch.float32):
+def static_recipe(ranges=4):
+    """Static scales: by channel in attention, by tensor elsewhere, and online where attention ends."""
+    rules = [
+        {"match": "*attn*", "activation_granularity": "channel"},
+        {"match": "*to_out*", "activation_granularity": "token", "activation_scale": "online"},
+    ]
+    static = {"activation_scale": f"static:{ranges}", "activation_granularity": "tensor"}
+    return Recipe.load("w4a6").with_settings(**static, rules=rules)
+
+
+def static_backbone(kind, ranges=4):
+    """Quantized with scales that differ from range to range, and clip."""
+    build, component = BUILDERS[kind]
+    model, recipe = getattr(build(), component), static_recipe(ranges)
+    generator = torch.Generator().manual_seed(1)
+    for step in plan(model, recipe):
+        layer, scale = model.get_submodule(step.name), None
+        if step.activations.ranges:
+            channels = layer.in_features if isinstance(layer, torch.nn.Linear) else layer.in_channels
+            scale = 0.05 + 0.3 * torch.rand(step.activations.scale_shape(channels), generator=generator)
+        model.set_submodule(step.name, quantize_layer(layer, step.weights, step.activations, input_scale=scale))
+    mark_quantized(model, recipe)
+    return model
+
+
+def example(model, dtype=torch.float32, timesteps=(5, 700)):
     generator = torch.Generator().manual_seed(0)
     size, channels = model.config.sample_size, model.config.in_channels
     latents = torch.randn(2, channels, size, size, generator=generator).to(dtype)
     if hasattr(model, "transformer_blocks"):
         text = torch.randn(2, 5, model.config.caption_channels, generator=generator).to(dtype)
         empty = {"resolution": None, "aspect_ratio": None}
-        options = {"timestep": torch.tensor([5, 700]), "added_cond_kwargs": empty}
+        options = {"timestep": torch.tensor(timesteps), "added_cond_kwargs": empty}
     else:
         text = torch.randn(2, 5, model.config.cross_attention_dim, generator=generator).to(dtype)
-        options = {"timestep": torch.tensor(5)}
+        options = {"timestep": torch.tensor(timesteps[0])}
     with torch.no_grad():
         return model(latents, encoder_hidden_states=text, return_dict=False, **options)[0]
 
@@ -201,3 +228,108 @@ def test_lora_weights_load_onto_a_quantized_unet_and_refuse_to_fuse(tmp_path):
         pipeline.fuse_lora()
     pipeline.unload_lora_weights()
     assert torch.equal(example(pipeline.unet), plain)
+
+
+class TestStaticActivations:
+    """Activation scales fixed at calibration, for each timestep range, in a diffusers model."""
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("kind", BUILDERS)
+    def test_save_and_reload_is_bit_equal(self, kind, dtype, tmp_path):
+        model = static_backbone(kind)
+        model.save_pretrained(tmp_path, max_shard_size="20KB")
+        loaded = type(model).from_pretrained(tmp_path, torch_dtype=dtype)
+        before, after = packed(model), packed(loaded)
+        assert before.keys() == after.keys()
+        assert all(torch.equal(before[name], after[name]) for name in before)
+        twin = model if dtype == torch.float32 else type(model).from_pretrained(tmp_path, torch_dtype=dtype)
+        for timesteps in ((5, 700), (999, 300)):
+            assert torch.equal(example(loaded, dtype, timesteps), example(twin, dtype, timesteps))
+
+    @pytest.mark.parametrize("build", [tiny_pixart, tiny_sd])
+    def test_a_whole_pipeline_reloads_bit_equal(self, build, tmp_path):
+        kind = "pixart" if build is tiny_pixart else "unet"
+        pipeline = build()
+        setattr(pipeline, BUILDERS[kind][1], static_backbone(kind))
+        save_pipeline(pipeline, tmp_path)
+        options = PIXART_CALL if kind == "pixart" else {}
+
+        def latents(pipe):
+            pipe.set_progress_bar_config(disable=True)
+            call = {"num_inference_steps": 3, "height": IMAGE_SIZE, "width": IMAGE_SIZE, "output_type": "latent"}
+            return pipe("a red cat", generator=torch.Generator().manual_seed(0), **call, **options).images
+
+        assert torch.equal(latents(load_pipeline(tmp_path)), latents(pipeline))
+
+    @pytest.mark.parametrize("kind", BUILDERS)
+    def test_the_timestep_decides_and_is_clamped_to_the_schedule(self, kind):
+        """The layers' inputs depend on the timestep too, so the ranges that they look up are compared."""
+        model = static_backbone(kind)
+        ranges = next(layer.timestep_ranges for layer in model.modules() if getattr(layer, "timestep_ranges", None))
+        for timestep, index in ((0, 0), (249, 0), (250, 1), (999, 3), (5000, 3), (-3, 0)):
+            example(model, timesteps=(timestep, timestep))
+            assert set(ranges.of_rows[4].tolist()) == {index}
+
+    def test_a_mixed_batch_is_its_rows_one_by_one(self):
+        model = static_backbone("pixart")
+        mixed = example(model, timesteps=(5, 700))
+        assert torch.allclose(mixed[0], example(model, timesteps=(5, 5))[0], atol=1e-5)
+        assert torch.allclose(mixed[1], example(model, timesteps=(700, 700))[1], atol=1e-5)
+
+    def test_positional_and_keyword_timesteps_are_the_same(self):
+        model = static_backbone("unet")
+        sample, text = torch.randn(2, 4, 16, 16), torch.randn(2, 5, 32)
+        with torch.no_grad():
+            positional = model(sample, 700, text, return_dict=False)[0]
+            assert torch.equal(
+                model(sample, timestep=700, encoder_hidden_states=text, return_dict=False)[0], positional
+            )
+
+    def test_two_models_in_one_process_keep_their_timesteps_apart(self):
+        one, two = static_backbone("unet"), static_backbone("unet")
+        expected = example(one, timesteps=(5, 5))
+
+        def run_the_other_at_another_timestep(*_):
+            example(one, timesteps=(900, 900))
+
+        two.register_forward_pre_hook(run_the_other_at_another_timestep)  # after it was told its own timestep
+        assert torch.equal(example(two, timesteps=(5, 5)), expected)
+
+    def test_one_range_needs_no_timestep(self):
+        model = static_backbone("pixart", ranges=1)
+        assert not model._forward_pre_hooks
+        assert example(model).isfinite().all()
+
+    def test_offloading_by_layer_gives_the_same_output(self):
+        accelerate = pytest.importorskip("accelerate")
+        model = static_backbone("unet")
+        expected = example(model)
+        accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+        assert torch.equal(example(model), expected)
+
+    def test_lora_works_on_top(self):
+        pytest.importorskip("peft")
+        from peft import LoraConfig
+
+        model = static_backbone("unet")
+        plain = example(model)
+        model.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v", "conv1"], init_lora_weights=False))
+        assert not torch.allclose(example(model), plain, atol=1e-4)
+        model.disable_adapters()
+        assert torch.equal(example(model), plain)
+
+    def test_loading_full_precision_weights_cannot_fit_them(self, tmp_path):
+        tiny_pixart().transformer.save_pretrained(tmp_path)
+        with pytest.raises(UsageError, match="fitted to calibration data"):
+            type(tiny_pixart().transformer).from_pretrained(tmp_path, quantization_config=QuantConfig(static_recipe()))
+
+    def test_a_backbone_without_a_timestep_cannot_have_several_ranges(self):
+        class Clockless(torch.nn.Module):
+            def forward(self, sample):
+                return sample
+
+        model, spec = Clockless(), ActivationSpec.parse("fp6", "tensor", scale="static:2")
+        weights = WeightSpec.parse("fp4")
+        model.layer = quantize_layer(torch.nn.Linear(8, 8), weights, spec, input_scale=torch.ones(2, 1))
+        with pytest.raises(UsageError, match="Clockless is called without a timestep"):
+            mark_quantized(model, static_recipe())

@@ -10,7 +10,8 @@ from torch import nn
 
 from dmquant import kernels
 from dmquant.activations import ActivationSpec, fake_quantize
-from dmquant.layers import QuantConv2d, QuantLinear, quantize_layer
+from dmquant.errors import UsageError
+from dmquant.layers import QuantConv2d, QuantLinear, quantize_layer, share_timesteps
 from dmquant.qtensor import WeightSpec, quantize_tensor
 
 FP4, FP6 = WeightSpec.parse("fp4"), ActivationSpec.parse("fp6")
@@ -180,3 +181,99 @@ class TestLora:
     def test_fusing_is_a_clear_error_instead_of_a_lost_adapter(self, safe):
         with pytest.raises(RuntimeError, match="keep the LoRA adapter unfused"):
             self.adapted().merge_adapter(safe_merge=safe)
+
+
+class TestStatic:
+    """Layers whose input scales calibration fixed, one set for each timestep range."""
+
+    TENSOR, CHANNEL = (
+        ActivationSpec.parse("fp6", granularity, scale="static:4") for granularity in ("tensor", "channel")
+    )
+
+    class Model(nn.Module):
+        """A convolution, a linear and a layer that is quantized online, as one recipe may mix them."""
+
+        def __init__(self, tensor, channel):
+            super().__init__()
+            self.conv = quantize_layer(nn.Conv2d(6, 8, 3, padding=1), FP4, channel, input_scale=torch.rand(4, 6) + 0.05)
+            self.linear = quantize_layer(nn.Linear(8, 8), FP4, tensor, input_scale=torch.rand(4, 1) + 0.05)
+            self.online = quantize_layer(nn.Linear(8, 8), FP4, FP6)
+
+        def forward(self, x):
+            return self.online(self.linear(self.conv(x).flatten(2).mT))
+
+    def model(self):
+        model = self.Model(self.TENSOR, self.CHANNEL)
+        return model, share_timesteps(model)
+
+    def test_a_mixed_batch_is_its_rows_one_by_one(self):
+        model, ranges = self.model()
+        x, timesteps = torch.randn(5, 6, 4, 4), torch.tensor([10, 400, 990, 300, 600])
+        ranges.set(timesteps)
+        together = model(x)
+        for row, timestep in enumerate(timesteps):
+            ranges.set(timestep)
+            assert torch.equal(model(x[row : row + 1]), together[row : row + 1])
+        ranges.set(timesteps.flip(0))
+        assert not torch.equal(model(x), together)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_the_layer_is_its_weight_on_inputs_quantized_by_its_scale(self, dtype):
+        layer, scale = nn.Linear(16, 8).to(dtype), torch.rand(1, 16) + 0.05
+        spec = ActivationSpec.parse("fp6", "channel", scale="static:1")
+        quantized = quantize_layer(layer, FP4, spec, input_scale=scale)
+        x = torch.randn(3, 5, 16, dtype=dtype)
+        inputs = fake_quantize(x, spec, scale=scale)
+        assert torch.equal(quantized(x), F.linear(inputs, quantized.dequantize(dtype), layer.bias))
+
+    def test_casting_keeps_the_scales(self):
+        model, _ = self.model()
+        before = model.conv.input_scale.clone()
+        model.half().to(torch.bfloat16)
+        assert torch.equal(model.conv.input_scale, before)
+        assert before.dtype == torch.uint8
+        assert before.numel() == 4 * 6 * 4
+
+    def test_a_copy_looks_up_timesteps_of_its_own(self):
+        model, ranges = self.model()
+        x = torch.randn(2, 6, 4, 4)
+        ranges.set(900)
+        expected = model(x)
+        twin = copy.deepcopy(model)
+        twin.conv.timestep_ranges.set(0)
+        assert twin.conv.timestep_ranges is twin.linear.timestep_ranges
+        assert torch.equal(model(x), expected)
+        assert not torch.equal(twin(x), expected)
+
+    def test_offloaded_weights_give_the_same_output(self):
+        accelerate = pytest.importorskip("accelerate")
+        model, ranges = self.model()
+        x = torch.randn(2, 6, 4, 4)
+        ranges.set(torch.tensor([100, 800]))
+        expected = model(x)
+        accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+        assert model.conv.input_scale.is_meta
+        assert torch.equal(model(x), expected)
+
+    def test_one_graph_holds_for_every_timestep(self):
+        model, ranges = self.model()
+        graphs = []
+
+        def count(graph, example_inputs):
+            graphs.append(graph)
+            return graph
+
+        compiled, x = torch.compile(model, backend=count, fullgraph=True), torch.randn(2, 6, 4, 4)
+        for timesteps in ([5, 5], [990, 300], [300, 600]):
+            ranges.set(torch.tensor(timesteps))
+            assert torch.equal(compiled(x), model(x))
+        assert len(graphs) == 1
+
+    def test_without_fitted_scales_there_is_no_static_layer(self):
+        with pytest.raises(UsageError, match="fitted to calibration data"):
+            quantize_layer(nn.Linear(8, 8), FP4, self.TENSOR)
+
+    def test_models_without_several_ranges_share_nothing(self):
+        one = ActivationSpec.parse("fp6", "tensor", scale="static:1")
+        single = quantize_layer(nn.Linear(8, 8), FP4, one, input_scale=torch.ones(1, 1))
+        assert share_timesteps(nn.Sequential(single, quantize_layer(nn.Linear(8, 8), FP4, FP6))) is None

@@ -111,8 +111,10 @@ def _worth_compiling(x: Tensor, spec: ActivationSpec) -> bool:
     return _seen[spec] >= PAYS_AFTER and can_compile()
 
 
-def fake_quantize(x: Tensor, spec: ActivationSpec, dim: int) -> Tensor:
-    """A layer's input rounded to what `spec` can represent."""
+def fake_quantize(x: Tensor, spec: ActivationSpec, dim: int, scale: Tensor | None = None) -> Tensor:
+    """A layer's input rounded to what `spec` can represent; `scale` for static specs."""
+    if scale is not None:
+        return reference.fake_quantize(x, spec, dim, scale)
     if not torch.compiler.is_compiling() and _worth_compiling(x, spec):
         spec, tokens = _to_compile(spec), x.movedim(dim, -1)
         if not tokens.is_contiguous():

@@ -13,6 +13,6 @@ def dequantize(codes: Tensor, scale: Tensor, spec: WeightSpec, shape: tuple[int,
     return qtensor.dequantize(codes, scale, spec, shape, dtype)
 
 
-def fake_quantize(x: Tensor, spec: ActivationSpec, dim: int) -> Tensor:
-    """A layer's input rounded to what `spec` can represent."""
-    return activations.fake_quantize(x, spec, dim)
+def fake_quantize(x: Tensor, spec: ActivationSpec, dim: int, scale: Tensor | None = None) -> Tensor:
+    """A layer's input rounded to what `spec` can represent; `scale` for static specs."""
+    return activations.fake_quantize(x, spec, dim, scale)

@@ -20,6 +20,13 @@ def pixels(folder):
     return np.stack([np.asarray(Image.open(path)) for path in sorted(folder.glob("*.png"))]).astype(int)
 
 
+def names(requests):
+    """The files of some images: each has its latents beside it."""
+    return sorted(
+        name for request in requests for name in (request.name, request.name.replace(".png", ".latent.safetensors"))
+    )
+
+
 def test_images_do_not_depend_on_the_batch_they_are_made_in(pipeline, tmp_path):
     requests = image_requests(PROMPTS, seed=7, settings="s")
     for size in (1, 3):
@@ -51,7 +58,7 @@ def test_a_finished_image_is_not_made_again_and_a_damaged_or_foreign_one_is(pipe
 
     assert set(again.seconds) == {requests[1].key, requests[3].key}
     assert (tmp_path / "00000.png").stat().st_mtime_ns == before["00000.png"][0]
-    assert sorted(path.name for path in tmp_path.iterdir()) == [request.name for request in requests]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names(requests)
     assert all((tmp_path / name).stat().st_size == len(content) for name, (_, content) in before.items())
     assert not missing(tmp_path, requests)
 
@@ -73,7 +80,7 @@ def test_only_images_with_a_new_prompt_seed_or_setting_are_missing(pipeline, tmp
     Image.new("RGB", (4, 4)).save(tmp_path / "2023.png")
     prune(tmp_path, changed)
     generate(pipeline, changed, tmp_path, batch_size=4, call=CALL)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [request.name for request in changed] + ["2023.png"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [*names(changed), "2023.png"]
 
 
 def test_an_image_says_what_made_it(pipeline, tmp_path):
@@ -118,7 +125,7 @@ def test_a_stop_between_batches_keeps_the_finished_ones_and_resuming_gives_the_s
 
     with pytest.raises(KeyboardInterrupt):
         generate(pipeline, requests, tmp_path / "stopped", batch_size=2, call=CALL, on_batch=stop)
-    assert len(list((tmp_path / "stopped").iterdir())) == 2
+    assert len(list((tmp_path / "stopped").glob("*.png"))) == 2
     resumed = generate(pipeline, requests, tmp_path / "stopped", batch_size=2, call=CALL)
     assert len(resumed.seconds) == 2
     for request in requests:

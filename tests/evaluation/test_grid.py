@@ -4,7 +4,18 @@ import torch
 from PIL import Image
 
 from dmquant.errors import UserError
-from dmquant.evaluation.grid import CAPTION_LINES, FONT_SIZE, GAP, MARGIN, _fitted, _spread, _wrapped, draw_grid
+from dmquant.evaluation.grid import (
+    CAPTION_LINES,
+    FONT_SIZE,
+    GAP,
+    LINE_WIDTH,
+    MARGIN,
+    SMALLEST,
+    _fitted,
+    _spread,
+    _wrapped,
+    draw_grid,
+)
 from tests.evaluation.conftest import smooth_images, write_images
 
 
@@ -45,6 +56,25 @@ def test_the_difference_column_is_the_absolute_difference_times_the_factor(tmp_p
         pixels = np.asarray(sheet)
     centre = [MARGIN + 64 + column * (128 + GAP) for column in range(3)]
     assert [pixels[130, x].tolist() for x in centre] == [[100] * 3, [93] * 3, [35] * 3]
+
+
+@pytest.mark.parametrize("recipes", range(2, 7))
+def test_several_recipes_stand_beside_full_precision_without_differences_on_a_sheet_that_fits(tmp_path, recipes):
+    greys = [100 + 20 * index for index in range(recipes + 1)]
+    columns = {
+        f"recipe with a long name {grey}": write_images(
+            tmp_path / str(grey), torch.full((2, 3, 1024, 1024), grey, dtype=torch.uint8)
+        )
+        for grey in greys
+    }
+    with Image.open(draw_grid(columns, PROMPTS[:2], tmp_path / "grid.png", rows=1)) as sheet:
+        pixels = np.asarray(sheet.convert("L"))
+    assert sheet.width <= LINE_WIDTH
+    line = pixels[len(pixels) // 2]
+    side = (line == greys[0]).sum()
+    assert side >= SMALLEST
+    centres = [MARGIN + side // 2 + column * (side + GAP) for column in range(recipes + 1)]
+    assert line[centres].tolist() == greys
 
 
 def test_the_rows_shown_are_spread_over_all_prompts():

@@ -6,8 +6,8 @@ import torch
 from PIL import Image
 
 from dmquant.errors import UserError
-from dmquant.evaluation.files import replacing, write_text
 from dmquant.evaluation.images import ImagePairs, any_images, load_image, save_image
+from dmquant.files import replacing, write_text
 from tests.evaluation.conftest import smooth_images, write_images
 
 

@@ -3,8 +3,10 @@ import math
 import numpy as np
 import pytest
 import torch
+from PIL import Image, PngImagePlugin
 
 from dmquant.errors import UsageError, UserError
+from dmquant.evaluation.latents import latent_path, save_latent
 from dmquant.evaluation.metrics import NAMES, NOT_IMPLEMENTED, bootstrap_interval, frechet_distance
 from dmquant.evaluation.score import score_pairs, score_reference
 from tests.evaluation.conftest import smooth_images, with_noise, write_images
@@ -46,6 +48,54 @@ def test_identical_images_count_as_the_cap_and_the_note_says_how_many(folders):
     other = 10 * math.log10(255.0**2 / (a[1].double() - b[1].double()).square().mean().item())
     assert result["psnr"].value == pytest.approx((100 + other) / 2)
     assert result["psnr"].note == "1 of 2 pairs are identical and count as 100 dB"
+
+
+@pytest.fixture
+def with_latents(tmp_path):
+    """Write images with the given latents [N, ...] beside them, as `generate` does, to a folder, which is returned."""
+
+    def write(name, latents, key="key"):
+        folder = tmp_path / name
+        folder.mkdir()
+        about = PngImagePlugin.PngInfo()
+        about.add_text("key", key)
+        for index, latent in enumerate(latents):
+            Image.new("RGB", (16, 16)).save(folder / f"{index:05d}.png", pnginfo=about)
+            save_latent(torch.from_numpy(latent), folder / f"{index:05d}.png", key)
+        return folder
+
+    return write
+
+
+def test_latent_mse_is_the_mean_over_images_of_the_squared_difference(with_latents):
+    rng = np.random.default_rng(0)
+    a = rng.normal(size=(6, 4, 8, 8)).astype(np.float32)
+    b = a + rng.normal(scale=np.linspace(0.01, 0.2, 6)[:, None, None, None], size=a.shape).astype(np.float32)
+    result = score_pairs(with_latents("fp", a), with_latents("quantized", b, "other"), ["latent_mse"])["latent_mse"]
+    each = ((b.astype(np.float64) - a) ** 2).mean(axis=(1, 2, 3))
+    assert result.value == pytest.approx(each.mean(), rel=1e-12)
+    assert each.min() < result.low < result.value < result.high < each.max()
+    assert result.images == 6
+
+
+def test_latent_mse_of_images_without_latents_is_not_computed_and_says_why(folders, with_latents):
+    reason = score_pairs(*folders(smooth_images(3), smooth_images(3)), ["latent_mse"])["latent_mse"].reason
+    assert reason.startswith("3 of 3 images in fp have no final latents beside them")
+    latents = np.zeros((2, 4, 2, 2), dtype=np.float32)
+    a, b = with_latents("a", latents), with_latents("b", latents)
+    latent_path(b / "00001.png").unlink()
+    assert score_pairs(a, b, ["latent_mse"])["latent_mse"].reason.startswith("1 of 2 images in b have no final latents")
+
+
+def test_latent_mse_with_nan_is_not_computed_and_of_two_sizes_is_an_error(with_latents):
+    latents = np.zeros((2, 4, 2, 2), dtype=np.float32)
+    broken = latents.copy()
+    broken[1, 0, 0, 0] = np.nan
+    a = with_latents("a", latents)
+    reason = score_pairs(a, with_latents("b", broken), ["latent_mse"])["latent_mse"].reason
+    assert reason == "1 of 2 images have NaN or infinity in their final latents"
+    with pytest.raises(UserError, match="differ in size"):
+        score_pairs(a, with_latents("c", np.zeros((2, 4, 4, 4), dtype=np.float32)), ["latent_mse"])
 
 
 def test_ssim_of_identical_images_is_one(folders):

@@ -10,7 +10,7 @@ from dmquant.errors import UserError
 from dmquant.evaluation.grid import draw_grid
 from dmquant.evaluation.metrics import NAMES
 from dmquant.evaluation.report import read_report, write_report
-from dmquant.evaluation.report_tables import STYLES, size_text, time_text
+from dmquant.evaluation.report_tables import STYLES, metric_value, size_text, time_text
 from dmquant.evaluation.result import Backbone, Metric, RecipeResult, Reference, Report
 from tests.evaluation.conftest import smooth_images, write_images
 
@@ -36,6 +36,7 @@ def report():
                 seconds={"quantize": 1.5},
                 peak_memory_bytes=1_500_000_000,
                 metrics=metrics,
+                settings={"rounding": "nearest", "quantized": "9 layers"},
             )
         },
         prompts=["red apple", HOSTILE, "${title} $count"],
@@ -150,7 +151,11 @@ def test_markdown_table_rows_keep_their_columns_whatever_a_cell_holds(run_folder
 def test_a_report_of_several_recipes_shows_each_beside_full_precision(run_folder, report):
     write_images(run_folder / "images" / "rtn w8a8", smooth_images(3))
     second = dataclasses.replace(report.recipes["w4a6"], images="images/rtn w8a8", metrics={})
+    second = dataclasses.replace(second, settings={"rounding": "adaround"})
     write_report(run_folder, dataclasses.replace(report, recipes={**report.recipes, "w8a8": second}))
+    lines = (run_folder / "report.md").read_text(encoding="utf-8").splitlines()
+    assert "| w4a6 | 27.50 dB | 12.25 | not computed |" in lines
+    assert {"| rounding | nearest | adaround |", "| quantized | 9 layers |  |"} <= set(lines)
     page = Page((run_folder / "report.html").read_text(encoding="utf-8"))
     assert [a["href"] for tag, a in page.tags if tag == "a"][:3] == [
         "images/fp/00000.png",
@@ -184,6 +189,11 @@ def test_sizes_are_in_decimal_units(count, text):
     assert size_text(count) == text
 
 
+@pytest.mark.parametrize(("value", "text"), [(0.1, "0.100"), (0.00123456, "0.00123"), (2.5e-6, "2.50e-06")])
+def test_a_latent_mse_shows_three_digits_however_small(value, text):
+    assert metric_value("latent_mse", Metric(value)) == text
+
+
 @pytest.mark.parametrize(("seconds", "text"), [(4.24, "4.2 s"), (185, "3 min 5 s"), (7620, "2 h 7 min")])
 def test_times_are_readable(seconds, text):
     assert time_text(seconds) == text
@@ -192,9 +202,9 @@ def test_times_are_readable(seconds, text):
 def test_evaluation_needs_no_quantization_code():
     code = (
         "import sys, dmquant; before = set(sys.modules)\n"
-        "import dmquant.evaluation.score, dmquant.evaluation.grid, dmquant.evaluation.report\n"
+        "import dmquant.evaluation.score, dmquant.evaluation.plot, dmquant.evaluation.report\n"
         "own = {name for name in set(sys.modules) - before if name.startswith('dmquant.')}\n"
         "print(sorted(name for name in own if not name.startswith('dmquant.evaluation')))\n"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert result.stdout == "['dmquant.errors', 'dmquant.torchvision_guard']\n"
+    assert result.stdout == "['dmquant.errors', 'dmquant.files', 'dmquant.torchvision_guard']\n"

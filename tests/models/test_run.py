@@ -13,12 +13,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from dmquant.errors import UserError
 from dmquant.pipelines import run as run_module
 from dmquant.pipelines import stages, work
+from dmquant.pipelines.prompts import load_prompts
 from dmquant.pipelines.settings import Options, resolve
 from tests.tiny import IMAGE_SIZE, PIXART_CALL, tiny_pixart
 
@@ -50,7 +52,7 @@ def options(model, prompts):
     """Options of a quick run, with some replaced."""
 
     def build(**changes):
-        given = {"w": "fp4", "a": "fp6", "prompts": str(prompts), "steps": STEPS, "guidance": GUIDANCE}
+        given = {"recipe": "rtn", "w": "fp4", "a": "fp6", "prompts": str(prompts), "steps": STEPS, "guidance": GUIDANCE}
         given |= {"dtype": "fp32", "metrics": "psnr,ssim"}
         return Options(model=str(model), **(given | changes))
 
@@ -291,7 +293,7 @@ def test_images_that_are_not_numbers_are_said(options, tmp_path, monkeypatch, ca
     monkeypatch.setattr(generate, "_call", overflowing)
     run(options(metrics="psnr"), tmp_path / "run")
     assert "warning: 1 of them hold NaN or infinity" in capsys.readouterr().out
-    assert report(tmp_path / "run")["settings"]["images with NaN or infinity"] == 1
+    assert report(tmp_path / "run")["recipes"]["rtn"]["settings"]["images with NaN or infinity"] == 1
 
 
 def test_inception_is_shared_and_its_absence_is_a_reason_not_a_failure(options, again, monkeypatch):
@@ -320,6 +322,116 @@ def test_inception_is_shared_and_its_absence_is_a_reason_not_a_failure(options, 
     assert after["reference"]["metrics"]["fid_real"]["value"] == pytest.approx(0, abs=1e-3)
 
 
+def latents(folder):
+    return times(folder, "images/*/*.latent.safetensors")
+
+
+def without_latents(folder):
+    """The run folder as an earlier version left it."""
+    for path in folder.glob("images/*/*.latent.safetensors"):
+        path.unlink()
+    return folder
+
+
+def test_by_default_the_final_latents_are_compared_too(options, again, nothing_loads):
+    run(options(metrics=None), again)
+    metrics = report(again)["recipes"]["rtn"]["metrics"]
+    assert list(metrics) == ["psnr", "ssim", "latent_mse", "fid_fp"]
+    stored = [
+        [load_file(again / "images" / side / f"{index:05d}.latent.safetensors")["latent"].numpy() for index in range(4)]
+        for side in ("fp", "quantized")
+    ]
+    reference, quantized = np.asarray(stored, dtype=np.float64)
+    assert reference.shape == (4, 4, 16, 16)
+    assert metrics["latent_mse"]["value"] == pytest.approx(((reference - quantized) ** 2).mean())
+    assert metrics["latent_mse"]["low"] < metrics["latent_mse"]["value"] < metrics["latent_mse"]["high"]
+
+
+def test_an_old_run_without_latents_makes_nothing_again_until_they_are_asked_for(options, again, monkeypatch):
+    images, model = times(without_latents(again), "images/*/*.png"), times(again, "model/**/*")
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "load_full_precision", refuse)
+        patch.setattr(run_module, "load_quantized", refuse)
+        run(options(metrics=None), again)
+    metric = report(again)["recipes"]["rtn"]["metrics"]["latent_mse"]
+    assert metric["value"] is None
+    assert "4 of 4 images in fp have no final latents" in metric["reason"]
+    run(options(metrics="psnr,latent_mse"), again)
+    assert len(changed(again, "images/*/*.png", images)) == 2 * len(PROMPTS) == len(latents(again))
+    assert changed(again, "model/**/*", model) == []
+    assert report(again)["recipes"]["rtn"]["metrics"]["latent_mse"]["value"] > 0
+
+
+def test_fewer_prompts_leave_no_latents_behind(options, again, tmp_path):
+    fewer = tmp_path / "fewer.txt"
+    fewer.write_text("\n".join(PROMPTS[:2]))
+    run(options(prompts=str(fewer)), again)
+    assert len(latents(again)) == 2 * 2
+
+
+CALIBRATED = "name: learned\nrounding: adaround\n"
+
+
+@pytest.mark.parametrize(
+    ("changes", "depends"),
+    [
+        ({"memory_budget": "1GB"}, False),
+        ({"calibration_data": Path("elsewhere")}, False),
+        ({"seed": 9}, False),
+        ({"metrics": "ssim"}, False),
+        ({"calibration_prompts": "default"}, True),
+        ({"steps": STEPS + 1}, True),
+        ({"guidance": GUIDANCE + 1}, True),
+        ({"height": 64}, True),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
+)
+def test_the_model_depends_on_what_calibration_sees_and_only_where_there_is_any(options, tmp_path, changes, depends):
+    learned = tmp_path / "learned.yaml"
+    learned.write_text(CALIBRATED)
+    for recipe, expected in ((str(learned), depends), ("rtn", False)):
+        before, after = (resolve(options(recipe=recipe, **given)).model_key("weights") for given in ({}, changes))
+        assert (before != after) == expected
+
+
+def test_what_calibration_is_given_stands_in_run_yaml_and_reaches_the_engine(options, tmp_path, monkeypatch):
+    out, calls = tmp_path / "run", []
+    monkeypatch.setattr(
+        run_module, "make_model", lambda *args, **named: (calls.append((args[1], named)), real(*args, **named))[1]
+    )
+    calibration = {"memory_budget": "1.5GiB", "calibration_prompts": "emoji", "calibration_data": tmp_path / "data"}
+    run(options(**calibration), out)
+    (settings, named), written = calls[0], yaml.safe_load((out / "run.yaml").read_text())["calibration"]
+    assert named == {"workspace": out / "calibration"}
+    assert (settings.memory_budget, settings.calibration_data) == (3 << 29, tmp_path / "data")
+    assert list(settings.calibration_prompts) == load_prompts("emoji") == written["prompts"]
+    assert (written["memory_budget"], written["data"]) == (3 << 29, str(tmp_path / "data"))
+
+
+real = work.make_model
+
+
+def test_a_killed_quantize_finds_its_workspace_again_and_a_finished_one_leaves_none(options, tmp_path, monkeypatch):
+    out, seen = tmp_path / "q", []
+
+    def stopped(*args, workspace, **named):
+        workspace.mkdir()
+        (workspace / "codes").write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(stages, "make_model", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        stages.quantize(resolve(options()), out, False)
+    monkeypatch.setattr(
+        stages,
+        "make_model",
+        lambda *args, workspace: (seen.append(sorted(workspace.iterdir())), real(*args, workspace=workspace))[1],
+    )
+    stages.quantize(resolve(options()), out, False)
+    assert [path.name for path in seen[0]] == ["codes"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["q"]
+
+
 def test_16_bit_weights_go_back_to_16_bits_and_others_stay():
     module = torch.nn.Linear(4, 4)
     published = torch.randn(4, 4).half()
@@ -337,6 +449,8 @@ def start(model, prompts, out, steps):
     arguments = [
         "run",
         model,
+        "--recipe",
+        "rtn",
         "--w",
         "fp4",
         "--a",

@@ -1,7 +1,10 @@
+from collections import Counter
+
 import pytest
 
 from dmquant.errors import UsageError, UserError
 from dmquant.pipelines.prompts import load_prompts, prompt_sets
+from dmquant.pipelines.registry import registered_models
 
 
 @pytest.mark.parametrize("name", prompt_sets())
@@ -12,8 +15,9 @@ def test_a_packaged_set_has_64_prompts_or_more_and_none_twice(name):
     assert all(prompt and prompt == prompt.strip() and not prompt.startswith("#") for prompt in prompts)
 
 
-def test_emoji_prompts_have_the_form_of_the_captions_the_model_was_trained_on():
-    for prompt in load_prompts("emoji"):
+@pytest.mark.parametrize("name", ["emoji", "emoji-calibration"])
+def test_emoji_prompts_have_the_form_of_the_captions_the_model_was_trained_on(name):
+    for prompt in load_prompts(name):
         assert prompt == prompt.lower()
         assert prompt.count(",") >= 2
 
@@ -28,6 +32,20 @@ def test_the_emoji_prompts_of_a_default_run_are_captions_and_unseen_compositions
     drawn = {prompt.partition(",")[0] for prompt in load_prompts("emoji", number)}
     assert drawn & compositions
     assert drawn - compositions
+
+
+@pytest.mark.parametrize("spec", registered_models().values(), ids=lambda spec: spec.name)
+def test_a_model_is_calibrated_with_prompts_that_it_is_not_scored_on(spec):
+    scored, calibration = load_prompts(spec.prompts), load_prompts(spec.calibration_prompts)
+    assert len(calibration) >= 128
+    assert not {prompt.lower() for prompt in scored} & {prompt.lower() for prompt in calibration}
+
+
+@pytest.mark.parametrize("number", [32, 64, 128, 256])
+def test_any_first_emoji_prompts_for_calibration_are_spread_over_the_categories(number):
+    categories = Counter(prompt.rsplit(", ", 2)[1] for prompt in load_prompts("emoji-calibration", number))
+    assert len(categories) == 7
+    assert max(categories.values()) < number / 3
 
 
 def test_a_number_takes_the_first_prompts():

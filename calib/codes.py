@@ -1,0 +1,44 @@
+"""The codes of finished units on disk, so that a killed calibration continues where it was."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from dmquant.files import replacing, sha256, write_text
+
+
+@dataclass(frozen=True)
+class CodesFolder:
+    """One safetensors file a unit, and beside it a JSON file with its checksum and what the codes depend on."""
+
+    path: Path
+    key: str
+    """Fingerprint of everything the codes depend on; files of another key are as good as absent."""
+
+    def load(self, number: int, name: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """Tensors and facts of a finished unit; None unless they are whole and of this key."""
+        tensors, record = self._files(number)
+        try:
+            facts = json.loads(record.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        if (facts["key"], facts["name"]) != (self.key, name) or not tensors.is_file():
+            return None
+        return (load_file(tensors), facts["facts"]) if sha256(tensors) == facts["sha256"] else None
+
+    def save(self, number: int, name: str, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+        """Keep a finished unit; it is there whole or not at all."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        file, record = self._files(number)
+        with replacing(file) as partial:
+            save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, partial)
+            checksum = sha256(partial)
+        content = {"key": self.key, "name": name, "sha256": checksum, "facts": facts}
+        write_text(record, json.dumps(content, indent=1) + "\n")
+
+    def _files(self, number: int) -> tuple[Path, Path]:
+        return self.path / f"{number:03d}.safetensors", self.path / f"{number:03d}.json"

@@ -1,0 +1,414 @@
+"""Calibrate a backbone block by block: fit scales, choose formats, learn roundings, each on what comes before it.
+
+Two streams are carried from block to block: outputs as full precision gives them and as the quantized blocks before
+give them. Every block is computed a fixed number of times, so cost grows with the number of blocks. After a block its
+codes are on disk; a killed calibration reads them back and computes the same streams again.
+"""
+
+import contextlib
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import dmquant
+from dmquant.activations import TimestepRanges
+from dmquant.calib.codes import CodesFolder
+from dmquant.calib.learn import DTYPES, Learned, Learner, UnitData, computing_in, learn
+from dmquant.calib.memory import Budget, check_budget, default_budget
+from dmquant.calib.moments import Moments, columns_of, fit_grid
+from dmquant.calib.outputs import Outputs
+from dmquant.calib.ranges import observe_ranges
+from dmquant.calib.replay import map_floats, replaced_forward, replay, trace
+from dmquant.calib.store import CalibrationStore
+from dmquant.calib.tree import flatten
+from dmquant.calib.units import Block, Task, find_blocks, tasks_of
+from dmquant.convert import LayerPlan, LayerReport, plan, relative_error
+from dmquant.errors import UsageError, UserError
+from dmquant.layers import QUANTIZED
+from dmquant.qtensor import QuantizedTensor, dequantize
+from dmquant.recipe import Recipe, Rule
+from dmquant.rounding import get_method
+from dmquant.scaling import Scales
+
+Bar = Callable[..., None]
+Stream = dict[str, Outputs]
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """What a calibration made: the recipe with every choice filled in, and what became of layers and blocks."""
+
+    recipe: Recipe
+    layers: list[LayerReport]
+    blocks: list[dict[str, Any]]
+    """By block: name, seconds, formats of the layers, and how the learning of each task ended."""
+
+
+def calibrate_(
+    backbone: nn.Module,
+    recipe: Recipe,
+    store: CalibrationStore,
+    *,
+    blocks: Sequence[str],
+    folder: Path,
+    made_for: dict[str, Any],
+    memory_budget: int | None = None,
+    bar: Callable[[str], AbstractContextManager[Bar]],
+    say: Callable[[str], None] = lambda line: None,
+) -> Calibrated:
+    """Replace the layers of `backbone` by quantized ones in place, as `recipe` says, calibrated on `store`.
+
+    Args:
+        backbone: in full precision, on its device; its forward is what `store` was captured from.
+        blocks: attribute paths of its blocks or lists of blocks, as a model family declares them.
+        folder: codes of finished blocks go to `folder`/blocks, activations that do not fit to `folder`/spill.
+        made_for: what the codes depend on besides recipe and data, as JSON can hold it (hash of the weights, dtype).
+        memory_budget: bytes for activations and learning; by default half of the memory that is free.
+        bar: gives a progress bar, called as bar(done, total, what, speed).
+
+    Raises UsageError where the recipe quantizes nothing, the data is too little or the budget too small, UserError for
+    NaN or infinity, with the name of the layer; what is finished stays.
+    """
+    return _Engine(backbone, recipe, store, blocks, folder, made_for, memory_budget, bar, say).run()
+
+
+class _Engine:
+    def __init__(
+        self,
+        backbone: nn.Module,
+        recipe: Recipe,
+        store: CalibrationStore,
+        blocks: Sequence[str],
+        folder: Path,
+        made_for: dict[str, Any],
+        memory_budget: int | None,
+        bar: Callable[[str], AbstractContextManager[Bar]],
+        say: Callable[[str], None],
+    ):
+        self.backbone, self.recipe, self.store, self.bar, self.say = backbone, recipe, store, bar, say
+        self.options = recipe.learning
+        self.method = get_method(recipe.rounding.method)
+        self.device = next(backbone.parameters()).device
+        by_step = sorted(range(len(store.samples)), key=lambda index: store.samples[index].step)
+        self.learning = [index for index in by_step if not store.samples[index].held_out]
+        self.held_out = [index for index in by_step if store.samples[index].held_out]
+        if len(self.learning) < self.options.batch_size:
+            raise UsageError(
+                f"the calibration data has {len(self.learning)} samples to learn from, fewer than a mini-batch of "
+                f"{self.options.batch_size}: calibrate on more prompts, or lower learning.batch_size in the recipe"
+            )
+        self.plans = {step.name: step for step in plan(backbone, recipe)}
+        if not self.plans:
+            raise UsageError(f"recipe '{recipe.name}' quantizes none of the layers of {type(backbone).__name__}")
+        self.ranges = TimestepRanges(
+            step.activations.ranges for step in self.plans.values() if step.activations and step.activations.ranges
+        )
+        self.input_scales: dict[str, Tensor] = {}
+        self.reports: list[LayerReport] = []
+        depends_on = {
+            "recipe": recipe.to_dict(),
+            "data": store.key,
+            "made_for": made_for,
+            "dmquant": dmquant.__version__,
+        }
+        key = hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()
+        self.codes = CodesFolder(folder / "blocks", key)
+        self.spill, self.memory_budget = folder / "spill", memory_budget
+        self.paths = blocks
+
+    def run(self) -> Calibrated:
+        backbone = self.backbone.requires_grad_(False).eval()
+        self.blocks = find_blocks(backbone, self.paths, self.plans, lambda names: trace(backbone, self._one(), names))
+        total = default_budget() if self.memory_budget is None else self.memory_budget
+        needed = check_budget(total, backbone, self.blocks, self.options)
+        self.budget = Budget(total - needed, self.spill)
+        self._observe_static_ranges()
+        self.full: Stream = {}
+        self.quantized: Stream = {}
+        facts, learned_seconds = [], []
+        for number, block in enumerate(self.blocks):
+            title = f"block {number + 1} of {len(self.blocks)}: {block.name}"
+            began = time.perf_counter()
+            with self.bar(title) as bar:
+                done = self._block(number, block, title, bar)
+            seconds = time.perf_counter() - began
+            facts.append(done)
+            if done.pop("from_disk", False):
+                self.say(f"{title}: already there")
+                continue
+            learned_seconds.append(seconds)
+            left = len(self.blocks) - number - 1
+            to_go = f"; about {left * sum(learned_seconds) / len(learned_seconds):.0f} s to go" if left else ""
+            self.say(f"{title}: {_in_words(done['tasks'])} in {seconds:.0f} s{to_go}")
+        self._never_called()
+        return Calibrated(self._resolved_recipe(), self.reports, facts)
+
+    # One block
+
+    def _block(self, number: int, block: Block, title: str, bar: Bar) -> dict[str, Any]:
+        """Quantize one block in place and carry both streams past it."""
+        began = time.perf_counter()
+        if block.last_use > number:
+            self.full[block.name] = self._outputs(self.full, number, block.name, title, bar)
+        found = self.codes.load(number, block.name)
+        if found:
+            tensors, facts = found
+            for name in block.layers:
+                self._swap(self._from_disk(name, tensors, facts["formats"][name]), name)
+            facts["from_disk"] = True
+        else:
+            tasks, values = [], {}
+            for task in tasks_of(self.blocks, number, self.options):
+                learned, kept = self._task(number, task, values, title, bar)
+                values |= {name: kept[name] for name in task.layers if name in block.layers}
+                tasks.append({"name": task.output, **asdict(learned)})
+            for name in block.layers:
+                self._swap(values[name], name)
+            formats = {name: values[name].spec.fmt.name for name in block.layers}
+            facts = {"name": block.name, "formats": formats, "tasks": tasks, "seconds": time.perf_counter() - began}
+            self.codes.save(number, block.name, _tensors_of(values), facts)
+        if block.last_use > number:
+            self.quantized[block.name] = self._outputs(self.quantized, number, block.name, title, bar)
+        for stream in (self.full, self.quantized):
+            for name in [other.name for other in self.blocks if other.last_use <= number and other.name in stream]:
+                stream.pop(name).close()
+        return facts
+
+    def _task(
+        self, number: int, task: Task, finished: dict[str, QuantizedTensor], title: str, bar: Bar
+    ) -> tuple[Learned, dict[str, QuantizedTensor]]:
+        """Decide the codes of the layers of one task; `finished` are those of the block that are decided already."""
+        targets = self.full.get(task.output)
+        own_targets = targets is None
+        if own_targets:
+            targets = self._outputs(self.full, number, task.output, title, bar)
+        with contextlib.ExitStack() as stack:
+            for name, quantized in finished.items():
+                layer = self._quantized_layer(name, quantized)
+                stack.enter_context(replaced_forward(self.backbone.get_submodule(name), layer.forward))
+            learners = self._learners(number, task, title, bar)
+            for name in task.blocks:
+                stack.enter_context(computing_in(self.backbone.get_submodule(name), DTYPES[self.options.dtype]))
+            data = UnitData(
+                run=lambda batch, generator: self._run(self.quantized, number, task.output, batch, generator),
+                target=lambda batch: targets.read(batch, self.device),
+                learning=self.learning,
+                held_out=self.held_out,
+            )
+            learned, kept = learn(
+                task.output,
+                learners,
+                data,
+                self.options,
+                lambda step, loss: bar(step, self.options.iterations, title, f"loss {loss:.3f}"),
+            )
+        if own_targets:
+            targets.close()
+        return learned, {learner.name: learner.grid.quantized(kept[learner.name]) for learner in learners}
+
+    def _learners(self, number: int, task: Task, title: str, bar: Bar) -> list[Learner]:
+        """The layers of a task with their scales fitted and formats chosen."""
+        layers = {name: self.backbone.get_submodule(name) for name in task.layers}
+        inputs = {name: self._quantized_layer(name) for name in layers}
+        moments = self._moments(number, task, inputs, title, bar)
+        options = self.method.Options.model_validate(self.recipe.rounding.options)
+        learners = []
+        for name, layer in layers.items():
+            grid = fit_grid(layer.weight, self._called(self.plans[name], name in moments), moments.get(name))
+            learners.append(Learner(name, layer, grid, self.method.start(grid, options), inputs[name]))
+        return learners
+
+    def _moments(
+        self, number: int, task: Task, inputs: dict[str, nn.Module], title: str, bar: Bar
+    ) -> dict[str, Moments]:
+        """Second moments of the inputs of those layers whose scales or formats are chosen by output error."""
+        wanted = {
+            name: Moments(self.backbone.get_submodule(name).weight[0].numel(), self.plans[name].weights, self.device)
+            for name in task.layers
+            if self.plans[name].weights.scale == "hessian" or self.plans[name].candidates
+        }
+        if not wanted:
+            return {}
+
+        def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+            def add(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
+                x = inputs[name].quantize_input(args[0]) if self.options.quantize_activations else args[0]
+                wanted[name].add(columns_of(layer, x))
+
+            return add
+
+        with contextlib.ExitStack() as stack, torch.no_grad():
+            for name in wanted:
+                handle = self.backbone.get_submodule(name).register_forward_pre_hook(watch(name))
+                stack.callback(handle.remove)
+            for batch in self._batches(self.learning, f"{title}: inputs", bar):
+                self._run(self.quantized, number, task.output, batch)
+        return {name: moments for name, moments in wanted.items() if moments.tokens}
+
+    # Running the backbone
+
+    def _one(self) -> tuple[tuple, dict[str, Any]]:
+        return self.store.batch([self.learning[0]], self.device)
+
+    def _run(
+        self,
+        stream: Stream,
+        number: int,
+        until: str,
+        batch: Sequence[int],
+        mixing: torch.Generator | None = None,
+    ) -> Any:
+        """What the module `until`, of block `number` or after it, gives for a batch of samples."""
+        timesteps = torch.tensor([self.store.timesteps[self.store.samples[index].step] for index in batch])
+        self.ranges.set(timesteps.repeat_interleave(self.store.rows).to(self.device))
+        given = {
+            block.name: stream[block.name].read(batch, self.device)
+            if block.last_use >= number
+            else _shaped(block, len(batch), self.device)
+            for block in self.blocks[:number]
+        }
+        share = self.options.full_precision_inputs if mixing is not None else 0.0
+        if share:
+            for name in stream:
+                given[name] = _mixed(given[name], self.full[name].read(batch, self.device), share, mixing)
+        return replay(self.backbone, self.store.batch(batch, self.device), given, until)
+
+    def _outputs(self, stream: Stream, number: int, until: str, title: str, bar: Bar) -> Outputs:
+        """The output of the module `until` for every sample."""
+        outputs = None
+        kind = "full precision" if stream is self.full else "quantized"
+        with torch.no_grad():
+            for batch in self._batches(range(len(self.store.samples)), f"{title}: {kind}", bar):
+                output = self._run(stream, number, until, batch)
+                if not all(leaf.isfinite().all() for _, leaf in flatten(output)[1] if leaf.is_floating_point()):
+                    self._blame(stream, number, until, batch)
+                if outputs is None:
+                    one = map_floats(lambda leaf, size=len(batch): leaf[: len(leaf) // size], output)
+                    outputs = Outputs(len(self.store.samples), one, self.budget)
+                outputs.write(batch, output)
+        return outputs
+
+    def _blame(self, stream: Stream, number: int, until: str, batch: Sequence[int]) -> None:
+        """Name the first layer that gives NaN or infinity."""
+
+        def check(name: str) -> Callable[[nn.Module, tuple, Any], None]:
+            def hook(module: nn.Module, args: tuple, output: Any) -> None:
+                if isinstance(output, Tensor) and not output.isfinite().all():
+                    raise UserError(
+                        f"layer {name} gives NaN or infinity on calibration data: calibrate in --dtype fp32 or bf16"
+                    )
+
+            return hook
+
+        with contextlib.ExitStack() as stack:
+            for name, module in self.backbone.named_modules():
+                if not any(module.children()):
+                    stack.callback(module.register_forward_hook(check(name)).remove)
+            self._run(stream, number, until, batch)
+        raise UserError(f"{until} gives NaN or infinity on calibration data: calibrate in --dtype fp32 or bf16")
+
+    def _batches(self, indices: Sequence[int], what: str, bar: Bar) -> Iterator[list[int]]:
+        for start in range(0, len(indices), self.options.batch_size):
+            bar(start, len(indices), what)
+            yield list(indices[start : start + self.options.batch_size])
+
+    # Layers
+
+    def _observe_static_ranges(self) -> None:
+        specs = {name: step.activations for name, step in self.plans.items() if step.activations}
+        if any(spec.ranges for spec in specs.values()):
+            with self.bar("activation ranges") as bar:
+                self.input_scales = observe_ranges(self.backbone, specs, self.store, self.options.batch_size, bar)
+
+    def _quantized_layer(self, name: str, weight: QuantizedTensor | None = None) -> nn.Module:
+        """The quantized layer to be; without `weight` it can only quantize inputs."""
+        layer, step = self.backbone.get_submodule(name), self.plans[name]
+        spec = step.weights if weight is None else weight.spec
+        quantized = QUANTIZED[type(layer)].like(layer, spec, step.activations, device="meta")
+        if weight is not None:
+            quantized.load_quantized(weight, layer.bias, self.input_scales.get(name))
+        elif quantized.is_static:
+            quantized.load_input_scale(self.input_scales[name])
+        quantized.timestep_ranges = self.ranges
+        return quantized.train(layer.training)
+
+    def _swap(self, weight: QuantizedTensor, name: str) -> None:
+        layer, quantized = self.backbone.get_submodule(name), self._quantized_layer(name, weight)
+        self.plans[name] = replace(self.plans[name], weights=weight.spec, candidates=())
+        self.reports.append(LayerReport(self.plans[name], relative_error(layer.weight, quantized)))
+        self.backbone.set_submodule(name, quantized)
+
+    def _from_disk(self, name: str, tensors: dict[str, Tensor], fmt: str) -> QuantizedTensor:
+        spec = self.plans[name].weights.with_format(dmquant.get_format(fmt))
+        parts = {part: tensors.get(f"{name}.{part}") for part in ("codes", "scale", "base")}
+        parts = {part: None if tensor is None else tensor.to(self.device) for part, tensor in parts.items()}
+        shape = tuple(self.backbone.get_submodule(name).weight.shape)
+        return QuantizedTensor(parts["codes"], Scales(parts["scale"], parts["base"], spec.store), spec, shape)
+
+    def _called(self, step: LayerPlan, seen: bool) -> LayerPlan:
+        """The plan of a layer that no sample reached: by weight error, in the recipe's own format."""
+        needs_data = step.weights.scale == "hessian" or step.candidates
+        if seen or not needs_data:
+            return step
+        return replace(step, weights=replace(step.weights, scale="mse"), candidates=())
+
+    def _never_called(self) -> None:
+        """Layers outside of all blocks that the forward pass does not use."""
+        done = {report.plan.name for report in self.reports}
+        for name in [name for name in self.plans if name not in done]:
+            grid = fit_grid(self.backbone.get_submodule(name).weight, self._called(self.plans[name], False), None)
+            self._swap(grid.quantized(grid.nearest), name)
+
+    def _resolved_recipe(self) -> Recipe:
+        """The recipe with the format of every layer named, so that it alone rebuilds the model."""
+        if not any(settings.candidates for settings in (self.recipe, *self.recipe.rules)):
+            return self.recipe
+        chosen: dict[str, list[str]] = {}
+        for report in self.reports:
+            chosen.setdefault(report.plan.weights.fmt.name, []).append(report.plan.name)
+        rules = [rule.model_copy(update={"candidates": None}) for rule in self.recipe.rules]
+        rules += [Rule(match=names, weights=name) for name, names in sorted(chosen.items())]
+        return self.recipe.model_copy(update={"candidates": None, "rules": rules})
+
+
+def _shaped(block: Block, samples: int, device: torch.device) -> Any:
+    """What stands for an output that nothing reads any more: right in shape, of no size in memory."""
+
+    def stand_in(leaf: Tensor) -> Tensor:
+        return torch.zeros((), dtype=leaf.dtype, device=device).expand(samples * len(leaf), *leaf.shape[1:])
+
+    return map_floats(stand_in, block.output)
+
+
+def _mixed(quantized: Any, full: Any, share: float, generator: torch.Generator) -> Any:
+    """Element by element the full-precision value with probability `share`: QDrop, arXiv 2203.05740, eq. 8."""
+    others = iter([leaf for _, leaf in flatten(full)[1] if leaf.is_floating_point()])
+
+    def mix(leaf: Tensor) -> Tensor:
+        drawn = torch.rand(leaf.shape, generator=generator).to(leaf.device)
+        return torch.where(drawn < share, next(others), leaf)
+
+    return map_floats(mix, quantized)
+
+
+def _tensors_of(values: dict[str, QuantizedTensor]) -> dict[str, Tensor]:
+    tensors = {}
+    for name, value in values.items():
+        tensors[f"{name}.codes"], tensors[f"{name}.scale"] = value.codes, value.scales.stored
+        if value.scales.base is not None:
+            tensors[f"{name}.base"] = value.scales.base
+    return tensors
+
+
+def _in_words(tasks: list[dict[str, Any]]) -> str:
+    ratio = sum(task["error"] / max(task["nearest_error"], 1e-30) for task in tasks) / len(tasks)
+    undecided = max(task["undecided"] for task in tasks)
+    return f"held-out error {ratio:.2f} of nearest rounding, {undecided:.1%} undecided"

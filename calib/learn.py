@@ -1,0 +1,184 @@
+"""Learn the roundings of one unit: the loop that every method of dmquant.rounding shares."""
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dmquant.calib.replay import map_floats, replaced_forward
+from dmquant.calib.tree import flatten
+from dmquant.errors import UserError
+from dmquant.layers import QuantConv2d, QuantLinear
+from dmquant.recipe import Learning
+from dmquant.rounding import Grid, Rounding
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+REPORT_EVERY = 10  # steps
+
+_COMPUTE: dict[type, Callable[[Any, Tensor, Tensor], Tensor]] = {
+    nn.Linear: lambda layer, x, weight: F.linear(x, weight, layer.bias),
+    nn.Conv2d: lambda layer, x, weight: layer._conv_forward(x, weight, layer.bias),
+}
+
+
+@dataclass
+class Learner:
+    """One layer while its rounding is learned."""
+
+    name: str
+    layer: nn.Linear | nn.Conv2d
+    grid: Grid
+    rounding: Rounding
+    quantized: QuantLinear | QuantConv2d
+    """The layer that it becomes; until then it quantizes the inputs."""
+
+
+@dataclass(frozen=True)
+class Learned:
+    """How the learning of a unit ended. Errors are mean squared errors of its output on held-out samples."""
+
+    nearest_error: float
+    error: float
+    best_step: int
+    """Step whose hard roundings were kept; 0 is nearest rounding."""
+    undecided: float
+    """Share of the weights that were between two values when the last step ended."""
+
+
+@dataclass(frozen=True)
+class UnitData:
+    """What a unit is learned from: `run(indices, mixed)` gives its output for a batch of samples, `target(indices)`
+    what full precision gives; samples in `learning` are sorted by step."""
+
+    run: Callable[[Sequence[int], torch.Generator | None], Any]
+    target: Callable[[Sequence[int]], Any]
+    learning: Sequence[int]
+    held_out: Sequence[int]
+
+
+def learn(
+    unit: str, learners: Sequence[Learner], data: UnitData, options: Learning, report: Callable[[int, float], None]
+) -> tuple[Learned, dict[str, Tensor]]:
+    """Learn the roundings of a unit's layers against full precision; returns how it went and the values kept.
+
+    The loss is the mean squared error of the unit's output over that of nearest rounding, plus the roundings'
+    penalties averaged over all weights, so one setting serves units of all sizes. Adam, constant rate. Mini-batches
+    hold samples from all over the schedule. At `options.checks` points the hard roundings are tried on held-out
+    samples; what is kept is the best of these and nearest rounding. `report(step, loss)` is called now and then.
+    Raises UserError for a loss that is not finite.
+    """
+    generator = torch.Generator().manual_seed(options.seed)
+    kept = {learner.name: learner.grid.nearest for learner in learners}
+    nearest_error = least = _held_out_error(learners, data, kept, options)
+    if not math.isfinite(nearest_error):
+        raise UserError(f"the error of {unit} is {nearest_error}: its activations hold NaN or infinity")
+    parameters = [parameter for learner in learners for parameter in learner.rounding.parameters()]
+    if not parameters or not options.iterations:
+        return Learned(nearest_error, nearest_error, 0, 0.0), kept
+    weights, best_step = sum(learner.grid.weight.numel() for learner in learners), 0
+    optimizer = torch.optim.Adam(parameters, lr=options.learning_rate, fused=True)
+    for step in range(1, options.iterations + 1):
+        batch = spread_batch(data.learning, options.batch_size, generator)
+        with soft_weights(learners, options):
+            error = squared_error(data.run(batch, generator), data.target(batch))
+            loss = error / max(nearest_error, torch.finfo(torch.float32).tiny)
+            penalties = [learner.rounding.penalty((step - 1) / options.iterations) for learner in learners]
+            total = loss + sum(penalty for penalty in penalties if penalty is not None) / weights
+            optimizer.zero_grad()
+            total.backward()
+        if step % REPORT_EVERY == 0 or step == options.iterations:
+            if not math.isfinite(loss.item()):
+                raise UserError(f"the loss of {unit} became {loss.item()} at step {step}: lower learning.learning_rate")
+            report(step, loss.item())
+        optimizer.step()
+        if step * options.checks // options.iterations > (step - 1) * options.checks // options.iterations:
+            hard = {learner.name: learner.rounding.hard().detach() for learner in learners}
+            held_out_error = _held_out_error(learners, data, hard, options)
+            if held_out_error < least:
+                kept, least, best_step = hard, held_out_error, step
+    undecided = sum(learner.rounding.undecided() for learner in learners) / weights
+    return Learned(nearest_error, least, best_step, undecided), kept
+
+
+def spread_batch(samples: Sequence[int], size: int, generator: torch.Generator) -> list[int]:
+    """One random sample from each of `size` equal parts of `samples`."""
+    draws = torch.rand(size, generator=generator).tolist()
+    return [samples[int((part + draw) * len(samples) / size)] for part, draw in enumerate(draws)]
+
+
+def squared_error(output: Any, target: Any) -> Tensor:
+    """Mean squared difference of two outputs, float32; where they nest several tensors, the mean over these."""
+    pairs = zip(flatten(output)[1], flatten(target)[1], strict=True)
+    errors = [(one.float() - other.float()).square().mean() for (_, one), (_, other) in pairs if one.is_floating_point()]
+    return torch.stack(errors).mean()
+
+
+@contextlib.contextmanager
+def soft_weights(learners: Sequence[Learner], options: Learning) -> Iterator[None]:
+    """Let the layers compute with the weights of their roundings, and with quantized inputs if so set."""
+    with _weights(learners, options, lambda learner: learner.rounding()):
+        yield
+
+
+@contextlib.contextmanager
+def fixed_weights(learners: Sequence[Learner], options: Learning, values: dict[str, Tensor]) -> Iterator[None]:
+    """Let the layers compute with the weights `values`, their inputs as in `soft_weights`."""
+    with _weights(learners, options, lambda learner: values[learner.name]):
+        yield
+
+
+@contextlib.contextmanager
+def _weights(
+    learners: Sequence[Learner], options: Learning, weight_of: Callable[[Learner], Tensor]
+) -> Iterator[None]:
+    def forward(learner: Learner) -> Callable[[Tensor], Tensor]:
+        layer, compute = learner.layer, _COMPUTE[type(learner.layer)]
+
+        def compute_with(x: Tensor) -> Tensor:
+            if options.quantize_activations and learner.quantized.activations is not None:
+                quantized = learner.quantized.quantize_input(x.detach())
+                x = quantized + (x - x.detach())  # the value quantized, the gradient straight through
+            return compute(layer, x, weight_of(learner).view(layer.weight.shape).to(x.dtype))
+
+        return compute_with
+
+    with contextlib.ExitStack() as stack:
+        for learner in learners:
+            stack.enter_context(replaced_forward(learner.layer, forward(learner)))
+        yield
+
+
+def _held_out_error(
+    learners: Sequence[Learner], data: UnitData, values: dict[str, Tensor], options: Learning
+) -> float:
+    total = 0.0
+    with torch.no_grad(), fixed_weights(learners, options, values):
+        for start in range(0, len(data.held_out), options.batch_size):
+            batch = data.held_out[start : start + options.batch_size]
+            total += squared_error(data.run(batch, None), data.target(batch)).item() * len(batch)
+    return total / len(data.held_out)
+
+
+@contextlib.contextmanager
+def computing_in(module: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Let `module` compute in `dtype` and take inputs of any, until the block ends."""
+    own = {parameter: parameter.data for parameter in module.parameters() if parameter.is_floating_point()}
+    compute = module.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        cast = map_floats(lambda tensor: tensor.to(dtype), [args, kwargs])
+        return compute(*cast[0], **cast[1])
+
+    try:
+        for parameter, data in own.items():
+            parameter.data = data.to(dtype)
+        with replaced_forward(module, forward):
+            yield
+    finally:
+        for parameter, data in own.items():
+            parameter.data = data

@@ -1,0 +1,75 @@
+"""AdaRound on any grid: learn for every weight whether it goes to the value below or above it.
+
+Nagel et al., "Up or Down? Adaptive Rounding for Post-Training Quantization", arXiv 2004.10568, with the step of a
+floating-point grid, which differs from weight to weight; and its scale-aware variant, FP4DiT, arXiv 2503.15465, eq. 8.
+"""
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+
+from dmquant.rounding.grid import Grid
+
+LEARNS = True
+ZETA, GAMMA = 1.1, -0.1  # the stretch of the sigmoid, arXiv 2004.10568, eq. 23
+
+
+class Options(BaseModel):
+    """What a recipe may set."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    scale_aware: bool = False
+    """Learn V' = V * step instead of V. Under Adam that is a learning rate divided by each weight's own step."""
+    regularizer: float = Field(default=100.0, ge=0)
+    """Weight of the penalty, a mean over all weights of the unit, against a loss that is 1 at nearest rounding."""
+    warmup: float = Field(default=0.2, ge=0, lt=1)
+    """Share of the steps without penalty."""
+    beta: tuple[float, float] = (20.0, 2.0)
+    """The penalty's exponent after the warm-up and at the end; linear in between."""
+
+
+class AdaRound(nn.Module):
+    """W~ = lower + h(V) (upper - lower), with h a sigmoid stretched beyond 0 and 1 and clipped to them."""
+
+    def __init__(self, grid: Grid, options: Options):
+        super().__init__()
+        self.options = options
+        lower, upper = grid.neighbours
+        self.register_buffer("lower", lower)
+        self.register_buffer("upper", upper)
+        self.register_buffer("step", grid.step if options.scale_aware else None)
+        # h(v) = fraction. A weight with nowhere to go keeps its value whatever h says: it starts decided.
+        fraction = torch.where(upper > lower, grid.fraction(), -1)
+        v = torch.logit(((fraction - GAMMA) / (ZETA - GAMMA)).clamp(1e-4, 1 - 1e-4))
+        self.v = nn.Parameter(v * grid.step if options.scale_aware else v)
+
+    def gate(self) -> Tensor:
+        """h(V), 0 (the lower value) to 1 (the upper one)."""
+        v = self.v if self.step is None else self.v / self.step
+        return (torch.sigmoid(v) * (ZETA - GAMMA) + GAMMA).clamp(0, 1)
+
+    def forward(self) -> Tensor:
+        return torch.lerp(self.lower, self.upper, self.gate())
+
+    def penalty(self, progress: float) -> Tensor | None:
+        """regularizer * sum(1 - |2 h - 1|^beta), 2004.10568 eq. 24: 0 where every gate is decided, 1 for one at 1/2."""
+        options = self.options
+        if progress < options.warmup:
+            return None
+        first, last = options.beta
+        beta = first + (last - first) * (progress - options.warmup) / (1 - options.warmup)
+        return options.regularizer * (1 - (2 * self.gate() - 1).abs().pow(beta)).sum()
+
+    def hard(self) -> Tensor:
+        return torch.where(self.v >= 0, self.upper, self.lower)
+
+    def undecided(self) -> int:
+        gate = self.gate()
+        return int(((gate > 0) & (gate < 1)).sum())
+
+
+def start(grid: Grid, options: Options) -> AdaRound:
+    """Soft weights equal to the float weights (clipped to the grid), to float32 precision."""
+    return AdaRound(grid, options)
+

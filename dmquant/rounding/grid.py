@@ -1,0 +1,58 @@
+"""The values that the weights of one layer may become: a format, and scales that are already fitted and fixed."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from dmquant.qtensor import QuantizedTensor, WeightSpec, encode
+from dmquant.scaling import Scales, from_groups, to_groups
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A weight (rows, columns) in float32, with the specification and the scales of its quantized form."""
+
+    weight: Tensor
+    spec: WeightSpec
+    scales: Scales
+    shape: tuple[int, ...]
+    """Of the layer's weight; rows first."""
+
+    @cached_property
+    def neighbours(self) -> tuple[Tensor, Tensor]:
+        """The adjacent values lower <= weight <= upper; equal where the weight is on its grid or beyond its end."""
+        lower, upper = self.spec.fmt.neighbours(self._scaled)
+        return self._unscaled(lower), self._unscaled(upper)
+
+    @cached_property
+    def nearest(self) -> Tensor:
+        """The nearest values."""
+        return self._unscaled(self.spec.fmt.round(self._scaled))
+
+    @cached_property
+    def step(self) -> Tensor:
+        """Distance between the two values around each weight: it differs from weight to weight in a float format."""
+        return self._unscaled(self.spec.fmt.step(self._scaled))
+
+    def quantized(self, values: Tensor) -> QuantizedTensor:
+        """Codes of `values`, which must be values of this grid."""
+        return QuantizedTensor(encode(values, self._scale, self.spec), self.scales, self.spec, self.shape)
+
+    @cached_property
+    def _scale(self) -> Tensor:
+        return self.scales.decode()
+
+    @cached_property
+    def _scaled(self) -> Tensor:
+        return to_groups(self.weight, self.spec.granularity) / self._scale.unsqueeze(-1)
+
+    def _unscaled(self, groups: Tensor) -> Tensor:
+        return from_groups(groups * self._scale.unsqueeze(-1), *self.weight.shape)
+
+    def fraction(self) -> Tensor:
+        """Where each weight lies between its neighbours, 0 to 1; 0 where they are equal."""
+        lower, upper = self.neighbours
+        gap = upper - lower
+        return torch.where(gap > 0, (self.weight - lower) / gap, gap).clamp(0, 1)

@@ -1,0 +1,132 @@
+"""One picture that shows what each recipe costs and what it keeps: compare.png."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+from dmquant.evaluation.result import Metric, RecipeResult, Report
+from dmquant.files import replacing
+
+COLOURS = ("#2457c5", "#c5472a", "#2a8a4a", "#8a4ab8", "#b8860b", "#1f8a99", "#a83a74", "#5f6068")
+MARKERS = "osD^vPX*"
+DOTS_PER_INCH = 150
+PANEL_WIDTH, LABEL_WIDTH = 4.2, 2.4  # inches
+LOG_MARGIN = 1.5  # a factor on both sides
+FINE_DECADES = 2  # up to this many, a logarithmic axis is labelled 1, 2, 5, 10
+STEP = 0.035  # share of the axis between points that stand side by side
+LABEL_HEIGHT = 0.22  # inches a line of text takes
+HEIGHT = 4.2  # inches, for as many recipes as it has room to label
+OUTSIDE_AXES = 1.2  # inches of the height that title and axis labels take
+
+
+def draw_comparison(report: Report, out: Path) -> bool:
+    """Draw PSNR with 95 % intervals against bits a weight, and against latent MSE, and write the PNG to `out`.
+
+    Recipes without a PSNR are left out, and so is the second panel where fewer than two recipes have a latent MSE
+    (above 0: the axis is logarithmic).
+    Returns whether there was anything to draw; where not, an older picture at `out` is removed.
+    """
+    recipes = {name: recipe for name, recipe in report.recipes.items() if _value(recipe, "psnr") is not None}
+    if not recipes:
+        out.unlink(missing_ok=True)
+        return False
+    psnrs = [recipe.metrics["psnr"] for recipe in recipes.values()]
+    bits = [recipe.bits_per_weight for recipe in recipes.values()]
+    latents = [_value(recipe, "latent_mse") or None for recipe in recipes.values()]
+    panels = [("bits a weight in all (equal ones side by side)", "linear", _side_by_side(bits))]
+    if sum(latent is not None for latent in latents) > 1:
+        panels.append(("latent MSE (less is better)", "log", latents))
+    width = len(panels) * PANEL_WIDTH + LABEL_WIDTH
+    height = max(HEIGHT, OUTSIDE_AXES + LABEL_HEIGHT * len(recipes))
+    figure = Figure(figsize=(width, height), dpi=DOTS_PER_INCH, layout="constrained")
+    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for axis, (title, scale, xs) in zip(axes, panels, strict=True):
+        _panel(axis, title, scale, xs, psnrs)
+    axes[0].set_ylabel("PSNR against full precision, dB")
+    figure.suptitle(f"{report.model}: {psnrs[0].images} images, bars are 95 % intervals", fontsize=11)
+    _label(axes[-1], list(recipes), [psnr.value for psnr in psnrs], height - OUTSIDE_AXES)
+    with replacing(out) as temporary:
+        figure.savefig(temporary, format="png")
+    return True
+
+
+def _panel(axis: Axes, title: str, scale: str, xs: list[float | None], psnrs: list[Metric]) -> None:
+    axis.set_xscale(scale)
+    axis.set_xlabel(title)
+    axis.grid(color="#e4e4ea", linewidth=0.8)
+    axis.set_axisbelow(True)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.margins(x=0.12, y=0.08)
+    if scale == "log":
+        _label_decades(axis, [x for x in xs if x is not None])
+    else:
+        axis.xaxis.set_major_locator(MaxNLocator(nbins=6))
+    for x, psnr, (colour, marker) in zip(xs, psnrs, _looks(), strict=False):
+        if x is None:
+            continue
+        low, high = (psnr.value if bound is None else bound for bound in (psnr.low, psnr.high))
+        reach = [[max(psnr.value - low, 0.0)], [max(high - psnr.value, 0.0)]]
+        axis.errorbar(x, psnr.value, yerr=reach, fmt=marker, color=colour, markersize=7, capsize=3, elinewidth=1.2)
+
+
+def _label_decades(axis: Axes, xs: list[float]) -> None:
+    low, high = min(xs) / LOG_MARGIN, max(xs) * LOG_MARGIN
+    axis.set_xlim(low, high)
+    fine = high / low < 10**FINE_DECADES
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if fine else (1,)))
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda x, position: f"{x:g}"))
+    axis.xaxis.set_minor_formatter(NullFormatter())
+
+
+def _side_by_side(xs: list[float]) -> list[float]:
+    """`xs` with those that nearly coincide moved apart around their place, so that their intervals can be told."""
+    step = STEP * ((max(xs) - min(xs)) or 1.0)
+    moved = list(xs)
+    rest = sorted(range(len(xs)), key=xs.__getitem__)
+    while rest:
+        together = [index for index in rest if xs[index] - xs[rest[0]] < step]
+        for place, index in enumerate(sorted(together)):
+            moved[index] = xs[index] + (place - (len(together) - 1) / 2) * step
+        rest = rest[len(together) :]
+    return moved
+
+
+def _label(axis: Axes, names: list[str], values: list[float], height: float) -> None:
+    """Write the recipes' names to the right of the axis, best first, each joined to the height of its point."""
+    bottom, top = axis.get_ylim()
+    line = LABEL_HEIGHT / height * (top - bottom)
+    looks = dict(zip(names, _looks(), strict=False))
+    ranked = sorted(zip(values, names, strict=True), reverse=True)
+    for (value, name), y in zip(ranked, _spread([value for value, _ in ranked], line, bottom, top), strict=True):
+        colour, marker = looks[name]
+        across = axis.get_yaxis_transform()
+        axis.plot([1.01, 1.05], [value, y], transform=across, color=colour, linewidth=0.8, clip_on=False)
+        axis.plot(1.075, y, marker, transform=across, color=colour, markersize=6, clip_on=False)
+        text = f"{name}  {value:.2f}"
+        axis.text(1.11, y, text, transform=across, color=colour, va="center", fontsize=9, clip_on=False)
+    axis.set_ylim(bottom, top)
+
+
+def _spread(wanted: list[float], line: float, bottom: float, top: float) -> list[float]:
+    """Heights as near to the wanted ones (highest first) as lines of text can stand without touching."""
+    heights: list[float] = []
+    for index, height in enumerate(wanted):
+        lowest_allowed = bottom + line * (len(wanted) - index - 0.5)
+        below_last = heights[-1] - line if heights else top - line / 2
+        heights.append(min(max(height, lowest_allowed), below_last))
+    return heights
+
+
+def _looks() -> Iterator[tuple[str, str]]:
+    """Colour and marker of one recipe after another; no two alike among the first 64."""
+    for turn in range(len(MARKERS)):
+        for index, colour in enumerate(COLOURS):
+            yield colour, MARKERS[(index + turn) % len(MARKERS)]
+
+
+def _value(recipe: RecipeResult, name: str) -> float | None:
+    metric = recipe.metrics.get(name)
+    return None if metric is None else metric.value
