@@ -1,1 +1,1 @@
-"""Calibration data and what is done with it. Empty so far: rounding to nearest needs none."""
+"""Calibration data, and the engine that learns from it block by block."""

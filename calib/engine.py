@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import dmquant
 from dmquant.activations import TimestepRanges
 from dmquant.calib.codes import CodesFolder
-from dmquant.calib.learn import DTYPES, Learned, Learner, UnitData, computing_in, learn
+from dmquant.calib.learn import DTYPES, Learned, Learner, UnitData, computing_in, learn, learning_layers
 from dmquant.calib.memory import Budget, check_budget, default_budget
 from dmquant.calib.moments import Moments, columns_of, fit_grid
 from dmquant.calib.outputs import Outputs
@@ -33,7 +33,7 @@ from dmquant.calib.units import Block, Task, find_blocks, tasks_of
 from dmquant.convert import LayerPlan, LayerReport, plan, relative_error
 from dmquant.errors import UsageError, UserError
 from dmquant.layers import QUANTIZED
-from dmquant.qtensor import QuantizedTensor, dequantize
+from dmquant.qtensor import QuantizedTensor
 from dmquant.recipe import Recipe, Rule
 from dmquant.rounding import get_method
 from dmquant.scaling import Scales
@@ -195,8 +195,14 @@ class _Engine:
                 layer = self._quantized_layer(name, quantized)
                 stack.enter_context(replaced_forward(self.backbone.get_submodule(name), layer.forward))
             learners = self._learners(number, task, title, bar)
+            stack.enter_context(learning_layers(learners))
+            if self.options.compile:
+                torch._dynamo.reset()  # every unit is a function of its own: together they pass its limit of variants
             for name in task.blocks:
-                stack.enter_context(computing_in(self.backbone.get_submodule(name), DTYPES[self.options.dtype]))
+                module = self.backbone.get_submodule(name)
+                stack.enter_context(computing_in(module, DTYPES[self.options.dtype]))
+                if self.options.compile:
+                    stack.enter_context(replaced_forward(module, torch.compile(module.forward)))
             data = UnitData(
                 run=lambda batch, generator: self._run(self.quantized, number, task.output, batch, generator),
                 target=lambda batch: targets.read(batch, self.device),
@@ -240,8 +246,7 @@ class _Engine:
 
         def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
             def add(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
-                x = inputs[name].quantize_input(args[0]) if self.options.quantize_activations else args[0]
-                wanted[name].add(columns_of(layer, x))
+                wanted[name].add(columns_of(layer, inputs[name].quantize_input(args[0])))
 
             return add
 
@@ -291,8 +296,7 @@ class _Engine:
                 if not all(leaf.isfinite().all() for _, leaf in flatten(output)[1] if leaf.is_floating_point()):
                     self._blame(stream, number, until, batch)
                 if outputs is None:
-                    one = map_floats(lambda leaf, size=len(batch): leaf[: len(leaf) // size], output)
-                    outputs = Outputs(len(self.store.samples), one, self.budget)
+                    outputs = Outputs(len(self.store.samples), _first_sample(output, len(batch)), self.budget)
                 outputs.write(batch, output)
         return outputs
 
@@ -338,6 +342,8 @@ class _Engine:
         elif quantized.is_static:
             quantized.load_input_scale(self.input_scales[name])
         quantized.timestep_ranges = self.ranges
+        if weight is None and not self.options.quantize_activations:
+            quantized.activations = None
         return quantized.train(layer.training)
 
     def _swap(self, weight: QuantizedTensor, name: str) -> None:
@@ -386,6 +392,10 @@ def _shaped(block: Block, samples: int, device: torch.device) -> Any:
         return torch.zeros((), dtype=leaf.dtype, device=device).expand(samples * len(leaf), *leaf.shape[1:])
 
     return map_floats(stand_in, block.output)
+
+
+def _first_sample(output: Any, samples: int) -> Any:
+    return map_floats(lambda leaf: leaf[: len(leaf) // samples], output)
 
 
 def _mixed(quantized: Any, full: Any, share: float, generator: torch.Generator) -> Any:

@@ -36,6 +36,16 @@ class Learner:
     rounding: Rounding
     quantized: QuantLinear | QuantConv2d
     """The layer that it becomes; until then it quantizes the inputs."""
+    values: Tensor | None = None
+    """Weights to compute with; None for those of the rounding."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """What the layer gives with the weights as they stand, its input quantized."""
+        if self.quantized.activations is not None:
+            quantized = self.quantized.quantize_input(x.detach())
+            x = quantized + (x - x.detach())  # the value quantized, the gradient straight through
+        weight = self.rounding() if self.values is None else self.values
+        return _COMPUTE[type(self.layer)](self.layer, x, weight.view(self.layer.weight.shape).to(x.dtype))
 
 
 @dataclass(frozen=True)
@@ -52,8 +62,8 @@ class Learned:
 
 @dataclass(frozen=True)
 class UnitData:
-    """What a unit is learned from: `run(indices, mixed)` gives its output for a batch of samples, `target(indices)`
-    what full precision gives; samples in `learning` are sorted by step."""
+    """What a unit is learned from: `run(indices, generator)` gives its output for a batch of samples, with its layers
+    as `learning_layers` has them, `target(indices)` what full precision gives; `learning` is sorted by step."""
 
     run: Callable[[Sequence[int], torch.Generator | None], Any]
     target: Callable[[Sequence[int]], Any]
@@ -84,13 +94,12 @@ def learn(
     optimizer = torch.optim.Adam(parameters, lr=options.learning_rate, fused=True)
     for step in range(1, options.iterations + 1):
         batch = spread_batch(data.learning, options.batch_size, generator)
-        with soft_weights(learners, options):
-            error = squared_error(data.run(batch, generator), data.target(batch))
-            loss = error / max(nearest_error, torch.finfo(torch.float32).tiny)
-            penalties = [learner.rounding.penalty((step - 1) / options.iterations) for learner in learners]
-            total = loss + sum(penalty for penalty in penalties if penalty is not None) / weights
-            optimizer.zero_grad()
-            total.backward()
+        error = squared_error(data.run(batch, generator), data.target(batch))
+        loss = error / max(nearest_error, torch.finfo(torch.float32).tiny)
+        penalties = [learner.rounding.penalty((step - 1) / options.iterations) for learner in learners]
+        total = loss + sum(penalty for penalty in penalties if penalty is not None) / weights
+        optimizer.zero_grad()
+        total.backward()
         if step % REPORT_EVERY == 0 or step == options.iterations:
             if not math.isfinite(loss.item()):
                 raise UserError(f"the loss of {unit} became {loss.item()} at step {step}: lower learning.learning_rate")
@@ -114,53 +123,29 @@ def spread_batch(samples: Sequence[int], size: int, generator: torch.Generator) 
 def squared_error(output: Any, target: Any) -> Tensor:
     """Mean squared difference of two outputs, float32; where they nest several tensors, the mean over these."""
     pairs = zip(flatten(output)[1], flatten(target)[1], strict=True)
-    errors = [(one.float() - other.float()).square().mean() for (_, one), (_, other) in pairs if one.is_floating_point()]
-    return torch.stack(errors).mean()
+    floats = [(one.float(), other.float()) for (_, one), (_, other) in pairs if one.is_floating_point()]
+    return torch.stack([(one - other).square().mean() for one, other in floats]).mean()
 
 
 @contextlib.contextmanager
-def soft_weights(learners: Sequence[Learner], options: Learning) -> Iterator[None]:
-    """Let the layers compute with the weights of their roundings, and with quantized inputs if so set."""
-    with _weights(learners, options, lambda learner: learner.rounding()):
-        yield
-
-
-@contextlib.contextmanager
-def fixed_weights(learners: Sequence[Learner], options: Learning, values: dict[str, Tensor]) -> Iterator[None]:
-    """Let the layers compute with the weights `values`, their inputs as in `soft_weights`."""
-    with _weights(learners, options, lambda learner: values[learner.name]):
-        yield
-
-
-@contextlib.contextmanager
-def _weights(
-    learners: Sequence[Learner], options: Learning, weight_of: Callable[[Learner], Tensor]
-) -> Iterator[None]:
-    def forward(learner: Learner) -> Callable[[Tensor], Tensor]:
-        layer, compute = learner.layer, _COMPUTE[type(learner.layer)]
-
-        def compute_with(x: Tensor) -> Tensor:
-            if options.quantize_activations and learner.quantized.activations is not None:
-                quantized = learner.quantized.quantize_input(x.detach())
-                x = quantized + (x - x.detach())  # the value quantized, the gradient straight through
-            return compute(layer, x, weight_of(learner).view(layer.weight.shape).to(x.dtype))
-
-        return compute_with
-
+def learning_layers(learners: Sequence[Learner]) -> Iterator[None]:
+    """Let the layers compute by their learners until the block ends."""
     with contextlib.ExitStack() as stack:
         for learner in learners:
-            stack.enter_context(replaced_forward(learner.layer, forward(learner)))
+            stack.enter_context(replaced_forward(learner.layer, learner.forward))
         yield
 
 
-def _held_out_error(
-    learners: Sequence[Learner], data: UnitData, values: dict[str, Tensor], options: Learning
-) -> float:
+def _held_out_error(learners: Sequence[Learner], data: UnitData, values: dict[str, Tensor], options: Learning) -> float:
     total = 0.0
-    with torch.no_grad(), fixed_weights(learners, options, values):
+    for learner in learners:
+        learner.values = values[learner.name]
+    with torch.no_grad():
         for start in range(0, len(data.held_out), options.batch_size):
             batch = data.held_out[start : start + options.batch_size]
             total += squared_error(data.run(batch, None), data.target(batch)).item() * len(batch)
+    for learner in learners:
+        learner.values = None
     return total / len(data.held_out)
 
 

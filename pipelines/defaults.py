@@ -1,3 +1,3 @@
 """What a command does unless told otherwise. Imports nothing, so that help texts can name it."""
 
-DEFAULT_RECIPE = "rtn"
+DEFAULT_RECIPE = "default"

@@ -172,6 +172,7 @@ def _recipe_settings(side: RunFolder, recipe: dict[str, Any]) -> dict[str, Any]:
         "recipe": recipe["name"],
         "rounding": _with_options(recipe["rounding"], "method"),
         **({"calibration": _with_options(recipe["calibration"], "sampler")} if "calibration" in recipe else {}),
+        "formats": ", ".join(f"{name} in {count} layers" for name, count in sorted(made["formats"].items())),
         "granularity": f"weights {recipe['granularity']}, activations {recipe['activation_granularity']}",
         "scale rule": f"{recipe['scale']}, stored as {recipe['store']}",
         "quantized": f"{made['layers']} layers, {made['quantized_weights']} of {made['parameters']} weights, "

@@ -1,6 +1,7 @@
 """The work of the stages, whoever asks for it: a quantized model, images and scores, each under its bar."""
 
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ from dmquant.evaluation.report_tables import size_text
 from dmquant.evaluation.result import Metric
 from dmquant.evaluation.score import score_pairs, score_reference
 from dmquant.pipelines import folders
+from dmquant.pipelines.calibrating import calibrate
 from dmquant.pipelines.console import Console
 from dmquant.pipelines.hashes import pipeline_hashes
 from dmquant.pipelines.saving import model_card, narrow_exactly, save_whole
@@ -25,20 +27,28 @@ if TYPE_CHECKING:
 BYTES_IN_16_BIT = 2
 
 
-def make_model(pipeline: "DiffusionPipeline", settings: Settings, folder: Path, console: Console) -> dict[str, Any]:
+def make_model(
+    pipeline: "DiffusionPipeline", settings: Settings, folder: Path, console: Console, workspace: Path
+) -> dict[str, Any]:
     """Quantize the backbone of a full-precision pipeline in place and save the whole pipeline to `folder`.
 
-    Returns what the report says of it: number of layers and parameters, bits and bytes, seconds, and file hashes.
+    `workspace` is where a recipe that takes data keeps it, and the codes of finished blocks. Returns what the report
+    says of the model: number of layers and parameters, bits and bytes, formats, seconds, and file hashes.
     """
     backbone = getattr(pipeline, settings.family.component)
     parameters = sum(parameter.numel() for parameter in backbone.parameters())
     began = time.perf_counter()
-    with console.bar("quantizing") as bar:
-        layers = quantize_(backbone, settings.recipe, lambda done, total, name: bar(done, total))
+    recipe = settings.recipe
+    if recipe.calibrated:
+        calibrated = calibrate(pipeline, settings, workspace, console)
+        layers, recipe = calibrated.layers, calibrated.recipe
+    else:
+        with console.bar("quantizing") as bar:
+            layers = quantize_(backbone, recipe, lambda done, total, name: bar(done, total))
     for note, names in _notes(layers).items():
         others = f" and {len(names) - 1} more" if len(names) > 1 else ""
         console.say(f"note: {names[0]}{others}: {note}")
-    mark_quantized(backbone, settings.recipe)
+    mark_quantized(backbone, recipe)
     narrow_exactly(backbone)
     size, stored = footprint(backbone), sum(tensor.nbytes for tensor in backbone.state_dict().values())
     weights, activations = settings.formats
@@ -56,6 +66,7 @@ def make_model(pipeline: "DiffusionPipeline", settings: Settings, folder: Path, 
         "bits_per_weight": 8 * stored / parameters,
         "size_bytes": sum(path.stat().st_size for path in component.glob("*.safetensors")),
         "full_precision_bytes": BYTES_IN_16_BIT * parameters,
+        "formats": dict(Counter(layer.plan.weights.fmt.name for layer in layers)),
         "seconds": seconds,
         "sha256": pipeline_hashes(folder, settings.family.component),
     }

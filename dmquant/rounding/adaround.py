@@ -72,4 +72,3 @@ class AdaRound(nn.Module):
 def start(grid: Grid, options: Options) -> AdaRound:
     """Soft weights equal to the float weights (clipped to the grid), to float32 precision."""
     return AdaRound(grid, options)
-

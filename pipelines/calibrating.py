@@ -1,0 +1,84 @@
+"""Calibrate the backbone of a loaded pipeline: its data, from its own sampler, then its blocks one after another."""
+
+import hashlib
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from dmquant.calib.capture import capture
+from dmquant.calib.engine import Calibrated, calibrate_
+from dmquant.calib.sampling import Sampling
+from dmquant.pipelines.console import Console
+from dmquant.pipelines.runfolder import fingerprint
+from dmquant.pipelines.settings import Settings
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+    from dmquant.calib.store import CalibrationStore
+
+FIRST_SEED = 1_000_000  # of the noise of calibration prompts: far from the seeds of images
+DATA = "data"
+
+
+def calibrate(pipeline: "DiffusionPipeline", settings: Settings, workspace: Path, console: Console) -> Calibrated:
+    """Quantize the backbone in place by a recipe that takes data; what is finished is kept in `workspace`.
+
+    Raises UserError for calibration data made for something else, and as `capture` and `calibrate_` do.
+    """
+    backbone = getattr(pipeline, settings.family.component)
+    made_for = {"backbone": weights_hash(backbone), "dtype": settings.dtype_name}
+    store = _data(pipeline, settings, made_for, workspace, console)
+    recipe = settings.recipe
+    return calibrate_(
+        backbone,
+        recipe,
+        store,
+        blocks=settings.family.blocks,
+        folder=workspace / f"{recipe.name}-{fingerprint(recipe=recipe.to_dict())[:8]}",
+        made_for=made_for,
+        memory_budget=settings.memory_budget,
+        bar=console.bar,
+        say=console.say,
+    )
+
+
+def _data(
+    pipeline: "DiffusionPipeline", settings: Settings, made_for: dict[str, str], workspace: Path, console: Console
+) -> "CalibrationStore":
+    wanted, listed = settings.recipe.calibration, settings.calibration_prompts
+    prompts = listed[: wanted.prompts]
+    if len(listed) < wanted.prompts:
+        console.say(f"note: the recipe asks for {wanted.prompts} calibration prompts, the list has {len(listed)}")
+    sampling = Sampling(wanted.sampler, wanted.steps_per_prompt, wanted.held_out, wanted.seed)
+    key = fingerprint(made_for=made_for, sampling=vars(sampling), prompts=prompts, call=settings.call)
+    with console.bar("calibration data") as bar:
+        store = capture(
+            pipeline,
+            settings.family.component,
+            prompts,
+            sampling=sampling,
+            call=settings.call,
+            seed=FIRST_SEED,
+            batch_size=settings.batch_size,
+            folder=settings.calibration_data or workspace / DATA / key[:8],
+            made_for=made_for,
+            progress=bar,
+        )
+    held_out = sum(sample.held_out for sample in store.samples)
+    console.say(
+        f"calibration data: {len(prompts)} prompts, {len(store) - held_out} backbone calls to learn from and "
+        f"{held_out} held out, {wanted.sampler} over {store.steps} steps"
+    )
+    return store
+
+
+def weights_hash(module: nn.Module) -> str:
+    """SHA-256 of the names, dtypes and bytes of a module's state."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()

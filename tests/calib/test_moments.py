@@ -1,0 +1,161 @@
+"""Second moments of inputs: what they say of an output's error, and the scales and formats chosen by it."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from dmquant.calib import moments as module
+from dmquant.calib.moments import Moments, columns_of, fit_grid
+from dmquant.convert import LayerPlan
+from dmquant.errors import UsageError
+from dmquant.formats import get_format
+from dmquant.qtensor import WeightSpec
+from dmquant.scaling import fit_hessian, fit_mse, to_groups
+
+CPU = torch.device("cpu")
+GRANULARITIES = ["tensor", "channel", "group:16", "group:64"]
+
+
+def correlated(tokens=500, columns=40, seed=0):
+    """Inputs of a few strong directions, with channels of unlike size."""
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(6, columns, generator=generator)
+    x = torch.randn(tokens, 6, generator=generator) @ mixing + 0.2 * torch.randn(tokens, columns, generator=generator)
+    return x * torch.logspace(-1, 1, columns)[torch.randperm(columns, generator=generator)]
+
+
+def weight(rows=24, columns=40, seed=1):
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+
+
+def moments_of(x, spec, parts=3):
+    collected = Moments(x.shape[1], spec, CPU)
+    for part in x.chunk(parts):
+        collected.add(part)
+    return collected
+
+
+def spec_of(format="fp4", granularity="group:16", scale="hessian", store="bf16"):
+    return WeightSpec.parse(format, granularity, scale, store)
+
+
+@pytest.mark.parametrize("size", [8, 16, 40, 64])
+def test_moments_inside_groups_are_those_of_a_plain_sum(size):
+    x = correlated()
+    inside = moments_of(x, spec_of()).inside_groups(size)
+    full = x.T.double() @ x.double() / len(x)
+    assert inside.shape == (-(-40 // size), size, size)
+    for group, found in enumerate(inside):
+        part = full[group * size : (group + 1) * size, group * size : (group + 1) * size]
+        expected = F.pad(part, (0, size - len(part), 0, size - len(part)))
+        assert torch.allclose(found.double(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_error_of_a_weight_is_that_of_the_outputs():
+    x, error = correlated(), 0.1 * weight()
+    expected = (x.double() @ error.double().T).square().sum(1).mean().item()
+    assert moments_of(x, spec_of()).output_error(error) == pytest.approx(expected, rel=1e-4)
+
+
+def test_of_wide_layers_only_moments_inside_groups_are_kept(monkeypatch):
+    x, error = correlated(), 0.1 * weight()
+    whole = moments_of(x, spec_of())
+    monkeypatch.setattr(module, "LARGEST", 39)
+    parts = moments_of(x, spec_of())
+    assert parts.sums.numel() == 3 * 16 * 16
+    assert torch.allclose(parts.inside_groups(16), whole.inside_groups(16), rtol=1e-4, atol=1e-4)
+    columns = [slice(start, start + 16) for start in (0, 16, 32)]
+    expected = sum((x[:, part] @ error[:, part].T).square().sum(1).mean().item() for part in columns)
+    assert parts.output_error(error) == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("store", ["bf16", "fp32", "e8m0"])
+@pytest.mark.parametrize("format", ["fp4", "fp6", "int4"])
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_inputs_without_correlation_give_the_scales_of_least_weight_error(granularity, format, store):
+    spec = spec_of(format, granularity, store=store)
+    groups = to_groups(weight(), spec.granularity)
+    size = spec.granularity.size or 40
+    identity = torch.eye(size).expand(-(-40 // size), size, size)
+    by_output = fit_hessian(groups, spec.fmt, store, identity)
+    assert torch.equal(by_output.stored, fit_mse(groups, spec.fmt, store).stored)
+
+
+@pytest.mark.parametrize("format", ["fp4", "fp4_e3m0", "fp6", "int4"])
+@pytest.mark.parametrize("granularity", ["tensor", "channel", "group:64"])
+def test_scales_by_output_error_have_the_least_of_it(granularity, format):
+    """With one scale a row or tensor the criterion is the output's error itself, so this is no matter of luck."""
+    x, matrix = correlated(), weight()
+    collected = moments_of(x, spec_of(granularity=granularity))
+
+    def error(scale):
+        plan = LayerPlan("layer", spec_of(format, granularity, scale), None)
+        grid = fit_grid(matrix, plan, collected)
+        return (x @ (grid.nearest - matrix).T).square().sum(1).mean().item()
+
+    by_output = error("hessian")
+    assert by_output <= error("absmax") * (1 + 1e-5)
+    assert by_output <= error("mse") * (1 + 1e-5)
+
+
+def test_scales_of_groups_by_output_error_gain_where_inputs_are_correlated():
+    x, matrix = correlated(), weight()
+    collected = moments_of(x, spec_of())
+
+    def error(scale):
+        grid = fit_grid(matrix, LayerPlan("layer", spec_of(scale=scale), None), collected)
+        return collected.output_error(grid.nearest - matrix)
+
+    assert error("hessian") < 0.95 * error("mse")
+    assert error("hessian") < 0.95 * error("absmax")
+
+
+def test_the_format_of_least_output_error_is_chosen():
+    x = correlated()
+    candidates = tuple(map(get_format, ("fp4_e2m1", "fp4_e1m2", "fp4_e3m0")))
+    matrices = {
+        "fp4_e1m2": torch.rand(24, 40, generator=torch.Generator().manual_seed(0)) * 2 - 1,
+        "fp4_e3m0": weight().sign() * torch.exp2(-4 * torch.rand(24, 40, generator=torch.Generator().manual_seed(0))),
+    }
+    for expected, matrix in matrices.items():
+        collected = moments_of(x, spec_of())
+        plan = LayerPlan("layer", spec_of(scale="absmax"), None, candidates=candidates)
+        alone = {
+            fmt.name: collected.output_error(
+                fit_grid(matrix, LayerPlan("layer", plan.weights.with_format(fmt), None), None).nearest - matrix
+            )
+            for fmt in candidates
+        }
+        chosen = fit_grid(matrix, plan, collected)
+        assert chosen.spec.fmt.name == min(alone, key=alone.get)
+        if expected == "fp4_e1m2":  # evenly spread weights want evenly spread values
+            assert chosen.spec.fmt.name == expected
+
+
+@pytest.mark.parametrize("geometry", [{}, {"stride": 2, "padding": 1}, {"padding": (2, 0), "dilation": (2, 1)}])
+def test_columns_of_a_convolution_are_what_its_weights_meet(geometry):
+    layer, x = nn.Conv2d(3, 5, (3, 2), bias=False, **geometry), torch.randn(2, 3, 9, 8)
+    output = layer(x)
+    columns = columns_of(layer, x)
+    assert columns.shape == (output.numel() // 5, 3 * 3 * 2)
+    by_matrix = (columns @ layer.weight.reshape(5, -1).T).view(2, -1, 5).transpose(1, 2).reshape(output.shape)
+    assert torch.allclose(by_matrix, output, atol=1e-5)
+
+
+def test_columns_of_a_linear_layer_are_its_tokens():
+    x = torch.randn(2, 7, 3, 6)
+    assert torch.equal(columns_of(nn.Linear(6, 4), x), x.view(42, 6))
+
+
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [
+        (nn.Conv2d(4, 4, 3, groups=2), "not for grouped convolutions: give them scale: mse"),
+        (nn.Conv2d(4, 4, 3, padding="same"), "numeric zero padding: use scale: mse"),
+        (nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"), "numeric zero padding: use scale: mse"),
+    ],
+)
+def test_convolutions_without_such_columns_are_refused_with_what_to_do(layer, message):
+    with pytest.raises(UsageError, match=message):
+        columns_of(layer, torch.randn(1, 4, 8, 8))

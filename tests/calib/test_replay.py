@@ -1,0 +1,151 @@
+"""Replay: from the middle of a backbone the same bits come out, and who needs which output is found out."""
+
+import itertools
+
+import pytest
+import torch
+from torch import nn
+
+from dmquant.calib.replay import replaced_forward, replay, trace
+from dmquant.calib.tree import flatten
+from dmquant.calib.units import find_blocks
+from dmquant.errors import UserError
+from tests.calib.runs import FAMILIES, captured
+
+LAYERS = (nn.Linear, nn.Conv2d)
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def case(request, tmp_path_factory):
+    backbone, paths, store = captured(request.param, tmp_path_factory.mktemp(request.param))
+    arguments = store.batch([0, 5, 9])
+    layers = [name for name, module in backbone.named_modules() if type(module) in LAYERS]
+    with torch.no_grad():
+        blocks = find_blocks(backbone, paths, layers, lambda names: trace(backbone, arguments, names))
+    return request.param, backbone, arguments, blocks
+
+
+def outputs_of(backbone, arguments, names):
+    """What each module gives in one whole forward pass."""
+    outputs, handles = {}, []
+    for name in names:
+        hook = lambda module, args, output, name=name: outputs.__setitem__(name, output)
+        handles.append(backbone.get_submodule(name).register_forward_hook(hook))
+    with torch.no_grad():
+        backbone(*arguments[0], **arguments[1])
+    for handle in handles:
+        handle.remove()
+    return outputs
+
+
+def equal(one, other):
+    return all(torch.equal(a, b) for (_, a), (_, b) in zip(flatten(one)[1], flatten(other)[1], strict=True))
+
+
+
+def test_a_replay_gives_the_bits_of_the_whole_forward(case):
+    _, backbone, arguments, blocks = case
+    whole = outputs_of(backbone, arguments, [block.name for block in blocks])
+    assert len(blocks) > 5
+    for number, block in enumerate(blocks):
+        given = {other.name: whole[other.name] for other in blocks[:number]}
+        with torch.no_grad():
+            assert equal(replay(backbone, arguments, given, block.name), whole[block.name])
+
+
+def test_outputs_past_their_last_use_do_not_matter_and_others_do(case):
+    _, backbone, arguments, blocks = case
+    whole = outputs_of(backbone, arguments, [block.name for block in blocks])
+
+    def at(number, poisoned):
+        given = {block.name: whole[block.name] for block in blocks[:number]}
+        for block in poisoned:
+            given[block.name] = _poisoned(whole[block.name])
+        with torch.no_grad():
+            return replay(backbone, arguments, given, blocks[number].name)
+
+    for number, block in enumerate(blocks):
+        dead = [other for other in blocks[:number] if other.last_use < number]
+        assert equal(at(number, dead), whole[block.name])
+    for block in blocks:
+        if block.last_use > blocks.index(block):
+            assert not equal(at(block.last_use, [block]), whole[blocks[block.last_use].name])
+
+
+def _poisoned(value):
+    if isinstance(value, torch.Tensor):
+        return torch.full_like(value, torch.nan)
+    return tuple(_poisoned(one) for one in value)
+
+
+def test_the_order_is_that_of_the_forward_pass_and_every_layer_belongs_to_one_block(case):
+    _, backbone, arguments, blocks = case
+    called = list(outputs_of(backbone, arguments, [block.name for block in blocks]))
+    assert [block.name for block in blocks] == called
+    layers = [layer for block in blocks for layer in block.layers]
+    assert len(layers) == len(set(layers))
+    assert all(block.layers == (block.name,) for block in blocks if block.is_layer)
+    assert all(block.saved_bytes > 0 for block in blocks)
+
+
+def test_a_block_of_pixart_is_needed_by_the_next_alone(case):
+    family, _, _, blocks = case
+    if family != "pixart":
+        pytest.skip("for PixArt")
+    numbers = [number for number, block in enumerate(blocks) if not block.is_layer]
+    assert len(numbers) == 3
+    for number, after in itertools.pairwise(numbers):
+        assert blocks[number].last_use == after == number + 1
+    assert blocks[numbers[-1]].last_use == next(n for n, block in enumerate(blocks) if block.name == "proj_out")
+
+
+def test_skip_connections_of_a_unet_are_needed_until_their_up_block(case):
+    family, _, _, blocks = case
+    if family == "pixart":
+        pytest.skip("for UNets")
+    number = {block.name: index for index, block in enumerate(blocks)}
+    by_name = {block.name: block for block in blocks}
+    assert by_name["down_blocks.1"].last_use == number["up_blocks.0"]
+    assert by_name["down_blocks.0"].last_use == number["up_blocks.1"]
+    assert by_name["conv_in"].last_use == number["up_blocks.1"]
+    assert by_name["mid_block"].last_use == number["up_blocks.0"]
+
+
+def test_gradients_flow_from_what_is_computed(case):
+    _, backbone, arguments, blocks = case
+    number, block = next((n, block) for n, block in enumerate(blocks) if not block.is_layer)
+    whole = outputs_of(backbone, arguments, [other.name for other in blocks[:number]])
+    parameter = backbone.get_submodule(block.layers[0]).weight
+    output = replay(backbone, arguments, whole, block.name)
+    loss = sum(leaf.square().mean() for _, leaf in flatten(output)[1])
+    (gradient,) = torch.autograd.grad(loss, [parameter])
+    assert gradient.abs().max() > 0
+
+
+class Twice(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer, self.idle = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.layer(self.layer(x))
+
+
+def test_a_module_that_runs_twice_is_refused_and_one_that_never_runs_left_out():
+    model, arguments = Twice(), ((torch.randn(2, 4),), {})
+    with pytest.raises(UserError, match="layer runs more than once"):
+        trace(model, arguments, ["layer"])
+    assert trace(model, arguments, ["idle"]) == []
+    with pytest.raises(UserError, match="idle was not reached"):
+        replay(model, arguments, {}, "idle")
+    assert "forward" not in vars(model.layer) | vars(model.idle)
+
+
+def test_a_forward_is_put_back_even_where_one_was_set_before():
+    model, x = nn.Linear(2, 2), torch.randn(1, 2)
+    with pytest.raises(ZeroDivisionError), replaced_forward(model, lambda x: x + 1):
+        with replaced_forward(model, lambda x: x + 2):
+            assert torch.equal(model(x), x + 2)
+        assert torch.equal(model(x), x + 1)
+        raise ZeroDivisionError
+    assert "forward" not in vars(model)
