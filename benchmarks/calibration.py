@@ -219,8 +219,8 @@ def table(rows: dict[str, Measured]) -> str:
     """Markdown: every row against round to nearest, which must be among them."""
     first = next(iter(rows.values()))
     header = ["model", *(f"block {number}" for number in range(len(first.blocks))), "mean of blocks"]
-    header += [f"of {name}" for name in BASELINES.values()]
-    header += ["final latents", f"of {BASELINES['absmax']}", "PSNR, dB", "seconds"]
+    header += [f"blocks, of {name}" for name in BASELINES.values()]
+    header += ["final latents", f"latents, of {BASELINES['absmax']}", "PSNR, dB", "seconds"]
     lines = [header, ["---"] * len(header)]
     for name, row in rows.items():
         ratios = [f"{row.block_error / rows[baseline].block_error:.2f}" for baseline in BASELINES.values()]

@@ -159,9 +159,9 @@ def rounding_row(one: OneBlock, row: str, regularizer: float, out: Path) -> dict
         variant, rate, iterations = row.split(":")
         learners = one.learners(adaround.Options(scale_aware=VARIANTS[variant], regularizer=regularizer))
         options = Learning(iterations=int(iterations), batch_size=4, learning_rate=float(rate), checks=CHECKS)
-        began = time.perf_counter()
+        data, began = one.learning, time.perf_counter()
         with learning_layers(learners):
-            learned, kept = learn(row, learners, one.learning, options, lambda step, loss: None)
+            learned, kept = learn(row, learners, data, options, lambda step, loss: None)
         seconds = time.perf_counter() - began
         nearest = one.error(one.measured, learners, _nearest(learners))
         flipped = sum(int((kept[learner.name] != learner.grid.nearest).sum()) for learner in learners)

@@ -23,16 +23,15 @@ class CodesFolder:
         """Tensors and facts of a finished unit; None unless they are whole and of this key."""
         tensors, record = self._files(number)
         try:
-            facts = json.loads(record.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            content = json.loads(record.read_text(encoding="utf-8"))
+            made_by = content["key"], content["name"], content["sha256"]
+            is_whole = made_by == (self.key, name, sha256(tensors))
+            return (load_file(tensors), content["facts"]) if is_whole else None
+        except (OSError, ValueError, KeyError, TypeError):
             return None
-        if (facts["key"], facts["name"]) != (self.key, name) or not tensors.is_file():
-            return None
-        return (load_file(tensors), facts["facts"]) if sha256(tensors) == facts["sha256"] else None
 
     def save(self, number: int, name: str, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
         """Keep a finished unit; it is there whole or not at all."""
-        self.path.mkdir(parents=True, exist_ok=True)
         file, record = self._files(number)
         with replacing(file) as partial:
             save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, partial)

@@ -191,11 +191,13 @@ class _Engine:
         if own_targets:
             targets = self._outputs(self.full, number, task.output, title, bar)
         with contextlib.ExitStack() as stack:
-            for name, quantized in finished.items():
-                layer = self._quantized_layer(name, quantized)
+            decided = {name: self._quantized_layer(name, quantized) for name, quantized in finished.items()}
+            for name, layer in decided.items():
                 stack.enter_context(replaced_forward(self.backbone.get_submodule(name), layer.forward))
             learners = self._learners(number, task, title, bar)
             stack.enter_context(learning_layers(learners))
+            for layer in decided.values():
+                stack.enter_context(computing_in(layer, DTYPES[self.options.dtype]))
             if self.options.compile:
                 torch._dynamo.reset()  # every unit is a function of its own: together they pass its limit of variants
             for name in task.blocks:

@@ -32,7 +32,7 @@ class Settings(BaseModel):
     scale: str | None = None
     store: str | None = None
     candidates: list[str] | None = None
-    """Formats of as many bits as `weights`: calibration takes for each layer the one of least output error."""
+    """Formats of one size: calibration takes for each layer the one of least output error."""
 
     @field_validator("weights", "activations")
     @classmethod
@@ -50,7 +50,10 @@ class Settings(BaseModel):
     def _known_formats(cls, names: list[str] | None) -> list[str] | None:
         from dmquant.formats import get_format
 
-        return None if names is None else [get_format(name).name for name in names]
+        formats = [get_format(name) for name in names or ()]
+        if len({fmt.bits for fmt in formats}) > 1:
+            raise UsageError("candidates differ in bits: the one with more would always win")
+        return None if names is None else [fmt.name for fmt in formats]
 
     @field_validator("activation_scale")
     @classmethod
@@ -268,7 +271,7 @@ def _in_words(error: dict[str, Any], model: type[BaseModel]) -> str:
     if error["type"] == "extra_forbidden":
         in_rule = len(error["loc"]) > 1
         fields = (Rule if in_rule else model).model_fields
-        return str(unknown("key", str(error["loc"][-1]), fields, f"known: {', '.join(fields)}"))
+        return str(unknown("key", str(error["loc"][-1]), fields, f"known: {', '.join(fields) or 'none'}"))
     if error["type"] == "missing":
         return "this key is required"
     if error["type"] == "value_error":  # a UsageError of ours, raised while checking

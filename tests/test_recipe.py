@@ -70,6 +70,24 @@ def test_kept_layers_of_a_family_come_before_the_recipes_own_rules():
         ),
         ("name: x\nrules:\n  - keep: true\n", r"line 3: rules.0.match: this key is required"),
         ("name: x\nrules: many\n", r"line 2: rules: Input should be a valid list"),
+        (
+            "name: x\nrounding: adaruond\n",
+            r"line 2: rounding: unknown rounding method 'adaruond': did you mean 'adaround'",
+        ),
+        (
+            "name: x\nrounding:\n  method: adaround\n  regularzer: 1\n",
+            r"unknown key 'regularzer': did you mean 'regularizer'",
+        ),
+        (
+            "name: x\nlearning:\n  unit: tensor\n",
+            r"line 3: learning.unit: Input should be 'layer', 'block' or 'window'",
+        ),
+        (
+            "name: x\nlearning:\n  iterations: -1\n",
+            r"line 3: learning.iterations: Input should be greater than or equal",
+        ),
+        ("name: x\ncalibration:\n  sampler: random\n", r"line 3: calibration.sampler: Input should be 'uniform'"),
+        ("name: x\ncandidates: [fp4, fp44]\n", r"line 2: candidates: unknown format 'fp44'"),
         ("weights: fp4\n", r"name: this key is required"),
         ("name: [x\nweights: fp4\n", r"line \d: not valid YAML"),
         ("", r"Input should be a valid dictionary"),
@@ -98,3 +116,36 @@ def test_a_wrong_file_is_one_line_with_file_and_line(tmp_path, text, message):
 def test_unknown_names_are_usage_errors(arguments, message):
     with pytest.raises(UsageError, match=message):
         Recipe.load(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("settings", "calibrated"),
+    [
+        ({}, False),
+        ({"rounding": "adaround"}, True),
+        ({"scale": "hessian"}, True),
+        ({"candidates": ["fp4_e2m1", "fp4_e1m2"]}, True),
+        ({"activation_scale": "static:4"}, True),
+        ({"rules": [{"match": "a", "scale": "hessian"}]}, True),
+        ({"rules": [{"match": "a", "activation_scale": "online"}]}, False),
+    ],
+)
+def test_a_recipe_takes_data_where_any_part_of_it_does(settings, calibrated):
+    recipe = Recipe.model_validate({"name": "x"} | settings)
+    assert recipe.calibrated == calibrated
+    assert ("learning" in recipe.to_dict()) == calibrated
+
+
+def test_options_of_the_rounding_method_survive_saving(tmp_path):
+    rounding = {"method": "adaround", "scale_aware": True, "beta": [16.0, 2.0]}
+    recipe = Recipe.model_validate({"name": "x", "rounding": rounding, "learning": {"unit": "window", "window": 3}})
+    recipe.save(tmp_path / "x.yaml")
+    loaded = Recipe.load(tmp_path / "x.yaml")
+    assert loaded == recipe
+    assert loaded.rounding.options == {"scale_aware": True, "beta": [16.0, 2.0]}
+
+
+def test_naming_another_weight_format_drops_the_candidates_for_it(tmp_path):
+    Recipe.model_validate({"name": "x", "candidates": ["fp4_e2m1", "fp4_e1m2"]}).save(tmp_path / "x.yaml")
+    assert Recipe.load(tmp_path / "x.yaml").candidates == ["fp4_e2m1", "fp4_e1m2"]
+    assert Recipe.load(tmp_path / "x.yaml", w="int4").candidates is None

@@ -15,7 +15,9 @@ from tests.tiny import IMAGE_SIZE, PIXART_CALL, tiny_pixart, tiny_sd, tiny_sdxl
 
 PROMPTS = ["a red cat", "a blue boat", "a tree", "a face"]
 SIZE = {"height": IMAGE_SIZE, "width": IMAGE_SIZE, "num_inference_steps": 4, "guidance_scale": 3.0}
-KEEP = {"match": ["pos_embed*", "adaln_single*", "caption_projection*", "proj_out", "conv_in", "conv_out", "*time_emb*"]}
+KEEP = {
+    "match": ["pos_embed*", "adaln_single*", "caption_projection*", "proj_out", "conv_in", "conv_out", "*time_emb*"]
+}
 PIXART_BLOCKS = ("transformer_blocks",)
 UNET_BLOCKS = ("down_blocks", "mid_block", "up_blocks")
 FAMILIES = {
@@ -76,12 +78,15 @@ def calibrated(case, recipe: Recipe, folder: Path, **options):
     return backbone, calibrate_(backbone, recipe, store, **settings | options)
 
 
+def quantized_layers(backbone) -> dict[str, QuantLinear | QuantConv2d]:
+    return {name: layer for name, layer in backbone.named_modules() if isinstance(layer, (QuantLinear, QuantConv2d))}
+
+
 def packed(backbone) -> dict[str, torch.Tensor]:
     """Codes and scales of every quantized layer."""
     return {
         f"{name}.{part}": getattr(layer, part)
-        for name, layer in backbone.named_modules()
-        if isinstance(layer, (QuantLinear, QuantConv2d))
+        for name, layer in quantized_layers(backbone).items()
         for part in ("qweight", "scale", "scale_base", "input_scale")
         if getattr(layer, part) is not None
     }

@@ -20,7 +20,9 @@ def folder(tmp_path):
 def test_what_is_saved_is_loaded(folder):
     tensors, facts = folder.load(3, "block")
     assert facts == FACTS
-    assert all(torch.equal(tensors[name], tensor) and tensors[name].dtype == tensor.dtype for name, tensor in TENSORS.items())
+    assert all(
+        torch.equal(tensors[name], tensor) and tensors[name].dtype == tensor.dtype for name, tensor in TENSORS.items()
+    )
     assert tensors.keys() == TENSORS.keys()
     assert {path.name for path in folder.path.iterdir()} == {"003.safetensors", "003.json"}
 
@@ -63,7 +65,7 @@ def test_codes_without_their_record_are_not_taken(folder):
     assert folder.load(3, "block") is None
 
 
-def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
-    (tmp_path / "file").write_text("")
+def test_a_file_that_cannot_be_written_is_one_line(tmp_path):
+    (tmp_path / "000.safetensors").mkdir()
     with pytest.raises(UserError, match="cannot write"):
-        CodesFolder(tmp_path / "file" / "blocks", "key").save(0, "block", TENSORS, FACTS)
+        CodesFolder(tmp_path, "key").save(0, "block", TENSORS, FACTS)

@@ -1,7 +1,5 @@
 """Replay: from the middle of a backbone the same bits come out, and who needs which output is found out."""
 
-import itertools
-
 import pytest
 import torch
 from torch import nn
@@ -28,9 +26,12 @@ def case(request, tmp_path_factory):
 def outputs_of(backbone, arguments, names):
     """What each module gives in one whole forward pass."""
     outputs, handles = {}, []
+
+    def keep(name):
+        return lambda module, args, output: outputs.update({name: output})
+
     for name in names:
-        hook = lambda module, args, output, name=name: outputs.__setitem__(name, output)
-        handles.append(backbone.get_submodule(name).register_forward_hook(hook))
+        handles.append(backbone.get_submodule(name).register_forward_hook(keep(name)))
     with torch.no_grad():
         backbone(*arguments[0], **arguments[1])
     for handle in handles:
@@ -40,7 +41,6 @@ def outputs_of(backbone, arguments, names):
 
 def equal(one, other):
     return all(torch.equal(a, b) for (_, a), (_, b) in zip(flatten(one)[1], flatten(other)[1], strict=True))
-
 
 
 def test_a_replay_gives_the_bits_of_the_whole_forward(case):
@@ -88,27 +88,25 @@ def test_the_order_is_that_of_the_forward_pass_and_every_layer_belongs_to_one_bl
     assert all(block.saved_bytes > 0 for block in blocks)
 
 
-def test_a_block_of_pixart_is_needed_by_the_next_alone(case):
-    family, _, _, blocks = case
-    if family != "pixart":
-        pytest.skip("for PixArt")
-    numbers = [number for number, block in enumerate(blocks) if not block.is_layer]
-    assert len(numbers) == 3
-    for number, after in itertools.pairwise(numbers):
-        assert blocks[number].last_use == after == number + 1
-    assert blocks[numbers[-1]].last_use == next(n for n, block in enumerate(blocks) if block.name == "proj_out")
+LAST_USES = {
+    "pixart": {f"transformer_blocks.{n}": f"transformer_blocks.{n + 1}" for n in range(2)}
+    | {"transformer_blocks.2": "proj_out", "pos_embed.proj": "transformer_blocks.0"},
+    "sd": {  # each skip connection until its up block
+        "conv_in": "up_blocks.1",
+        "down_blocks.0": "up_blocks.1",
+        "down_blocks.1": "up_blocks.0",
+        "mid_block": "up_blocks.0",
+        "up_blocks.0": "up_blocks.1",
+    },
+}
+LAST_USES["sdxl"] = LAST_USES["sd"]
 
 
-def test_skip_connections_of_a_unet_are_needed_until_their_up_block(case):
+def test_outputs_are_needed_as_long_as_the_architecture_says(case):
     family, _, _, blocks = case
-    if family == "pixart":
-        pytest.skip("for UNets")
-    number = {block.name: index for index, block in enumerate(blocks)}
-    by_name = {block.name: block for block in blocks}
-    assert by_name["down_blocks.1"].last_use == number["up_blocks.0"]
-    assert by_name["down_blocks.0"].last_use == number["up_blocks.1"]
-    assert by_name["conv_in"].last_use == number["up_blocks.1"]
-    assert by_name["mid_block"].last_use == number["up_blocks.0"]
+    last_uses = {block.name: blocks[block.last_use].name for block in blocks}
+    assert {name: last_uses[name] for name in LAST_USES[family]} == LAST_USES[family]
+    assert blocks[-1].last_use == len(blocks) - 1
 
 
 def test_gradients_flow_from_what_is_computed(case):
@@ -143,9 +141,11 @@ def test_a_module_that_runs_twice_is_refused_and_one_that_never_runs_left_out():
 
 def test_a_forward_is_put_back_even_where_one_was_set_before():
     model, x = nn.Linear(2, 2), torch.randn(1, 2)
-    with pytest.raises(ZeroDivisionError), replaced_forward(model, lambda x: x + 1):
+    with replaced_forward(model, lambda x: x + 1):
         with replaced_forward(model, lambda x: x + 2):
             assert torch.equal(model(x), x + 2)
         assert torch.equal(model(x), x + 1)
-        raise ZeroDivisionError
+    assert "forward" not in vars(model)
+    with pytest.raises(ZeroDivisionError), replaced_forward(model, lambda x: 1 // 0):
+        model(x)
     assert "forward" not in vars(model)

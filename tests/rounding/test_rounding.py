@@ -47,7 +47,8 @@ def test_every_method_is_complete(name):
     method, grid = get_method(name), grid_of()
     assert isinstance(method.LEARNS, bool)
     rounding = method.start(grid, method.Options())
-    assert method.LEARNS == bool(list(rounding.parameters()))
+    learnable = bool(list(rounding.parameters()))
+    assert learnable == method.LEARNS
     assert rounding().shape == rounding.hard().shape == grid.weight.shape
     assert 0 <= rounding.undecided() <= grid.weight.numel()
     lower, upper = grid.neighbours
