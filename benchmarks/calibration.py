@@ -13,7 +13,7 @@ done again.
 import argparse
 import copy
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -77,7 +77,9 @@ class Bench:
         self.full = self.pipeline.transformer.requires_grad_(False)
         self.made_for = {"backbone": weights_hash(self.full), "dtype": self.settings.dtype_name}
 
-    def capture(self, prompts: Sequence[str], sampling: Sampling, seed: int, steps: int | None = None):
+    def capture(
+        self, prompts: Sequence[str], sampling: Sampling, seed: int, steps: int | None = None
+    ) -> CalibrationStore:
         """What the full-precision pipeline gives its backbone, kept in OUT/data."""
         call = self.settings.call | ({"num_inference_steps": steps} if steps else {})
         key = fingerprint(
@@ -140,7 +142,7 @@ class Bench:
         key = fingerprint(recipe=recipe.to_dict(), dmquant=dmquant.__version__, images=len(settings.prompts))
         return self.kept(f"{recipe.name}-{key[:8]}", lambda: self.measure(*self._quantized(settings)))
 
-    def kept(self, name: str, work) -> Measured:
+    def kept(self, name: str, work: Callable[[], Measured]) -> Measured:
         """What OUT/rows holds under `name`, or what `work()` returns, which is then kept there."""
         path = self.out / "rows" / f"{name}.json"
         if not path.exists():
@@ -149,11 +151,10 @@ class Bench:
 
     def copy(self) -> nn.Module:
         """The backbone in full precision, to be quantized in place."""
-        self.pipeline.transformer = copy.deepcopy(self.full)
-        return self.pipeline.transformer
+        return copy.deepcopy(self.full)
 
     def _quantized(self, settings: Settings) -> tuple[nn.Module, float]:
-        backbone = self.copy()
+        backbone = self.pipeline.transformer = self.copy()
         if not settings.recipe.calibrated:
             quantize_(backbone, settings.recipe)
             return backbone, 0.0

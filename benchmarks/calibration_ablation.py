@@ -38,6 +38,7 @@ from dmquant.convert import LayerPlan
 from dmquant.files import write_text
 from dmquant.layers import quantize_layer
 from dmquant.pipelines.calibrating import FIRST_SEED
+from dmquant.pipelines.runfolder import fingerprint
 from dmquant.qtensor import WeightSpec
 from dmquant.recipe import Learning
 from dmquant.rounding import adaround
@@ -202,6 +203,8 @@ RECIPE = {
 }
 SIZES = (8, 32, 128, 256)
 FIRST_TIMESTEPS = 20  # raw ones, 0 to 19: FP4DiT's
+PAPER_DATA = {"timesteps 0 to 19": False, "timesteps 0 to 19, noise of 999 to 980": True}
+SAMPLER_ROWS = ["uniform", "stratified", "importance", *PAPER_DATA]
 
 
 class FirstTimesteps:
@@ -226,7 +229,7 @@ class FirstTimesteps:
         self.noise = torch.randn(self.latents.shape, generator=torch.Generator().manual_seed(FIRST_SEED))
         self.scheduler = DDPMScheduler.from_config(bench.pipeline.scheduler.config)
         self.last = self.scheduler.config.num_train_timesteps - 1 if as_released else None
-        self._any = {sample.prompt: index for index, sample in reversed([*enumerate(self.store.samples)])}
+        self._any = {sample.prompt: index for index, sample in enumerate(self.store.samples)}
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -267,26 +270,22 @@ def whole_model(bench: Bench, name: str, prompts: int, sampler: str) -> Measured
     return bench.measure(backbone, sum(block["seconds"] for block in calibrated.blocks))
 
 
-PAPER_DATA = {"timesteps 0 to 19": False, "timesteps 0 to 19, noise of 999 to 980": True}
-SAMPLER_ROWS = ["uniform", "stratified", "importance", *PAPER_DATA]
-
-
 def samplers(bench: Bench) -> str:
     """Table of the part `samplers`."""
-    return models({name: bench.kept(name, partial(whole_model, bench, name, 128, name)) for name in SAMPLER_ROWS})
+    return models(bench, {name: (128, name) for name in SAMPLER_ROWS})
 
 
 def sizes(bench: Bench) -> str:
     """Table of the part `sizes`."""
-    names = {f"{count} prompts": count for count in SIZES}
-    rows = {name: bench.kept(name, partial(whole_model, bench, name, n, "stratified")) for name, n in names.items()}
-    return models(rows)
+    return models(bench, {f"{count} prompts": (count, "stratified") for count in SIZES})
 
 
-def models(rows: dict[str, Measured]) -> str:
-    """Markdown: measurements of whole models by name."""
+def models(bench: Bench, rows: dict[str, tuple[int, str]]) -> str:
+    """Markdown: measurements of whole models, by name calibrated on so many prompts, drawn by this sampler."""
     lines = [["calibrated on", "mean block-output MSE", "final-latent MSE", "PSNR, dB"], ["---"] * 4]
-    for name, row in rows.items():
+    for name, (prompts, sampler) in rows.items():
+        key = fingerprint(recipe=RECIPE, images=len(bench.settings.prompts))
+        row = bench.kept(f"{name}-{key[:8]}", partial(whole_model, bench, name, prompts, sampler))
         lines.append([name, f"{row.block_error:.4f}", f"{row.latents:.5f}", f"{row.psnr:.2f}"])
     return markdown(lines)
 

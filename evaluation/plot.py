@@ -17,6 +17,7 @@ PANEL_WIDTH, LABEL_WIDTH = 4.2, 2.4  # inches
 LOG_MARGIN = 1.5  # a factor on both sides
 FINE_DECADES = 2  # up to this many, a logarithmic axis is labelled 1, 2, 5, 10
 STEP = 0.035  # share of the axis between points that stand side by side
+SAME_BITS = 0.005
 LABEL_HEIGHT = 0.22  # inches a line of text takes
 HEIGHT = 4.2  # inches, for as many recipes as it has room to label
 OUTSIDE_AXES = 1.2  # inches of the height that title and axis labels take
@@ -45,6 +46,8 @@ def draw_comparison(report: Report, out: Path) -> bool:
     axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for axis, (title, scale, xs) in zip(axes, panels, strict=True):
         _panel(axis, title, scale, xs, psnrs)
+    if max(bits) - min(bits) < SAME_BITS:  # what keeps the points apart is no scale
+        axes[0].set_xticks([bits[0]], [f"{bits[0]:.2f}"])
     axes[0].set_ylabel("PSNR against full precision, dB")
     figure.suptitle(f"{report.model}: {psnrs[0].images} images, bars are 95 % intervals", fontsize=11)
     _label(axes[-1], list(recipes), [psnr.value for psnr in psnrs], height - OUTSIDE_AXES)

@@ -21,7 +21,7 @@ class Options(BaseModel):
 
     scale_aware: bool = False
     """Learn V' = V * step instead of V. Under Adam that is a learning rate divided by each weight's own step."""
-    regularizer: float = Field(default=100.0, ge=0)
+    regularizer: float = Field(default=5000.0, ge=0)
     """Weight of the penalty, a mean over all weights of the unit, against a loss that is 1 at nearest rounding."""
     warmup: float = Field(default=0.2, ge=0, lt=1)
     """Share of the steps without penalty."""
