@@ -22,11 +22,11 @@ import dmquant
 from dmquant.activations import TimestepRanges
 from dmquant.calib.codes import CodesFolder
 from dmquant.calib.learn import DTYPES, Learned, Learner, UnitData, computing_in, learn, learning_layers
-from dmquant.calib.memory import Budget, check_budget, default_budget
+from dmquant.calib.memory import check_budget, default_budget
 from dmquant.calib.moments import Moments, columns_of, fit_grid
-from dmquant.calib.outputs import Outputs
+from dmquant.calib.outputs import Budget, Outputs, first_sample, mixed, stand_in
 from dmquant.calib.ranges import observe_ranges
-from dmquant.calib.replay import map_floats, replaced_forward, replay, trace
+from dmquant.calib.replay import replaced_forward, replay, trace
 from dmquant.calib.store import CalibrationStore
 from dmquant.calib.tree import flatten
 from dmquant.calib.units import Block, Task, find_blocks, tasks_of
@@ -279,13 +279,13 @@ class _Engine:
         given = {
             block.name: stream[block.name].read(batch, self.device)
             if block.last_use >= number
-            else _shaped(block, len(batch), self.device)
+            else stand_in(block.output, len(batch), self.device)
             for block in self.blocks[:number]
         }
         share = self.options.full_precision_inputs if mixing is not None else 0.0
         if share:
             for name in stream:
-                given[name] = _mixed(given[name], self.full[name].read(batch, self.device), share, mixing)
+                given[name] = mixed(given[name], self.full[name].read(batch, self.device), share, mixing)
         return replay(self.backbone, self.store.batch(batch, self.device), given, until)
 
     def _outputs(self, stream: Stream, number: int, until: str, title: str, bar: Bar) -> Outputs:
@@ -298,7 +298,7 @@ class _Engine:
                 if not all(leaf.isfinite().all() for _, leaf in flatten(output)[1] if leaf.is_floating_point()):
                     self._blame(stream, number, until, batch)
                 if outputs is None:
-                    outputs = Outputs(len(self.store.samples), _first_sample(output, len(batch)), self.budget)
+                    outputs = Outputs(len(self.store.samples), first_sample(output, len(batch)), self.budget)
                 outputs.write(batch, output)
         return outputs
 
@@ -385,30 +385,6 @@ class _Engine:
         rules = [rule.model_copy(update={"candidates": None}) for rule in self.recipe.rules]
         rules += [Rule(match=names, weights=name) for name, names in sorted(chosen.items())]
         return self.recipe.model_copy(update={"candidates": None, "rules": rules})
-
-
-def _shaped(block: Block, samples: int, device: torch.device) -> Any:
-    """What stands for an output that nothing reads any more: right in shape, of no size in memory."""
-
-    def stand_in(leaf: Tensor) -> Tensor:
-        return torch.zeros((), dtype=leaf.dtype, device=device).expand(samples * len(leaf), *leaf.shape[1:])
-
-    return map_floats(stand_in, block.output)
-
-
-def _first_sample(output: Any, samples: int) -> Any:
-    return map_floats(lambda leaf: leaf[: len(leaf) // samples], output)
-
-
-def _mixed(quantized: Any, full: Any, share: float, generator: torch.Generator) -> Any:
-    """Element by element the full-precision value with probability `share`: QDrop, arXiv 2203.05740, eq. 8."""
-    others = iter([leaf for _, leaf in flatten(full)[1] if leaf.is_floating_point()])
-
-    def mix(leaf: Tensor) -> Tensor:
-        drawn = torch.rand(leaf.shape, generator=generator).to(leaf.device)
-        return torch.where(drawn < share, next(others), leaf)
-
-    return map_floats(mix, quantized)
 
 
 def _tensors_of(values: dict[str, QuantizedTensor]) -> dict[str, Tensor]:

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dmquant.calib.replay import map_floats, replaced_forward
-from dmquant.calib.tree import flatten
+from dmquant.calib.replay import replaced_forward
+from dmquant.calib.tree import flatten, map_floats
 from dmquant.errors import UserError
 from dmquant.layers import QuantConv2d, QuantLinear
 from dmquant.recipe import Learning

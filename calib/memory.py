@@ -1,33 +1,29 @@
 """How much memory calibration may take, and how much of it learning takes."""
 
-import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from torch import nn
 
-from dmquant.calib.outputs import Budget, nbytes
+from dmquant.calib.outputs import nbytes
 from dmquant.calib.units import Block, tasks_of
 from dmquant.errors import UsageError
 from dmquant.recipe import Learning
 
-__all__ = ["Budget", "check_budget", "default_budget"]
-
-STATE = 64
-"""Bytes a weight while its rounding is learned: bounds, V, its gradient and two moments, the soft weight's graph."""
+STATE = 112
+"""Bytes a weight while its rounding is learned, measured: grid, bounds, V with gradient and moments, the graph."""
+FALLBACK = 4_000_000_000
 BACKWARD = 2  # what autograd keeps, and gradients of about the same size
 
 
 def default_budget() -> int:
-    """Half of the memory that is free; 4 GB where the system does not tell."""
+    """Half of the memory that is free, or FALLBACK where the system does not tell."""
     try:
         free = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
-        return int(free.group(1)) * 1024 // 2
-    except (OSError, AttributeError):
-        pages = getattr(os, "sysconf", lambda name: -1)
-        total = pages("SC_PHYS_PAGES") * pages("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 8 << 30
-        return total // 2
+    except OSError:
+        return FALLBACK
+    return int(free.group(1)) * 1024 // 2
 
 
 def check_budget(total: int, backbone: nn.Module, blocks: Sequence[Block], learning: Learning) -> int:

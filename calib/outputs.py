@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dmquant.calib.tree import flatten, unflatten
+from dmquant.calib.tree import flatten, map_floats, unflatten
 from dmquant.errors import UserError
 
 _number = itertools.count()
@@ -109,3 +109,28 @@ class Outputs:
 def nbytes(one: Any) -> int:
     """Bytes of the tensors of an output."""
     return sum(leaf.nbytes for _, leaf in flatten(one)[1])
+
+
+def stand_in(one: Any, samples: int, device: torch.device) -> Any:
+    """What stands for an output that nothing reads any more: right in shape, of no size in memory."""
+
+    def shaped(leaf: Tensor) -> Tensor:
+        return torch.zeros((), dtype=leaf.dtype, device=device).expand(samples * len(leaf), *leaf.shape[1:])
+
+    return map_floats(shaped, one)
+
+
+def first_sample(output: Any, samples: int) -> Any:
+    """The part of a batch's output that belongs to the first of its samples."""
+    return map_floats(lambda leaf: leaf[: len(leaf) // samples], output)
+
+
+def mixed(quantized: Any, full: Any, share: float, generator: torch.Generator) -> Any:
+    """Element by element the full-precision value with probability `share`: QDrop, arXiv 2203.05740, eq. 8."""
+    others = iter([leaf for _, leaf in flatten(full)[1] if leaf.is_floating_point()])
+
+    def mix(leaf: Tensor) -> Tensor:
+        drawn = torch.rand(leaf.shape, generator=generator).to(leaf.device)
+        return torch.where(drawn < share, next(others), leaf)
+
+    return map_floats(mix, quantized)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dmquant.calib.tree import flatten, unflatten
+from dmquant.calib.tree import flatten, map_floats
 from dmquant.errors import UserError
 
 Arguments = tuple[tuple, dict[str, Any]]
@@ -146,12 +146,6 @@ def _last_use(
         args, kwargs = arguments
         backbone(*args, **kwargs)
     return last_use
-
-
-def map_floats(function: Callable[[Tensor], Tensor], value: Any) -> Any:
-    """Nested arguments or outputs with `function` applied to their floating-point tensors."""
-    skeleton, leaves = flatten(value)
-    return unflatten(skeleton, [function(leaf) if leaf.is_floating_point() else leaf for _, leaf in leaves])
 
 
 def _nan(tensor: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Nested call arguments as a flat list of tensors and a skeleton that JSON can hold, and back."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -40,6 +40,12 @@ def unflatten(skeleton: Any, tensors: Sequence[Tensor]) -> Any:
         return {key: unflatten(value, tensors) for key, value in content.items()}
     items = [unflatten(value, tensors) for value in content]
     return tuple(items) if kind == "tuple" else items
+
+
+def map_floats(function: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """Nested arguments or outputs with `function` applied to their floating-point tensors."""
+    skeleton, leaves = flatten(value)
+    return unflatten(skeleton, [function(leaf) if leaf.is_floating_point() else leaf for _, leaf in leaves])
 
 
 def _flatten(tree: Any, path: str, leaves: list[Leaf]) -> Any:

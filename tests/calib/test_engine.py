@@ -18,6 +18,7 @@ from dmquant.calib.store import CalibrationStore
 from dmquant.convert import plan, quantize_
 from dmquant.diffusers_backend import load_pipeline, mark_quantized, save_pipeline
 from dmquant.errors import UsageError, UserError
+from dmquant.kernels.cpu import can_compile
 from dmquant.recipe import Recipe
 from tests.calib.runs import FAMILIES, calibrated, captured, is_same, packed, quantized_layers, recipe_of
 
@@ -400,3 +401,13 @@ def test_carrying_the_quantized_stream_beats_learning_each_block_on_full_precisi
     (carried, first), (apart, same) = final_error(0.0), final_error(1.0)
     assert first == same  # the first block has no blocks before it
     assert carried < 0.2 * apart
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not can_compile(), reason="torch.compile needs a C++ compiler and Python's headers")
+def test_compiled_units_learn_what_eager_ones_do(pixart, tmp_path):
+    learning = {"iterations": 6, "dtype": "fp32"}
+    _, eager = calibrated(pixart, recipe_of(learning=learning), tmp_path / "eager")
+    _, compiled = calibrated(pixart, recipe_of(learning=learning | {"compile": True}), tmp_path / "compiled")
+    for one, other in zip(eager.blocks, compiled.blocks, strict=True):
+        assert other["tasks"][0]["error"] == pytest.approx(one["tasks"][0]["error"], rel=0.02)
