@@ -19,6 +19,7 @@ from dmquant.rounding import Grid, Rounding
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 REPORT_EVERY = 10  # steps
+_TINY = torch.finfo(torch.float32).tiny
 
 _COMPUTE: dict[type, Callable[[Any, Tensor, Tensor], Tensor]] = {
     nn.Linear: lambda layer, x, weight: F.linear(x, weight, layer.bias),
@@ -94,12 +95,13 @@ def learn(
     optimizer = torch.optim.Adam(parameters, lr=options.learning_rate, fused=True)
     for step in range(1, options.iterations + 1):
         batch = spread_batch(data.learning, options.batch_size, generator)
-        error = squared_error(data.run(batch, generator), data.target(batch))
-        loss = error / max(nearest_error, torch.finfo(torch.float32).tiny)
-        penalties = [learner.rounding.penalty((step - 1) / options.iterations) for learner in learners]
-        total = loss + sum(penalty for penalty in penalties if penalty is not None) / weights
         optimizer.zero_grad()
-        total.backward()
+        for learner in learners:  # one by one: the graph of a penalty is larger than that of the weights
+            penalty = learner.rounding.penalty((step - 1) / options.iterations)
+            if penalty is not None:
+                (penalty / weights).backward()
+        loss = squared_error(data.run(batch, generator), data.target(batch)) / max(nearest_error, _TINY)
+        loss.backward()
         if step % REPORT_EVERY == 0 or step == options.iterations:
             if not math.isfinite(loss.item()):
                 raise UserError(f"the loss of {unit} became {loss.item()} at step {step}: lower learning.learning_rate")

@@ -11,7 +11,7 @@ from dmquant.calib.units import Block, tasks_of
 from dmquant.errors import UsageError
 from dmquant.recipe import Learning
 
-STATE = 112
+STATE = 80
 """Bytes a weight while its rounding is learned, measured: grid, bounds, V with gradient and moments, the graph."""
 FALLBACK = 4_000_000_000
 BACKWARD = 2  # what autograd keeps, and gradients of about the same size

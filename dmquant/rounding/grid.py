@@ -44,7 +44,7 @@ class Grid:
     def _scale(self) -> Tensor:
         return self.scales.decode()
 
-    @cached_property
+    @property
     def _scaled(self) -> Tensor:
         return to_groups(self.weight, self.spec.granularity) / self._scale.unsqueeze(-1)
 
