@@ -22,7 +22,7 @@ import dmquant
 from dmquant.activations import TimestepRanges
 from dmquant.calib.codes import CodesFolder
 from dmquant.calib.learn import DTYPES, Learned, Learner, UnitData, computing_in, learn, learning_layers
-from dmquant.calib.memory import check_budget, default_budget
+from dmquant.calib.memory import check_budget, default_budget, return_freed_memory
 from dmquant.calib.moments import Moments, columns_of, fit_grid
 from dmquant.calib.outputs import Budget, Outputs, first_sample, mixed, stand_in
 from dmquant.calib.ranges import observe_ranges
@@ -139,6 +139,7 @@ class _Engine:
             began = time.perf_counter()
             with self.bar(title) as bar:
                 done = self._block(number, block, title, bar)
+            return_freed_memory()
             seconds = time.perf_counter() - began
             facts.append(done)
             if done.pop("from_disk", False):
