@@ -27,6 +27,7 @@ from dmquant.pipelines.settings import parse_size
 
 WIDTH, HEADS, TEXT = 1152, 16, 4096
 TOKENS = 32
+BESIDES = 1_000_000_000  # bytes allowed beside model and budget: libraries, allocator
 LEARNING_SAMPLES, HELD_OUT_SAMPLES, BATCH, ITERATIONS = 8, 2, 2, 4
 
 
@@ -130,7 +131,7 @@ def main() -> None:
         answer = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1]
         row = json.loads(answer)
         rows.append((blocks, row["seconds"]))
-        sizes = [row["peak"], row["model"], row["peak"] - row["model"]]
+        sizes = [row["peak"], row["model"], row["peak"] - row["model"], budget + BESIDES]
         seconds = [row["seconds"], row["seconds"] / blocks, row["first"], row["last"]]
         cells = [str(blocks), *(f"{each:.1f}" for each in seconds), *(f"{size / 1e6:.0f}" for size in sizes)]
         print(f"| {' | '.join(cells)} |", flush=True)
