@@ -5,11 +5,10 @@ device. Every PNG carries its prompt, its seed and the key of the settings that 
 right key is not made again. Beside it lie the image's final latents.
 """
 
-import contextlib
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from PIL import Image, PngImagePlugin
 
 from dmquant.evaluation.latents import latent_path, read_latent, recording_latents, save_latent
 from dmquant.files import replacing
+from dmquant.pipeline_call import call_pipeline
 
 MAX_BATCH = 16
 PIXELS_PER_BATCH = 1024 * 1024
@@ -128,36 +128,29 @@ def generate(
     folder.mkdir(parents=True, exist_ok=True)
     wanted = {request.index for request in missing(folder, requests)}
     generated = Generated()
-    with _no_progress_bar(pipeline):
-        for start in range(0, len(requests), batch_size):
-            batch = [request for request in requests[start : start + batch_size] if request.index in wanted]
-            if not batch:
-                continue
-            began = time.perf_counter()
-            with recording_latents(pipeline) as latents:
-                images = _call(pipeline, batch, call)
-            generated.not_finite += int((~np.isfinite(images)).any(axis=(1, 2, 3)).sum())
-            if latents:
-                for request, latent in zip(batch, torch.cat(latents), strict=True):
-                    save_latent(latent, folder / request.name, request.key)
-            for request, image in zip(batch, images, strict=True):
-                _save(image, request, folder)
-            each = (time.perf_counter() - began) / len(batch)
-            generated.seconds |= {request.key: each for request in batch}
-            on_batch(generated)
+    for start in range(0, len(requests), batch_size):
+        batch = [request for request in requests[start : start + batch_size] if request.index in wanted]
+        if not batch:
+            continue
+        began = time.perf_counter()
+        with recording_latents(pipeline) as latents:
+            images = _call(pipeline, batch, call)
+        generated.not_finite += int((~np.isfinite(images)).any(axis=(1, 2, 3)).sum())
+        if latents:
+            for request, latent in zip(batch, torch.cat(latents), strict=True):
+                save_latent(latent, folder / request.name, request.key)
+        for request, image in zip(batch, images, strict=True):
+            _save(image, request, folder)
+        each = (time.perf_counter() - began) / len(batch)
+        generated.seconds |= {request.key: each for request in batch}
+        on_batch(generated)
     return generated
 
 
 def _call(pipeline: Any, batch: Sequence[ImageRequest], call: dict[str, Any]) -> np.ndarray:
     """Images of one batch, float32 [images, height, width, 3] in 0..1."""
-    with torch.inference_mode():
-        output = pipeline(
-            prompt=[request.prompt for request in batch],
-            generator=[torch.Generator("cpu").manual_seed(request.seed) for request in batch],
-            output_type="np",
-            **call,
-        )
-    return np.asarray(output.images, dtype=np.float32)
+    prompts, seeds = [request.prompt for request in batch], [request.seed for request in batch]
+    return np.asarray(call_pipeline(pipeline, prompts, seeds, "np", call), dtype=np.float32)
 
 
 def _save(image: np.ndarray, request: ImageRequest, folder: Path) -> None:
@@ -168,13 +161,3 @@ def _save(image: np.ndarray, request: ImageRequest, folder: Path) -> None:
     about.add_text("key", request.key)
     with replacing(folder / request.name) as partial:
         Image.fromarray(pixels).save(partial, format="PNG", pnginfo=about)
-
-
-@contextlib.contextmanager
-def _no_progress_bar(pipeline: Any) -> Iterator[None]:
-    before = dict(getattr(pipeline, "_progress_bar_config", {}))
-    pipeline.set_progress_bar_config(**before | {"disable": True})
-    try:
-        yield
-    finally:
-        pipeline.set_progress_bar_config(**before)
