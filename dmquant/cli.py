@@ -12,8 +12,19 @@ from typing import Annotated, Any
 
 import typer
 
+from dmquant.cli_options import (
+    COMPARE,
+    GENERATE,
+    QUANTIZE,
+    RUN,
+    Device,
+    Metrics,
+    Model,
+    Overwrite,
+    Real,
+    takes,
+)
 from dmquant.errors import UserError
-from dmquant.pipelines.defaults import DEFAULT_RECIPE
 
 STOPPED = 130  # what a shell expects of a program ended by Ctrl-C
 _debug = False
@@ -28,136 +39,6 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-Model = Annotated[
-    str,
-    typer.Argument(
-        metavar="MODEL",
-        help="A registered name (see: dmquant models), a Hub id, or a local diffusers folder.",
-        show_default=False,
-    ),
-]
-Recipe = Annotated[
-    str,
-    typer.Option(
-        metavar="NAME|FILE",
-        help="How to quantize: a name (see: dmquant recipes) or a YAML file.",
-        rich_help_panel="Quantization",
-    ),
-]
-Weights = Annotated[
-    str | None,
-    typer.Option(
-        "--w",
-        metavar="FMT",
-        help="Format of the weights, such as fp4, fp6_e2m3, int8, mxfp4; none leaves them alone. "
-        "Default: the recipe's.",
-        rich_help_panel="Quantization",
-    ),
-]
-Activations = Annotated[
-    str | None,
-    typer.Option(
-        "--a",
-        metavar="FMT",
-        help="Format of the activations; none leaves them alone. Default: the recipe's.",
-        rich_help_panel="Quantization",
-    ),
-]
-CalibrationPrompts = Annotated[
-    str | None,
-    typer.Option(
-        metavar="FILE|NAME",
-        help="Prompts to calibrate with, as for --prompts; the recipe says how many. Default: the model's own list.",
-        rich_help_panel="Calibration",
-    ),
-]
-CalibrationData = Annotated[
-    Path | None,
-    typer.Option(
-        metavar="DIR",
-        help="Calibration data to use, or to make and keep there for other recipes. Default: made for this folder.",
-        rich_help_panel="Calibration",
-    ),
-]
-MemoryBudget = Annotated[
-    str | None,
-    typer.Option(
-        metavar="SIZE",
-        help="Memory for calibration beside the model, such as 8GB; what does not fit goes to disk. "
-        "Changes nothing in the result. Default: what it takes.",
-        rich_help_panel="Calibration",
-    ),
-]
-Prompts = Annotated[
-    str | None,
-    typer.Option(
-        metavar="FILE|NAME",
-        help="A text file with one prompt a line, or the name of a shipped list. Default: the model's own list.",
-        rich_help_panel="Images",
-    ),
-]
-NumPrompts = Annotated[
-    int | None,
-    typer.Option(
-        min=1,
-        help="How many prompts, from the top of the list, one image each. Default: 64, or all of a shorter list.",
-        rich_help_panel="Images",
-    ),
-]
-Steps = Annotated[
-    int | None, typer.Option(min=1, help="Denoising steps an image. Default: the model's.", rich_help_panel="Images")
-]
-Guidance = Annotated[
-    float | None,
-    typer.Option(min=0.0, help="Classifier-free guidance scale. Default: the model's.", rich_help_panel="Images"),
-]
-Height = Annotated[
-    int | None,
-    typer.Option(min=8, help="Image height in pixels, used as given. Default: the model's.", rich_help_panel="Images"),
-]
-Width = Annotated[
-    int | None,
-    typer.Option(min=8, help="Image width in pixels, used as given. Default: the model's.", rich_help_panel="Images"),
-]
-Seed = Annotated[
-    int, typer.Option(min=0, help="Image i starts from the noise of seed SEED + i.", rich_help_panel="Images")
-]
-BatchSize = Annotated[
-    int | None,
-    typer.Option(
-        min=1, help="Images made at once. Default: by size, 16 at 64x64 and 1 at 1024x1024.", rich_help_panel="Images"
-    ),
-]
-Metrics = Annotated[
-    str | None,
-    typer.Option(
-        metavar="LIST",
-        help="Metrics, comma separated. Default: psnr,ssim,latent_mse,fid_fp, and fid_real with --real.",
-        rich_help_panel="Scores",
-    ),
-]
-Real = Annotated[
-    Path | None,
-    typer.Option(metavar="DIR", help="Folder of real images, for FID against them.", rich_help_panel="Scores"),
-]
-Device = Annotated[str, typer.Option(metavar="auto|cpu|cuda[:i]", help="Where to compute.", rich_help_panel="Machine")]
-Dtype = Annotated[
-    str | None,
-    typer.Option(
-        metavar="bf16|fp16|fp32",
-        help="Precision of what is not quantized. Default: the model's.",
-        rich_help_panel="Machine",
-    ),
-]
-Overwrite = Annotated[
-    bool,
-    typer.Option(
-        "--overwrite",
-        help="Replace an earlier run in that folder, or write beside other files.",
-        rich_help_panel="Output",
-    ),
-]
 
 
 @app.callback()
@@ -204,26 +85,10 @@ def _fail(message: str, exit_code: int) -> None:
     "dmquant run pixart-sigma --w fp4 --a fp6 --num-prompts 256 --device cuda",
     "dmquant run ./my-pipeline --recipe my.yaml --prompts prompts.txt --real photos/ --out runs/mine",
 )
+@takes(RUN)
 def run(
     model: Model,
-    recipe: Recipe = DEFAULT_RECIPE,
-    w: Weights = None,
-    a: Activations = None,
-    calibration_prompts: CalibrationPrompts = None,
-    calibration_data: CalibrationData = None,
-    memory_budget: MemoryBudget = None,
-    prompts: Prompts = None,
-    num_prompts: NumPrompts = None,
-    steps: Steps = None,
-    guidance: Guidance = None,
-    height: Height = None,
-    width: Width = None,
-    seed: Seed = 0,
-    batch_size: BatchSize = None,
-    metrics: Metrics = None,
-    real: Real = None,
-    device: Device = "auto",
-    dtype: Dtype = None,
+    *,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -234,6 +99,7 @@ def run(
         ),
     ] = None,
     overwrite: Overwrite = False,
+    **given: Any,
 ) -> None:
     """Quantize MODEL and compare it with full precision: images, scores, a report, and a folder diffusers loads.
 
@@ -241,29 +107,7 @@ def run(
     """
     from dmquant.pipelines import settings, stages
 
-    resolved = settings.resolve(
-        settings.Options(
-            model=model,
-            recipe=recipe,
-            w=w,
-            a=a,
-            calibration_prompts=calibration_prompts,
-            calibration_data=calibration_data,
-            memory_budget=memory_budget,
-            prompts=prompts,
-            num_prompts=num_prompts,
-            steps=steps,
-            guidance=guidance,
-            height=height,
-            width=width,
-            seed=seed,
-            batch_size=batch_size,
-            metrics=metrics,
-            real=real,
-            device=device,
-            dtype=dtype,
-        )
-    )
+    resolved = settings.resolve(settings.Options(model=model, **given))
     stages.run(resolved, out or Path("runs") / resolved.folder_name, overwrite)
 
 
@@ -271,6 +115,7 @@ def run(
     "dmquant compare emoji-pixart --recipes rtn,w4a6,w8a8",
     "dmquant compare pixart-sigma --recipes rtn:int4:int8,rtn:fp4:fp8,mine.yaml --device cuda --out runs/int-or-float",
 )
+@takes(COMPARE)
 def compare(
     model: Model,
     recipes: Annotated[
@@ -282,23 +127,7 @@ def compare(
             rich_help_panel="Quantization",
         ),
     ],
-    w: Weights = None,
-    a: Activations = None,
-    calibration_prompts: CalibrationPrompts = None,
-    calibration_data: CalibrationData = None,
-    memory_budget: MemoryBudget = None,
-    prompts: Prompts = None,
-    num_prompts: NumPrompts = None,
-    steps: Steps = None,
-    guidance: Guidance = None,
-    height: Height = None,
-    width: Width = None,
-    seed: Seed = 0,
-    batch_size: BatchSize = None,
-    metrics: Metrics = None,
-    real: Real = None,
-    device: Device = "auto",
-    dtype: Dtype = None,
+    *,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -309,6 +138,7 @@ def compare(
         ),
     ] = None,
     overwrite: Overwrite = False,
+    **given: Any,
 ) -> None:
     """Quantize MODEL by several recipes and compare all with the same full-precision images: one table, one picture.
 
@@ -317,26 +147,7 @@ def compare(
     from dmquant.pipelines import settings, stages
 
     resolved = settings.resolve_all(
-        settings.Options(
-            model=model,
-            w=w,
-            a=a,
-            calibration_prompts=calibration_prompts,
-            calibration_data=calibration_data,
-            memory_budget=memory_budget,
-            prompts=prompts,
-            num_prompts=num_prompts,
-            steps=steps,
-            guidance=guidance,
-            height=height,
-            width=width,
-            seed=seed,
-            batch_size=batch_size,
-            metrics=metrics,
-            real=real,
-            device=device,
-            dtype=dtype,
-        ),
+        settings.Options(model=model, **given),
         recipes,
     )
     common = next(iter(resolved.values()))
@@ -347,22 +158,13 @@ def compare(
     "dmquant quantize emoji-pixart --w fp4 --a fp6 --out model",
     "dmquant quantize PixArt-alpha/PixArt-Sigma-XL-2-1024-MS --recipe w4a16 --out pixart-w4",
 )
+@takes(QUANTIZE)
 def quantize(
     model: Model,
     out: Annotated[Path, typer.Option(metavar="DIR", help="Where the model folder goes.", rich_help_panel="Output")],
-    recipe: Recipe = DEFAULT_RECIPE,
-    w: Weights = None,
-    a: Activations = None,
-    calibration_prompts: CalibrationPrompts = None,
-    calibration_data: CalibrationData = None,
-    memory_budget: MemoryBudget = None,
-    steps: Steps = None,
-    guidance: Guidance = None,
-    height: Height = None,
-    width: Width = None,
-    device: Device = "auto",
-    dtype: Dtype = None,
+    *,
     overwrite: Overwrite = False,
+    **given: Any,
 ) -> None:
     """Quantize MODEL and save it as a diffusers pipeline folder; no images, no scores.
 
@@ -370,23 +172,7 @@ def quantize(
     """
     from dmquant.pipelines import settings, stages
 
-    resolved = settings.resolve(
-        settings.Options(
-            model=model,
-            recipe=recipe,
-            w=w,
-            a=a,
-            calibration_prompts=calibration_prompts,
-            calibration_data=calibration_data,
-            memory_budget=memory_budget,
-            steps=steps,
-            guidance=guidance,
-            height=height,
-            width=width,
-            device=device,
-            dtype=dtype,
-        )
-    )
+    resolved = settings.resolve(settings.Options(model=model, **given))
     stages.quantize(resolved, out, overwrite)
 
 
@@ -394,38 +180,16 @@ def quantize(
     "dmquant generate emoji-pixart --num-prompts 16 --out images/fp",
     "dmquant generate runs/emoji-pixart-w4a6/model --prompts prompts.txt --out images/quantized",
 )
+@takes(GENERATE)
 def generate(
     model: Model,
     out: Annotated[Path, typer.Option(metavar="DIR", help="Where the images go.", rich_help_panel="Output")],
-    prompts: Prompts = None,
-    num_prompts: NumPrompts = None,
-    steps: Steps = None,
-    guidance: Guidance = None,
-    height: Height = None,
-    width: Width = None,
-    seed: Seed = 0,
-    batch_size: BatchSize = None,
-    device: Device = "auto",
-    dtype: Dtype = None,
+    **given: Any,
 ) -> None:
     """Generate one image a prompt with MODEL, at full precision or quantized; images already there are kept."""
     from dmquant.pipelines import settings, stages
 
-    resolved = settings.resolve(
-        settings.Options(
-            model=model,
-            prompts=prompts,
-            num_prompts=num_prompts,
-            steps=steps,
-            guidance=guidance,
-            height=height,
-            width=width,
-            seed=seed,
-            batch_size=batch_size,
-            device=device,
-            dtype=dtype,
-        )
-    )
+    resolved = settings.resolve(settings.Options(model=model, **given))
     stages.generate(resolved, out)
 
 

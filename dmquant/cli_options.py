@@ -1,0 +1,185 @@
+"""The arguments and options that several commands share, and how a command takes many of them at once."""
+
+import functools
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from dmquant.pipelines.defaults import DEFAULT_RECIPE
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="A registered name (see: dmquant models), a Hub id, or a local diffusers folder.",
+        show_default=False,
+    ),
+]
+Recipe = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME|FILE",
+        help="How to quantize: a name (see: dmquant recipes) or a YAML file.",
+        rich_help_panel="Quantization",
+    ),
+]
+Weights = Annotated[
+    str | None,
+    typer.Option(
+        "--w",
+        metavar="FMT",
+        help="Format of the weights, such as fp4, fp6_e2m3, int8, mxfp4; none leaves them alone. "
+        "Default: the recipe's.",
+        rich_help_panel="Quantization",
+    ),
+]
+Activations = Annotated[
+    str | None,
+    typer.Option(
+        "--a",
+        metavar="FMT",
+        help="Format of the activations; none leaves them alone. Default: the recipe's.",
+        rich_help_panel="Quantization",
+    ),
+]
+CalibrationPrompts = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE|NAME",
+        help="Prompts to calibrate with, as for --prompts; the recipe says how many. Default: the model's own list.",
+        rich_help_panel="Calibration",
+    ),
+]
+CalibrationData = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR",
+        help="Calibration data to use, or to make and keep there for other recipes. Default: made for this folder.",
+        rich_help_panel="Calibration",
+    ),
+]
+MemoryBudget = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        help="Memory for calibration beside the model, such as 8GB; what does not fit goes to disk. "
+        "Changes nothing in the result. Default: what it takes.",
+        rich_help_panel="Calibration",
+    ),
+]
+Prompts = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE|NAME",
+        help="A text file with one prompt a line, or the name of a shipped list. Default: the model's own list.",
+        rich_help_panel="Images",
+    ),
+]
+NumPrompts = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="How many prompts, from the top of the list, one image each. Default: 64, or all of a shorter list.",
+        rich_help_panel="Images",
+    ),
+]
+Steps = Annotated[
+    int | None, typer.Option(min=1, help="Denoising steps an image. Default: the model's.", rich_help_panel="Images")
+]
+Guidance = Annotated[
+    float | None,
+    typer.Option(min=0.0, help="Classifier-free guidance scale. Default: the model's.", rich_help_panel="Images"),
+]
+Height = Annotated[
+    int | None,
+    typer.Option(min=8, help="Image height in pixels, used as given. Default: the model's.", rich_help_panel="Images"),
+]
+Width = Annotated[
+    int | None,
+    typer.Option(min=8, help="Image width in pixels, used as given. Default: the model's.", rich_help_panel="Images"),
+]
+Seed = Annotated[
+    int, typer.Option(min=0, help="Image i starts from the noise of seed SEED + i.", rich_help_panel="Images")
+]
+BatchSize = Annotated[
+    int | None,
+    typer.Option(
+        min=1, help="Images made at once. Default: by size, 16 at 64x64 and 1 at 1024x1024.", rich_help_panel="Images"
+    ),
+]
+Metrics = Annotated[
+    str | None,
+    typer.Option(
+        metavar="LIST",
+        help="Metrics, comma separated. Default: psnr,ssim,latent_mse,fid_fp, and fid_real with --real.",
+        rich_help_panel="Scores",
+    ),
+]
+Real = Annotated[
+    Path | None,
+    typer.Option(metavar="DIR", help="Folder of real images, for FID against them.", rich_help_panel="Scores"),
+]
+Device = Annotated[str, typer.Option(metavar="auto|cpu|cuda[:i]", help="Where to compute.", rich_help_panel="Machine")]
+Dtype = Annotated[
+    str | None,
+    typer.Option(
+        metavar="bf16|fp16|fp32",
+        help="Precision of what is not quantized. Default: the model's.",
+        rich_help_panel="Machine",
+    ),
+]
+Overwrite = Annotated[
+    bool,
+    typer.Option(
+        "--overwrite",
+        help="Replace an earlier run in that folder, or write beside other files.",
+        rich_help_panel="Output",
+    ),
+]
+
+_CALIBRATION = {
+    "calibration_prompts": (CalibrationPrompts, None),
+    "calibration_data": (CalibrationData, None),
+    "memory_budget": (MemoryBudget, None),
+}
+_FORMATS = {"w": (Weights, None), "a": (Activations, None)}
+_PROMPTS = {"prompts": (Prompts, None), "num_prompts": (NumPrompts, None)}
+_SAMPLING = {"steps": (Steps, None), "guidance": (Guidance, None), "height": (Height, None), "width": (Width, None)}
+_NOISE = {"seed": (Seed, 0), "batch_size": (BatchSize, None)}
+_SCORES = {"metrics": (Metrics, None), "real": (Real, None)}
+_MACHINE = {"device": (Device, "auto"), "dtype": (Dtype, None)}
+
+# Fields of pipelines.settings.Options by command, in the order in which --help lists them.
+GENERATE = _PROMPTS | _SAMPLING | _NOISE | _MACHINE
+COMPARE = _FORMATS | _CALIBRATION | _PROMPTS | _SAMPLING | _NOISE | _SCORES | _MACHINE
+RUN = {"recipe": (Recipe, DEFAULT_RECIPE)} | COMPARE
+QUANTIZE = {"recipe": (Recipe, DEFAULT_RECIPE)} | _FORMATS | _CALIBRATION | _SAMPLING | _MACHINE
+
+
+def takes(shared: dict[str, tuple[Any, Any]]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command the options `shared` (type and default by name), which it receives as keyword arguments.
+
+    They stand in place of the command's own `**given`; typer reads them from the signature.
+    """
+
+    def extend(function: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(function)
+        def command(*args: Any, **kwargs: Any) -> None:
+            function(*args, **kwargs)
+
+        own = [parameter for parameter in inspect.signature(function).parameters.values() if parameter.name != "given"]
+        keyword = inspect.Parameter.KEYWORD_ONLY
+        added = [
+            inspect.Parameter(name, keyword, default=default, annotation=kind)
+            for name, (kind, default) in shared.items()
+        ]
+        before = [parameter for parameter in own if parameter.kind is not keyword]
+        after = [parameter for parameter in own if parameter.kind is keyword]
+        command.__signature__ = inspect.Signature([*before, *added, *after])
+        command.__annotations__ = {name: each.annotation for name, each in command.__signature__.parameters.items()}
+        return command
+
+    return extend
