@@ -68,7 +68,7 @@ def calibrate_(
 
     Args:
         backbone: in full precision, on its device; its forward is what `store` was captured from.
-        blocks: attribute paths of its blocks or lists of blocks, as a model family declares them.
+        blocks: names of its modules to calibrate one after another, as a model family lists them.
         folder: codes of finished blocks go to `folder`/blocks, activations that do not fit to `folder`/spill.
         made_for: what the codes depend on besides recipe and data, as JSON can hold it (hash of the weights, dtype).
         memory_budget: bytes for activations and learning; by default half of the memory that is free.
@@ -122,11 +122,11 @@ class _Engine:
         key = hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()
         self.codes = CodesFolder(folder / "blocks", key)
         self.spill, self.memory_budget = folder / "spill", memory_budget
-        self.paths = blocks
+        self.names = blocks
 
     def run(self) -> Calibrated:
         backbone = self.backbone.requires_grad_(False).eval()
-        self.blocks = find_blocks(backbone, self.paths, self.plans, lambda names: trace(backbone, self._one(), names))
+        self.blocks = find_blocks(self.names, self.plans, lambda names: trace(backbone, self._one(), names))
         total = default_budget() if self.memory_budget is None else self.memory_budget
         needed = check_budget(total, backbone, self.blocks, self.options)
         self.budget = Budget(total - needed, self.spill)

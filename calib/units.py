@@ -4,8 +4,6 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
-
 from dmquant.calib.replay import Traced
 from dmquant.recipe import Learning
 
@@ -37,18 +35,17 @@ class Task:
 
 
 def find_blocks(
-    backbone: nn.Module,
-    paths: Sequence[str],
+    names: Sequence[str],
     layers: Collection[str],
     trace: Callable[[Sequence[str]], list[Traced]],
 ) -> list[Block]:
-    """The blocks at `paths` (modules, or lists of them) and the `layers` outside of these, in the order they run.
+    """The blocks of these `names` and the `layers` outside of them, in the order they run.
 
     `trace` runs the backbone once and tells the order of the modules named; those that never run are left out, and so
     are blocks without layers to quantize.
     """
     owned: dict[str, tuple[str, ...]] = {}
-    for name in _block_names(backbone, paths):
+    for name in names:
         inside = tuple(layer for layer in layers if layer.startswith(f"{name}."))
         if inside:
             owned[name] = inside
@@ -61,17 +58,6 @@ def find_blocks(
         )
         for traced in trace([*owned, *stray])
     ]  # fmt: skip
-
-
-def _block_names(backbone: nn.Module, paths: Sequence[str]) -> list[str]:
-    names = []
-    for path in paths:
-        module = getattr(backbone, path) if "." not in path else backbone.get_submodule(path)
-        if isinstance(module, nn.ModuleList):
-            names += [f"{path}.{index}" for index in range(len(module))]
-        elif module is not None:
-            names.append(path)
-    return names
 
 
 def tasks_of(blocks: Sequence[Block], number: int, learning: Learning) -> list[Task]:

@@ -36,7 +36,7 @@ def calibrate(pipeline: "DiffusionPipeline", settings: Settings, workspace: Path
         backbone,
         recipe,
         store,
-        blocks=settings.family.blocks,
+        blocks=settings.family.blocks(backbone),
         folder=workspace / f"{recipe.name}-{fingerprint(recipe=recipe.to_dict())[:8]}",
         made_for=made_for,
         memory_budget=settings.memory_budget,

@@ -12,7 +12,8 @@ import torch
 
 from dmquant.errors import UsageError, UserError
 from dmquant.pipelines import folders, hub
-from dmquant.pipelines.registry import EMBEDDED, ModelSpec, families, family_of
+from dmquant.pipelines.families import families, family_of
+from dmquant.pipelines.registry import EMBEDDED, ModelSpec
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline

@@ -1,26 +1,20 @@
 """Which models there are: names from configs/models, Hub ids, local folders; and the family each belongs to.
 
-A model is one YAML file in configs/models. A family is one module in this package that defines `FAMILY`; the YAML
-files of its models name it, and that is how it is found.
+A model is one YAML file in configs/models, which names its family (dmquant.pipelines.families).
 """
 
 import functools
-import importlib
 import importlib.resources
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
 from dmquant.errors import UserError, unknown
 from dmquant.pipelines import folders, hub
-
-if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline
+from dmquant.pipelines.families import families
 
 EMBEDDED = "embedded:"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -54,23 +48,6 @@ class ModelSpec(BaseModel):
     license: str | None = None
 
 
-@dataclass(frozen=True)
-class Family:
-    """What is common to the backbones of one architecture."""
-
-    name: str
-    component: str
-    """Attribute of the pipeline that is the backbone: `transformer` or `unet`."""
-    backbones: tuple[str, ...]
-    pipelines: tuple[str, ...]
-    keep: tuple[str, ...]
-    """Globs of layer names inside the backbone that stay in high precision by default."""
-    blocks: tuple[str, ...]
-    """Attribute paths of the backbone's blocks or block lists, in the order in which data flows through them."""
-    without: Mapping[str, Any] = field(default_factory=dict)
-    """Arguments of the pipeline's constructor that leave parts of it out, used where it has such a parameter."""
-
-
 @functools.cache
 def registered_models() -> dict[str, ModelSpec]:
     """Every model of configs/models by name: the embedded ones first, then by name."""
@@ -78,13 +55,6 @@ def registered_models() -> dict[str, ModelSpec]:
     specs = [ModelSpec.model_validate(yaml.safe_load(f.read_text("utf-8"))) for f in files if f.name.endswith(".yaml")]
     specs.sort(key=lambda spec: (not spec.source.startswith(EMBEDDED), spec.name))
     return {spec.name: spec for spec in specs}
-
-
-@functools.cache
-def families() -> dict[str, Family]:
-    """Every family by name."""
-    names = sorted({spec.family for spec in registered_models().values()})
-    return {name: importlib.import_module(f"dmquant.pipelines.{name}").FAMILY for name in names}
 
 
 def resolve_model(text: str) -> ModelSpec:
@@ -109,17 +79,6 @@ def resolve_model(text: str) -> ModelSpec:
     if "/" in text or "\\" in text:
         raise UserError(f"there is no folder {text}")
     raise unknown("model", text, models, "`dmquant models` lists them; a Hub id or a local diffusers folder works too")
-
-
-def family_of(pipeline: "DiffusionPipeline") -> Family:
-    """The family of a loaded pipeline's backbone; UserError, naming those that are known, if it has none."""
-    for family in families().values():
-        if type(getattr(pipeline, family.component, None)).__name__ in family.backbones:
-            return family
-    backbones = {type(getattr(pipeline, name)).__name__ for name in ("transformer", "unet") if hasattr(pipeline, name)}
-    known = ", ".join(name for family in families().values() for name in family.backbones)
-    found = " and ".join(sorted(backbones)) or "no backbone"
-    raise UserError(f"{type(pipeline).__name__} has {found}, which no model family knows; known are {known}")
 
 
 def _spec_of_folder(folder: Path, *, name: str, source: str, download_bytes: int | None = None) -> ModelSpec:

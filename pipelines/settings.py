@@ -18,7 +18,8 @@ from dmquant.formats import get_format
 from dmquant.pipelines.defaults import DEFAULT_RECIPE
 from dmquant.pipelines.loading import resolve_device, resolve_dtype
 from dmquant.pipelines.prompts import load_prompts
-from dmquant.pipelines.registry import Family, ModelSpec, families, resolve_model
+from dmquant.pipelines.families import Family, families
+from dmquant.pipelines.registry import ModelSpec, resolve_model
 from dmquant.pipelines.runfolder import fingerprint
 from dmquant.recipe import NO_FORMAT, Recipe
 from dmquant.scaling import BLOCK_FORMATS

@@ -7,7 +7,8 @@ import torch
 
 from dmquant.errors import UsageError, UserError
 from dmquant.pipelines.prompts import prompt_sets
-from dmquant.pipelines.registry import EMBEDDED, ModelSpec, families, family_of, registered_models, resolve_model
+from dmquant.pipelines.families import families, family_of
+from dmquant.pipelines.registry import EMBEDDED, ModelSpec, registered_models, resolve_model
 from tests.tiny import IMAGE_SIZE, TOKENS, tiny_pixart, tiny_sd, tiny_sdxl
 
 BUILDERS = {"pixart": [tiny_pixart], "unet": [tiny_sd, tiny_sdxl]}

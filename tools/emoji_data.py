@@ -1,0 +1,45 @@
+"""The captioned images that the embedded emoji models learn from, and their tokenizer."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+IMAGE_SIZE = 64
+TEXT_LENGTH = 24
+
+
+def load_emoji(package: Path) -> tuple[Tensor, list[str]]:
+    """Images (N, 3, 64, 64), float32 in [-1, 1] on white, and captions like 'red apple, food & drink, food fruit'."""
+    images, captions = [], []
+    for entry in json.loads((package / "emoji.json").read_text()):
+        path = package / "img/google/64" / entry["image"]
+        if not entry.get("has_img_google") or not path.exists():
+            continue
+        icon = Image.open(path).convert("RGBA").resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.LANCZOS)
+        canvas = Image.new("RGBA", icon.size, "white")
+        canvas.alpha_composite(icon)
+        images.append(np.asarray(canvas.convert("RGB")))
+        name = (entry["name"] or entry["short_name"].replace("_", " ").replace("-", " ")).lower()
+        group = (entry.get("subcategory") or "").replace("-", " ")
+        captions.append(f"{name}, {entry['category'].lower()}, {group}")
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 127.5 - 1, captions
+
+
+def make_tokenizer(captions: list[str]) -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.Metaspace()
+    specials = ["<pad>", "</s>", "<unk>"]
+    trainer = trainers.UnigramTrainer(vocab_size=2048, special_tokens=specials, unk_token="<unk>", show_progress=False)
+    tokenizer.train_from_iterator(captions, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", tokenizer.token_to_id("</s>"))]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=TEXT_LENGTH
+    )
