@@ -16,8 +16,8 @@ from huggingface_hub import constants
 
 from dmquant.errors import UserError
 from dmquant.pipelines import folders, hub
-from dmquant.pipelines.loading import embedded_folder
 from dmquant.pipelines.families import families
+from dmquant.pipelines.loading import embedded_folder
 from dmquant.pipelines.registry import EMBEDDED, ModelSpec, registered_models
 from dmquant.torchvision_guard import ensure_torchvision_imports
 

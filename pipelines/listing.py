@@ -16,8 +16,8 @@ from dmquant.pipelines import doctor as examination
 from dmquant.pipelines import folders, runfolder
 from dmquant.pipelines.console import Console, quiet_libraries
 from dmquant.pipelines.defaults import DEFAULT_RECIPE
-from dmquant.pipelines.hub import readable
 from dmquant.pipelines.families import families
+from dmquant.pipelines.hub import readable
 from dmquant.pipelines.registry import registered_models
 from dmquant.pipelines.settings import format_name
 from dmquant.recipe import Recipe, bits_names, recipe_names

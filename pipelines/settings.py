@@ -16,9 +16,9 @@ from dmquant.evaluation.images import any_images
 from dmquant.evaluation.metrics import check_names
 from dmquant.formats import get_format
 from dmquant.pipelines.defaults import DEFAULT_RECIPE
+from dmquant.pipelines.families import Family, families
 from dmquant.pipelines.loading import resolve_device, resolve_dtype
 from dmquant.pipelines.prompts import load_prompts
-from dmquant.pipelines.families import Family, families
 from dmquant.pipelines.registry import ModelSpec, resolve_model
 from dmquant.pipelines.runfolder import fingerprint
 from dmquant.recipe import NO_FORMAT, Recipe

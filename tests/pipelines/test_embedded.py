@@ -1,9 +1,9 @@
 import pytest
 import torch
 
+from dmquant.pipelines.families import family_of
 from dmquant.pipelines.loading import embedded_folder, load_full_precision, resolve_dtype
 from dmquant.pipelines.prompts import load_prompts
-from dmquant.pipelines.families import family_of
 from dmquant.pipelines.registry import EMBEDDED, registered_models, resolve_model
 
 EMBEDDED_MODELS = [spec for spec in registered_models().values() if spec.source.startswith(EMBEDDED)]

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from dmquant.errors import UsageError, UserError
-from dmquant.pipelines.prompts import prompt_sets
 from dmquant.pipelines.families import families, family_of
+from dmquant.pipelines.prompts import prompt_sets
 from dmquant.pipelines.registry import EMBEDDED, ModelSpec, registered_models, resolve_model
 from tests.tiny import IMAGE_SIZE, TOKENS, tiny_pixart, tiny_sd, tiny_sdxl
 
