@@ -1,28 +1,30 @@
 """How recognisable are the pictures of an embedded emoji model? Writes OUT/score.json and OUT/pictures.png.
 
     python tools/score_emoji.py --data package --pipeline pipelines/assets/emoji-pixart --out build/emoji-score
+    python tools/score_emoji.py --data package --pipeline pipelines/assets/emoji-sd --out build/emoji-sd-score
 
 Generates a seeded choice of training captions and counts how often the caption's own image is the nearest of all
 training images, by Euclidean distance of Inception-v3 pool features. The same count for the same images after the
-VAE's encoder and decoder is the ceiling: what a perfect transformer could reach.
+VAE's encoder and decoder is the ceiling: what a perfect denoiser could reach.
 """
 
 import argparse
 import hashlib
+import inspect
 import json
 from pathlib import Path
 
 import torch
 from PIL import Image
 from torch import Tensor
-from train_emoji import IMAGE_SIZE, TEXT_LENGTH, load_emoji
 
 from dmquant.torchvision_guard import ensure_torchvision_imports
 
 ensure_torchvision_imports()
 
-from diffusers import PixArtSigmaPipeline
+from diffusers import DiffusionPipeline
 from diffusers.utils import logging
+from emoji_data import IMAGE_SIZE, TEXT_LENGTH, load_emoji
 
 from dmquant.evaluation.inception import Inception
 
@@ -41,10 +43,13 @@ COMPOSITIONS = (
     "white flower with sun, animals & nature, plant flower",
 )
 BATCH = 20
+PIXART_CALL = {"max_sequence_length": TEXT_LENGTH, "clean_caption": False, "use_resolution_binning": False}
 
 
 def generate(pipeline, captions: list[str], seeds: list[int], steps: int, guidance: float) -> list[Image.Image]:
     """One image for each caption, from initial noise of its own seed."""
+    parameters = inspect.signature(pipeline.__call__).parameters
+    more = {name: value for name, value in PIXART_CALL.items() if name in parameters}
     images = []
     for start in range(0, len(captions), BATCH):
         images += pipeline(
@@ -54,9 +59,7 @@ def generate(pipeline, captions: list[str], seeds: list[int], steps: int, guidan
             width=IMAGE_SIZE,
             num_inference_steps=steps,
             guidance_scale=guidance,
-            max_sequence_length=TEXT_LENGTH,
-            clean_caption=False,
-            use_resolution_binning=False,
+            **more,
         ).images
     return images
 
@@ -126,7 +129,7 @@ def main() -> None:
     images, captions = load_emoji(options.data)
     own = torch.randperm(len(images), generator=torch.Generator().manual_seed(options.seed))[: options.captions]
     prompts = [captions[index] for index in own.tolist()]
-    pipeline = PixArtSigmaPipeline.from_pretrained(options.pipeline, torch_dtype=torch.float32).to(options.device)
+    pipeline = DiffusionPipeline.from_pretrained(options.pipeline, torch_dtype=torch.float32).to(options.device)
     pipeline.set_progress_bar_config(disable=True)
     seeds = [options.seed + index for index in own.tolist()]
     generated = generate(pipeline, prompts, seeds, options.steps, options.guidance)

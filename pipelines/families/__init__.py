@@ -6,7 +6,7 @@ To add one, write a module that defines `FAMILY`, and a YAML file in configs/mod
 import functools
 import importlib
 import pkgutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
