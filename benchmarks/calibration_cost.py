@@ -69,7 +69,7 @@ def calibrate_one(blocks: int, budget: int) -> dict[str, float]:
     from diffusers import PixArtTransformer2DModel
 
     from dmquant.calib.engine import calibrate_
-    from dmquant.pipelines.pixart import FAMILY
+    from dmquant.pipelines.families.pixart import FAMILY
 
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
@@ -98,7 +98,7 @@ def calibrate_one(blocks: int, budget: int) -> dict[str, float]:
             model,
             recipe.keeping(FAMILY.keep),
             RandomData(),
-            blocks=FAMILY.blocks,
+            blocks=FAMILY.blocks(model),
             folder=Path(folder),
             made_for={},
             memory_budget=budget,

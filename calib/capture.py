@@ -36,6 +36,7 @@ def capture(
     batch_size: int,
     folder: Path,
     made_for: dict[str, Any],
+    shared: Sequence[str] = (),
     progress: Callable[[int, int], None] = lambda done, total: None,
     replace: bool = False,
 ) -> CalibrationStore:
@@ -49,10 +50,13 @@ def capture(
         batch_size: prompts a pipeline call, and a shard.
         made_for: what else the data depends on (hash of the weights, dtype), as JSON can hold it. Prompts, call, seed,
             component and sampling are added to it.
+        shared: arguments of the backbone's forward that all rows of a call share, with everything in them; all other
+            tensors have one entry a row in their first dimension, or no dimensions.
         progress: told how many prompts are done of how many; passes that measure importance count as prompts.
         replace: start anew where the folder holds data made for something else, which is otherwise a UserError.
 
-    Raises UserError also for NaN or infinity in an argument, and UsageError for fewer than 2 prompts.
+    Raises UserError also for NaN or infinity in an argument, for one that is neither by row nor the same in every call,
+    and UsageError for fewer than 2 prompts.
     """
     held_out = held_out_prompts(sampling, len(prompts))
     made_for = _as_json({**made_for, **_dependencies(component, prompts, sampling, call, seed)})
@@ -79,9 +83,10 @@ def capture(
     index.save(folder)
     progress(total - len(index.missing()), total)
     samples = choose(sampling, len(prompts), index.steps, index.weights)
+    same = _Shared(shared)
     for batch in _batches(index.missing(), batch_size):
         chosen = [sample for sample in samples if sample.prompt in batch]
-        recorder = _Recorder(getattr(pipeline, component), batch, chosen)
+        recorder = _Recorder(getattr(pipeline, component), batch, chosen, same)
         with recorder:
             final_latents(pipeline, prompts[batch.start : batch.stop], seed + batch.start, call)
         _add_shard(recorder, index, folder)
@@ -109,11 +114,29 @@ def _add_shard(recorder: "_Recorder", index: Index, folder: Path) -> None:
     index.save(folder)
 
 
+class _Shared:
+    """The arguments that all rows of every call share."""
+
+    def __init__(self, arguments: Sequence[str]) -> None:
+        self._arguments, self._first = frozenset(arguments), {}
+
+    def __contains__(self, leaf: Leaf) -> bool:
+        return leaf.argument in self._arguments
+
+    def check(self, leaf: Leaf) -> None:
+        """UserError for a tensor that is not what it was in the calls before."""
+        if not torch.equal(self._first.setdefault(leaf.name, leaf.tensor.clone()), leaf.tensor):
+            raise UserError(
+                f"the pipeline does not pass the same {leaf.name} in every call (it may depend on the number of "
+                "prompts), so that it cannot be kept once for all rows as the model's family says"
+            )
+
+
 class _Recorder:
     """While entered, keeps the arguments of those backbone calls that were chosen for a prompt of the batch."""
 
-    def __init__(self, backbone: torch.nn.Module, batch: range, samples: Sequence[Sample]) -> None:
-        self.backbone, self.batch = backbone, batch
+    def __init__(self, backbone: torch.nn.Module, batch: range, samples: Sequence[Sample], shared: _Shared) -> None:
+        self.backbone, self.batch, self.shared = backbone, batch, shared
         self.writer = ShardWriter()
         self.timesteps: list[float] = []
         self.rows = 0
@@ -147,12 +170,19 @@ class _Recorder:
                 self.kept.append((sample, skeleton, [self._keep(leaf, call_rows, rows, sample) for leaf in leaves]))
 
     def _keep(self, leaf: Leaf, call_rows: int, rows: range, sample: Sample) -> list[int] | int:
-        """A leaf is cut into rows if its first dimension counts those of the call; a scalar belongs to every row."""
+        """A leaf that is not shared is cut into rows along its first dimension; a scalar belongs to every row."""
+        if leaf in self.shared:
+            number = self._add(leaf.name, leaf.tensor, sample)
+            self.shared.check(leaf)
+            return number
         if leaf.tensor.dim() == 0:
             return [self._add(leaf.name, leaf.tensor, sample)] * len(rows)
-        if leaf.tensor.shape[0] == call_rows:
+        if len(leaf.tensor) == call_rows:
             return [self._add(leaf.name, leaf.tensor[row], sample) for row in rows]
-        return self._add(leaf.name, leaf.tensor, sample)
+        raise UserError(
+            f"the pipeline passed {leaf.name} with {len(leaf.tensor)} entries in a call of {call_rows} rows: what all "
+            f"rows share must be listed by the model's family, as shared=('{leaf.argument}',)"
+        )
 
     def _add(self, name: str, tensor: Tensor, sample: Sample) -> int:
         number, is_new = self.writer.add(tensor)

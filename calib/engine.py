@@ -9,10 +9,11 @@ import contextlib
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -60,6 +61,7 @@ def calibrate_(
     blocks: Sequence[str],
     folder: Path,
     made_for: dict[str, Any],
+    counted: Mapping[str, Tensor] = MappingProxyType({}),
     memory_budget: int | None = None,
     bar: Callable[[str], AbstractContextManager[Bar]],
     say: Callable[[str], None] = lambda line: None,
@@ -71,13 +73,15 @@ def calibrate_(
         blocks: names of its modules to calibrate one after another, as a model family lists them.
         folder: codes of finished blocks go to `folder`/blocks, activations that do not fit to `folder`/spill.
         made_for: what the codes depend on besides recipe and data, as JSON can hold it (hash of the weights, dtype).
+        counted: layers some of whose output channels nothing reads: bool (channels,), True for those that enter the
+            error where a unit ends in that layer.
         memory_budget: bytes for activations and learning; by default half of the memory that is free.
         bar: gives a progress bar, called as bar(done, total, what, speed).
 
     Raises UsageError where the recipe quantizes nothing, the data is too little or the budget too small, UserError for
     NaN or infinity, with the name of the layer; what is finished stays.
     """
-    return _Engine(backbone, recipe, store, blocks, folder, made_for, memory_budget, bar, say).run()
+    return _Engine(backbone, recipe, store, blocks, folder, made_for, counted, memory_budget, bar, say).run()
 
 
 class _Engine:
@@ -89,6 +93,7 @@ class _Engine:
         blocks: Sequence[str],
         folder: Path,
         made_for: dict[str, Any],
+        counted: Mapping[str, Tensor],
         memory_budget: int | None,
         bar: Callable[[str], AbstractContextManager[Bar]],
         say: Callable[[str], None],
@@ -118,11 +123,13 @@ class _Engine:
             "data": store.key,
             "made_for": made_for,
             "dmquant": dmquant.__version__,
+            "counted": {name: channels.tolist() for name, channels in counted.items() if name in self.plans},
         }
         key = hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()
         self.codes = CodesFolder(folder / "blocks", key)
         self.spill, self.memory_budget = folder / "spill", memory_budget
         self.names = blocks
+        self.counted = {name: channels.to(self.device) for name, channels in counted.items()}
 
     def run(self) -> Calibrated:
         backbone = self.backbone.requires_grad_(False).eval()
@@ -207,8 +214,10 @@ class _Engine:
                 if self.options.compile:
                     stack.enter_context(replaced_forward(module, torch.compile(module.forward)))
             data = UnitData(
-                run=lambda batch, generator: self._run(self.quantized, number, task.output, batch, generator),
-                target=lambda batch: targets.read(batch, self.device),
+                run=lambda batch, generator: self._counted(
+                    task, self._run(self.quantized, number, task.output, batch, generator)
+                ),
+                target=lambda batch: self._counted(task, targets.read(batch, self.device)),
                 learning=self.learning,
                 held_out=self.held_out,
             )
@@ -222,6 +231,10 @@ class _Engine:
         if own_targets:
             targets.close()
         return learned, {learner.name: learner.grid.quantized(kept[learner.name]) for learner in learners}
+
+    def _counted(self, task: Task, output: Any) -> Any:
+        """What of the output of a task enters its error."""
+        return output[..., self.counted[task.output]] if task.output in self.counted else output
 
     def _learners(self, number: int, task: Task, title: str, bar: Bar) -> list[Learner]:
         """The layers of a task with their scales fitted and formats chosen."""

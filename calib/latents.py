@@ -20,5 +20,8 @@ def final_latents(pipeline: Any, prompts: Sequence[str], seed: int, call: dict[s
 
 def backbone_calls(pipeline: Any, steps: int) -> int:
     """Calls of the backbone in one pipeline call of `steps` steps: some schedulers add some."""
-    pipeline.scheduler.set_timesteps(steps)
-    return len(pipeline.scheduler.timesteps)
+    scheduler = pipeline.scheduler
+    # The shift by image size moves timesteps and adds none, but flow matching refuses to go without.
+    shift = {"mu": 0.0} if getattr(scheduler.config, "use_dynamic_shifting", False) else {}
+    scheduler.set_timesteps(steps, **shift)
+    return len(scheduler.timesteps)

@@ -46,7 +46,7 @@ class Learner:
             quantized = self.quantized.quantize_input(x.detach())
             x = quantized + (x - x.detach())  # the value quantized, the gradient straight through
         weight = self.rounding() if self.values is None else self.values
-        return _COMPUTE[type(self.layer)](self.layer, x, weight.view(self.layer.weight.shape).to(x.dtype))
+        return _COMPUTE[type(self.layer)](self.layer, x, self.grid.as_weight(weight).to(x.dtype))
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from dmquant.convert import LayerPlan
 from dmquant.errors import UsageError
-from dmquant.qtensor import WeightSpec
+from dmquant.qtensor import WeightSpec, from_matrix, to_matrix
 from dmquant.rounding.grid import Grid
-from dmquant.scaling import fit_hessian, to_groups
+from dmquant.scaling import Scales, fit_hessian, to_groups
 
 LARGEST = 8192  # columns of a layer whose moments are kept in full; beyond, only those inside its groups
 
@@ -18,11 +18,15 @@ InputOf = Callable[[Tensor], Tensor]
 
 
 class Moments:
-    """Sums of x x^T over inputs (tokens, columns), in full or in blocks along the diagonal; float32."""
+    """Sums of x x^T over inputs (tokens, columns), in full or in blocks along the diagonal; float32.
+
+    Columns are in the order of the weight's matrix form without a split.
+    """
 
     def __init__(self, columns: int, spec: WeightSpec, device: torch.device):
         self.columns = columns
-        self.size = columns if columns <= LARGEST else spec.granularity.size or columns
+        in_full = columns <= LARGEST or spec.split is not None  # groups of a split weight are no blocks in this order
+        self.size = columns if in_full else spec.granularity.size or columns
         blocks = -(-columns // self.size)
         self.sums = torch.zeros(blocks, self.size, self.size, device=device)
         self.tokens = 0
@@ -33,23 +37,25 @@ class Moments:
         self.sums.baddbmm_(blocks.transpose(1, 2), blocks)
         self.tokens += len(x)
 
-    def inside_groups(self, size: int) -> Tensor:
-        """The moments that matter within groups of `size` columns, (groups, size, size)."""
+    def inside_groups(self, spec: WeightSpec, shape: tuple[int, ...]) -> Tensor:
+        """What matters of them within the groups of a weight of this shape: (groups, size, size), padded with 0."""
         sums = self.sums / max(self.tokens, 1)
-        if self.size == size:
+        one_row = (1, *shape[1:])
+        numbers = from_matrix(torch.arange(1, self.columns + 1).view(1, -1), one_row)
+        groups = to_groups(to_matrix(numbers, spec.split), spec.granularity, spec.segments(shape)).squeeze(0)
+        if groups.shape == sums.shape[:2]:
             return sums
-        padded = F.pad(sums[0], (0, -self.columns % size, 0, -self.columns % size))
-        groups = len(padded) // size
-        return padded.view(groups, size, groups, size).diagonal(dim1=0, dim2=2).permute(2, 0, 1).contiguous()
+        padded, groups = F.pad(sums[0], (1, 0, 1, 0)), groups.to(sums.device)
+        return padded[groups.unsqueeze(2), groups.unsqueeze(1)]
 
     def output_error(self, error: Tensor) -> float:
-        """Mean squared output, summed over rows, that a weight error (rows, columns) makes."""
+        """Mean squared output, summed over rows, that the error of a weight (rows, columns) makes."""
         parts = F.pad(error, (0, -self.columns % self.size)).view(len(error), -1, self.size).transpose(0, 1)
         return float((torch.bmm(parts, self.sums) * parts).sum() / max(self.tokens, 1))
 
 
 def columns_of(layer: nn.Linear | nn.Conv2d, x: Tensor) -> Tensor:
-    """The inputs that each output position meets, (positions, columns); columns in the order of the weight's."""
+    """The inputs that each output position meets, (positions, columns); columns as in the weight's matrix form."""
     if isinstance(layer, nn.Linear):
         return x.flatten(0, -2)
     if layer.groups != 1:
@@ -57,22 +63,21 @@ def columns_of(layer: nn.Linear | nn.Conv2d, x: Tensor) -> Tensor:
     if layer.padding_mode != "zeros" or isinstance(layer.padding, str):
         raise UsageError("scales by output error are for convolutions with numeric zero padding: use scale: mse")
     unfolded = F.unfold(x, layer.kernel_size, layer.dilation, layer.padding, layer.stride)
-    return unfolded.transpose(1, 2).flatten(0, 1)
+    return to_matrix(unfolded.transpose(1, 2).flatten(0, 1).unflatten(1, (layer.in_channels, -1)))
 
 
 def fit_grid(weight: Tensor, plan: LayerPlan, moments: Moments | None) -> Grid:
     """The grid of a layer's weight: its scales fitted, and of its candidate formats the one of least output error."""
-    matrix = weight.detach().float().reshape(len(weight), -1)
+    matrix, shape = to_matrix(weight.detach().float(), plan.weights.split), tuple(weight.shape)
     specs = [plan.weights.with_format(fmt) for fmt in plan.candidates] or [plan.weights]
-    grids = [Grid(matrix, spec, _fit_scales(matrix, spec, moments), tuple(weight.shape)) for spec in specs]
+    grids = [Grid(matrix, spec, _fit_scales(matrix, spec, shape, moments), shape) for spec in specs]
     if len(grids) == 1:
         return grids[0]
-    return min(grids, key=lambda grid: moments.output_error(grid.nearest - matrix))
+    return min(grids, key=lambda grid: moments.output_error(to_matrix(grid.as_weight(grid.nearest - matrix))))
 
 
-def _fit_scales(matrix: Tensor, spec: WeightSpec, moments: Moments | None):
-    groups = to_groups(matrix, spec.granularity)
+def _fit_scales(matrix: Tensor, spec: WeightSpec, shape: tuple[int, ...], moments: Moments | None) -> Scales:
+    groups = to_groups(matrix, spec.granularity, spec.segments(shape))
     if spec.scale != "hessian":
         return spec.rule(groups, spec.fmt, spec.store)
-    size = spec.granularity.size or matrix.shape[1]
-    return fit_hessian(groups, spec.fmt, spec.store, moments.inside_groups(size))
+    return fit_hessian(groups, spec.fmt, spec.store, moments.inside_groups(spec, shape))

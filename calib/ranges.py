@@ -31,12 +31,12 @@ def observe_ranges(
     progress: Callable[[int, int], None] = lambda done, total: None,
     clip: bool = True,
 ) -> dict[str, Tensor]:
-    """Input scales of the layers with static specs, as `quantize_layer` takes them: float32, (ranges, 1 or channels).
+    """Input scales of the layers with static specs, as `quantize_layer` takes them: float32, in their `scale_shape`.
 
     Runs the full-precision backbone over the samples that are not held out, `batch_size` at a time, on its own device.
     The largest magnitude of a range becomes the largest value of the format. With `clip` and granularity `tensor`, it
     is the multiple of it in CLIPS with the least squared error. A range without samples takes the scales of the nearest
-    one that has some; a channel that was always zero takes the largest scale of its range.
+    one that has some; a channel or half that was always zero takes the largest scale of its range.
 
     `progress(done, total)` counts samples. Raises UserError, with the layer's name, for activations that are not
     finite and layers that no sample reached, and for a store without samples to learn from, or whose timesteps are not
@@ -75,24 +75,26 @@ class _Observer:
     def __init__(self, name: str, spec: ActivationSpec, layer: nn.Linear | nn.Conv2d, clip: bool):
         self.name, self.spec, self.dim = name, spec, _CHANNEL_DIM[type(layer)]
         channels = layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels
+        self.segments = spec.segments(channels)
         self.absmax = torch.zeros(spec.scale_shape(channels))
         self.seen = torch.zeros(spec.ranges, dtype=torch.bool)
         clipped = clip and spec.granularity.kind == "tensor"
-        self.histograms = torch.zeros(spec.ranges, _BINS, dtype=torch.int64) if clipped else None
+        self.histograms = torch.zeros(*self.absmax.shape, _BINS, dtype=torch.int64) if clipped else None
 
     def __call__(self, layer: nn.Module, args: tuple[Tensor, ...]) -> None:
         x, rows = args[0].movedim(self.dim, -1), len(self.timesteps)
         if len(x) % rows:
             raise RuntimeError(f"layer {self.name}: {tuple(x.shape)} does not divide into the {rows} rows of the call")
-        parts = x.reshape(rows, -1, self.absmax.shape[1]).abs()
-        largest = parts.amax(1).float().cpu()
+        scales = self.absmax.shape[1] // len(self.segments)
+        parts = [part.reshape(rows, -1, scales).abs() for part in x.split(self.segments, -1)]
+        largest = torch.cat([part.amax(1) for part in parts], 1).float().cpu()
         if not largest.isfinite().all():
             raise UserError(f"the input of layer {self.name} holds NaN or infinity: calibrate in --dtype fp32 or bf16")
-        for part, row, index in zip(parts, largest, ranges_of(self.timesteps, self.spec.ranges), strict=True):
+        for row, index in enumerate(ranges_of(self.timesteps, self.spec.ranges)):
             self.seen[index] = True
-            self.absmax[index] = self.absmax[index].maximum(row)
+            self.absmax[index] = self.absmax[index].maximum(largest[row])
             if self.histograms is not None:
-                self.histograms[index] += histogram(part).cpu()
+                self.histograms[index] += torch.stack([histogram(part[row]) for part in parts]).cpu()
 
     def scale(self) -> Tensor:
         """Scales of all ranges, those not seen included."""
@@ -101,7 +103,8 @@ class _Observer:
             raise UserError(f"no calibration sample reached layer {self.name}: it cannot have static activation scales")
         amplitude = self.absmax
         if self.histograms is not None:
-            amplitude = least_error_amplitude(self.histograms, amplitude, self.spec.fmt)
+            flat = least_error_amplitude(self.histograms.flatten(0, 1), amplitude.view(-1, 1), self.spec.fmt)
+            amplitude = flat.view_as(amplitude)
         distance = (torch.arange(self.spec.ranges).unsqueeze(-1) - seen).abs()
         amplitude = amplitude[seen[distance.argmin(-1)]]
         amplitude = torch.where(amplitude > 0, amplitude, amplitude.amax(-1, keepdim=True))

@@ -1,5 +1,6 @@
 """Nested call arguments as a flat list of tensors and a skeleton that JSON can hold, and back."""
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -9,6 +10,7 @@ from torch import Tensor
 from dmquant.errors import UserError
 
 PLAIN = (type(None), bool, int, float, str)
+SEQUENCES = {list: "list", tuple: "tuple", torch.Size: "tuple"}
 
 
 class Leaf(NamedTuple):
@@ -17,12 +19,18 @@ class Leaf(NamedTuple):
     name: str
     tensor: Tensor
 
+    @property
+    def argument(self) -> str:
+        """The outermost key of its place: `added_cond_kwargs`."""
+        return re.split(r"[.\[]", self.name, maxsplit=1)[0]
+
 
 def flatten(tree: Any) -> tuple[Any, list[Leaf]]:
     """A skeleton of dicts, lists and plain values, and the tensors that belong in it, in order.
 
-    In the skeleton every container is a dict with its kind as the only key, and a tensor is its number. Raises
-    UserError, naming the place, for anything but dict with text keys, list, tuple, None, bool, int, float, str, Tensor.
+    In the skeleton every container is a dict with its kind as the only key, a tensor is its number, and a torch.Size
+    a tuple. Raises UserError, naming the place, for anything else than dict with text keys, list, tuple, None, bool,
+    int, float, str, Tensor.
     """
     leaves: list[Leaf] = []
     skeleton = _flatten(tree, "", leaves)
@@ -58,6 +66,10 @@ def _flatten(tree: Any, path: str, leaves: list[Leaf]) -> Any:
     if kind is dict and all(type(key) is str for key in tree):
         inside = f"{path}." if path else ""
         return {"dict": {key: _flatten(value, f"{inside}{key}", leaves) for key, value in tree.items()}}
-    if kind in (list, tuple):
-        return {kind.__name__: [_flatten(value, f"{path}[{index}]", leaves) for index, value in enumerate(tree)]}
+    if kind in (list, tuple, torch.Size):
+        return {
+            "list" if kind is list else "tuple": [
+                _flatten(value, f"{path}[{index}]", leaves) for index, value in enumerate(tree)
+            ]
+        }
     raise UserError(f"the argument {path} is of type {kind.__name__}, which cannot be kept as calibration data")

@@ -14,6 +14,7 @@ _HOME = {
     "get_format": "dmquant.formats",
     "quantize_tensor": "dmquant.qtensor",
     "quantize_": "dmquant.convert",
+    "quantize_pipeline": "dmquant.pipelines.api",
     "Recipe": "dmquant.recipe",
     "QuantConfig": "dmquant.diffusers_backend",
     "load_pipeline": "dmquant.diffusers_backend",

@@ -1,6 +1,6 @@
 """Activation quantization: online, where a scale comes from the input itself, or static, where calibration fixed it."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -23,16 +23,25 @@ class ActivationSpec:
 
     Static, the timesteps 0..SCHEDULE are cut into `ranges` equal ranges with scales of their own, in float32.
     `tensor`: one scale for all of an input. `channel`: one for each input channel.
+
+    `split`: the input is a concatenation; wherever a scale would cover channels before and after the first `split`,
+    there are two.
     """
 
     fmt: Format
     granularity: Granularity
     store: str
     ranges: int | None = None
+    split: int | None = None
 
     @classmethod
     def parse(
-        cls, format: str, granularity: str = "token", store: str = "fp32", scale: str = "online"
+        cls,
+        format: str,
+        granularity: str = "token",
+        store: str = "fp32",
+        scale: str = "online",
+        split: int | None = None,
     ) -> "ActivationSpec":
         """Checked; `scale` is `online` or `static:R`. A block format such as `mxfp6` brings its own granularity and
         store."""
@@ -47,11 +56,16 @@ class ActivationSpec:
                 f"a static activation scale cannot be one per {parsed}, which is known only at run time: "
                 "use granularity tensor or channel, or online scales"
             )
-        return cls(get_format(format), parsed, check_choice("scale storage", store, STORES), ranges)
+        halves = None if parsed.kind == "channel" else split
+        return cls(get_format(format), parsed, check_choice("scale storage", store, STORES), ranges, halves)
+
+    def segments(self, channels: int) -> tuple[int, ...]:
+        """Channels of the parts of a token that share no scale."""
+        return (channels,) if self.split is None else (self.split, channels - self.split)
 
     def scale_shape(self, channels: int) -> tuple[int, int]:
-        """Of a static layer's scales: timestep ranges, input channels (or 1)."""
-        return self.ranges, channels if self.granularity.kind == "channel" else 1
+        """Of a static layer's scales: timestep ranges; input channels, or 2 (with a split), or 1."""
+        return self.ranges, channels if self.granularity.kind == "channel" else len(self.segments(channels))
 
     def __str__(self) -> str:
         static = "" if self.ranges is None else f"/static:{self.ranges}"
@@ -94,11 +108,12 @@ class TimestepRanges:
         self.of_rows = {count: ranges_of(rows, count) for count in self.counts}
 
 
-def static_scale(scale: Tensor, ranges: TimestepRanges | None, x: Tensor, dim: int) -> Tensor:
+def static_scale(scale: Tensor, ranges: TimestepRanges | None, x: Tensor, dim: int, split: int | None = None) -> Tensor:
     """The scales, of those fitted (ranges, 1 or channels), that apply to the rows of `x`; they broadcast to it.
 
-    Where the first dimension of `x` is a multiple of the rows, each row's scale is repeated. A RuntimeError says if
-    it is no multiple, or nobody has said what timestep it is.
+    With `split`, those fitted are (ranges, 2): of the first `split` channels and of the others. Where the first
+    dimension of `x` is a multiple of the rows, each row's scale is repeated. A RuntimeError says if it is no multiple,
+    or nobody has said what timestep it is.
     """
     count = len(scale)
     if count > 1:
@@ -108,6 +123,9 @@ def static_scale(scale: Tensor, ranges: TimestepRanges | None, x: Tensor, dim: i
                 "call the whole backbone, with its timestep"
             )
         scale = scale[ranges.of_rows[count].to(scale.device)]
+    if split is not None:
+        first, rest = scale.split(1, 1)
+        scale = torch.cat([first.expand(-1, split), rest.expand(-1, x.shape[dim] - split)], 1)
     rows, columns = scale.shape
     shape = [1] * x.ndim
     if rows > 1:
@@ -119,6 +137,14 @@ def static_scale(scale: Tensor, ranges: TimestepRanges | None, x: Tensor, dim: i
     return scale.view(shape)
 
 
+def half_by_half(
+    quantize: Callable[[Tensor, ActivationSpec, int], Tensor], x: Tensor, spec: ActivationSpec, dim: int
+) -> Tensor:
+    """What `quantize` makes of a concatenation whose halves, by the spec's `split`, have online scales of their own."""
+    each = ActivationSpec(spec.fmt, spec.granularity, spec.store)
+    return torch.cat([quantize(half, each, dim) for half in x.split(spec.segments(x.shape[dim]), dim)], dim)
+
+
 def fake_quantize(x: Tensor, spec: ActivationSpec, dim: int = -1, scale: Tensor | None = None) -> Tensor:
     """Round `x` to values that `spec` can represent, channels along `dim`; same dtype and shape.
 
@@ -127,9 +153,11 @@ def fake_quantize(x: Tensor, spec: ActivationSpec, dim: int = -1, scale: Tensor 
     """
     if spec.ranges is not None:
         return spec.fmt.round(x.float() / scale).mul_(scale).to(x.dtype)
+    if spec.split is not None:
+        return half_by_half(fake_quantize, x, spec, dim)
     channels_last = x.movedim(dim, -1)
     tokens = channels_last.reshape(-1, channels_last.shape[-1]).float()
     groups = to_groups(tokens, spec.granularity)
     scale = fit_absmax(groups, spec.fmt, spec.store).decode().unsqueeze(-1)
-    rounded = spec.fmt.round(groups / scale).mul_(scale)
-    return from_groups(rounded, *tokens.shape).reshape(channels_last.shape).movedim(-1, dim).to(x.dtype)
+    rounded = from_groups(spec.fmt.round(groups / scale).mul_(scale), spec.granularity, (tokens.shape[1],))
+    return rounded.reshape(channels_last.shape).movedim(-1, dim).to(x.dtype)

@@ -189,7 +189,8 @@ def generate(
     """Generate one image a prompt with MODEL, at full precision or quantized; images already there are kept."""
     from dmquant.pipelines import settings, stages
 
-    resolved = settings.resolve(settings.Options(model=model, **given))
+    # Nothing is quantized here; settings hold a recipe all the same, and this one goes with every family.
+    resolved = settings.resolve(settings.Options(model=model, recipe="rtn", **given))
     stages.generate(resolved, out)
 
 

@@ -18,6 +18,15 @@ Model = Annotated[
         show_default=False,
     ),
 ]
+Family = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="What the backbone is taken for, instead of what the pipeline's class says; "
+        "generic fits any, without calibration.",
+        rich_help_panel="Model",
+    ),
+]
 Recipe = Annotated[
     str,
     typer.Option(
@@ -140,6 +149,8 @@ Overwrite = Annotated[
     ),
 ]
 
+_MODEL = {"family": (Family, None)}
+_RECIPE = {"recipe": (Recipe, DEFAULT_RECIPE)}
 _CALIBRATION = {
     "calibration_prompts": (CalibrationPrompts, None),
     "calibration_data": (CalibrationData, None),
@@ -153,10 +164,10 @@ _SCORES = {"metrics": (Metrics, None), "real": (Real, None)}
 _MACHINE = {"device": (Device, "auto"), "dtype": (Dtype, None)}
 
 # Fields of pipelines.settings.Options by command, in the order in which --help lists them.
-GENERATE = _PROMPTS | _SAMPLING | _NOISE | _MACHINE
-COMPARE = _FORMATS | _CALIBRATION | _PROMPTS | _SAMPLING | _NOISE | _SCORES | _MACHINE
-RUN = {"recipe": (Recipe, DEFAULT_RECIPE)} | COMPARE
-QUANTIZE = {"recipe": (Recipe, DEFAULT_RECIPE)} | _FORMATS | _CALIBRATION | _SAMPLING | _MACHINE
+GENERATE = _MODEL | _PROMPTS | _SAMPLING | _NOISE | _MACHINE
+COMPARE = _MODEL | _FORMATS | _CALIBRATION | _PROMPTS | _SAMPLING | _NOISE | _SCORES | _MACHINE
+RUN = _MODEL | _RECIPE | COMPARE
+QUANTIZE = _MODEL | _RECIPE | _FORMATS | _CALIBRATION | _SAMPLING | _MACHINE
 
 
 def takes(shared: dict[str, tuple[Any, Any]]) -> Callable[[Callable[..., None]], Callable[..., None]]:

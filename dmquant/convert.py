@@ -55,17 +55,24 @@ class Footprint:
 def plan(module: nn.Module, recipe: Recipe) -> list[LayerPlan]:
     """What `recipe` makes of each Linear and Conv2d of `module`, in the module's order; kept layers are left out.
 
-    Names and shapes decide alone, so that a checkpoint's skeleton on the meta device gets the same plan.
+    Names and shapes decide alone, so that a checkpoint's skeleton on the meta device gets the same plan. Raises
+    UsageError, naming the layer, for a split that does not cut its input channels in two.
     """
     plans = []
     for name, layer in module.named_modules():
         if type(layer) not in QUANTIZED or (settings := recipe.settings_for(name)) is None:
             continue
-        weights = WeightSpec.parse(settings.weights, settings.granularity, settings.scale, settings.store)
+        _check_split(name, layer, settings.split)
+        weights = WeightSpec.parse(
+            settings.weights, settings.granularity, settings.scale, settings.store, settings.split
+        )
         activations = None
         if settings.activations not in NO_FORMAT:
             activations = ActivationSpec.parse(
-                settings.activations, settings.activation_granularity, scale=settings.activation_scale
+                settings.activations,
+                settings.activation_granularity,
+                scale=settings.activation_scale,
+                split=settings.split,
             )
         candidates = tuple(map(get_format, settings.candidates or ()))
         plans.append(LayerPlan(name, weights, activations, _remainder(layer, weights), candidates))
@@ -128,9 +135,23 @@ def footprint(module: nn.Module) -> Footprint:
     return Footprint(weights, quantized, total - quantized)
 
 
-def _remainder(layer: nn.Module, spec: WeightSpec) -> str | None:
-    columns = layer.weight[0].numel()
+def _check_split(name: str, layer: nn.Linear | nn.Conv2d, split: int | None) -> None:
+    if split is None:
+        return
+    if isinstance(layer, nn.Conv2d) and layer.groups > 1:
+        raise UsageError(f"layer {name} is a grouped convolution: its input cannot be split")
+    channels = layer.weight.shape[1]
+    if not 0 < split < channels:
+        raise UsageError(f"layer {name} has {channels} input channels, which a split of {split} does not cut in two")
+
+
+def _remainder(layer: nn.Linear | nn.Conv2d, spec: WeightSpec) -> str | None:
     size = spec.granularity.size
-    if not size or columns % size == 0:
-        return None
-    return f"{columns} weights a channel do not divide into groups of {size}; the last group has {columns % size}"
+    for columns in spec.segments(layer.weight.shape):
+        if size and columns % size:
+            part = "" if spec.split is None else " of one half"
+            return (
+                f"{columns} weights a channel{part} do not divide into groups of {size}; "
+                f"the last group has {columns % size}"
+            )
+    return None

@@ -22,6 +22,8 @@ from dmquant.errors import UsageError, UserError
 from dmquant.layers import QUANTIZED, quantize_layer, share_timesteps
 from dmquant.recipe import Recipe
 
+VERSION = 2
+"""Of what config.json says. 1: the codes of a convolution were in the order (in, height, width), not channels last."""
 _PACKED = ("qweight", "scale", "scale_base", "input_scale")
 
 
@@ -35,7 +37,7 @@ class QuantConfig(QuantizationConfigMixin):
     """A `quantization_config` for diffusers: a recipe by name, by bits (`w4a6`), from a YAML file, or as a dict.
 
     `w` and `a` set its formats and `keep` names more layers (globs) to leave in high precision. In a saved model's
-    config.json it is the recipe in full. Keys that this version does not know are ignored.
+    config.json it is the recipe in full, with the `version` of its codes. Keys that are not known here are ignored.
     """
 
     def __init__(
@@ -44,9 +46,10 @@ class QuantConfig(QuantizationConfigMixin):
         w: str | None = None,
         a: str | None = None,
         keep: tuple[str, ...] = (),
+        version: int = VERSION,
         **_later_versions: Any,
     ):
-        self.quant_method = QuantMethod.DMQUANT
+        self.quant_method, self.version = QuantMethod.DMQUANT, version
         if isinstance(recipe, dict):
             recipe = Recipe.model_validate(recipe)
         elif not isinstance(recipe, Recipe):
@@ -54,7 +57,7 @@ class QuantConfig(QuantizationConfigMixin):
         self.recipe = recipe.keeping(keep)
 
     def to_dict(self) -> dict[str, Any]:
-        return {"quant_method": QuantMethod.DMQUANT.value, "version": 1, "recipe": self.recipe.to_dict()}
+        return {"quant_method": QuantMethod.DMQUANT.value, "version": VERSION, "recipe": self.recipe.to_dict()}
 
     def to_diff_dict(self) -> dict[str, Any]:
         """What diffusers logs."""
@@ -82,6 +85,7 @@ class DMQuantizer(DiffusersQuantizer):
         if self.pre_quantized:
             for name, step in self._plans.items():
                 layer = model.get_submodule(name)
+                _check_order_of_codes(name, layer, self.quantization_config.version)
                 model.set_submodule(name, QUANTIZED[type(layer)].like(layer, step.weights, step.activations, "meta"))
         attach(model, self)
 
@@ -133,6 +137,15 @@ class DMQuantizer(DiffusersQuantizer):
     @property
     def is_compileable(self) -> bool:
         return True
+
+
+def _check_order_of_codes(name: str, layer: nn.Module, version: int) -> None:
+    """UserError for codes that would be read in another order than they were written in."""
+    if version < VERSION and layer.weight[0, 0].numel() > 1:
+        raise UserError(
+            f"{name} was quantized by an older dmquant, which ordered a convolution's codes otherwise: "
+            "quantize the full-precision model again"
+        )
 
 
 # diffusers offers no registration; should it bring a quantizer of this name itself, that one stays.

@@ -44,10 +44,10 @@ class _QuantizedLayer(nn.Module):
         self, shape: tuple[int, ...], channels: int, bias: bool, spec: WeightSpec, activations, device, dtype
     ) -> None:
         self.weight_shape, self.weight_spec, self.activations = shape, spec, activations
-        rows, columns = shape[0], torch.Size(shape[1:]).numel()
+        rows, columns = shape[0], sum(spec.segments(shape))
         self.qweight = _bytes_parameter((rows, packed_size(columns, spec.fmt.bits)), torch.uint8, device)
-        self.scale = _bytes_parameter(spec.scale_shape(rows, columns), STORES[spec.store].dtype, device)
-        base = spec.base_shape(rows, columns)
+        self.scale = _bytes_parameter(spec.scale_shape(shape), STORES[spec.store].dtype, device)
+        base = spec.base_shape(shape)
         self.scale_base = None if base is None else _bytes_parameter(base, torch.float32, device)
         self.input_scale, self.timestep_ranges = None, None
         if self.is_static:
@@ -95,12 +95,14 @@ class _QuantizedLayer(nn.Module):
             return x
         scale = None
         if self.is_static:
-            scale = static_scale(self.input_scale.view(torch.float32), self.timestep_ranges, x, self.channel_dim)
+            fitted, split = self.input_scale.view(torch.float32), self.activations.split
+            scale = static_scale(fitted, self.timestep_ranges, x, self.channel_dim, split)
         return kernels.select(x.device).fake_quantize(x, self.activations, self.channel_dim, scale)
 
     def _specs_repr(self) -> str:
         spec = self.weight_spec
-        return f", weights={spec.fmt.name}/{spec.granularity}, activations={self.activations or 'none'}"
+        split = "" if spec.split is None else f", split={spec.split}"
+        return f", weights={spec.fmt.name}/{spec.granularity}, activations={self.activations or 'none'}{split}"
 
 
 class QuantLinear(_QuantizedLayer, nn.Linear):

@@ -34,10 +34,17 @@ class WeightSpec:
     granularity: Granularity
     scale: str
     store: str
+    split: int | None = None
+    """The input is a concatenation: its first `split` channels and the others share no scale."""
 
     @classmethod
     def parse(
-        cls, format: str, granularity: str = "group:64", scale: str = "absmax", store: str = "bf16"
+        cls,
+        format: str,
+        granularity: str = "group:64",
+        scale: str = "absmax",
+        store: str = "bf16",
+        split: int | None = None,
     ) -> "WeightSpec":
         """Checked; a block format such as `mxfp4` brings its own granularity and store."""
         if block := BLOCK_FORMATS.get(format.lower()):
@@ -49,6 +56,7 @@ class WeightSpec:
             Granularity.parse(granularity),
             check_choice("scale rule", scale, (*RULES, *DATA_RULES)),
             check_choice("scale storage", store, STORES),
+            split,
         )
 
     @property
@@ -60,15 +68,25 @@ class WeightSpec:
         """The same but for the format."""
         return replace(self, fmt=fmt)
 
-    def scale_shape(self, rows: int, columns: int) -> tuple[int, int]:
-        """Scale rows and scale columns of a (rows, columns) matrix."""
-        if self.granularity.kind == "tensor":
-            return 1, 1
-        return rows, math.ceil(columns / (self.granularity.size or columns))
+    def segments(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Columns of the parts of a row that share no scale, in the matrix form of a weight of this shape."""
+        columns = math.prod(shape[1:])
+        if self.split is None:
+            return (columns,)
+        first = columns // shape[1] * self.split
+        return first, columns - first
 
-    def base_shape(self, rows: int, columns: int) -> tuple[int, int] | None:
-        """Shape of the float32 base that the stored scales are relative to, or None."""
-        return {"pow2": (self.scale_shape(rows, columns)[0], 1), "e4m3": (1, 1)}.get(self.store)
+    def scale_shape(self, shape: tuple[int, ...]) -> tuple[int, int]:
+        """Scale rows and scale columns of a weight of this shape."""
+        columns = sum(math.ceil(part / (self.granularity.size or part)) for part in self.segments(shape))
+        return 1 if self.granularity.kind == "tensor" else shape[0], columns
+
+    def base_shape(self, shape: tuple[int, ...]) -> tuple[int, int] | None:
+        """Shape of the float32 base that the stored scales are relative to, or None.
+
+        It is one for both halves of a split weight, so that a kernel can apply it to the sum of their products.
+        """
+        return {"pow2": (self.scale_shape(shape)[0], 1), "e4m3": (1, 1)}.get(self.store)
 
 
 @dataclass(frozen=True)
@@ -101,32 +119,59 @@ def quantize_tensor(
 ) -> QuantizedTensor:
     """Round a weight (output channels first) to the nearest codes of a format, its scales fitted first.
 
-    Trailing dimensions count as one, in memory order: a convolution's groups run over (in, height, width).
-    Raises UsageError for unknown names and for NaN or infinite weights.
+    A convolution's groups are N consecutive input channels of one position of its kernel (`to_matrix`).
+    Raises UsageError for unknown names, for NaN or infinite weights, and for tensors of one dimension.
     """
     return quantize(weight, WeightSpec.parse(format, granularity, scale, store))
+
+
+def to_matrix(weight: Tensor, split: int | None = None) -> Tensor:
+    """The matrix form (rows, columns) of a weight (rows, input channels, ...), channels last.
+
+    Columns run over the positions of the kernel and, within each, over the input channels, as an implicit GEMM reads
+    them. With `split`, all columns of the first `split` channels come before those of the others.
+    """
+    if split is None or weight.ndim == 2:
+        return weight.movedim(1, -1).flatten(1)
+    return torch.cat([to_matrix(weight[:, :split]), to_matrix(weight[:, split:])], 1)
+
+
+def from_matrix(matrix: Tensor, shape: tuple[int, ...], split: int | None = None) -> Tensor:
+    """Undo `to_matrix`. A convolution's weight comes in the memory format channels last, as a view where it can."""
+    rows, channels, *kernel = shape
+    positions = math.prod(kernel)
+    if positions == 1:
+        return matrix.reshape(shape)
+    if split is None:
+        return matrix.unflatten(1, (*kernel, channels)).movedim(-1, 1)
+    first, rest = matrix.split((split * positions, (channels - split) * positions), 1)
+    halves = from_matrix(first, (rows, split, *kernel)), from_matrix(rest, (rows, channels - split, *kernel))
+    return torch.cat(halves, 1)
 
 
 def quantize(weight: Tensor, spec: WeightSpec) -> QuantizedTensor:
     """`quantize_tensor` for a specification already parsed."""
     if spec.scale in DATA_RULES:
         raise UsageError(f"scale rule '{spec.scale}' needs calibration data; without data use {' or '.join(RULES)}")
-    matrix = weight.detach().reshape(len(weight), -1)
+    if weight.ndim < 2:
+        raise UsageError(f"a weight has output and input channels; this tensor has the shape {tuple(weight.shape)}")
+    shape = tuple(weight.shape)
+    matrix, segments = to_matrix(weight.detach(), spec.split), spec.segments(shape)
     rows, columns = matrix.shape
     parts, store = _parts(rows, columns, spec.granularity), STORES[spec.store]
     # The results first, then what a part needs for a while: so that memory peaks near the size of the results.
     codes = matrix.new_empty(rows, packed_size(columns, spec.fmt.bits), dtype=torch.uint8)
-    stored = matrix.new_empty(spec.scale_shape(rows, columns), dtype=store.dtype)
-    amplitude = torch.cat([absmax(to_groups(matrix[part].float(), spec.granularity)) for part in parts])
+    stored = matrix.new_empty(spec.scale_shape(shape), dtype=store.dtype)
+    amplitude = torch.cat([absmax(to_groups(matrix[part].float(), spec.granularity, segments)) for part in parts])
     if not torch.isfinite(amplitude).all():
         raise UsageError("the weights hold NaN or infinite values: they cannot be quantized")
     base = store.base(amplitude, spec.fmt)
     for part in parts:
         exact = matrix[part].float()
         base_of_part = base if base is None or len(base) == 1 else base[part]
-        scales = spec.rule(to_groups(exact, spec.granularity), spec.fmt, spec.store, base_of_part)
-        stored[part], codes[part] = scales.stored, encode(exact, scales.decode(), spec)
-    return QuantizedTensor(codes, Scales(stored, base, spec.store), spec, tuple(weight.shape))
+        scales = spec.rule(to_groups(exact, spec.granularity, segments), spec.fmt, spec.store, base_of_part)
+        stored[part], codes[part] = scales.stored, encode(exact, scales.decode(), spec, segments)
+    return QuantizedTensor(codes, Scales(stored, base, spec.store), spec, shape)
 
 
 def _parts(rows: int, columns: int, granularity: Granularity) -> list[slice]:
@@ -135,17 +180,16 @@ def _parts(rows: int, columns: int, granularity: Granularity) -> list[slice]:
     return [slice(start, start + size) for start in range(0, rows, size)]
 
 
-def encode(matrix: Tensor, scale: Tensor, spec: WeightSpec) -> Tensor:
+def encode(matrix: Tensor, scale: Tensor, spec: WeightSpec, segments: tuple[int, ...]) -> Tensor:
     """Packed nearest codes (rows x bytes) of a float32 matrix under float32 scales."""
-    groups = to_groups(matrix, spec.granularity)
+    groups = to_groups(matrix, spec.granularity, segments)
     codes = spec.fmt.encode(groups / scale.unsqueeze(-1))
-    return pack(from_groups(codes, *matrix.shape), spec.fmt.bits)
+    return pack(from_groups(codes, spec.granularity, segments), spec.fmt.bits)
 
 
 def dequantize(codes: Tensor, scale: Tensor, spec: WeightSpec, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """What packed codes and float32 scales stand for; this defines the meaning of a quantized weight."""
-    rows = shape[0]
-    columns = torch.Size(shape).numel() // rows
-    values = spec.fmt.decode(unpack(codes, spec.fmt.bits, columns))
-    groups = to_groups(values, spec.granularity) * scale.unsqueeze(-1)
-    return from_groups(groups, rows, columns).reshape(shape).to(dtype)
+    segments = spec.segments(shape)
+    values = spec.fmt.decode(unpack(codes, spec.fmt.bits, sum(segments)))
+    groups = to_groups(values, spec.granularity, segments) * scale.unsqueeze(-1)
+    return from_matrix(from_groups(groups, spec.granularity, segments), shape, spec.split).to(dtype)

@@ -3,7 +3,7 @@
 import fnmatch
 import importlib.resources
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,6 +33,8 @@ class Settings(BaseModel):
     store: str | None = None
     candidates: list[str] | None = None
     """Formats of one size: calibration takes for each layer the one of least output error."""
+    split: int | None = None
+    """The input is a concatenation: its first `split` channels and the others get scales of their own."""
 
     @field_validator("weights", "activations")
     @classmethod
@@ -221,6 +223,14 @@ class Recipe(Settings):
         """A copy that leaves the named layers in high precision unless one of its own rules says otherwise."""
         globs = list(globs)
         return self.with_settings(rules=[Rule(match=globs, keep=True), *self.rules]) if globs else self
+
+    def splitting(self, channels: Mapping[str, int]) -> "Recipe":
+        """A copy in which each of these layers has the given `split`, by one rule for each distinct number."""
+        layers: dict[int, list[str]] = {}
+        for name, split in channels.items():
+            layers.setdefault(split, []).append(name)
+        rules = [Rule(match=names, split=split) for split, names in layers.items()]
+        return self.with_settings(rules=[*self.rules, *rules]) if rules else self
 
     def settings_for(self, name: str) -> "Settings | None":
         """The settings of one layer, all filled in; None where it stays in high precision."""

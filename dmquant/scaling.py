@@ -60,23 +60,34 @@ BLOCK_FORMATS = {
 }
 
 
-def to_groups(matrix: Tensor, granularity: Granularity) -> Tensor:
+def to_groups(matrix: Tensor, granularity: Granularity, segments: tuple[int, ...] | None = None) -> Tensor:
     """View (rows, columns) as (scale rows, scale columns, elements sharing a scale).
 
-    The last group of a row may be shorter: it is padded with zeros, which change neither its absmax nor its error.
+    `segments` are the numbers of columns of the parts of a row that share no scale; by default all are one part. The
+    last group of a part may be shorter: it is padded with zeros, which change neither its absmax nor its error.
     """
-    rows, columns = matrix.shape
-    if granularity.kind == "tensor":
-        return matrix.reshape(1, 1, -1)
-    if granularity.kind == "group":
-        matrix = F.pad(matrix, (0, -columns % granularity.size))
-        return matrix.reshape(rows, -1, granularity.size)
-    return matrix.reshape(rows, 1, columns)
+    segments = segments or (matrix.shape[1],)
+    size = granularity.size or max(segments)
+    if any(columns % size for columns in segments):
+        matrix = _side_by_side([F.pad(part, (0, -part.shape[1] % size)) for part in matrix.split(segments, 1)])
+    groups = matrix.reshape(len(matrix), -1, size)
+    return groups.transpose(0, 1).reshape(1, groups.shape[1], -1) if granularity.kind == "tensor" else groups
 
 
-def from_groups(groups: Tensor, rows: int, columns: int) -> Tensor:
+def from_groups(groups: Tensor, granularity: Granularity, segments: tuple[int, ...]) -> Tensor:
     """Undo `to_groups`: (rows, columns), without the padding."""
-    return groups.reshape(rows, -1)[:, :columns]
+    size = granularity.size or max(segments)
+    if granularity.kind == "tensor":
+        groups = groups.unflatten(-1, (-1, size)).squeeze(0).transpose(0, 1)
+    matrix = groups.flatten(1)
+    if any(columns % size for columns in segments):
+        parts = matrix.split([columns + -columns % size for columns in segments], 1)
+        matrix = _side_by_side([part[:, :columns] for part, columns in zip(parts, segments, strict=True)])
+    return matrix
+
+
+def _side_by_side(parts: list[Tensor]) -> Tensor:
+    return torch.cat(parts, 1) if len(parts) > 1 else parts[0]  # of one alone, cat would make a copy
 
 
 def floor_exponent(x: Tensor) -> Tensor:
@@ -224,9 +235,9 @@ def fit_hessian(groups: Tensor, fmt: Format, store: str, moments: Tensor) -> Sca
     width = moments.shape[-1]
 
     def output_error(error: Tensor) -> Tensor:
-        per_group = error.reshape(-1, len(moments), width).transpose(0, 1)
-        squared = (torch.bmm(per_group, moments) * per_group).sum(-1)
-        return squared.T.reshape(rows, -1, columns).sum(1)
+        by_group = error.transpose(0, 1).reshape(columns, -1, width)
+        squared = (torch.bmm(by_group, moments) * by_group).sum(-1)
+        return squared.view(columns, rows, -1).sum(-1).T
 
     return _search(groups, fmt, store, None, output_error)
 

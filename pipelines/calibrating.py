@@ -1,8 +1,9 @@
 """Calibrate the backbone of a loaded pipeline: its data, from its own sampler, then its blocks one after another."""
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import nn
@@ -11,8 +12,9 @@ from dmquant.calib.capture import capture
 from dmquant.calib.engine import Calibrated, calibrate_
 from dmquant.calib.sampling import Sampling
 from dmquant.pipelines.console import Console
+from dmquant.pipelines.families import Family
 from dmquant.pipelines.runfolder import fingerprint
-from dmquant.pipelines.settings import Settings
+from dmquant.recipe import Recipe
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -23,12 +25,28 @@ FIRST_SEED = 1_000_000  # of the noise of calibration prompts: far from the seed
 DATA = "data"
 
 
-def calibrate(pipeline: "DiffusionPipeline", settings: Settings, workspace: Path, console: Console) -> Calibrated:
+class CalibrationSettings(Protocol):
+    """What calibrating reads of a run's Settings; the Python interface gives no more than this."""
+
+    family: Family
+    recipe: Recipe
+    calibration_prompts: Sequence[str]
+    calibration_data: Path | None
+    memory_budget: int | None
+    batch_size: int
+    call: dict[str, Any]
+    dtype_name: str
+
+
+def calibrate(
+    pipeline: "DiffusionPipeline", settings: CalibrationSettings, workspace: Path, console: Console
+) -> Calibrated:
     """Quantize the backbone in place by a recipe that takes data; what is finished is kept in `workspace`.
 
     Raises UserError for calibration data made for something else, and as `capture` and `calibrate_` do.
     """
-    backbone = getattr(pipeline, settings.family.component)
+    family = settings.family
+    backbone = getattr(pipeline, family.component)
     made_for = {"backbone": weights_hash(backbone), "dtype": settings.dtype_name}
     store = _data(pipeline, settings, made_for, workspace, console)
     recipe = settings.recipe
@@ -36,9 +54,10 @@ def calibrate(pipeline: "DiffusionPipeline", settings: Settings, workspace: Path
         backbone,
         recipe,
         store,
-        blocks=settings.family.blocks(backbone),
+        blocks=family.blocks(backbone),
         folder=workspace / f"{recipe.name}-{fingerprint(recipe=recipe.to_dict())[:8]}",
         made_for=made_for,
+        counted=family.counted(backbone),
         memory_budget=settings.memory_budget,
         bar=console.bar,
         say=console.say,
@@ -46,7 +65,11 @@ def calibrate(pipeline: "DiffusionPipeline", settings: Settings, workspace: Path
 
 
 def _data(
-    pipeline: "DiffusionPipeline", settings: Settings, made_for: dict[str, str], workspace: Path, console: Console
+    pipeline: "DiffusionPipeline",
+    settings: CalibrationSettings,
+    made_for: dict[str, str],
+    workspace: Path,
+    console: Console,
 ) -> "CalibrationStore":
     wanted, listed = settings.recipe.calibration, settings.calibration_prompts
     prompts = listed[: wanted.prompts]
@@ -56,7 +79,7 @@ def _data(
     key = fingerprint(made_for=made_for, sampling=vars(sampling), prompts=prompts, call=settings.call)
     with console.bar("calibration data") as bar:
         store = capture(
-            pipeline,
+            settings.family.prompted(pipeline),
             settings.family.component,
             prompts,
             sampling=sampling,
@@ -65,6 +88,7 @@ def _data(
             batch_size=settings.batch_size,
             folder=settings.calibration_data or workspace / DATA / key[:8],
             made_for=made_for,
+            shared=settings.family.shared,
             progress=bar,
         )
     held_out = sum(sample.held_out for sample in store.samples)

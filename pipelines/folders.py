@@ -1,6 +1,7 @@
 """Diffusers pipeline folders on disk: what they hold, and whether it is whole. Reads no weights."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from dmquant.errors import UserError
 
 INDEX = "model_index.json"
 _LFS_POINTER = b"version https://git-lfs"
+_VARIANT = re.compile(r"\.(\w+)(-\d+-of-\d+)?\.safetensors$")
 _PICKLES = (".bin", ".pt", ".ckpt")
 
 
@@ -38,21 +40,26 @@ def components(folder: Path) -> list[str]:
     return [name for name, entry in entries if isinstance(entry, list) and len(entry) == 2 and entry[0] is not None]
 
 
-def image_size(folder: Path, backbone: str) -> tuple[int, int]:
-    """Height and width in pixels that the backbone was made for: its latent size times the VAE's downsampling."""
-    sample = read_json(folder / backbone / "config.json").get("sample_size")
-    stages = read_json(folder / "vae" / "config.json").get("block_out_channels")
+def image_size(folder: Path, backbone: str) -> tuple[int, int] | None:
+    """Height and width in pixels that the backbone was made for: its latent size times the VAE's downsampling.
+
+    None where their configurations do not tell.
+    """
+    sample, vae = read_json(folder / backbone / "config.json").get("sample_size"), folder / "vae" / "config.json"
+    config = read_json(vae) if vae.is_file() else {}
+    stages = config.get("block_out_channels") or config.get("encoder_block_out_channels")
     sizes = sample if isinstance(sample, list) else [sample, sample]
     if len(sizes) != 2 or not all(isinstance(size, int) for size in sizes) or not isinstance(stages, list):
-        raise UserError(f"{folder}: cannot tell the image size from {backbone}/config.json and vae/config.json")
+        return None
     height, width = (size * 2 ** (len(stages) - 1) for size in sizes)
     return height, width
 
 
 def text_length(folder: Path) -> int:
-    """Longest prompt, in tokens, that the tokenizer says the text encoder takes."""
-    length = read_json(folder / "tokenizer" / "tokenizer_config.json").get("model_max_length")
-    return length if isinstance(length, int) else 512
+    """Longest prompt, in tokens, that a tokenizer of the pipeline says its text encoder takes."""
+    configs = [read_json(path) for path in folder.glob("tokenizer*/tokenizer_config.json")]
+    lengths = [config.get("model_max_length") for config in configs]
+    return max((length for length in lengths if isinstance(length, int)), default=512)
 
 
 def quantization(folder: Path, backbone: str) -> str | None:
@@ -76,9 +83,10 @@ def missing_parts(folder: Path, leave_out: frozenset[str] = frozenset()) -> list
 
 
 def variant(folder: Path, backbone: str) -> str | None:
-    """`fp16` where the backbone's weights exist only under that suffix, as partial downloads leave them."""
-    names = [path.name for path in (folder / backbone).glob("*.safetensors")]
-    return "fp16" if names and all(".fp16" in name for name in names) else None
+    """The suffix, such as `fp16`, where the backbone's weights exist only under it, as partial downloads leave them."""
+    names = [path.name for path in _weight_files(folder / backbone)]
+    found = {match[1] if (match := _VARIANT.search(name)) else None for name in names}
+    return found.pop() if len(found) == 1 else None
 
 
 def check_whole(folder: Path, leave_out: frozenset[str] = frozenset()) -> None:
@@ -88,13 +96,13 @@ def check_whole(folder: Path, leave_out: frozenset[str] = frozenset()) -> None:
     if missing:
         raise UserError(f"{folder} is not complete, it lacks {', '.join(missing)}")
     for component in components(folder):
-        for path in sorted((folder / component).glob("*.safetensors")):
+        for path in sorted(_weight_files(folder / component)):
             _tensor_names(path)
 
 
 def tensor_names(part: Path) -> set[str]:
     """Names of all tensors in a component's safetensors files."""
-    return {name for path in part.glob("*.safetensors") for name in _tensor_names(path)}
+    return {name for path in _weight_files(part) for name in _tensor_names(path)}
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -110,9 +118,14 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def _weight_files(part: Path) -> list[Path]:
+    """A component's safetensors files; a link into the Hub's cache whose file is gone counts as none."""
+    return [path for path in part.glob("*.safetensors") if path.is_file()]
+
+
 def _missing_weights(part: Path) -> list[str]:
     """Weight files that a component's folder should hold and does not; one whole variant of them is enough."""
-    present = {path.name for path in part.glob("*.safetensors")}
+    present = {path.name for path in _weight_files(part)}
     indexes = [read_json(path).get("weight_map", {}) for path in part.glob("*.safetensors.index*.json")]
     sharded = [set(index.values()) for index in indexes]
     if any("-of-" not in name for name in present) or any(shards <= present for shards in sharded):

@@ -1,9 +1,9 @@
 """What there is: models, formats, recipes, this machine, and what is inside a folder; as tables on the screen."""
 
+import fnmatch
 import json
 from pathlib import Path
 
-import torch
 from rich.table import Table
 from torch import nn
 
@@ -16,10 +16,12 @@ from dmquant.pipelines import doctor as examination
 from dmquant.pipelines import folders, runfolder
 from dmquant.pipelines.console import Console, quiet_libraries
 from dmquant.pipelines.defaults import DEFAULT_RECIPE
-from dmquant.pipelines.families import families
+from dmquant.pipelines.families import Family, families
+from dmquant.pipelines.families.generic import COMPONENTS, GENERIC, ends
 from dmquant.pipelines.hub import readable
 from dmquant.pipelines.registry import registered_models
 from dmquant.pipelines.settings import format_name
+from dmquant.pipelines.skeleton import skeleton
 from dmquant.recipe import Recipe, bits_names, recipe_names
 from dmquant.scaling import BLOCK_FORMATS
 
@@ -34,12 +36,13 @@ MARKS = {"ok": "ok", "warn": "note", "missing": "missing"}
 
 def models() -> None:
     """One row a registered model."""
-    table = _table("model", "what it is", "size", "steps", "guidance", "dtype", "download", "licence")
+    table = _table("model", "what it is", "family", "size", "steps", "guidance", "dtype", "download", "licence")
     for spec in registered_models().values():
-        download = "none" if spec.download_bytes is None else readable(spec.download_bytes)
+        download = "none" if spec.is_embedded else readable(spec.download_bytes)
         table.add_row(
             spec.name,
             spec.description,
+            spec.family,
             f"{spec.width}x{spec.height}",
             str(spec.steps),
             f"{spec.guidance:g}",
@@ -51,6 +54,7 @@ def models() -> None:
     console.show(table)
     console.say("A Hub id or a local diffusers folder works too, if its pipeline is one of:")
     console.say(", ".join(sorted(name for family in families().values() for name in family.pipelines)))
+    console.say(f"--family {GENERIC} takes any other text-to-image pipeline, with recipes that need no calibration.")
 
 
 def formats() -> None:
@@ -130,26 +134,47 @@ def inspect(folder: Path, layers: bool) -> None:
         parts.add_row(name, str(len(files)), size_text(sum(path.stat().st_size for path in files)))
     console.say(f"{folder}: {pipeline}")
     console.show(parts)
-    family = next((family for family in families().values() if pipeline in family.pipelines), None)
-    if family is None:
-        console.say(f"no model family knows a {pipeline}")
+    component = next((name for name in COMPONENTS if name in folders.components(folder)), None)
+    if component is None:
+        console.say(f"no {' or '.join(COMPONENTS)} in it")
         return
-    method = folders.quantization(folder, family.component)
-    if method != QuantMethod.DMQUANT.value:
-        console.say(f"{family.component}: " + ("full precision" if method is None else f"quantized by {method}"))
-        return
-    _inspect_backbone(folder / family.component, layers, console)
+    backbone = folders.read_json(folder / component / "config.json").get("_class_name")
+    family = next((family for family in families().values() if backbone in family.backbones), None)
+    known = f"no family knows it, --family {GENERIC} fits" if family is None else f"family {family.name}"
+    console.say(f"{component}: {backbone}, {known}")
+    method = folders.quantization(folder, component)
+    if method == QuantMethod.DMQUANT.value:
+        _inspect_quantized(folder / component, layers, console)
+    elif method is not None:
+        console.say(f"{component}: quantized by {method}")
+    else:
+        _inspect_full_precision(folder / component, family, console)
 
 
-def _inspect_backbone(folder: Path, layers: bool, console: Console) -> None:
+def _inspect_full_precision(folder: Path, family: Family | None, console: Console) -> None:
+    """What stays in high precision when a backbone is quantized, and why."""
+    backbone = skeleton(folder)
+    layers = {name: each for name, each in backbone.named_modules() if isinstance(each, nn.Linear | nn.Conv2d)}
+    keep = {**families()[GENERIC].keep, **ends(backbone)} if family is None else family.keep
+    table = _table("kept in high precision", "layers", "weights", "why")
+    for glob, why in keep.items():
+        kept = fnmatch.filter(layers, glob)
+        if kept:
+            table.add_row(glob, str(len(kept)), f"{sum(layers[name].weight.numel() for name in kept):,}", why)
+    weights = sum(layer.weight.numel() for layer in layers.values())
+    console.say(f"{folder.name}: full precision, {len(layers)} layers with {weights:,} weights")
+    console.show(table)
+
+
+def _inspect_quantized(folder: Path, layers: bool, console: Console) -> None:
     """What the recipe in a backbone's config.json makes of its layers, and what its files hold."""
     recipe = QuantConfig(**folders.read_json(folder / "config.json")["quantization_config"]).recipe
-    skeleton = _skeleton(folder)
-    plans = plan(skeleton, recipe)
+    backbone = skeleton(folder)
+    plans = plan(backbone, recipe)
     sizes = _tensor_bytes(folder)
     packed_of = {step.name: sum(sizes.get(f"{step.name}.{part}", 0) for part in PACKED) for step in plans}
     packed = sum(packed_of.values())
-    weights = sum(skeleton.get_submodule(step.name).weight.numel() for step in plans)
+    weights = sum(backbone.get_submodule(step.name).weight.numel() for step in plans)
     console.say(
         f"{folder.name}: recipe {recipe.name}, weights {format_name(recipe.weights)}, "
         f"activations {format_name(recipe.activations)}, {len(plans)} layers; "
@@ -169,17 +194,6 @@ def _inspect_backbone(folder: Path, layers: bool, console: Console) -> None:
                 size_text(packed_of[step.name]),
             )
         console.show(table)
-
-
-def _skeleton(folder: Path) -> nn.Module:
-    """The backbone at full precision on the meta device: names and shapes without memory."""
-    import diffusers
-
-    config = folders.read_json(folder / "config.json")
-    model = getattr(diffusers, config.pop("_class_name"))
-    config.pop("quantization_config")
-    with torch.device("meta"):
-        return model.from_config(config)
 
 
 def _tensor_bytes(folder: Path) -> dict[str, int]:

@@ -1,10 +1,9 @@
 """Load a full-precision pipeline, from files that were checked first, on a device and in a dtype that exist."""
 
-import importlib.resources
 import inspect
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,8 +11,9 @@ import torch
 
 from dmquant.errors import UsageError, UserError
 from dmquant.pipelines import folders, hub
-from dmquant.pipelines.families import families, family_of
-from dmquant.pipelines.registry import EMBEDDED, ModelSpec
+from dmquant.pipelines.attention import check_attention
+from dmquant.pipelines.families import family_of
+from dmquant.pipelines.registry import ModelSpec, embedded_folder, family_for
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -53,8 +53,8 @@ def checked_folder(spec: ModelSpec, say: Callable[[str], None]) -> Path:
     `say` is told of a download before it starts. Raises UserError for weights that are missing, truncated, damaged,
     already quantized, or not to be had.
     """
-    family = families()[spec.family]
-    if spec.source.startswith(EMBEDDED):
+    family = family_for(spec)
+    if spec.is_embedded:
         folder = embedded_folder(spec)
     elif Path(spec.source).is_absolute():
         folder = Path(spec.source)
@@ -77,8 +77,12 @@ def load_full_precision(
 
     Raises UserError as `checked_folder` does, and for a backbone with tensors that are absent or not finite.
     """
-    folder = checked_folder(spec, say or (lambda line: print(line, file=sys.stderr)))
-    family = families()[spec.family]
+    say = say or (lambda line: print(line, file=sys.stderr))
+    folder = checked_folder(spec, say)
+    family = family_for(spec)
+    for name, trouble in spec.warnings.items():
+        if DTYPES[name] == dtype:
+            say(f"warning: {spec.name} in {name}: {trouble}")
     import diffusers
 
     parameters = inspect.signature(getattr(diffusers, spec.pipeline).__init__).parameters
@@ -95,18 +99,16 @@ def load_full_precision(
     except (OSError, ValueError, RuntimeError, ImportError, AttributeError, KeyError, TypeError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"diffusers cannot load {folder}: {type(error).__name__}: {reason}") from error
-    _check_backbone(pipeline, folder)
+    if family.backbones:
+        family_of(pipeline)
+    _check_backbone(pipeline, folder, family.component)
+    _remember_configuration(pipeline, folder, parameters)
+    check_attention(getattr(pipeline, family.component))
     return pipeline.to(device)
 
 
-def embedded_folder(spec: ModelSpec) -> Path:
-    """Where an embedded model's files are in the installed package."""
-    return Path(str(importlib.resources.files("dmquant.pipelines"))) / "assets" / spec.source.removeprefix(EMBEDDED)
-
-
-def _check_backbone(pipeline: "DiffusionPipeline", folder: Path) -> None:
+def _check_backbone(pipeline: "DiffusionPipeline", folder: Path, component: str) -> None:
     """UserError for a backbone that diffusers would leave partly at random values, or that holds NaN or infinity."""
-    component = family_of(pipeline).component
     backbone = getattr(pipeline, component)
     absent = backbone.state_dict().keys() - folders.tensor_names(folder / component)
     if absent:
@@ -114,3 +116,11 @@ def _check_backbone(pipeline: "DiffusionPipeline", folder: Path) -> None:
     for name, parameter in backbone.named_parameters():
         if not parameter.isfinite().all():
             raise UserError(f"{folder / component} is damaged: '{name}' holds NaN or infinity in {parameter.dtype}")
+
+
+def _remember_configuration(pipeline: "DiffusionPipeline", folder: Path, parameters: Iterable[str]) -> None:
+    """Have the pipeline save again all that its index says: diffusers forgets the names of DiT's classes."""
+    index = folders.read_json(folder / folders.INDEX)
+    pipeline.register_to_config(
+        **{name: index[name] for name in parameters if name in index and name not in pipeline.config}
+    )

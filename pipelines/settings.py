@@ -16,10 +16,11 @@ from dmquant.evaluation.images import any_images
 from dmquant.evaluation.metrics import check_names
 from dmquant.formats import get_format
 from dmquant.pipelines.defaults import DEFAULT_RECIPE
-from dmquant.pipelines.families import Family, families
+from dmquant.pipelines.families import Family
+from dmquant.pipelines.families.generic import GENERIC
 from dmquant.pipelines.loading import resolve_device, resolve_dtype
 from dmquant.pipelines.prompts import load_prompts
-from dmquant.pipelines.registry import ModelSpec, resolve_model
+from dmquant.pipelines.registry import ModelSpec, call_parameters, family_for, resolve_model
 from dmquant.pipelines.runfolder import fingerprint
 from dmquant.recipe import NO_FORMAT, Recipe
 from dmquant.scaling import BLOCK_FORMATS
@@ -39,6 +40,7 @@ class Options:
     """What was typed; None stands for the model's or the recipe's own default."""
 
     model: str
+    family: str | None = None
     recipe: str = DEFAULT_RECIPE
     w: str | None = None
     a: str | None = None
@@ -89,7 +91,7 @@ class Settings:
 
     @property
     def family(self) -> Family:
-        return families()[self.model.family]
+        return family_for(self.model)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -102,14 +104,15 @@ class Settings:
 
     @property
     def call(self) -> dict[str, Any]:
-        """Arguments of the pipeline's call that all images share."""
-        return {
+        """Arguments of the pipeline's call that all images share, as far as it takes them."""
+        sampling = {
             "height": self.height,
             "width": self.width,
             "num_inference_steps": self.steps,
             "guidance_scale": self.guidance,
-            **self.model.call,
         }
+        taken = call_parameters(self.model.pipeline)
+        return {name: value for name, value in sampling.items() if name in taken} | self.model.call
 
     def requests(self, weights: str) -> list[ImageRequest]:
         """The images to make with the weights that the fingerprint `weights` stands for."""
@@ -165,12 +168,13 @@ def resolve(options: Options) -> Settings:
 
     Raises UsageError for unknown names and impossible values, UserError for what this machine does not have.
     """
-    model = resolve_model(options.model)
+    model = resolve_model(options.model, options.family)
     recipe = _recipe(model, options.recipe, options.w, options.a)
     metrics = resolve_metrics(options.metrics, options.real)
     device = resolve_device(options.device)
     dtype_name = options.dtype or model.dtype
     resolve_dtype(dtype_name, device)
+    _check_taken(options, model)
     height, width = options.height or model.height, options.width or model.width
     for side, pixels in (("height", height), ("width", width)):
         if pixels % PIXELS_A_LATENT:
@@ -259,7 +263,23 @@ def versions() -> dict[str, str]:
 
 
 def _recipe(model: ModelSpec, source: str, w: str | None, a: str | None) -> Recipe:
-    return Recipe.load(source, w, a).keeping(families()[model.family].keep)
+    recipe = Recipe.load(source, w, a)
+    if model.family == GENERIC and recipe.calibrated:
+        raise UsageError(
+            f"recipe {recipe.name} is calibrated, block by block, and the family {GENERIC} knows no blocks: "
+            "use --recipe rtn"
+        )
+    return recipe.keeping(family_for(model).keep)
+
+
+def _check_taken(options: Options, model: ModelSpec) -> None:
+    """UsageError for an option that the pipeline's call has no argument for."""
+    taken, own = call_parameters(model.pipeline), {"height": model.height, "width": model.width}
+    for option, argument in (("height", "height"), ("width", "width"), ("guidance", "guidance_scale")):
+        given = getattr(options, option)
+        if given is not None and argument not in taken and given != own.get(option):
+            size = f"; {model.name} makes images of {model.width}x{model.height}" if option in own else ""
+            raise UsageError(f"--{option} {given}: a {model.pipeline} takes no {option}{size}")
 
 
 def _prompts(options: Options, model: ModelSpec) -> list[str]:

@@ -3,6 +3,7 @@
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from dmquant.evaluation.report_tables import size_text
 from dmquant.evaluation.result import Metric
 from dmquant.evaluation.score import score_pairs, score_reference
 from dmquant.pipelines import folders
+from dmquant.pipelines.attention import check_attention
 from dmquant.pipelines.calibrating import calibrate
 from dmquant.pipelines.console import Console
 from dmquant.pipelines.hashes import pipeline_hashes
@@ -38,9 +40,9 @@ def make_model(
     backbone = getattr(pipeline, settings.family.component)
     parameters = sum(parameter.numel() for parameter in backbone.parameters())
     began = time.perf_counter()
-    recipe = settings.recipe
+    recipe = settings.recipe.splitting(settings.family.concatenations(backbone))
     if recipe.calibrated:
-        calibrated = calibrate(pipeline, settings, workspace, console)
+        calibrated = calibrate(pipeline, replace(settings, recipe=recipe), workspace, console)
         layers, recipe = calibrated.layers, calibrated.recipe
     else:
         with console.bar("quantizing") as bar:
@@ -90,10 +92,11 @@ def _notes(layers: Sequence[LayerReport]) -> dict[str, list[str]]:
 def load_quantized(folder: Path, settings: Settings) -> "DiffusionPipeline":
     """A pipeline that dmquant saved, as any diffusers app loads it, on the device of the run.
 
-    Raises UserError for a folder that is not whole.
+    Raises UserError for a folder that is not whole, and for an attention backend that is not installed.
     """
     folders.check_whole(folder)
     pipeline = load_pipeline(folder, torch_dtype=settings.dtype, local_files_only=True)
+    check_attention(getattr(pipeline, settings.family.component))
     return pipeline.to(settings.device)
 
 
@@ -126,7 +129,12 @@ def make_images(
             note(generated)
 
         generated = generate(
-            pipeline, requests, folder, batch_size=settings.batch_size, call=settings.call, on_batch=on_batch
+            settings.family.prompted(pipeline),
+            requests,
+            folder,
+            batch_size=settings.batch_size,
+            call=settings.call,
+            on_batch=on_batch,
         )
     seconds, made = time.perf_counter() - began, len(generated.seconds)
     there = f"; {kept} were there" if kept else ""

@@ -1,5 +1,17 @@
-"""Tests work on tiny tensors: several threads would only wait for one another, most of all on a busy machine."""
+"""What every test module is run with."""
 
+import gc
 import os
 
+# Tests work on tiny tensors: several threads would only wait for one another, most of all on a busy machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _imported_objects_are_not_collected():
+    """Calibration collects garbage after every block, which takes most of its time where blocks are tiny."""
+    gc.freeze()
+    yield
+    gc.unfreeze()

@@ -75,12 +75,15 @@ def test_channel_scales_are_refused_for_activations():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("format", "granularity"), [("fp6", "token"), ("int6", "token"), ("mxfp6", "token")])
-def test_the_compiled_loop_gives_the_reference_bit_for_bit(format, granularity, monkeypatch):
+@pytest.mark.parametrize(
+    ("format", "granularity", "split"),
+    [("fp6", "token", None), ("int6", "token", None), ("mxfp6", "token", None), ("fp6", "token", 500)],
+)
+def test_the_compiled_loop_gives_the_reference_bit_for_bit(format, granularity, split, monkeypatch):
     monkeypatch.setattr(cpu, "PAYS_AFTER", 0)
     if not cpu.can_compile():
         pytest.skip("no C++ compiler: large activations run eagerly")
-    spec = ActivationSpec.parse(format, granularity)
+    spec = ActivationSpec.parse(format, granularity, split=split)
     for dtype in (torch.float32, torch.bfloat16):
         x = torch.randn(1024, 1152, dtype=dtype)
         assert x.numel() >= cpu.WORTH_COMPILING

@@ -12,7 +12,7 @@ from PIL import Image
 from dmquant import cli
 from dmquant.pipelines.defaults import DEFAULT_RECIPE
 from dmquant.pipelines.settings import parse_size
-from tests.tiny import tiny_pixart
+from tests.tiny import tiny_dit, tiny_pixart, tiny_sd
 
 COMMANDS = [command.callback.__name__ for command in cli.app.registered_commands]
 HEAVY = ("torch", "diffusers", "transformers", "torchmetrics")
@@ -90,6 +90,9 @@ WRONG_USAGE = {
     "odd size": (["MODEL", "--height", "33"], "not a multiple of 8"),
     "no size": (["MODEL", "--memory-budget", "8 apples"], "write it as 8GB"),
     "no memory": (["MODEL", "--memory-budget", "0GB"], "write it as 8GB"),
+    "unknown family": (["MODEL", "--family", "pixarts"], "did you mean 'pixart'?"),
+    "family of another backbone": (["MODEL", "--family", "unet"], "has no unet"),
+    "calibration of an unknown backbone": (["MODEL", "--family", "generic", "--recipe", "fp4dit"], "use --recipe rtn"),
     "unknown calibration prompts": (["MODEL", "--calibration-prompts", "emojo"], "did you mean 'emoji'?"),
 }
 
@@ -260,6 +263,42 @@ def test_quantize_writes_a_model_that_inspect_describes_and_generate_uses(capsys
     _fails(dmquant(capsys, "run", "q", "--out", "run"), 1, "already quantized")
     assert dmquant(capsys, "quantize", model, "--recipe", "rtn", "--w", "int8", "--out", "q", "--overwrite")[0] == 0
     assert "int8" in dmquant(capsys, "inspect", "q")[1]
+
+
+def test_a_pipeline_of_no_family_goes_through_the_generic_one(capsys, tmp_path):
+    tiny_sd(tmp_path / "strange")
+    index = tmp_path / "strange" / "model_index.json"
+    index.write_text(index.read_text().replace('"StableDiffusionPipeline"', '"StableDiffusionPAGPipeline"'))
+    rtn = ["--recipe", "rtn", "--out", "q"]
+    _fails(dmquant(capsys, "quantize", "strange", *rtn), 1, "--family generic --recipe rtn")
+    _fails(dmquant(capsys, "quantize", "strange", "--family", "generic", "--out", "q"), 2, "use --recipe rtn")
+    assert "no family knows" not in dmquant(capsys, "inspect", "strange")[1]  # the UNet itself is known
+    code, _, err = dmquant(capsys, "quantize", "strange", "--family", "generic", *rtn)
+    assert (code, err) == (0, "")
+    out = dmquant(capsys, "inspect", "q", "--layers")[1]
+    assert "unet: recipe rtn" in out
+    assert "down_blocks.0.resnets.0.conv1" in out
+    assert "conv_in" not in out
+    images = ["--num-prompts", 1, "--steps", 1, "--out", "images"]
+    _fails(dmquant(capsys, "generate", "q", *images), 1, "no model family knows")
+    assert dmquant(capsys, "generate", "q", "--family", "generic", *images)[0] == 0
+    assert Path("images/00000.png").is_file()
+
+
+def test_options_that_a_pipelines_call_does_not_take(capsys, tmp_path):
+    tiny_dit(tmp_path / "dit")
+    for height, code in ((64, 2), (32, 0)):
+        result = dmquant(capsys, "quantize", "dit", "--recipe", "rtn", "--height", height, "--out", "q")
+        assert result[0] == code
+        if code:
+            _fails(result, code, "a DiTPipeline takes no height; dit makes images of 32x32")
+
+
+def test_inspect_says_what_a_family_keeps_and_why(capsys, model):
+    out = dmquant(capsys, "inspect", model)[1]
+    assert "PixArtTransformer2DModel, family pixart" in out
+    assert "adaln_single.*" in out
+    assert "scale and shift of every block" in " ".join(out.split())
 
 
 def test_a_run_goes_to_a_folder_named_after_it_and_its_report_can_be_written_again(capsys, model):

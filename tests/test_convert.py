@@ -53,6 +53,13 @@ def test_a_group_size_that_does_not_divide_is_handled_and_said():
     assert net.blocks[0]["ff"](torch.randn(2, 96)).isfinite().all()
 
 
+def test_groups_of_a_convolution_may_end_within_a_position_of_its_kernel():
+    net = Net()
+    quantize_(net, Recipe(name="x", granularity="group:24"))
+    assert net.blocks[0]["conv"].scale.shape == (16, 144 // 24 * 2)  # bytes
+    assert net.blocks[0]["conv"](torch.randn(2, 16, 5, 5)).isfinite().all()
+
+
 def test_the_same_plan_on_meta():
     with torch.device("meta"):
         empty = Net()

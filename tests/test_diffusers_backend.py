@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from types import MappingProxyType
 
 import pytest
 import torch
@@ -19,19 +20,27 @@ from dmquant.recipe import Recipe
 from tests.tiny import IMAGE_SIZE, PIXART_CALL, tiny_pixart, tiny_sd
 
 BUILDERS = {"pixart": (tiny_pixart, "transformer"), "unet": (tiny_sd, "unet")}
+SPLITS = {
+    "pixart": {"transformer_blocks.0.attn1.to_q": 5, "transformer_blocks.0.ff.net.2": 64},
+    "unet": {"up_blocks.0.resnets.0.conv_shortcut": 20, "up_blocks.1.resnets.0.conv1": 7},
+}
 RECIPES = {
     "rtn": Recipe.load("rtn"),
     "fp32 scales": Recipe.load("w4a8").with_settings(store="fp32", granularity="channel"),
     "nvfp4": Recipe.load("rtn", w="nvfp4", a="mxfp6"),
     "int3": Recipe.load("rtn", w="int3", a="int8"),
+    "split": Recipe.load("w4a6").splitting(SPLITS["pixart"] | SPLITS["unet"]),
 }
+
+
+def quantized_layers(model):
+    return [(name, layer) for name, layer in model.named_modules() if isinstance(layer, (QuantLinear, QuantConv2d))]
 
 
 def packed(model):
     return {
         f"{name}.{leaf}": tensor
-        for name, layer in model.named_modules()
-        if isinstance(layer, (QuantLinear, QuantConv2d))
+        for name, layer in quantized_layers(model)
         for leaf, tensor in layer.named_parameters()
         if leaf != "bias"
     }
@@ -55,10 +64,10 @@ def static_recipe(ranges=4):
     return Recipe.load("w4a6").with_settings(**static, rules=rules)
 
 
-def static_backbone(kind, ranges=4):
+def static_backbone(kind, ranges=4, splits=MappingProxyType({})):
     """Quantized with scales that differ from range to range, and clip."""
     build, component = BUILDERS[kind]
-    model, recipe = getattr(build(), component), static_recipe(ranges)
+    model, recipe = getattr(build(), component), static_recipe(ranges).splitting(splits)
     generator = torch.Generator().manual_seed(1)
     for step in plan(model, recipe):
         layer, scale = model.get_submodule(step.name), None
@@ -100,6 +109,46 @@ def test_save_and_reload_is_bit_equal(kind, recipe, dtype, tmp_path):
     else:
         again = type(model).from_pretrained(tmp_path, torch_dtype=dtype)
         assert torch.equal(example(loaded, dtype), example(again, dtype))
+
+
+@pytest.mark.parametrize("kind", BUILDERS)
+def test_a_model_saved_with_splits_has_them_in_its_layers(kind, tmp_path):
+    quantized_backbone(kind, RECIPES["split"]).save_pretrained(tmp_path)
+    loaded = type(getattr(BUILDERS[kind][0](), BUILDERS[kind][1])).from_pretrained(tmp_path)
+    for by_layer in (lambda layer: layer.weight_spec.split, lambda layer: layer.activations.split):
+        splits = {name: by_layer(layer) for name, layer in quantized_layers(loaded)}
+        assert {name: split for name, split in splits.items() if split is not None} == SPLITS[kind]
+
+
+def test_static_scales_of_halves_reload_bit_equal(tmp_path):
+    model = static_backbone("unet", splits=SPLITS["unet"])
+    assert model.get_submodule("up_blocks.1.resnets.0.conv1").input_scale.numel() == 4 * 2 * 4
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    for timesteps in ((5, 700), (999, 300)):
+        assert torch.equal(example(loaded, timesteps=timesteps), example(model, timesteps=timesteps))
+
+
+def made_by_version_1(folder):
+    file = folder / "config.json"
+    config = json.loads(file.read_text())
+    assert config["quantization_config"]["version"] == 2
+    config["quantization_config"]["version"] = 1
+    file.write_text(json.dumps(config))
+
+
+def test_convolutions_of_version_1_are_refused_and_linear_layers_load(tmp_path):
+    unet, transformer = (quantized_backbone(kind, RECIPES["rtn"]) for kind in ("unet", "pixart"))
+    unet.save_pretrained(tmp_path / "unet")
+    transformer.save_pretrained(tmp_path / "pixart")
+    for kind in BUILDERS:
+        made_by_version_1(tmp_path / kind)
+    with pytest.raises(UserError, match=r"conv\d was quantized by an older dmquant.*quantize the full-precision model"):
+        type(unet).from_pretrained(tmp_path / "unet")
+    loaded = type(transformer).from_pretrained(tmp_path / "pixart")
+    assert torch.equal(example(loaded), example(transformer))
+    loaded.save_pretrained(tmp_path / "again")
+    assert json.loads((tmp_path / "again" / "config.json").read_text())["quantization_config"]["version"] == 2
 
 
 @pytest.mark.parametrize("kind", BUILDERS)

@@ -2,6 +2,7 @@
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from dmquant.errors import UsageError
 from dmquant.formats import get_format
 from dmquant.kernels import cpu, reference
-from dmquant.qtensor import WeightSpec, quantize_tensor
+from dmquant.qtensor import WeightSpec, from_matrix, quantize, quantize_tensor, to_matrix
 from dmquant.scaling import BLOCK_FORMATS, STORES, Granularity, fit_absmax, fit_mse, to_groups
 
 FORMATS = (
@@ -129,11 +130,52 @@ def test_the_remainder_of_a_row_gets_a_group_of_its_own():
     assert (q.dequantize()[:, :96] - w[:, :96]).abs().max() < 0.3  # not scaled by its loud neighbours
 
 
-def test_convolution_weights_keep_their_shape():
-    w = torch.randn(8, 6, 3, 3)
-    q = quantize_tensor(w, "fp6", "group:32")
-    assert q.dequantize().shape == w.shape
-    assert torch.equal(q.dequantize().flatten(1), quantize_tensor(w.flatten(1), "fp6", "group:32").dequantize())
+@pytest.mark.parametrize(("kernel", "channels", "size"), [((3, 3), 32, 16), ((3, 3), 10, 16), ((2, 1), 7, 64)])
+def test_a_convolution_is_grouped_along_its_input_channels_as_numpy_does_it(kernel, channels, size):
+    w = np.random.default_rng(0).standard_normal((6, channels, *kernel), np.float32)
+    rows = np.ascontiguousarray(w.transpose(0, 2, 3, 1)).reshape(6, -1)
+    expected = np.empty_like(rows)
+    for start in range(0, rows.shape[1], size):
+        group = rows[:, start : start + size]
+        scale = np.abs(group).max(1, keepdims=True) / np.float32(127)
+        expected[:, start : start + size] = np.rint(group / scale) * scale
+    q = quantize_tensor(torch.from_numpy(w), "int8", f"group:{size}", store="fp32")
+    assert np.array_equal(q.dequantize().numpy(), expected.reshape(6, *kernel, channels).transpose(0, 3, 1, 2))
+
+
+def test_a_group_that_divides_the_channels_lies_within_one_position_of_the_kernel():
+    w = torch.randn(4, 32, 3, 3)
+    scale = quantize_tensor(w, "fp4", "group:16", store="fp32").scale.view(4, 3, 3, 2)
+    for row, y, x, half in itertools.product(range(4), range(3), range(3), range(2)):
+        assert scale[row, y, x, half] == w[row, 16 * half : 16 * half + 16, y, x].abs().max() / 6
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    data=st.data(), rows=st.integers(1, 4), channels=st.integers(2, 9), kernel=st.lists(st.integers(1, 3), max_size=2)
+)
+def test_the_matrix_form_is_channels_last_half_by_half_and_can_be_undone(data, rows, channels, kernel):
+    split = data.draw(st.none() | st.integers(1, channels - 1))
+    w = torch.randn(rows, channels, *kernel)
+    cut = channels if split is None else split
+    halves = [np.moveaxis(half, 1, -1).reshape(rows, -1) for half in (w[:, :cut].numpy(), w[:, cut:].numpy())]
+    matrix = to_matrix(w, split)
+    assert np.array_equal(matrix.numpy(), np.concatenate(halves, 1))
+    assert torch.equal(from_matrix(matrix, w.shape, split), w)
+
+
+@pytest.mark.parametrize("split", [None, 24])
+def test_dequantized_convolutions_are_in_the_memory_format_that_kernels_read(split):
+    for kernel in (cpu, reference):
+        for format in ("fp4", "int3"):
+            q = quantize(torch.randn(8, 64, 3, 3), WeightSpec.parse(format, "group:8", split=split))
+            weight = kernel.dequantize(q.codes, q.scale, q.spec, q.shape, torch.bfloat16)
+            assert weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_a_tensor_without_input_channels_is_refused():
+    with pytest.raises(UsageError, match=r"this tensor has the shape \(5,\)"):
+        quantize_tensor(torch.randn(5), "fp4")
 
 
 @pytest.mark.parametrize("name", ["mxfp4", "mxfp6", "mxfp8"])

@@ -5,7 +5,6 @@ Both give the reference's result bit for bit.
 
 import dataclasses
 import functools
-import math
 import shutil
 import sysconfig
 from collections import Counter
@@ -14,10 +13,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dmquant.activations import ActivationSpec
+from dmquant.activations import ActivationSpec, half_by_half
 from dmquant.formats import FloatFormat, Format
 from dmquant.kernels import reference
-from dmquant.qtensor import WeightSpec
+from dmquant.qtensor import WeightSpec, from_matrix
 
 WORTH_COMPILING = 1 << 18  # elements in a call; below, the compiled loop saves only microseconds
 PAYS_AFTER = 1 << 31  # elements in all; before, a run ends sooner without the seconds that compiling takes
@@ -47,17 +46,17 @@ def dequantize(codes: Tensor, scale: Tensor, spec: WeightSpec, shape: tuple[int,
     """The weight in `dtype`."""
     if torch.compiler.is_compiling():  # which fuses the reference better than it looks up tables
         return reference.dequantize(codes, scale, spec, shape, dtype)
-    rows = shape[0]
-    columns = math.prod(shape[1:])
+    segments, size = spec.segments(shape), spec.granularity.size
     table = _pair_table(spec.fmt, dtype)
-    row_bits = columns * spec.fmt.bits
-    if table is None or row_bits % 16 or columns % (spec.granularity.size or 1):
+    row_bits = sum(segments) * spec.fmt.bits
+    if table is None or row_bits % 16 or any(columns % (size or 1) for columns in segments):
         return reference.dequantize(codes, scale, spec, shape, dtype)
     index = codes.view(torch.uint16).flatten().int()
-    values = table.index_select(0, index).view(dtype)
-    groups = values.view(rows, -1, spec.granularity.size or columns)
-    _scale_rows(groups, scale.expand(rows, -1).unsqueeze(-1))
-    return groups.view(shape)
+    matrix = table.index_select(0, index).view(dtype).view(shape[0], -1)
+    scales = scale.expand(len(matrix), -1).split([columns // (size or columns) for columns in segments], 1)
+    for values, of_groups in zip(matrix.split(segments, 1), scales, strict=True):
+        _scale_rows(values.unflatten(1, (of_groups.shape[1], -1)), of_groups.unsqueeze(-1))
+    return from_matrix(matrix, shape, spec.split)
 
 
 def _scale_rows(groups: Tensor, scale: Tensor) -> None:
@@ -115,6 +114,8 @@ def fake_quantize(x: Tensor, spec: ActivationSpec, dim: int, scale: Tensor | Non
     """A layer's input rounded to what `spec` can represent; `scale` for static specs."""
     if scale is not None:
         return reference.fake_quantize(x, spec, dim, scale)
+    if spec.split is not None:  # so that one compiled loop serves every split
+        return half_by_half(fake_quantize, x, spec, dim)
     if not torch.compiler.is_compiling() and _worth_compiling(x, spec):
         spec, tokens = _to_compile(spec), x.movedim(dim, -1)
         if not tokens.is_contiguous():

@@ -6,19 +6,19 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from dmquant.qtensor import QuantizedTensor, WeightSpec, encode
+from dmquant.qtensor import QuantizedTensor, WeightSpec, encode, from_matrix
 from dmquant.scaling import Scales, from_groups, to_groups
 
 
 @dataclass(frozen=True)
 class Grid:
-    """A weight (rows, columns) in float32, with the specification and the scales of its quantized form."""
+    """A weight's matrix form (rows, columns) in float32, with the specification and scales of its quantized form."""
 
     weight: Tensor
     spec: WeightSpec
     scales: Scales
     shape: tuple[int, ...]
-    """Of the layer's weight; rows first."""
+    """Of the layer's weight, (rows, input channels, ...)."""
 
     @cached_property
     def neighbours(self) -> tuple[Tensor, Tensor]:
@@ -38,7 +38,16 @@ class Grid:
 
     def quantized(self, values: Tensor) -> QuantizedTensor:
         """Codes of `values`, which must be values of this grid."""
-        return QuantizedTensor(encode(values, self._scale, self.spec), self.scales, self.spec, self.shape)
+        codes = encode(values, self._scale, self.spec, self._segments)
+        return QuantizedTensor(codes, self.scales, self.spec, self.shape)
+
+    def as_weight(self, matrix: Tensor) -> Tensor:
+        """A matrix of this grid in the shape of the layer's weight."""
+        return from_matrix(matrix, self.shape, self.spec.split)
+
+    @cached_property
+    def _segments(self) -> tuple[int, ...]:
+        return self.spec.segments(self.shape)
 
     @cached_property
     def _scale(self) -> Tensor:
@@ -46,10 +55,10 @@ class Grid:
 
     @property
     def _scaled(self) -> Tensor:
-        return to_groups(self.weight, self.spec.granularity) / self._scale.unsqueeze(-1)
+        return to_groups(self.weight, self.spec.granularity, self._segments) / self._scale.unsqueeze(-1)
 
     def _unscaled(self, groups: Tensor) -> Tensor:
-        return from_groups(groups * self._scale.unsqueeze(-1), *self.weight.shape)
+        return from_groups(groups * self._scale.unsqueeze(-1), self.spec.granularity, self._segments)
 
     def fraction(self) -> Tensor:
         """Where each weight lies between its neighbours, 0 to 1; 0 where they are equal."""

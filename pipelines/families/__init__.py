@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
     from torch import Tensor, nn
 
+HOW_TO_ADD = 'docs/models.md, "Adding a family", says how one is added'
+
 
 def blocks_in(*lists: str) -> "Callable[[nn.Module], list[str]]":
     """Names of all modules in the backbone's module lists of these names, one list after another."""
@@ -86,4 +88,6 @@ def family_of(pipeline: "DiffusionPipeline") -> Family:
     backbones = {type(getattr(pipeline, name)).__name__ for name in ("transformer", "unet") if hasattr(pipeline, name)}
     known = ", ".join(name for family in families().values() for name in family.backbones)
     found = " and ".join(sorted(backbones)) or "no backbone"
-    raise UserError(f"{type(pipeline).__name__} has {found}, which no model family knows; known are {known}")
+    raise UserError(
+        f"{type(pipeline).__name__} has {found}, which no model family knows; known are {known}; {HOW_TO_ADD}"
+    )

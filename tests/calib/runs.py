@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import gc
 from pathlib import Path
 
 import torch
@@ -10,49 +11,50 @@ from dmquant.calib.capture import capture
 from dmquant.calib.engine import calibrate_
 from dmquant.calib.sampling import Sampling
 from dmquant.layers import QuantConv2d, QuantLinear
+from dmquant.pipelines.families import families
 from dmquant.recipe import Recipe
-from tests.tiny import IMAGE_SIZE, PIXART_CALL, tiny_pixart, tiny_sd, tiny_sdxl
+from tests.tiny import TINY
 
-PROMPTS = ["a red cat", "a blue boat", "a tree", "a face"]
-SIZE = {"height": IMAGE_SIZE, "width": IMAGE_SIZE, "num_inference_steps": 4, "guidance_scale": 3.0}
-KEEP = {
-    "match": ["pos_embed*", "adaln_single*", "caption_projection*", "proj_out", "conv_in", "conv_out", "*time_emb*"]
-}
-PIXART_BLOCKS = ("transformer_blocks",)
-UNET_BLOCKS = ("down_blocks", "mid_block", "up_blocks")
-FAMILIES = {
-    "pixart": (lambda: tiny_pixart(blocks=3), "transformer", PIXART_BLOCKS, PIXART_CALL),
-    "sd": (tiny_sd, "unet", UNET_BLOCKS, {}),
-    "sdxl": (tiny_sdxl, "unet", UNET_BLOCKS, {}),
-}
+PROMPTS = 4
+STEPS = 4
+gc.freeze()  # calibration collects garbage after every block; what the imports made need not be looked at again
+KEEP = {"match": list(families()["pixart"].keep), "keep": True}
 
 
-def captured(family: str, folder: Path):
-    """Backbone, its block paths, and calibration data: 12 samples to learn from and 4 held out."""
-    build, component, blocks, options = FAMILIES[family]
-    pipeline = build()
-    backbone = getattr(pipeline, component)
+def call_of(model: str, steps: int) -> dict:
+    """Arguments of the pipeline's call for a tiny model."""
+    tiny = TINY[model]
+    size = {"height": tiny.size, "width": tiny.size}
+    return size | {"num_inference_steps": steps, "guidance_scale": 3.0} | dict(tiny.call)
+
+
+def captured(model: str, folder: Path):
+    """Backbone of a tiny pipeline, names of its blocks, and calibration data: 12 samples to learn from, 4 held out."""
+    tiny = TINY[model]
+    family, pipeline = families()[tiny.family], tiny.build()
+    backbone = getattr(pipeline, family.component)
     with torch.no_grad():  # diffusers starts some with zeros, such as the gates of PixArt's blocks
         for parameter in backbone.parameters():
             if not parameter.any():
                 parameter.normal_(std=0.1)
     store = capture(
-        pipeline,
-        component,
-        PROMPTS,
+        family.prompted(pipeline),
+        family.component,
+        tiny.prompts[:PROMPTS],
         sampling=Sampling("stratified", 4, 0.25, 0),
-        call=SIZE | options,
+        call=call_of(model, STEPS),
         seed=0,
         batch_size=4,
         folder=folder,
-        made_for={"family": family},
+        made_for={"model": model},
+        shared=family.shared,
     )
-    return backbone, blocks, store
+    return backbone, family.blocks(backbone), store
 
 
 def recipe_of(rules=(), keep=True, learning=None, **settings) -> Recipe:
-    """Adaround on FP4 weights in groups of 16, a few steps; `keep` leaves the layers outside of blocks alone."""
-    kept = [KEEP | {"keep": True}] if keep else []
+    """Adaround on FP4 weights in groups of 16, a few steps; `keep` leaves the layers around PixArt's blocks alone."""
+    kept = [KEEP] if keep else []
     return Recipe.model_validate(
         {
             "name": "test",

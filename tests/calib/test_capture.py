@@ -1,9 +1,13 @@
 """Capture: what is stored is what the pipeline passed, once, whole, and only for what it was made for."""
 
+import copy
+import inspect
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -12,30 +16,46 @@ from safetensors import safe_open
 from dmquant.calib.capture import capture
 from dmquant.calib.sampling import Sampling
 from dmquant.calib.store import INDEX, CalibrationStore, Index
+from dmquant.calib.tree import flatten
 from dmquant.errors import UsageError, UserError
+from dmquant.pipelines.families import Family, families
+from tests.calib.runs import call_of
 from tests.calib.toy import Toy
-from tests.tiny import IMAGE_SIZE, PIXART_CALL, TOKENS, tiny_pixart, tiny_sd, tiny_sdxl
+from tests.tiny import TINY, TOKENS
+from tests.tiny.hunyuan import BERT_TOKENS, T5_TOKENS
 
-PROMPTS = ["red apple", "blue cat", "a green house", "a boat on the tree", "face"]
 STEPS = 8
-SIZE = {"height": IMAGE_SIZE, "width": IMAGE_SIZE, "num_inference_steps": STEPS}
-FAMILIES = {
-    "pixart": (tiny_pixart, "transformer", {**SIZE, "guidance_scale": 3.0, **PIXART_CALL}),
-    "sd": (tiny_sd, "unet", {**SIZE, "guidance_scale": 3.0}),
-    "sdxl": (tiny_sdxl, "unet", {**SIZE, "guidance_scale": 3.0}),
-    "sd without guidance": (tiny_sd, "unet", {**SIZE, "guidance_scale": 1.0}),
-}
+MODELS = {name: (name, 3.0) for name in TINY} | {"sd15 without guidance": ("sd15", 1.0)}
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
-def family(request):
-    build, component, call = FAMILIES[request.param]
-    return build(), component, call
+class Model(NamedTuple):
+    """A pipeline as it is called with prompts, and what it is called with."""
+
+    pipeline: Any
+    family: Family
+    call: dict[str, Any]
+    prompts: Sequence[str]
+
+    @property
+    def backbone(self):
+        return getattr(self.pipeline, self.family.component)
 
 
-def captured(pipeline, component, call, folder, prompts=PROMPTS, **changes):
+def built(name, guidance=3.0):
+    tiny, family = TINY[name], families()[TINY[name].family]
+    call = call_of(name, STEPS) | {"guidance_scale": guidance}
+    return Model(family.prompted(tiny.build()), family, call, tiny.prompts)
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def model(request):
+    return built(*MODELS[request.param])
+
+
+def captured(model, folder, **changes):
     settings = {"sampling": Sampling("stratified", 3, 0.2), "seed": 7, "batch_size": 2, "made_for": {"weights": "w"}}
-    return capture(pipeline, component, prompts, call=call, folder=folder, **(settings | changes))
+    settings |= {"prompts": model.prompts, "call": model.call, "shared": model.family.shared, "folder": folder}
+    return capture(model.pipeline, model.family.component, **(settings | changes))
 
 
 def toy_capture(toy, folder, **changes):
@@ -45,85 +65,158 @@ def toy_capture(toy, folder, **changes):
     return capture(toy, "unet", prompts, call=call, folder=folder, **(settings | changes))
 
 
-def spied(pipeline, component, work):
-    """Outputs of the backbone during `work`, call by call, and what `work` returned."""
-    outputs = []
-    handle = getattr(pipeline, component).register_forward_hook(
-        lambda module, args, output: outputs.append(output[0].clone())
-    )
+def spied(backbone, work):
+    """Every call of the backbone during `work`, as its arguments by name and its output; and what `work` returned."""
+    calls, signature = [], inspect.signature(backbone.forward)
+
+    def spy(module, args, kwargs, output):
+        calls.append((copy.deepcopy(signature.bind(*args, **kwargs).arguments), output[0].clone()))
+
+    handle = backbone.register_forward_hook(spy, with_kwargs=True)
     try:
-        return outputs, work()
+        return calls, work()
     finally:
         handle.remove()
 
 
-def replay(pipeline, component, store, indices):
+def replay(model, store, indices):
     args, kwargs = store.batch(indices)
     with torch.inference_mode():
-        return getattr(pipeline, component)(*args, **kwargs)[0]
+        return model.backbone(*args, **kwargs)[0]
 
 
 def files(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_replaying_what_is_stored_gives_what_the_pipeline_computed_bit_for_bit(family, tmp_path):
-    pipeline, component, call = family
-    outputs, store = spied(
-        pipeline, component, lambda: captured(pipeline, component, call, tmp_path, PROMPTS[:3], batch_size=1)
-    )
-    assert len(outputs) == 3 * STEPS
-    assert store.rows == (2 if call["guidance_scale"] > 1 else 1)
+def rows_of(prompt, batch, leaf, shared):
+    """What belongs to one prompt of a pipeline call of `batch` prompts; a number is repeated for its rows."""
+    if leaf.tensor.dim() == 0:
+        return leaf.tensor
+    return leaf.tensor if leaf.argument in shared else leaf.tensor[prompt::batch]
+
+
+def test_what_is_stored_is_what_the_pipeline_passed(model, tmp_path):
+    calls, store = spied(model.backbone, lambda: captured(model, tmp_path, batch_size=3))
     for index, sample in enumerate(store.samples):
-        assert torch.equal(replay(pipeline, component, store, [index]), outputs[sample.prompt * STEPS + sample.step])
+        batch, prompt = divmod(sample.prompt, 3)
+        passed_skeleton, passed = flatten(dict(calls[batch * STEPS + sample.step][0]))
+        skeleton, leaves = flatten(store.batch([index])[1])
+        assert skeleton == passed_skeleton
+        for (name, leaf), one in zip(leaves, passed, strict=True):
+            wanted = rows_of(prompt, (3, 2)[batch], one, model.family.shared)
+            assert leaf.dtype == wanted.dtype, name
+            assert torch.equal(leaf, wanted.expand(store.rows) if wanted.dim() == 0 else wanted), name
 
 
-def test_samples_are_cut_out_of_batches_and_mixed_over_timesteps(family, tmp_path):
-    pipeline, component, call = family
-    outputs, store = spied(pipeline, component, lambda: captured(pipeline, component, call, tmp_path, batch_size=3))
+def test_replaying_what_is_stored_gives_what_the_pipeline_computed_bit_for_bit(model, tmp_path):
+    calls, store = spied(model.backbone, lambda: captured(model, tmp_path, prompts=model.prompts[:3], batch_size=1))
+    assert len(calls) == 3 * STEPS
+    assert store.rows == (2 if model.family.guidance == "rows" and model.call["guidance_scale"] > 1 else 1)
+    for index, sample in enumerate(store.samples):
+        assert torch.equal(replay(model, store, [index]), calls[sample.prompt * STEPS + sample.step][1])
+
+
+def test_samples_are_cut_out_of_batches_and_mixed_over_timesteps(model, tmp_path):
+    calls, store = spied(model.backbone, lambda: captured(model, tmp_path, batch_size=3))
     wanted = []
     for sample in store.samples:
         batch, within = divmod(sample.prompt, 3)
         prompts = (3, 2)[batch]
-        wanted.append(outputs[batch * STEPS + sample.step][within::prompts])
+        wanted.append(calls[batch * STEPS + sample.step][1][within::prompts])
     order = list(range(len(wanted)))[::-1]
     assert len({store.samples[index].step for index in order}) > 3
-    mixed = replay(pipeline, component, store, order)
+    mixed = replay(model, store, order)
     assert torch.allclose(mixed, torch.cat([wanted[index] for index in order]), atol=1e-5)
-    single = torch.cat([replay(pipeline, component, store, [index]) for index in order])
+    single = torch.cat([replay(model, store, [index]) for index in order])
     assert torch.allclose(mixed, single, atol=1e-5)
 
 
-def test_the_schedule_is_recorded_as_the_backbone_saw_it(family, tmp_path):
-    pipeline, component, call = family
-    store = captured(pipeline, component, call, tmp_path)
+def test_the_schedule_is_recorded_as_the_backbone_saw_it(model, tmp_path):
+    store = captured(model, tmp_path)
     assert store.steps == STEPS
-    assert store.timesteps == [float(timestep) for timestep in pipeline.scheduler.timesteps]
+    whole = 1000 if model.family.name == "flux" else 1  # Flux is told the share of the schedule that is left
+    assert store.timesteps == pytest.approx(
+        [float(timestep) / whole for timestep in model.pipeline.scheduler.timesteps]
+    )
     for index, sample in enumerate(store.samples):
         timestep = store.batch([index])[1]["timestep"]
         assert timestep.tolist() == [store.timesteps[sample.step]] * store.rows
 
 
-def test_masks_and_added_conditions_are_there(tmp_path):
-    build, component, call = FAMILIES["pixart"]
-    kwargs = captured(build(), component, call, tmp_path / "pixart").batch([0, 1])[1]
-    assert kwargs["encoder_attention_mask"].shape == (4, TOKENS)
-    # "red apple" and its end, for the conditional row; the negative prompt is empty
-    assert kwargs["encoder_attention_mask"].sum(dim=1).tolist() == [1, 3, 1, 3]
-    build, component, call = FAMILIES["sdxl"]
-    kwargs = captured(build(), component, call, tmp_path / "sdxl").batch([0, 1])[1]
-    assert kwargs["added_cond_kwargs"]["text_embeds"].shape == (4, 32)
-    assert kwargs["added_cond_kwargs"]["time_ids"].tolist() == [[32, 32, 0, 0, 32, 32]] * 4
-    assert kwargs["return_dict"] is False
+def same(values):
+    return lambda tensor: tensor.tolist() == values
+
+
+def shaped(*shape):
+    return lambda tensor: tuple(tensor.shape) == shape
+
+
+# The rows without and with the first prompt, "red apple" ("fish"); each has an end besides, and for some a start.
+MASK = [[1] * tokens + [0] * (TOKENS - tokens) for tokens in (1, 3)]
+CONDITIONS = {
+    "pixart-alpha-512": {"encoder_attention_mask": same(MASK)},
+    "pixart-alpha-1024": {
+        "encoder_attention_mask": same(MASK),
+        "added_cond_kwargs.resolution": same([[32.0, 32.0]] * 2),
+        "added_cond_kwargs.aspect_ratio": same([[1.0]] * 2),
+    },
+    "sdxl": {
+        "encoder_hidden_states": shaped(2, TOKENS, 64),
+        "added_cond_kwargs.text_embeds": shaped(2, 32),
+        "added_cond_kwargs.time_ids": same([[32.0, 32.0, 0.0, 0.0, 32.0, 32.0]] * 2),
+    },
+    "hunyuan-1.1": {
+        "encoder_hidden_states": shaped(2, BERT_TOKENS, 32),
+        "encoder_hidden_states_t5": shaped(2, T5_TOKENS, 32),
+        "text_embedding_mask": lambda mask: mask.sum(1).tolist() == [2, 4],
+        "text_embedding_mask_t5": lambda mask: mask.sum(1).tolist() == [1, 3],
+        "image_meta_size": same([[1024.0, 1024.0, 64.0, 64.0, 0.0, 0.0]] * 2),
+        "style": same([0, 0]),
+        "image_rotary_emb[0]": shaped(16, 16),
+        "image_rotary_emb[1]": shaped(16, 16),
+    },
+    "sd3": {"encoder_hidden_states": shaped(2, 2 * TOKENS, 64), "pooled_projections": shaped(2, 64)},
+    "flux": {
+        "pooled_projections": shaped(1, 32),
+        "guidance": same([3.0]),
+        "img_ids": shaped(64, 3),
+        "txt_ids": shaped(TOKENS, 3),
+    },
+    "sana": {"encoder_attention_mask": lambda mask: mask.sum(1).tolist() == [2, 4]},
+    "dit": {"class_labels": same([0, 1000])},
+}
+
+
+@pytest.mark.parametrize("name", CONDITIONS)
+def test_every_condition_is_there_for_both_branches_of_guidance(name, tmp_path):
+    model = built(name)
+    store = captured(model, tmp_path, prompts=model.prompts[:2])
+    leaves = dict(flatten(store.batch([0])[1])[1])
+    assert {condition for condition, holds in CONDITIONS[name].items() if not holds(leaves[condition])} == set()
+
+
+def test_what_all_rows_share_is_kept_whole_even_where_it_has_as_many_entries_as_there_are_rows(tmp_path):
+    """32 pixels are four image tokens of Hunyuan, and two prompts with guidance four rows."""
+    model = built("hunyuan-1.2")
+    model.call.update(height=32, width=32)
+    calls, store = spied(model.backbone, lambda: captured(model, tmp_path, prompts=model.prompts[:2]))
+    [rotary] = {tuple(arguments["image_rotary_emb"][0].shape) for arguments, _ in calls}
+    assert rotary == (4, 16) == (len(calls[0][0]["hidden_states"]), 16)
+    for index, sample in enumerate(store.samples):
+        arguments, output = calls[sample.step]
+        stored = store.batch([index])[1]["image_rotary_emb"]
+        assert all(map(torch.equal, stored, arguments["image_rotary_emb"]))
+        assert torch.allclose(replay(model, store, [index]), output[sample.prompt :: 2], atol=1e-5)
 
 
 def test_embeddings_are_stored_once_and_latents_once_for_both_branches(tmp_path):
-    build, component, call = FAMILIES["pixart"]
-    store = captured(build(), component, call, tmp_path, batch_size=5)
+    model = built("pixart-sigma")
+    store = captured(model, tmp_path, batch_size=5)
     [shard] = tmp_path.glob("*.safetensors")
     with safe_open(shard, framework="pt") as file:
         shapes = [tuple(file.get_slice(name).get_shape()) for name in file.keys()]  # noqa: SIM118
-    assert shapes.count((TOKENS, 32)) == len(PROMPTS) + 1  # one a prompt and the unconditional one
+    assert shapes.count((TOKENS, 32)) == len(model.prompts) + 1  # one a prompt and the unconditional one
     assert shapes.count((4, 16, 16)) == len(store.samples)
     assert shapes.count(()) == len({sample.step for sample in store.samples})
     kwargs = store.batch(range(len(store)))[1]
@@ -230,15 +323,14 @@ def test_a_damaged_shard_is_captured_again_alone(tmp_path, damage):
 
 
 def test_data_made_for_something_else_is_refused_with_what_differs(tmp_path):
-    build, component, call = FAMILIES["pixart"]
-    pipeline = build()
-    store = captured(pipeline, component, call, tmp_path, made_for={"weights": "a" * 64, "dtype": "fp32"})
+    model = built("pixart-sigma")
+    call, prompts = model.call, model.prompts
+    store = captured(model, tmp_path, made_for={"weights": "a" * 64, "dtype": "fp32"})
     before = files(tmp_path)
 
-    def again(message, prompts=PROMPTS, **changes):
-        settings = {"call": call, "made_for": {"weights": "a" * 64, "dtype": "fp32"}} | changes
+    def again(message, **changes):
         with pytest.raises(UserError, match=message) as caught:
-            captured(pipeline, component, folder=tmp_path, prompts=prompts, **settings)
+            captured(model, tmp_path, **{"made_for": {"weights": "a" * 64, "dtype": "fp32"}} | changes)
         assert "\n" not in str(caught.value)
 
     again(r"made for height 32, this run has 48; choose", call=call | {"height": 48})
@@ -248,14 +340,12 @@ def test_data_made_for_something_else_is_refused_with_what_differs(tmp_path):
         seed=8,
     )
     again(r"made for other weights; dtype fp32, this run has bf16;", made_for={"weights": "b" * 64, "dtype": "bf16"})
-    again(r"made for other prompts;", prompts=PROMPTS[::-1])
-    again(r"other prompts; number of prompts 5, this run has 4;", prompts=PROMPTS[:4])
+    again(r"made for other prompts;", prompts=prompts[::-1])
+    again(r"other prompts; number of prompts 5, this run has 4;", prompts=prompts[:4])
     again(r"sampler stratified, this run has uniform;", sampling=Sampling("uniform", 3, 0.2))
     again(r"sampling seed 0, this run has 1;", sampling=Sampling("stratified", 3, 0.2, 1))
     assert files(tmp_path) == before
-    assert (
-        captured(pipeline, component, call, tmp_path, made_for={"dtype": "fp32", "weights": "a" * 64}).key == store.key
-    )
+    assert captured(model, tmp_path, made_for={"dtype": "fp32", "weights": "a" * 64}).key == store.key
 
 
 def test_our_own_folder_is_replaced_when_asked(tmp_path):
@@ -285,16 +375,30 @@ def test_nan_and_infinity_stop_with_argument_prompt_and_step(tmp_path, bad):
         toy_capture(toy, tmp_path, sampling=Sampling("uniform", 3, 0.2))
     toy = Toy([1.0, 1.0], extra={"ids": [torch.tensor([1.0, bad])]})
     with pytest.raises(UserError, match=r"NaN or infinity in extra\.ids\[0\] at prompt 0, step"):
-        toy_capture(toy, tmp_path / "extra")
+        toy_capture(toy, tmp_path / "extra", shared=("extra",))
     assert not toy.unet._forward_pre_hooks
 
 
 def test_what_all_rows_share_is_stored_and_passed_once(tmp_path):
     table = torch.randn(5, 3)
-    store = toy_capture(Toy([1.0, 1.0], extra=(table, [None, 2.5])), tmp_path, batch_size=2)
+    toy = Toy([1.0, 1.0], extra=(table, [None, 2.5]))
+    store = toy_capture(toy, tmp_path, batch_size=2, shared=("extra",))
     rotary, plain = store.batch([3, 0, 2])[1]["extra"]
     assert torch.equal(rotary, table)
     assert plain == [None, 2.5]
+
+
+def test_what_depends_on_the_number_of_prompts_cannot_be_shared(tmp_path):
+    toy = Toy([1.0, 1.0])
+    toy.unet.register_forward_pre_hook(
+        lambda module, args, kwargs: (args, kwargs | {"extra": {"ids": args[0].new_ones(3 * len(args[0]))}}),
+        with_kwargs=True,
+    )
+    with pytest.raises(UserError, match=r"passed extra\.ids with 3 entries in a call of 1 rows.*shared=\('extra',\)"):
+        toy_capture(toy, tmp_path / "unlisted")
+    toy_capture(toy, tmp_path / "alike", batch_size=2, shared=("extra",))
+    with pytest.raises(UserError, match=r"does not pass the same extra\.ids in every call"):
+        toy_capture(toy, tmp_path / "listed", batch_size=3, shared=("extra",))
 
 
 def test_pipelines_that_cannot_be_captured(tmp_path):
@@ -315,8 +419,7 @@ def test_pipelines_that_cannot_be_captured(tmp_path):
 def test_a_scheduler_that_calls_the_backbone_more_often_than_it_has_steps(tmp_path):
     from diffusers import PNDMScheduler
 
-    build, component, call = FAMILIES["sd"]
-    pipeline = build()
-    pipeline.scheduler = PNDMScheduler.from_config(pipeline.scheduler.config, skip_prk_steps=True)
-    store = captured(pipeline, component, call, tmp_path, PROMPTS[:2])
+    model = built("sd15")
+    model.pipeline.scheduler = PNDMScheduler.from_config(model.pipeline.scheduler.config, skip_prk_steps=True)
+    store = captured(model, tmp_path, prompts=model.prompts[:2])
     assert store.steps == len(store.timesteps) == STEPS + 1

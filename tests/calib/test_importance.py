@@ -3,8 +3,10 @@ import torch
 
 from dmquant.calib.importance import measure_importance
 from dmquant.errors import UserError
+from dmquant.pipelines.families import families
+from tests.calib.runs import call_of
 from tests.calib.toy import Output, Toy
-from tests.tiny import IMAGE_SIZE, tiny_sd
+from tests.tiny import IMAGE_SIZE, TINY, tiny_sd
 
 SIZES, VALUES = [3.0, 0.5, 0.0, 1.0], [1.0, 4.0, 7.0, 0.1]
 CALL = {"num_inference_steps": 4}
@@ -39,3 +41,13 @@ def test_a_diffusers_pipeline_responds_linearly_and_as_before():
 def test_a_pipeline_that_ends_in_nan():
     with pytest.raises(UserError, match="NaN or infinity"):
         measure_importance(Toy([1.0, 1.0], [1.0, float("nan")]), "unet", ["a"], call=CALL, seed=0)
+
+
+@pytest.mark.parametrize("model", ["flux", "hunyuan-1.2", "dit"])
+def test_every_step_of_a_pipeline_has_a_measured_importance(model):
+    """Flux packs its latents, Hunyuan's sampler draws noise on the way, DiT takes classes."""
+    tiny, family = TINY[model], families()[TINY[model].family]
+    pipeline = family.prompted(tiny.build())
+    weights = measure_importance(pipeline, family.component, tiny.prompts[:2], call=call_of(model, 3), seed=0)
+    assert len(weights) == 3
+    assert min(weights) > 0

@@ -10,7 +10,7 @@ from dmquant.calib.moments import Moments, columns_of, fit_grid
 from dmquant.convert import LayerPlan
 from dmquant.errors import UsageError
 from dmquant.formats import get_format
-from dmquant.qtensor import WeightSpec
+from dmquant.qtensor import WeightSpec, to_matrix
 from dmquant.scaling import fit_hessian, fit_mse, to_groups
 
 CPU = torch.device("cpu")
@@ -42,8 +42,8 @@ def spec_of(format="fp4", granularity="group:16", scale="hessian", store="bf16")
 
 @pytest.mark.parametrize("size", [8, 16, 40, 64])
 def test_moments_inside_groups_are_those_of_a_plain_sum(size):
-    x = correlated()
-    inside = moments_of(x, spec_of()).inside_groups(size)
+    x, spec = correlated(), spec_of(granularity=f"group:{size}")
+    inside = moments_of(x, spec).inside_groups(spec, (24, 40))
     full = x.T.double() @ x.double() / len(x)
     assert inside.shape == (-(-40 // size), size, size)
     for group, found in enumerate(inside):
@@ -64,10 +64,30 @@ def test_of_wide_layers_only_moments_inside_groups_are_kept(monkeypatch):
     monkeypatch.setattr(module, "LARGEST", 39)
     parts = moments_of(x, spec_of())
     assert parts.sums.numel() == 3 * 16 * 16
-    assert torch.allclose(parts.inside_groups(16), whole.inside_groups(16), rtol=1e-4, atol=1e-4)
+    inside = [moments.inside_groups(spec_of(), (24, 40)) for moments in (parts, whole)]
+    assert torch.allclose(*inside, rtol=1e-4, atol=1e-4)
     columns = [slice(start, start + 16) for start in (0, 16, 32)]
     expected = sum((x[:, part] @ error[:, part].T).square().sum(1).mean().item() for part in columns)
     assert parts.output_error(error) == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("largest", [8192, 10])
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_of_a_split_weight_the_moments_inside_groups_are_those_of_its_halves(granularity, largest, monkeypatch):
+    """The first 7 of 10 channels, each with 6 positions of the kernel; columns are channels last."""
+    monkeypatch.setattr(module, "LARGEST", largest)
+    x, spec = correlated(columns=60), WeightSpec.parse("fp4", granularity, "hessian", split=7)
+    inside = moments_of(x, spec).inside_groups(spec, (5, 10, 3, 2))
+    channels_last = x.view(-1, 6, 10)
+    for part in (channels_last[..., :7], channels_last[..., 7:]):
+        half = part.flatten(1).double()
+        for start in range(0, half.shape[1], spec.granularity.size or half.shape[1]):
+            group = half[:, start : start + (spec.granularity.size or half.shape[1])]
+            found, inside = inside[0], inside[1:]
+            expected = torch.zeros(found.shape, dtype=torch.float64)
+            expected[: group.shape[1], : group.shape[1]] = group.T @ group / len(group)
+            assert torch.allclose(found.double(), expected, rtol=1e-4, atol=1e-4)
+    assert not len(inside)
 
 
 @pytest.mark.parametrize("store", ["bf16", "fp32", "e8m0"])
@@ -97,6 +117,56 @@ def test_scales_by_output_error_have_the_least_of_it(granularity, format):
     by_output = error("hessian")
     assert by_output <= error("absmax") * (1 + 1e-5)
     assert by_output <= error("mse") * (1 + 1e-5)
+
+
+@pytest.mark.parametrize("split", [None, 5])
+@pytest.mark.parametrize("granularity", ["tensor", "channel"])
+def test_a_convolutions_scales_by_output_error_have_the_least_of_it(granularity, split):
+    """Halves that are not correlated, so that their errors add up and the criterion is the output's error itself."""
+    generator = torch.Generator().manual_seed(0)
+    layer = nn.Conv2d(8, 12, 3, padding=1, bias=False).requires_grad_(False)
+    noise = torch.randn(8, 8, 24, 24, generator=generator)
+    x = F.avg_pool2d(noise, 3, 1, 1) * torch.logspace(-1, 1, 8).view(8, 1, 1)
+    alone = [x * (torch.arange(8).view(8, 1, 1) < 5), x * (torch.arange(8).view(8, 1, 1) >= 5)] if split else [x]
+
+    def error(scale):
+        spec = WeightSpec.parse("fp4", granularity, scale, "fp32", split)
+        collected = Moments(72, spec, CPU)
+        for part in alone:
+            collected.add(columns_of(layer, part))
+        grid = fit_grid(layer.weight, LayerPlan("conv", spec, None), collected)
+        lost = grid.as_weight(grid.nearest) - layer.weight
+        outputs = torch.cat([F.conv2d(part, lost, padding=1) for part in alone])
+        measured = outputs.square().sum(1).mean().item()
+        told = collected.output_error(to_matrix(lost))
+        assert told == pytest.approx(measured, rel=1e-3)
+        return measured
+
+    by_output = error("hessian")
+    assert by_output <= error("absmax") * (1 + 1e-4)
+    assert by_output <= error("mse") * (1 + 1e-4)
+
+
+def test_the_format_chosen_for_a_split_convolution_is_that_of_least_output_error():
+    candidates = tuple(map(get_format, ("fp4_e2m1", "fp4_e1m2", "fp4_e3m0")))
+    generator = torch.Generator().manual_seed(0)
+    layer, x = nn.Conv2d(6, 8, 3, bias=False), torch.randn(4, 6, 12, 12, generator=generator).softmax(1)
+    chosen = set()
+    for outlier in (1, 8, 30):
+        layer.weight.data = torch.randn(8, 6, 3, 3, generator=generator)
+        layer.weight.data[:, ::4, 0, 0] = outlier
+        spec = WeightSpec.parse("fp4", "channel", "absmax", split=4)
+        collected = Moments(54, spec, CPU)
+        collected.add(columns_of(layer, x))
+
+        def error(fmt, spec=spec):
+            grid = fit_grid(layer.weight, LayerPlan("conv", spec.with_format(fmt), None), None)
+            return F.conv2d(x, grid.as_weight(grid.nearest) - layer.weight).square().mean().item()
+
+        grid = fit_grid(layer.weight, LayerPlan("conv", spec, None, candidates=candidates), collected)
+        assert grid.spec.fmt == min(candidates, key=error)
+        chosen.add(grid.spec.fmt)
+    assert len(chosen) > 1
 
 
 def test_scales_of_groups_by_output_error_gain_where_inputs_are_correlated():
@@ -139,7 +209,7 @@ def test_columns_of_a_convolution_are_what_its_weights_meet(geometry):
     output = layer(x)
     columns = columns_of(layer, x)
     assert columns.shape == (output.numel() // 5, 3 * 3 * 2)
-    by_matrix = (columns @ layer.weight.reshape(5, -1).T).view(2, -1, 5).transpose(1, 2).reshape(output.shape)
+    by_matrix = (columns @ to_matrix(layer.weight).T).view(2, -1, 5).transpose(1, 2).reshape(output.shape)
     assert torch.allclose(by_matrix, output, atol=1e-5)
 
 

@@ -112,6 +112,33 @@ def test_clipping_is_within_two_percent_of_the_least_squared_error(format, tail)
     assert error(chosen) <= error(top.item())
 
 
+@pytest.mark.parametrize("clip", [True, False])
+def test_the_scales_of_a_split_input_are_those_of_its_halves_alone(clip):
+    """A quiet half behind a loud one: of a Linear layer and of a convolution."""
+
+    class Halves(nn.Module):
+        def __init__(self):
+            super().__init__()
+            layers = {f"conv{channels}": nn.Conv2d(channels, 4, 1) for channels in (4, 2, 6)}
+            layers |= {f"linear{channels}": nn.Linear(channels, 4) for channels in (4, 2, 6)}
+            self.layers = nn.ModuleDict(layers)
+
+        def forward(self, sample, timestep):
+            for channels, part in ((6, sample), (4, sample[:, :4]), (2, sample[:, 4:])):
+                self.layers[f"conv{channels}"](part)
+                self.layers[f"linear{channels}"](part.flatten(2).mT)
+
+    store = Store([0, 1, 2, 3])
+    for x in store.inputs:
+        x[:, 4:] *= 0.01
+    for kind in ("conv", "linear"):
+        specs = {f"layers.{kind}{channels}": static(3, format="fp4") for channels in (4, 2)}
+        specs[f"layers.{kind}6"] = ActivationSpec.parse("fp4", "tensor", scale="static:3", split=4)
+        first, rest, both = observe_ranges(Halves(), specs, store, 2, clip=clip).values()
+        assert torch.equal(both, torch.cat([first, rest], 1))
+        assert (both[:, 1] < 0.05 * both[:, 0]).all()
+
+
 def test_clipping_lowers_the_error_of_inputs_with_outliers():
     store = Store([0, 1, 2, 3])
     store.inputs[0][0, 0, 0, 0] = 30.0

@@ -42,6 +42,16 @@ def test_leaves_say_where_they_were_found_in_order():
     assert [leaf.name for leaf in leaves] == ["sample", "added.ids", "rotary[0]", "rotary[1][1]"]
 
 
+def test_the_argument_is_the_outermost_key():
+    one = torch.zeros(1)
+    _, leaves = flatten({"sample": one, "added": {"ids": one}, "rotary": (one, [None, one])})
+    assert [leaf.argument for leaf in leaves] == ["sample", "added", "rotary", "rotary"]
+
+
+def test_a_size_is_a_tuple():
+    assert unflatten(*flatten((torch.zeros(2, 3).shape, None))) == ((2, 3), None)
+
+
 @pytest.mark.parametrize(
     ("tree", "place", "kind"),
     [

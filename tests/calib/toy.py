@@ -33,7 +33,7 @@ class Toy:
         self.unet = Backbone(values or [1.0] * len(sizes), wrap)
         self.extra = extra
         steps = list(range(scheduled or len(sizes)))
-        self.scheduler = SimpleNamespace(timesteps=steps, set_timesteps=lambda steps: None)
+        self.scheduler = SimpleNamespace(timesteps=steps, set_timesteps=lambda steps: None, config={})
 
     def set_progress_bar_config(self, **config):
         pass

@@ -1,6 +1,9 @@
 """The Hub without a network: a cache laid out as huggingface_hub lays it out, and its client replaced."""
 
+import json
 import shutil
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
 import diffusers
@@ -15,6 +18,7 @@ from dmquant.pipelines.registry import registered_models, resolve_model
 from tests.tiny import IMAGE_SIZE, tiny_pixart
 
 COMMIT = "0" * 40
+NOT_FOUND = (404, "RepoNotFound", {"error": "Repository not found"})
 
 
 @pytest.fixture
@@ -123,26 +127,82 @@ def test_an_unregistered_repository_is_sized_by_the_weights_that_would_be_loaded
     assert resolve_model("owner/model").download_bytes == 4_500_000_000
 
 
-@pytest.mark.parametrize(
-    ("error", "message"),
-    [
-        (huggingface_hub.errors.RepositoryNotFoundError, "the Hub has no model 'owner/model'"),
-        (huggingface_hub.errors.GatedRepoError, "owner/model is gated"),
-    ],
-)
-@pytest.mark.usefixtures("cache")
-def test_a_repository_that_the_hub_refuses_is_called_what_it_is(error, message, monkeypatch):
-    def refuse(*args, **kwargs):
-        raise error.__new__(error)
-
-    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", refuse)
-    with pytest.raises(UserError, match=message):
-        resolve_model("owner/model")
-
-
 def test_sizes_are_readable():
     assert [hub.readable(size) for size in (None, 15_600_000, 4_300_000_000)] == [
         "size unknown",
         "about 16 MB",
         "about 4.3 GB",
     ]
+
+
+def gated(repo, status):
+    """What the Hub answers for a gated repository: its listing to anybody, its files to nobody."""
+    file = {"type": "file", "path": "model_index.json", "size": 400, "oid": "0" * 40}
+    return {
+        f"/api/models/{repo}/tree/": (200, None, [file]),
+        f"/api/models/{repo}": (200, None, {"id": repo, "sha": COMMIT, "siblings": [{"rfilename": file["path"]}]}),
+        f"/{repo}/resolve/": (status, "GatedRepo", {"error": f"Access to model {repo} is restricted"}),
+    }
+
+
+class TestHubServer:
+    """A server in this process that answers as the Hub does, for the client's real requests."""
+
+    @pytest.fixture
+    def server(self, cache, monkeypatch):
+        served = {}
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self):
+                status, error, body = next((served[part] for part in served if part in self.path), NOT_FOUND)
+                content = json.dumps(body).encode()
+                self.send_response(status)
+                if error:
+                    self.send_header("X-Error-Code", error)
+                self.send_header("Content-Length", str(len(content)))
+                self.end_headers()
+                if self.command != "HEAD":
+                    self.wfile.write(content)
+
+            do_HEAD = do_GET  # noqa: N815
+
+            def log_message(self, *args):
+                """Nothing: the test's output is not a log."""
+
+        with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as http:
+            threading.Thread(target=http.serve_forever, args=(0.01,), daemon=True).start()
+            address = f"http://127.0.0.1:{http.server_port}"
+            monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", address)
+            monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", address)
+            monkeypatch.setattr(
+                huggingface_hub.constants,
+                "HUGGINGFACE_CO_URL_TEMPLATE",
+                address + "/{repo_id}/resolve/{revision}/{filename}",
+            )
+            yield served
+            http.shutdown()
+
+    def test_a_repository_that_is_not_there(self, server):
+        with pytest.raises(UserError, match=r"the Hub has no model 'owner/model', or it is private.*hf auth login"):
+            resolve_model("owner/model")
+
+    def test_a_gated_repository(self, server):
+        server |= gated("owner/model", 401)
+        with pytest.raises(UserError, match=r"owner/model is gated: accept its licence.*hf auth login") as refused:
+            resolve_model("owner/model")
+        assert "\n" not in str(refused.value)
+
+    def test_a_registered_model_that_is_gated(self, server, monkeypatch):
+        spec = registered_models()["sd15"]
+        server |= gated(spec.source, 403)
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10**12))
+        said = []
+        with pytest.raises(UserError, match=rf"{spec.source} is gated"):
+            load_full_precision(spec, torch.bfloat16, "cpu", said.append)
+        assert len(said) == 1
+
+    def test_a_hub_that_is_out_of_order_is_one_line(self, server):
+        server["/api/models/owner/model"] = (500, None, {"error": "Internal Error"})
+        with pytest.raises(UserError, match=r"cannot be had from the Hub \(.*500.*\): give a local copy") as refused:
+            resolve_model("owner/model")
+        assert "\n" not in str(refused.value)

@@ -7,9 +7,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dmquant.errors import UsageError, UserError
+from dmquant.pipelines import folders
+from dmquant.pipelines.families import families
 from dmquant.pipelines.loading import load_full_precision, resolve_device, resolve_dtype
-from dmquant.pipelines.registry import resolve_model
-from tests.tiny import IMAGE_SIZE, tiny_pixart, tiny_sd, tiny_sdxl
+from dmquant.pipelines.registry import registered_models, resolve_model
+from tests.tiny import IMAGE_SIZE, tiny_dit, tiny_pixart, tiny_sd, tiny_sdxl
 
 WEIGHTS = {
     "transformer": "transformer/diffusion_pytorch_model.safetensors",
@@ -146,6 +148,17 @@ def test_a_missing_shard_is_named(folder):
         load(folder)
 
 
+@pytest.mark.parametrize("suffix", ["fp16", "bf16"])
+def test_any_variant_that_stands_alone_is_found_and_none_beside_the_plain_files(folder, suffix):
+    path = folder / WEIGHTS["transformer"]
+    shutil.copy(path, path.with_suffix(f".{suffix}.safetensors"))
+    assert folders.variant(folder, "transformer") is None
+    path.unlink()
+    assert folders.variant(folder, "transformer") == suffix
+    path.with_suffix(f".{suffix}.safetensors").rename(path.with_suffix(f".{suffix}-00001-of-00001.safetensors"))
+    assert folders.variant(folder, "transformer") == suffix
+
+
 def test_a_missing_component_is_named(folder):
     shutil.rmtree(folder / "scheduler")
     with pytest.raises(UserError, match="lacks scheduler/"):
@@ -166,6 +179,35 @@ def test_a_quantized_model_is_refused_as_a_source(folder):
     )
     with pytest.raises(UserError, match=r"already quantized \(by dmquant\)"):
         load(folder)
+
+
+def test_a_dtype_that_is_known_to_overflow_is_warned_of_in_one_line(original):
+    said = []
+    spec = resolve_model(str(original)).model_copy(update={"warnings": registered_models()["pixart-sigma"].warnings})
+    load_full_precision(spec, torch.bfloat16, "cpu", said.append)
+    assert said == []
+    load_full_precision(spec, torch.float16, "cpu", said.append)
+    assert len(said) == 1
+    assert said[0].startswith("warning: pixart in fp16: ")
+    assert "\n" not in said[0]
+
+
+def test_a_model_of_the_generic_family_loads_without_a_known_backbone(folder, monkeypatch):
+    monkeypatch.setattr("dmquant.pipelines.loading.family_of", None)
+    spec = resolve_model(str(folder), "generic")
+    assert type(load_full_precision(spec, torch.float32, "cpu").transformer).__name__ == "PixArtTransformer2DModel"
+
+
+def test_a_known_pipeline_with_a_backbone_that_no_family_knows(folder, monkeypatch):
+    monkeypatch.setattr("dmquant.pipelines.families.families", lambda: {"unet": families()["unet"]})
+    with pytest.raises(UserError, match=r"PixArtTransformer2DModel, which no model family knows; known are UNet2D"):
+        load(folder)
+
+
+def test_the_names_of_classes_survive_loading_and_saving(tmp_path):
+    built = tiny_dit(tmp_path / "dit")
+    load(tmp_path / "dit").save_pretrained(tmp_path / "again")
+    assert load(tmp_path / "again").labels == built.labels != {}
 
 
 def test_devices(monkeypatch):

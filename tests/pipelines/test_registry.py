@@ -1,4 +1,3 @@
-import fnmatch
 import json
 import shutil
 
@@ -7,11 +6,9 @@ import torch
 
 from dmquant.errors import UsageError, UserError
 from dmquant.pipelines.families import families, family_of
-from dmquant.pipelines.prompts import prompt_sets
-from dmquant.pipelines.registry import EMBEDDED, ModelSpec, registered_models, resolve_model
-from tests.tiny import IMAGE_SIZE, TOKENS, tiny_pixart, tiny_sd, tiny_sdxl
-
-BUILDERS = {"pixart": [tiny_pixart], "unet": [tiny_sd, tiny_sdxl]}
+from dmquant.pipelines.prompts import load_prompts, prompt_sets
+from dmquant.pipelines.registry import ModelSpec, call_parameters, family_for, registered_models, resolve_model
+from tests.tiny import IMAGE_SIZE, TINY, TOKENS, tiny_flux, tiny_pixart, tiny_sd
 
 
 @pytest.fixture(scope="module")
@@ -36,14 +33,25 @@ def test_every_registered_model_names_a_family_a_pipeline_class_and_a_prompt_set
 
     assert spec.pipeline in families()[spec.family].pipelines
     assert hasattr(diffusers, spec.pipeline)
-    assert spec.prompts in prompt_sets()
-    assert (spec.download_bytes is None) == spec.source.startswith(EMBEDDED)
+    assert {spec.prompts, spec.calibration_prompts} <= prompt_sets().keys()
+    assert not set(load_prompts(spec.prompts)) & set(load_prompts(spec.calibration_prompts))
+    assert spec.call.keys() <= call_parameters(spec.pipeline).keys()
+    assert spec.download_bytes is None or not spec.is_embedded
     assert resolve_model(spec.name) is spec
 
 
 def test_the_files_and_the_names_in_them_agree():
     assert all(name == spec.name for name, spec in registered_models().items())
-    assert {"emoji-pixart", "pixart-sigma", "pixart-alpha", "sd15", "sdxl"} <= registered_models().keys()
+    named = {"emoji-pixart", "pixart-sigma", "pixart-alpha", "sd15", "sdxl", "hunyuan", "sd3", "flux-dev", "sana"}
+    assert named <= registered_models().keys()
+
+
+@pytest.mark.parametrize("name", ["sd15", "sdxl", "pixart-sigma", "hunyuan", "sd3", "sana", "dit-256"])
+def test_published_settings_are_the_defaults_of_the_pipelines_call(name):
+    spec = registered_models()[name]
+    parameters = call_parameters(spec.pipeline)
+    assert spec.steps == parameters["num_inference_steps"].default
+    assert spec.guidance == parameters["guidance_scale"].default
 
 
 def test_a_spec_refuses_unknown_keys_and_wrong_values():
@@ -58,33 +66,13 @@ def test_every_pipeline_class_has_a_registered_model_to_take_settings_from():
     assert known == {spec.pipeline for spec in registered_models().values()}
 
 
-@pytest.mark.parametrize("name", families())
-def test_keep_and_blocks_of_a_family_name_layers_that_its_models_have(name):
-    family = families()[name]
-    pipelines = [build() for build in BUILDERS[name]]
-    layers = set()
-    for pipeline in pipelines:
-        assert family_of(pipeline) is family
-        assert type(pipeline).__name__ in family.pipelines
-        backbone = getattr(pipeline, family.component)
-        layers |= {n for n, m in backbone.named_modules() if isinstance(m, torch.nn.Linear | torch.nn.Conv2d)}
-        for path in family.blocks:
-            assert any(True for _ in backbone.get_submodule(path).parameters())
-    for pattern in family.keep:
-        assert fnmatch.filter(layers, pattern), pattern
-    kept = {layer for pattern in family.keep for layer in fnmatch.filter(layers, pattern)}
-    in_blocks = {layer for layer in layers if layer.partition(".")[0] in family.blocks}
-    assert kept | in_blocks == layers
-    assert not kept & in_blocks
-
-
 def test_an_unknown_backbone_is_refused_with_the_known_ones():
     class Strange(torch.nn.Module):
         pass
 
     pipeline = tiny_pixart()
     pipeline.transformer = Strange()
-    with pytest.raises(UserError, match=r"Strange.*PixArtTransformer2DModel, UNet2DConditionModel"):
+    with pytest.raises(UserError, match=r"Strange.*known are .*PixArtTransformer2DModel.*Adding a family"):
         family_of(pipeline)
 
 
@@ -130,10 +118,103 @@ def test_a_folder_that_is_no_pipeline(copy, tmp_path):
         resolve_model(str(copy / "model_index.json"))
 
 
-def test_a_pipeline_of_no_known_family(copy):
-    edit(copy / "model_index.json", _class_name="FluxPipeline")
-    with pytest.raises(UserError, match=r"FluxPipeline.*known are PixArtSigmaPipeline"):
+def test_a_pipeline_of_no_known_family_is_refused_with_what_can_be_done(copy):
+    edit(copy / "model_index.json", _class_name="LuminaPipeline")
+    with pytest.raises(UserError) as caught:
         resolve_model(str(copy))
+    for part in ("LuminaPipeline", "pixart (PixArtSigmaPipeline", "Adding a family", "--family generic --recipe rtn"):
+        assert part in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_generic_family_takes_any_pipeline_with_its_own_size_and_its_calls_defaults(copy):
+    edit(copy / "model_index.json", _class_name="LuminaPipeline")
+    spec = resolve_model(str(copy), "generic")
+    parameters = call_parameters("LuminaPipeline")
+    assert (spec.pipeline, spec.family, spec.height, spec.width) == ("LuminaPipeline", "generic", 32, 32)
+    assert (spec.steps, spec.guidance) == tuple(
+        parameters[name].default for name in ("num_inference_steps", "guidance_scale")
+    )
+    family = family_for(spec)
+    assert family.component == "transformer"
+    assert {"pos_embed.proj", "proj_out"} <= family.keep.keys()  # the first and the last layer, by name
+
+
+def test_the_generic_family_finds_a_unet_and_its_ends(tmp_path):
+    tiny_sd(tmp_path / "sd")
+    family = family_for(resolve_model(str(tmp_path / "sd"), "generic"))
+    assert family.component == "unet"
+    assert {"conv_in", "conv_out"} <= family.keep.keys()
+
+
+def test_an_embedded_model_can_be_taken_for_generic_too():
+    spec = resolve_model("emoji-pixart", "generic")
+    own = registered_models()["emoji-pixart"]
+    assert (spec.family, spec.component, spec.source, spec.steps) == ("generic", "transformer", own.source, own.steps)
+    assert resolve_model("emoji-pixart", "pixart") is own
+
+
+def test_a_family_that_does_not_exist_or_does_not_fit(pixart_folder):
+    with pytest.raises(UsageError, match=r"unknown family 'pixartt': did you mean 'pixart'\?"):
+        resolve_model(str(pixart_folder), "pixartt")
+    with pytest.raises(UsageError, match=r"--family flux knows FluxTransformer2DModel.*PixArtTransformer2DModel"):
+        resolve_model(str(pixart_folder), "flux")
+    with pytest.raises(UsageError, match=r"--family unet knows UNet2DConditionModel.*has no unet"):
+        resolve_model(str(pixart_folder), "unet")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "StableDiffusionControlNetPipeline",
+        "FluxImg2ImgPipeline",
+        "StableDiffusionInpaintPipeline",
+        "FluxControlPipeline",
+    ],
+)
+@pytest.mark.parametrize("family", [None, "generic"])
+def test_a_pipeline_that_takes_more_than_a_prompt_is_refused_with_what_to_do(copy, name, family):
+    edit(copy / "model_index.json", _class_name=name)
+    with pytest.raises(UserError, match=rf"{name}\.from_pretrained\(\.\.\., transformer=quantized\.transformer\)"):
+        resolve_model(str(copy), family)
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("CogVideoXPipeline", "CogVideoXPipeline, which makes videos"),
+        ("NoSuchPipeline", "diffusers .* no NoSuchPipeline"),
+    ],
+)
+def test_a_pipeline_that_makes_videos_or_does_not_exist_is_refused(copy, name, says):
+    edit(copy / "model_index.json", _class_name=name)
+    with pytest.raises(UserError, match=says):
+        resolve_model(str(copy), "generic")
+
+
+def test_a_pipeline_without_any_backbone_is_refused(copy):
+    index = json.loads((copy / "model_index.json").read_text())
+    index["denoiser"] = index.pop("transformer")
+    (copy / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match=r"no transformer or unet, but .*denoiser"):
+        resolve_model(str(copy))
+
+
+def test_a_folder_called_like_a_repository_takes_its_settings(tmp_path):
+    for name, expected in (("FLUX.1-schnell", "flux-schnell"), ("FLUX.1-dev", "flux-dev")):
+        tiny_flux(tmp_path / name)
+        spec, relative = resolve_model(str(tmp_path / name)), registered_models()[expected]
+        assert (spec.steps, spec.guidance) == (relative.steps, relative.guidance)
+        assert (spec.height, spec.width) == (1024, 1024)  # its configuration tells no size
+
+
+@pytest.mark.parametrize("name", [name for name in TINY if name != "flux"])
+def test_a_local_folder_of_every_family_has_its_own_size(name, tmp_path):
+    pipeline = TINY[name].build(tmp_path / "model")
+    spec = resolve_model(str(tmp_path / "model"))
+    assert spec.family == TINY[name].family
+    pixels = getattr(pipeline, family_for(spec).component).config.sample_size * getattr(pipeline, "vae_scale_factor", 2)
+    assert (spec.height, spec.width) == (pixels, pixels)
 
 
 def test_a_pipeline_with_its_own_code_is_refused(copy):

@@ -5,6 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dmquant.calib.moments import fit_grid
+from dmquant.convert import LayerPlan
 from dmquant.errors import UsageError
 from dmquant.qtensor import WeightSpec
 from dmquant.recipe import Recipe
@@ -20,8 +22,7 @@ def grid_of(format="fp4", granularity="group:16", scale="absmax", shape=(12, 40)
     """The last group of each row is shorter than the others."""
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
     spec = WeightSpec.parse(format, granularity, scale)
-    matrix = weight.reshape(len(weight), -1)
-    return Grid(matrix, spec, spec.rule(to_groups(matrix, spec.granularity), spec.fmt, spec.store), shape)
+    return Grid(weight, spec, spec.rule(to_groups(weight, spec.granularity), spec.fmt, spec.store), shape)
 
 
 def clipping_grid(format="fp4"):
@@ -103,17 +104,20 @@ def test_hard_weights_survive_their_codes_bit_for_bit(format, scale_aware):
     columns=st.integers(1, 40),
     exponent=st.integers(-30, 30),
     store=st.sampled_from(["bf16", "fp32", "e8m0", "pow2"]),
+    kernel=st.sampled_from([(), (1, 1), (3, 2)]),
+    split=st.none() | st.integers(1, 39),
     seed=st.integers(0, 1000),
 )
-def test_any_choice_of_neighbours_survives_its_codes(format, rows, columns, exponent, store, seed):
+def test_any_choice_of_neighbours_survives_its_codes(format, rows, columns, exponent, store, kernel, split, seed):
     generator = torch.Generator().manual_seed(seed)
-    weight = torch.randn(rows, columns, generator=generator) * 2.0**exponent
-    spec = WeightSpec.parse(format, "group:16", store=store)
-    grid = Grid(weight, spec, spec.rule(to_groups(weight, spec.granularity), spec.fmt, store), (rows, columns))
+    weight = torch.randn(rows, columns, *kernel, generator=generator) * 2.0**exponent
+    spec = WeightSpec.parse(format, "group:16", store=store, split=split if split and split < columns else None)
+    grid = fit_grid(weight, LayerPlan("layer", spec, None), None)
     lower, upper = grid.neighbours
     assert (lower <= upper).all()
-    values = torch.where(torch.rand(rows, columns, generator=generator) < 0.5, lower, upper)
-    assert torch.equal(grid.quantized(values).dequantize(), values)
+    assert torch.equal(grid.as_weight(grid.weight), weight)
+    values = torch.where(torch.rand(lower.shape, generator=generator) < 0.5, lower, upper)
+    assert torch.equal(grid.quantized(values).dequantize(), grid.as_weight(values))
 
 
 @BOTH

@@ -1,0 +1,228 @@
+"""The Python interface to a pipeline that is already loaded: quantize its backbone in place."""
+
+import contextlib
+import inspect
+import logging
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from dmquant.convert import Footprint, LayerReport, footprint, quantize_
+from dmquant.diffusers_backend import mark_quantized
+from dmquant.errors import UsageError, UserError, unknown
+from dmquant.evaluation.generate import batch_size_for
+from dmquant.layers import QuantConv2d, QuantLinear
+from dmquant.pipelines import runfolder
+from dmquant.pipelines.attention import check_attention
+from dmquant.pipelines.calibrating import calibrate
+from dmquant.pipelines.console import Console
+from dmquant.pipelines.defaults import DEFAULT_RECIPE
+from dmquant.pipelines.families import Family, family_of
+from dmquant.pipelines.loading import DTYPES
+from dmquant.pipelines.prompts import load_prompts
+from dmquant.pipelines.registry import registered_models
+from dmquant.pipelines.saving import model_card, save_whole
+from dmquant.pipelines.settings import format_name, parse_size
+from dmquant.recipe import Recipe
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+QUANTIZED_LAYERS = (QuantLinear, QuantConv2d)
+ADAPTED = "base_layer"  # attribute of the layers that peft puts in place of those it adapts
+STEPS = "num_inference_steps"
+OURS = ("prompt", "generator", "output_type")  # of the pipeline's call: calibration gives these itself
+DEFAULT_PROMPTS = "default-calibration"
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """What `quantize_pipeline` made of a backbone: the recipe with every choice filled in, its layers, its bytes."""
+
+    recipe: Recipe
+    layers: list[LayerReport]
+    footprint: Footprint
+
+
+@dataclass(frozen=True)
+class _Calibration:
+    """What `calibrate` reads of a run's settings."""
+
+    family: Family
+    recipe: Recipe
+    calibration_prompts: Sequence[str]
+    memory_budget: int | None
+    batch_size: int
+    call: dict[str, Any]
+    dtype_name: str
+    calibration_data: Path | None = None
+
+
+class _LoggingConsole(Console):
+    """A library prints nothing: lines go to the logger `dmquant`; bars still show on a terminal."""
+
+    def say(self, line: str) -> None:
+        logging.getLogger("dmquant").info(line)
+
+
+def quantize_pipeline(
+    pipe: "DiffusionPipeline",
+    recipe: Recipe | str | Path = DEFAULT_RECIPE,
+    *,
+    w: str | None = None,
+    a: str | None = None,
+    calibration: Sequence[str] | str | None = None,
+    memory_budget: str | None = None,
+    out: str | Path | None = None,
+    **call: Any,
+) -> Quantized:
+    """Quantize the backbone of a loaded full-precision pipeline in place; its other parts stay as they are.
+
+    A recipe that takes data (`Recipe.calibrated`) runs the pipeline as it is called with `call`. Stopped on the way, it
+    leaves the backbone partly quantized.
+
+    Args:
+        pipe: a text-to-image pipeline whose backbone has a model family, on its device, in its dtype.
+        recipe: a Recipe, or a name, bits (`w4a6`) or YAML file, with `w` and `a` as its formats.
+        calibration: prompts, the name of a prompt set or a file of prompts; by default the set of the registered model
+            that is nearest in kind and size. Only for a recipe that takes data.
+        memory_budget: such as "8GB", for calibration beside the model; by default half of the memory that is free.
+        out: folder to save the whole pipeline to, as `DiffusionPipeline.from_pretrained` loads it. A calibration that
+            was stopped continues when the full-precision pipeline is given again with the same `out`.
+        call: arguments of the pipeline's call as it will be used (num_inference_steps, guidance_scale, height, ...);
+            those not given are the pipeline's own defaults.
+
+    Raises UsageError for arguments that do not fit, UserError for a backbone that no family knows, that is quantized
+    already, offloaded, or holds LoRA adapters, and for a folder `out` that is in use.
+    """
+    family, target = _family(pipe), None if out is None else _free_folder(Path(out))
+    backbone = getattr(pipe, family.component)
+    _check_backbone(backbone, family.component)
+    call = _complete_call(family.prompted(pipe), call)
+    if not isinstance(recipe, Recipe):
+        recipe = Recipe.load(recipe, w, a)
+    elif w or a:
+        raise UsageError("w and a set the formats of a recipe given by name or file; this one has its own")
+    recipe = recipe.keeping(family.keep).splitting(family.concatenations(backbone))
+    with _workspace(target) as workspace:
+        if recipe.calibrated:
+            check_attention(backbone)
+            settings = _calibration(pipe, family, recipe, calibration, memory_budget, call)
+            calibrated = calibrate(pipe, settings, workspace, _LoggingConsole())
+            recipe, layers = calibrated.recipe, calibrated.layers
+        else:
+            layers = quantize_(backbone, recipe)
+        mark_quantized(backbone, recipe)
+        if target is not None:
+            _save(pipe, target, recipe, backbone.dtype)
+    return Quantized(recipe, layers, footprint(backbone))
+
+
+def _family(pipe: "DiffusionPipeline") -> Family:
+    try:
+        return family_of(pipe)
+    except UserError as error:
+        raise UserError(f"{error}; `dmquant.quantize_(module, 'rtn')` quantizes any module without data") from None
+
+
+def _free_folder(out: Path) -> Path:
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} is in use: choose another folder for the quantized pipeline")
+    return out
+
+
+def _save(pipe: "DiffusionPipeline", folder: Path, recipe: Recipe, dtype: torch.dtype) -> None:
+    weights, activations = format_name(recipe.weights), format_name(recipe.activations)
+    save_whole(pipe, folder, model_card(folder.name, recipe.name, weights, activations, type(pipe).__name__, dtype))
+
+
+def _check_backbone(backbone: nn.Module, component: str) -> None:
+    """UserError for a backbone that is not plain weights in memory."""
+    modules = list(backbone.modules())
+    if getattr(backbone, "hf_quantizer", None) is not None or any(
+        isinstance(each, QUANTIZED_LAYERS) for each in modules
+    ):
+        raise UserError(f"the {component} is already quantized: start from the full-precision pipeline")
+    if any(hasattr(module, ADAPTED) for module in modules):
+        raise UserError(
+            f"the {component} holds LoRA adapters: call fuse_lora() and then unload_lora_weights() to quantize it with "
+            "them, or unload_lora_weights() alone and load them again afterwards"
+        )
+    if any(map(_is_hooked, modules)) or any(parameter.is_meta for parameter in backbone.parameters()):
+        raise UserError(
+            f"the {component} is offloaded or on the meta device: quantize the pipeline as from_pretrained loads it, "
+            "without device_map, and enable offloading afterwards"
+        )
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    """Whether accelerate or diffusers moves or casts the module's weights; an empty registry of hooks does nothing."""
+    return hasattr(module, "_hf_hook") or bool(getattr(getattr(module, "_diffusers_hook", None), "hooks", None))
+
+
+def _complete_call(prompted: Any, call: dict[str, Any]) -> dict[str, Any]:
+    """`call` with the number of steps, which is the pipeline's own unless given; UsageError for unknown arguments."""
+    parameters = inspect.signature(prompted.__call__).parameters
+    for name in call:
+        if name in OURS:
+            raise UsageError(f"'{name}' is not for quantize_pipeline: prompts to calibrate with are its `calibration`")
+        if name not in parameters:
+            raise unknown("argument", name, parameters, f"{type(prompted).__name__} is not called with it")
+    return {STEPS: parameters[STEPS].default} | call
+
+
+def _calibration(
+    pipe: "DiffusionPipeline",
+    family: Family,
+    recipe: Recipe,
+    prompts: Sequence[str] | str | None,
+    memory_budget: str | None,
+    call: dict[str, Any],
+) -> _Calibration:
+    kind = type(pipe).__name__
+    if kind not in family.pipelines:
+        raise UserError(
+            f"a {kind} takes more than prompts, so it cannot calibrate: quantize the {family.component} in a "
+            f"{' or '.join(family.pipelines)} of the same parts, or use a recipe without data such as rtn"
+        )
+    backbone = getattr(pipe, family.component)
+    height, width = _image_size(pipe, backbone, call)
+    if prompts is None:
+        prompts = _default_prompts(kind, height, width)
+    listed = load_prompts(prompts) if isinstance(prompts, str) else list(prompts)
+    dtype = next((name for name, dtype in DTYPES.items() if dtype == backbone.dtype), str(backbone.dtype))
+    budget = None if memory_budget is None else parse_size(memory_budget, "memory_budget")
+    return _Calibration(family, recipe, listed, budget, batch_size_for(height, width), call, dtype)
+
+
+def _image_size(pipe: "DiffusionPipeline", backbone: nn.Module, call: dict[str, Any]) -> tuple[int, int]:
+    """Height and width in pixels; what the call leaves out is what the backbone was made for."""
+    latent = backbone.config.get("sample_size") or pipe.default_sample_size
+    sides = latent if isinstance(latent, Sequence) else (latent, latent)
+    factor = getattr(pipe, "vae_scale_factor", None) or 2 ** (len(pipe.vae.config.block_out_channels) - 1)
+    own = [side * factor for side in sides]
+    return call.get("height") or own[0], call.get("width") or own[1]
+
+
+def _default_prompts(kind: str, height: int, width: int) -> str:
+    relatives = [spec for spec in registered_models().values() if spec.pipeline == kind]
+    nearest = min(relatives, key=lambda spec: abs(spec.height - height) + abs(spec.width - width), default=None)
+    return DEFAULT_PROMPTS if nearest is None else nearest.calibration_prompts
+
+
+@contextlib.contextmanager
+def _workspace(out: Path | None) -> Iterator[Path]:
+    """Where a calibration keeps its work: beside `out` until it is finished, or nowhere that lasts."""
+    if out is None:
+        with tempfile.TemporaryDirectory(prefix="dmquant-") as folder:
+            yield Path(folder)
+        return
+    workspace = out.with_name(f"{out.name}.{runfolder.CALIBRATION}")
+    yield workspace
+    shutil.rmtree(workspace, ignore_errors=True)

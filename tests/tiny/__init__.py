@@ -1,0 +1,72 @@
+"""Tiny untrained diffusers pipelines, built offline: every class is the real one, only the widths are small.
+
+Each builder returns the pipeline in float32 with weights drawn from `seed`, and saves it when given a folder.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from dmquant.torchvision_guard import ensure_torchvision_imports
+
+ensure_torchvision_imports()
+
+from tests.tiny.dit import tiny_dit
+from tests.tiny.flux import tiny_flux
+from tests.tiny.hunyuan import tiny_hunyuan, tiny_hunyuan_11
+from tests.tiny.parts import TOKENS, WORDS
+from tests.tiny.pixart import tiny_pixart, tiny_pixart_alpha, tiny_pixart_alpha_1024
+from tests.tiny.sana import tiny_sana
+from tests.tiny.stable_diffusion import tiny_sd, tiny_sd3, tiny_sdxl
+
+IMAGE_SIZE = 32
+LENGTH = {"max_sequence_length": TOKENS}
+# What a tiny PixArt pipeline needs in its call besides prompt, size, steps and guidance.
+PIXART_CALL = {**LENGTH, "clean_caption": False, "use_resolution_binning": False}
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """A tiny pipeline of one model: how it is built, its family, and what its call needs besides a prompt."""
+
+    build: Callable[..., Any]
+    family: str
+    call: Mapping[str, Any] = field(default_factory=dict)
+    size: int = IMAGE_SIZE
+    prompts: tuple[str, ...] = ("red apple", "blue cat", "a green house", "a boat on the tree", "face")
+
+
+TINY = {
+    "pixart-alpha-512": Tiny(tiny_pixart_alpha, "pixart", PIXART_CALL),
+    "pixart-alpha-1024": Tiny(tiny_pixart_alpha_1024, "pixart", PIXART_CALL),
+    "pixart-sigma": Tiny(lambda folder=None: tiny_pixart(folder, blocks=3), "pixart", PIXART_CALL),
+    "sd15": Tiny(tiny_sd, "unet"),
+    "sdxl": Tiny(tiny_sdxl, "unet"),
+    "hunyuan-1.1": Tiny(tiny_hunyuan_11, "hunyuan", {"use_resolution_binning": False}, size=64),
+    "hunyuan-1.2": Tiny(tiny_hunyuan, "hunyuan", {"use_resolution_binning": False}, size=64),
+    "sd3": Tiny(tiny_sd3, "sd3", LENGTH),
+    "flux": Tiny(tiny_flux, "flux", LENGTH),
+    "sana": Tiny(tiny_sana, "sana", PIXART_CALL | {"complex_human_instruction": None}),
+    "dit": Tiny(tiny_dit, "dit", prompts=("fish", "1", "boat", "7", "tench")),
+}
+"""Every pipeline that dmquant runs, by the name of the model it stands for."""
+
+__all__ = [
+    "IMAGE_SIZE",
+    "PIXART_CALL",
+    "TINY",
+    "TOKENS",
+    "WORDS",
+    "Tiny",
+    "tiny_dit",
+    "tiny_flux",
+    "tiny_hunyuan",
+    "tiny_hunyuan_11",
+    "tiny_pixart",
+    "tiny_pixart_alpha",
+    "tiny_pixart_alpha_1024",
+    "tiny_sana",
+    "tiny_sd",
+    "tiny_sd3",
+    "tiny_sdxl",
+]
