@@ -1,6 +1,5 @@
 """Second moments of a layer's inputs, H = mean x x^T: what they say of the error of its output."""
 
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -13,8 +12,7 @@ from dmquant.rounding.grid import Grid
 from dmquant.scaling import Scales, fit_hessian, to_groups
 
 LARGEST = 8192  # columns of a layer whose moments are kept in full; beyond, only those inside its groups
-
-InputOf = Callable[[Tensor], Tensor]
+POSITIONS = 256  # of a row of the batch
 
 
 class Moments:
@@ -55,15 +53,37 @@ class Moments:
 
 
 def columns_of(layer: nn.Linear | nn.Conv2d, x: Tensor) -> Tensor:
-    """The inputs that each output position meets, (positions, columns); columns as in the weight's matrix form."""
+    """The inputs that output positions meet, (positions, columns); columns as in the weight's matrix form.
+
+    Of each row's tokens or pixels at most POSITIONS are taken, the same ones in every call.
+    """
     if isinstance(layer, nn.Linear):
-        return x.flatten(0, -2)
+        return (x if x.ndim < 3 else x[..., _chosen(x.shape[-2], x.device), :]).flatten(0, -2)
     if layer.groups != 1:
         raise UsageError("scales by output error are not for grouped convolutions: give them scale: mse in a rule")
     if layer.padding_mode != "zeros" or isinstance(layer.padding, str):
         raise UsageError("scales by output error are for convolutions with numeric zero padding: use scale: mse")
-    unfolded = F.unfold(x, layer.kernel_size, layer.dilation, layer.padding, layer.stride)
-    return to_matrix(unfolded.transpose(1, 2).flatten(0, 1).unflatten(1, (layer.in_channels, -1)))
+    return _patches(layer, x)
+
+
+def _patches(layer: nn.Conv2d, x: Tensor) -> Tensor:
+    """What the kernel covers at some output positions: (positions, kernel height * width * channels)."""
+    (down, right), (high, wide) = layer.stride, layer.kernel_size
+    padded = F.pad(x, (layer.padding[1],) * 2 + (layer.padding[0],) * 2)
+    rows = torch.arange(high, device=x.device) * layer.dilation[0]
+    columns = torch.arange(wide, device=x.device) * layer.dilation[1]
+    height = (padded.shape[-2] - (high - 1) * layer.dilation[0] - 1) // down + 1
+    width = (padded.shape[-1] - (wide - 1) * layer.dilation[1] - 1) // right + 1
+    chosen = _chosen(height * width, x.device).view(-1, 1, 1)
+    patches = padded[:, :, chosen // width * down + rows.view(-1, 1), chosen % width * right + columns]
+    return patches.movedim(1, -1).flatten(0, 1).flatten(1)
+
+
+def _chosen(count: int, device: torch.device) -> Tensor:
+    """Numbers of the tokens or pixels that are looked at, of `count`: neighbours say nearly the same."""
+    if count <= POSITIONS:
+        return torch.arange(count, device=device)
+    return torch.randperm(count, generator=torch.Generator().manual_seed(0))[:POSITIONS].to(device)
 
 
 def fit_grid(weight: Tensor, plan: LayerPlan, moments: Moments | None) -> Grid:

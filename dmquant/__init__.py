@@ -8,7 +8,7 @@ import importlib
 
 from dmquant import import_hooks
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOME = {
     "get_format": "dmquant.formats",

@@ -62,17 +62,16 @@ def plan(module: nn.Module, recipe: Recipe) -> list[LayerPlan]:
     for name, layer in module.named_modules():
         if type(layer) not in QUANTIZED or (settings := recipe.settings_for(name)) is None:
             continue
-        _check_split(name, layer, settings.split)
-        weights = WeightSpec.parse(
-            settings.weights, settings.granularity, settings.scale, settings.store, settings.split
-        )
+        split = settings.split or None
+        _check_split(name, layer, split)
+        weights = WeightSpec.parse(settings.weights, settings.granularity, settings.scale, settings.store, split)
         activations = None
         if settings.activations not in NO_FORMAT:
             activations = ActivationSpec.parse(
                 settings.activations,
                 settings.activation_granularity,
                 scale=settings.activation_scale,
-                split=settings.split,
+                split=split,
             )
         candidates = tuple(map(get_format, settings.candidates or ()))
         plans.append(LayerPlan(name, weights, activations, _remainder(layer, weights), candidates))
@@ -85,10 +84,12 @@ def quantize_(
     """Replace the layers of `module` by quantized ones in place, round to nearest, without data.
 
     `progress(done, total, name)` is called after each layer. Raises UsageError if no layer is left to quantize, a
-    weight is NaN or infinite, or the recipe needs calibration data.
+    weight is NaN or infinite, the recipe needs calibration data, or `module` holds adapters.
     """
     recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
     refuse_without_data(recipe)
+    if holds_adapters(module):
+        raise UsageError(f"{type(module).__name__} holds LoRA adapters: merge or unload them, then quantize")
     plans = plan(module, recipe)
     if not plans:
         raise UsageError(f"recipe '{recipe.name}' quantizes none of the layers of {type(module).__name__}")
@@ -113,6 +114,11 @@ def refuse_without_data(recipe: Recipe) -> None:
             f"recipe '{recipe.name}' needs calibration data: use `dmquant run` or `dmquant quantize`, "
             "or a recipe without data such as rtn"
         )
+
+
+def holds_adapters(module: nn.Module) -> bool:
+    """Whether peft has put layers of its own around those of `module`."""
+    return any(hasattr(layer, "base_layer") for layer in module.modules())
 
 
 def relative_error(weight: Tensor, quantized: QuantLinear | QuantConv2d) -> float:

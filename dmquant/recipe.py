@@ -34,7 +34,7 @@ class Settings(BaseModel):
     candidates: list[str] | None = None
     """Formats of one size: calibration takes for each layer the one of least output error."""
     split: int | None = None
-    """The input is a concatenation: its first `split` channels and the others get scales of their own."""
+    """The input is a concatenation: its first `split` channels and the others get scales of their own; 0: it is not."""
 
     @field_validator("weights", "activations")
     @classmethod
@@ -225,12 +225,12 @@ class Recipe(Settings):
         return self.with_settings(rules=[Rule(match=globs, keep=True), *self.rules]) if globs else self
 
     def splitting(self, channels: Mapping[str, int]) -> "Recipe":
-        """A copy in which each of these layers has the given `split`, by one rule for each distinct number."""
+        """A copy in which each of these layers has the given `split` unless one of its own rules says otherwise."""
         layers: dict[int, list[str]] = {}
         for name, split in channels.items():
             layers.setdefault(split, []).append(name)
         rules = [Rule(match=names, split=split) for split, names in layers.items()]
-        return self.with_settings(rules=[*self.rules, *rules]) if rules else self
+        return self.with_settings(rules=[*rules, *self.rules]) if rules else self
 
     def settings_for(self, name: str) -> "Settings | None":
         """The settings of one layer, all filled in; None where it stays in high precision."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from dmquant.convert import Footprint, LayerReport, footprint, quantize_
+from dmquant.convert import Footprint, LayerReport, footprint, holds_adapters, quantize_
 from dmquant.diffusers_backend import mark_quantized
 from dmquant.errors import UsageError, UserError, unknown
 from dmquant.evaluation.generate import batch_size_for
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 QUANTIZED_LAYERS = (QuantLinear, QuantConv2d)
-ADAPTED = "base_layer"  # attribute of the layers that peft puts in place of those it adapts
 STEPS = "num_inference_steps"
 OURS = ("prompt", "generator", "output_type")  # of the pipeline's call: calibration gives these itself
 DEFAULT_PROMPTS = "default-calibration"
@@ -149,7 +148,7 @@ def _check_backbone(backbone: nn.Module, component: str) -> None:
         isinstance(each, QUANTIZED_LAYERS) for each in modules
     ):
         raise UserError(f"the {component} is already quantized: start from the full-precision pipeline")
-    if any(hasattr(module, ADAPTED) for module in modules):
+    if holds_adapters(backbone):
         raise UserError(
             f"the {component} holds LoRA adapters: call fuse_lora() and then unload_lora_weights() to quantize it with "
             "them, or unload_lora_weights() alone and load them again afterwards"

@@ -226,6 +226,8 @@ class TestLora:
         before = copy.deepcopy(pipe.unet)
         with pytest.raises(UserError, match=r"LoRA adapters: call fuse_lora\(\) and then unload_lora_weights\(\)"):
             dmquant.quantize_pipeline(pipe, "rtn")
+        with pytest.raises(UserError, match="UNet2DConditionModel holds LoRA adapters"):
+            dmquant.quantize_(pipe.unet, "rtn")
         assert same_weights(pipe.unet, before)
 
     def test_fused_adapters_are_quantized_like_any_weights(self, adapters):

@@ -122,10 +122,12 @@ def test_splits_are_one_rule_for_each_number_and_survive_saving(tmp_path):
     recipe = Recipe(name="x", rules=[Rule(match="a", weights="fp6")])
     assert recipe.splitting({}) == recipe
     split = recipe.splitting({"up.0": 64, "up.1": 32, "up.2": 64})
-    assert split.rules[1:] == [Rule(match=["up.0", "up.2"], split=64), Rule(match=["up.1"], split=32)]
+    assert split.rules[:-1] == [Rule(match=["up.0", "up.2"], split=64), Rule(match=["up.1"], split=32)]
     assert [split.settings_for(name).split for name in ("up.0", "up.1", "up.2", "a")] == [64, 32, 64, None]
     split.save(tmp_path / "x.yaml")
     assert Recipe.load(tmp_path / "x.yaml") == split
+    own = Recipe(name="x", rules=[Rule(match="up.*", split=0)]).splitting({"up.0": 64})
+    assert own.settings_for("up.0").split == 0
 
 
 @pytest.mark.parametrize(

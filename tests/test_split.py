@@ -263,7 +263,6 @@ def test_a_recipe_splits_the_layers_it_is_told():
     ("layer", "split", "message"),
     [
         ("shortcut", 24, "layer shortcut has 24 input channels, which a split of 24 does not cut in two"),
-        ("skip_linear", 0, "layer skip_linear has 24 input channels, which a split of 0 does not cut in two"),
         ("skip_linear", -3, "a split of -3 does not cut in two"),
         ("depthwise", 4, "layer depthwise is a grouped convolution: its input cannot be split"),
     ],

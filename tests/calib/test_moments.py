@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from dmquant.calib import moments as module
-from dmquant.calib.moments import Moments, columns_of, fit_grid
+from dmquant.calib.moments import POSITIONS, Moments, columns_of, fit_grid
 from dmquant.convert import LayerPlan
 from dmquant.errors import UsageError
 from dmquant.formats import get_format
@@ -125,7 +125,7 @@ def test_a_convolutions_scales_by_output_error_have_the_least_of_it(granularity,
     """Halves that are not correlated, so that their errors add up and the criterion is the output's error itself."""
     generator = torch.Generator().manual_seed(0)
     layer = nn.Conv2d(8, 12, 3, padding=1, bias=False).requires_grad_(False)
-    noise = torch.randn(8, 8, 24, 24, generator=generator)
+    noise = torch.randn(18, 8, 16, 16, generator=generator)  # no larger, so that every position counts
     x = F.avg_pool2d(noise, 3, 1, 1) * torch.logspace(-1, 1, 8).view(8, 1, 1)
     alone = [x * (torch.arange(8).view(8, 1, 1) < 5), x * (torch.arange(8).view(8, 1, 1) >= 5)] if split else [x]
 
@@ -229,3 +229,18 @@ def test_columns_of_a_linear_layer_are_its_tokens():
 def test_convolutions_without_such_columns_are_refused_with_what_to_do(layer, message):
     with pytest.raises(UsageError, match=message):
         columns_of(layer, torch.randn(1, 4, 8, 8))
+
+
+def test_of_large_inputs_the_same_few_positions_of_every_row_are_taken():
+    layer, x = nn.Conv2d(3, 5, 3, padding=1), torch.randn(2, 3, 40, 40, generator=torch.Generator().manual_seed(0))
+    taken = columns_of(layer, x)
+    assert taken.shape == (2 * POSITIONS, 27)
+    assert torch.equal(taken, columns_of(layer, x))
+    everywhere = F.unfold(x, 3, padding=1).unflatten(1, (3, 9)).transpose(1, 2).flatten(1, 2).transpose(1, 2)
+    for row, all_of_row in zip(taken.chunk(2), everywhere, strict=True):
+        assert len(row.unique(dim=0)) == POSITIONS
+        assert (torch.cdist(row, all_of_row, compute_mode="donot_use_mm_for_euclid_dist").amin(1) == 0).all()
+    tokens = torch.arange(2.0 * 300).view(2, 300, 1).expand(2, 300, 4)
+    first, second = columns_of(nn.Linear(4, 4), tokens).chunk(2)
+    assert len(first) == POSITIONS
+    assert torch.equal(first + 300, second)
