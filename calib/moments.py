@@ -1,6 +1,5 @@
 """Second moments of a layer's inputs, H = mean x x^T: what they say of the error of its output."""
 
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn

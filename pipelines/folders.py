@@ -56,7 +56,7 @@ def image_size(folder: Path, backbone: str) -> tuple[int, int] | None:
 
 
 def text_length(folder: Path) -> int:
-    """Longest prompt, in tokens, that a tokenizer of the pipeline says its text encoder takes."""
+    """Longest prompt, in tokens, that one of the tokenizers says its text encoder takes."""
     configs = [read_json(path) for path in folder.glob("tokenizer*/tokenizer_config.json")]
     lengths = [config.get("model_max_length") for config in configs]
     return max((length for length in lengths if isinstance(length, int)), default=512)
