@@ -59,13 +59,16 @@ def first_of(shortcut: str) -> str:
 def inputs_of(settings: Settings, pipeline, names: list[str]) -> dict[str, list[Tensor]]:
     """What each layer is given in one pipeline call of a few prompts and steps."""
     backbone, inputs = getattr(pipeline, settings.family.component), {name: [] for name in names}
-    for name in names:
+    hooks = [
         backbone.get_submodule(name).register_forward_pre_hook(lambda _, args, name=name: inputs[name].append(args[0]))
+        for name in names
+    ]
+    prompts = load_prompts(settings.model.prompts, PROMPTS)
     generators = [torch.Generator().manual_seed(seed) for seed in range(PROMPTS)]
     call = settings.call | {"num_inference_steps": STEPS}
-    settings.family.prompted(pipeline)(
-        prompt=load_prompts(settings.model.prompts, PROMPTS), generator=generators, **call
-    )
+    settings.family.prompted(pipeline)(prompt=prompts, generator=generators, **call)
+    for hook in hooks:
+        hook.remove()
     return inputs
 
 
