@@ -25,6 +25,10 @@ from dmquant.pipelines.skeleton import skeleton
 from dmquant.recipe import Recipe, bits_names, recipe_names
 from dmquant.scaling import BLOCK_FORMATS
 
+GUIDANCE = {
+    "rows": "guidance by rows with and without the prompt in one call",
+    "embedded": "guidance as an input, one row an image",
+}
 FORMATS = (
     *("fp4_e2m1", "fp4_e1m2", "fp4_e3m0", "fp6_e2m3", "fp6_e3m2", "fp8_e4m3", "fp8_e5m2", "fp8_e3m4"),
     *(f"int{bits}" for bits in range(2, 9)),
@@ -140,7 +144,11 @@ def inspect(folder: Path, layers: bool) -> None:
         return
     backbone = folders.read_json(folder / component / "config.json").get("_class_name")
     family = next((family for family in families().values() if backbone in family.backbones), None)
-    known = f"no family knows it, --family {GENERIC} fits" if family is None else f"family {family.name}"
+    known = (
+        f"no family knows it, --family {GENERIC} fits"
+        if family is None
+        else f"family {family.name}, {GUIDANCE[family.guidance]}"
+    )
     console.say(f"{component}: {backbone}, {known}")
     method = folders.quantization(folder, component)
     if method == QuantMethod.DMQUANT.value:
