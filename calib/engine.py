@@ -9,7 +9,7 @@ import contextlib
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -25,22 +25,19 @@ from dmquant.calib.codes import CodesFolder
 from dmquant.calib.learn import DTYPES, Learned, Learner, UnitData, computing_in, learn, learning_layers
 from dmquant.calib.memory import check_budget, default_budget, return_freed_memory
 from dmquant.calib.moments import Moments, columns_of, fit_grid
-from dmquant.calib.outputs import Budget, Outputs, first_sample, mixed, stand_in
+from dmquant.calib.outputs import Budget
 from dmquant.calib.ranges import observe_ranges
-from dmquant.calib.replay import replaced_forward, replay, trace
+from dmquant.calib.replay import replaced_forward, trace
 from dmquant.calib.store import CalibrationStore
-from dmquant.calib.tree import flatten
+from dmquant.calib.streams import Bar, Streams
 from dmquant.calib.units import Block, Task, find_blocks, tasks_of
 from dmquant.convert import LayerPlan, LayerReport, plan, relative_error
-from dmquant.errors import UsageError, UserError
+from dmquant.errors import UsageError
 from dmquant.layers import QUANTIZED
 from dmquant.qtensor import QuantizedTensor
 from dmquant.recipe import Recipe, Rule
 from dmquant.rounding import get_method
 from dmquant.scaling import Scales
-
-Bar = Callable[..., None]
-Stream = dict[str, Outputs]
 
 
 @dataclass(frozen=True)
@@ -133,13 +130,13 @@ class _Engine:
 
     def run(self) -> Calibrated:
         backbone = self.backbone.requires_grad_(False).eval()
-        self.blocks = find_blocks(self.names, self.plans, lambda names: trace(backbone, self._one(), names))
+        one = self.store.batch([self.learning[0]], self.device)
+        self.blocks = find_blocks(self.names, self.plans, lambda names: trace(backbone, one, names))
         total = default_budget() if self.memory_budget is None else self.memory_budget
         needed = check_budget(total, backbone, self.blocks, self.options)
-        self.budget = Budget(total - needed, self.spill)
+        budget = Budget(total - needed, self.spill)
         self._observe_static_ranges()
-        self.full: Stream = {}
-        self.quantized: Stream = {}
+        self.streams = Streams(backbone, self.blocks, self.store, self.ranges, budget, self.options)
         facts, learned_seconds = [], []
         for number, block in enumerate(self.blocks):
             title = f"block {number + 1} of {len(self.blocks)}: {block.name}"
@@ -163,9 +160,8 @@ class _Engine:
 
     def _block(self, number: int, block: Block, title: str, bar: Bar) -> dict[str, Any]:
         """Quantize one block in place and carry both streams past it."""
-        began = time.perf_counter()
-        if block.last_use > number:
-            self.full[block.name] = self._outputs(self.full, number, block.name, title, bar)
+        began, streams = time.perf_counter(), self.streams
+        streams.carry(streams.full, number, title, bar)
         found = self.codes.load(number, block.name)
         if found:
             tensors, facts = found
@@ -183,21 +179,19 @@ class _Engine:
             formats = {name: values[name].spec.fmt.name for name in block.layers}
             facts = {"name": block.name, "formats": formats, "tasks": tasks, "seconds": time.perf_counter() - began}
             self.codes.save(number, block.name, _tensors_of(values), facts)
-        if block.last_use > number:
-            self.quantized[block.name] = self._outputs(self.quantized, number, block.name, title, bar)
-        for stream in (self.full, self.quantized):
-            for name in [other.name for other in self.blocks if other.last_use <= number and other.name in stream]:
-                stream.pop(name).close()
+        streams.carry(streams.quantized, number, title, bar)
+        streams.drop(number)
         return facts
 
     def _task(
         self, number: int, task: Task, finished: dict[str, QuantizedTensor], title: str, bar: Bar
     ) -> tuple[Learned, dict[str, QuantizedTensor]]:
         """Decide the codes of the layers of one task; `finished` are those of the block that are decided already."""
-        targets = self.full.get(task.output)
+        streams = self.streams
+        targets = streams.full.get(task.output)
         own_targets = targets is None
         if own_targets:
-            targets = self._outputs(self.full, number, task.output, title, bar)
+            targets = streams.outputs(streams.full, number, task.output, title, bar)
         with contextlib.ExitStack() as stack:
             decided = {name: self._quantized_layer(name, quantized) for name, quantized in finished.items()}
             for name, layer in decided.items():
@@ -215,7 +209,7 @@ class _Engine:
                     stack.enter_context(replaced_forward(module, torch.compile(module.forward)))
             data = UnitData(
                 run=lambda batch, generator: self._counted(
-                    task, self._run(self.quantized, number, task.output, batch, generator)
+                    task, streams.run(streams.quantized, number, task.output, batch, generator)
                 ),
                 target=lambda batch: self._counted(task, targets.read(batch, self.device)),
                 learning=self.learning,
@@ -270,75 +264,9 @@ class _Engine:
             for name in wanted:
                 handle = self.backbone.get_submodule(name).register_forward_pre_hook(watch(name))
                 stack.callback(handle.remove)
-            for batch in self._batches(self.learning, f"{title}: inputs", bar):
-                self._run(self.quantized, number, task.output, batch)
+            for batch in self.streams.batches(self.learning, f"{title}: inputs", bar):
+                self.streams.run(self.streams.quantized, number, task.output, batch)
         return {name: moments for name, moments in wanted.items() if moments.tokens}
-
-    # Running the backbone
-
-    def _one(self) -> tuple[tuple, dict[str, Any]]:
-        return self.store.batch([self.learning[0]], self.device)
-
-    def _run(
-        self,
-        stream: Stream,
-        number: int,
-        until: str,
-        batch: Sequence[int],
-        mixing: torch.Generator | None = None,
-    ) -> Any:
-        """What the module `until`, of block `number` or after it, gives for a batch of samples."""
-        timesteps = torch.tensor([self.store.timesteps[self.store.samples[index].step] for index in batch])
-        self.ranges.set(timesteps.repeat_interleave(self.store.rows).to(self.device))
-        given = {
-            block.name: stream[block.name].read(batch, self.device)
-            if block.last_use >= number
-            else stand_in(block.output, len(batch), self.device)
-            for block in self.blocks[:number]
-        }
-        share = self.options.full_precision_inputs if mixing is not None else 0.0
-        if share:
-            for name in stream:
-                given[name] = mixed(given[name], self.full[name].read(batch, self.device), share, mixing)
-        return replay(self.backbone, self.store.batch(batch, self.device), given, until)
-
-    def _outputs(self, stream: Stream, number: int, until: str, title: str, bar: Bar) -> Outputs:
-        """The output of the module `until` for every sample."""
-        outputs = None
-        kind = "full precision" if stream is self.full else "quantized"
-        with torch.no_grad():
-            for batch in self._batches(range(len(self.store.samples)), f"{title}: {kind}", bar):
-                output = self._run(stream, number, until, batch)
-                if not all(leaf.isfinite().all() for _, leaf in flatten(output)[1] if leaf.is_floating_point()):
-                    self._blame(stream, number, until, batch)
-                if outputs is None:
-                    outputs = Outputs(len(self.store.samples), first_sample(output, len(batch)), self.budget)
-                outputs.write(batch, output)
-        return outputs
-
-    def _blame(self, stream: Stream, number: int, until: str, batch: Sequence[int]) -> None:
-        """Name the first layer that gives NaN or infinity."""
-
-        def check(name: str) -> Callable[[nn.Module, tuple, Any], None]:
-            def hook(module: nn.Module, args: tuple, output: Any) -> None:
-                if isinstance(output, Tensor) and not output.isfinite().all():
-                    raise UserError(
-                        f"layer {name} gives NaN or infinity on calibration data: calibrate in --dtype fp32 or bf16"
-                    )
-
-            return hook
-
-        with contextlib.ExitStack() as stack:
-            for name, module in self.backbone.named_modules():
-                if not any(module.children()):
-                    stack.callback(module.register_forward_hook(check(name)).remove)
-            self._run(stream, number, until, batch)
-        raise UserError(f"{until} gives NaN or infinity on calibration data: calibrate in --dtype fp32 or bf16")
-
-    def _batches(self, indices: Sequence[int], what: str, bar: Bar) -> Iterator[list[int]]:
-        for start in range(0, len(indices), self.options.batch_size):
-            bar(start, len(indices), what)
-            yield list(indices[start : start + self.options.batch_size])
 
     # Layers
 
