@@ -1,26 +1,33 @@
 """Capture calibration data: run the full-precision pipeline as it is deployed and keep what its backbone is given.
 
+Several processes capture a batch of prompts each at a time; all know the same index, and the main one writes it.
+
 A capture that was stopped continues after its last whole shard, one that is done is reused, and a damaged shard is
 captured again, alone.
 """
 
+import dataclasses
 import hashlib
 import inspect
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from dmquant import processes
 from dmquant.calib.importance import PROMPTS, measure_importance
 from dmquant.calib.latents import backbone_calls, final_latents
 from dmquant.calib.sampling import Sample, Sampling, choose, held_out_prompts
-from dmquant.calib.store import INDEX, CalibrationStore, Index, ShardWriter, StoredSample, remove_shards
+from dmquant.calib.store import INDEX, CalibrationStore, Index, Shard, ShardWriter, StoredSample, remove_shards
 from dmquant.calib.tree import Leaf, flatten
 from dmquant.errors import UserError
+
+Kept = tuple[Sample, Any, list[list[int] | int]]  # as in StoredSample, with the skeleton itself
 
 SHORT = 24  # characters of a setting that an error message quotes
 
@@ -60,11 +67,17 @@ def capture(
     """
     held_out = held_out_prompts(sampling, len(prompts))
     made_for = _as_json({**made_for, **_dependencies(component, prompts, sampling, call, seed)})
-    index = _index_in(folder, made_for, replace)
-    if index is None:
-        remove_shards(folder)
-        index = Index(made_for, len(prompts), backbone_calls(pipeline, call["num_inference_steps"]))
-    index.shards = [shard for shard in index.shards if shard.is_whole(folder)]
+    everyone = processes.current()
+
+    def index_there() -> Index:
+        index = _index_in(folder, made_for, replace)
+        if index is None:
+            remove_shards(folder)
+            index = Index(made_for, len(prompts), backbone_calls(pipeline, call["num_inference_steps"]))
+        index.shards = [shard for shard in index.shards if shard.is_whole(folder)]
+        return index
+
+    index = everyone.on_main(index_there)
     if not index.missing():
         return CalibrationStore(folder, index)
 
@@ -72,62 +85,85 @@ def capture(
     if sampling.sampler == "importance" and index.weights is None:
         measured = [prompt for i, prompt in enumerate(prompts) if i not in held_out][:PROMPTS]
         total += len(measured) * (index.steps + 1)
-        index.weights = measure_importance(
-            pipeline,
-            component,
-            measured,
-            call=call,
-            seed=seed,
-            progress=lambda passes, _: progress(len(measured) * passes, total),
+        index.weights = everyone.on_main(
+            lambda: measure_importance(
+                pipeline,
+                component,
+                measured,
+                call=call,
+                seed=seed,
+                progress=lambda passes, _: progress(len(measured) * passes, total),
+            )
         )
-    index.save(folder)
+    if everyone.is_main:
+        index.save(folder)
     progress(total - len(index.missing()), total)
     samples = choose(sampling, len(prompts), index.steps, index.weights)
     same = _Shared(shared)
-    for batch in _batches(index.missing(), batch_size):
+
+    def captured(batch: range) -> _Captured:
         chosen = [sample for sample in samples if sample.prompt in batch]
         recorder = _Recorder(getattr(pipeline, component), batch, chosen, same)
         with recorder:
             final_latents(pipeline, prompts[batch.start : batch.stop], seed + batch.start, call)
-        _add_shard(recorder, index, folder)
+        return recorder.save(folder, index.steps)
+
+    batches = _batches(index.missing(), batch_size)
+    for start in range(0, len(batches), everyone.count):
+        mine = everyone.share(batches[start : start + everyone.count])
+        for one in chain(*everyone.together(lambda mine=mine: [captured(batch) for batch in mine])):
+            for shared_by_all in one.shared.items():
+                same.check(*shared_by_all)
+            _add_shard(one, index)
+        if everyone.is_main:
+            index.save(folder)
         progress(total - len(index.missing()), total)
-    remove_shards(folder, keep=index.shards)
+    everyone.on_main(lambda: remove_shards(folder, keep=index.shards))
     return CalibrationStore(folder, index)
 
 
-def _add_shard(recorder: "_Recorder", index: Index, folder: Path) -> None:
-    """Write what was recorded of one batch, and list it in the index."""
-    if len(recorder.timesteps) != index.steps:
-        raise UserError(
-            f"the pipeline called its {type(recorder.backbone).__name__} {len(recorder.timesteps)} times, but its "
-            f"schedule has {index.steps} steps: calibration data of such a pipeline cannot be captured"
-        )
-    index.timesteps, index.rows = recorder.timesteps, recorder.rows
+@dataclass(frozen=True)
+class _Captured:
+    """What is to be known of the shard of one batch of prompts, written by whichever process captured it."""
+
+    shard: Shard
+    """Without samples: which skeletons the index has is known only when the shards before are in it."""
+    timesteps: list[float]
+    rows: int
+    kept: list[Kept]
+    shared: dict[str, str]
+    """SHA-256 of every tensor that all rows share, by name."""
+
+
+def _add_shard(captured: _Captured, index: Index) -> None:
+    """List a shard in the index."""
+    index.timesteps, index.rows = captured.timesteps, captured.rows
     samples = []
-    for sample, skeleton, leaves in recorder.kept:
+    for sample, skeleton, leaves in captured.kept:
         if skeleton not in index.skeletons:
             index.skeletons.append(skeleton)
         samples.append(StoredSample(sample, index.skeletons.index(skeleton), leaves))
     samples.sort(key=lambda stored: (stored.sample.prompt, stored.sample.step))
-    shard = recorder.writer.save(folder, recorder.batch.start, recorder.batch.stop, samples)
+    shard = dataclasses.replace(captured.shard, samples=samples)
     index.shards = sorted([*index.shards, shard], key=lambda shard: shard.start)
-    index.save(folder)
 
 
 class _Shared:
     """The arguments that all rows of every call share."""
 
     def __init__(self, arguments: Sequence[str]) -> None:
-        self._arguments, self._first = frozenset(arguments), {}
+        self._arguments = frozenset(arguments)
+        self.found: dict[str, str] = {}
+        """SHA-256 of each that was found, by the name of its leaf."""
 
     def __contains__(self, leaf: Leaf) -> bool:
         return leaf.argument in self._arguments
 
-    def check(self, leaf: Leaf) -> None:
+    def check(self, name: str, sha256: str) -> None:
         """UserError for a tensor that is not what it was in the calls before."""
-        if not torch.equal(self._first.setdefault(leaf.name, leaf.tensor.clone()), leaf.tensor):
+        if self.found.setdefault(name, sha256) != sha256:
             raise UserError(
-                f"the pipeline does not pass the same {leaf.name} in every call (it may depend on the number of "
+                f"the pipeline does not pass the same {name} in every call (it may depend on the number of "
                 "prompts), so that it cannot be kept once for all rows as the model's family says"
             )
 
@@ -140,7 +176,7 @@ class _Recorder:
         self.writer = ShardWriter()
         self.timesteps: list[float] = []
         self.rows = 0
-        self.kept: list[tuple[Sample, Any, list[list[int] | int]]] = []
+        self.kept: list[Kept] = []
         self._samples = samples
         self._signature = inspect.signature(backbone.forward)
 
@@ -149,6 +185,16 @@ class _Recorder:
 
     def __exit__(self, *exception: object) -> None:
         self._handle.remove()
+
+    def save(self, folder: Path, steps: int) -> _Captured:
+        """Write the shard of what was recorded; UserError where the backbone was not called once a step."""
+        if len(self.timesteps) != steps:
+            raise UserError(
+                f"the pipeline called its {type(self.backbone).__name__} {len(self.timesteps)} times, but its "
+                f"schedule has {steps} steps: calibration data of such a pipeline cannot be captured"
+            )
+        shard = self.writer.save(folder, self.batch.start, self.batch.stop, samples=[])
+        return _Captured(shard, self.timesteps, self.rows, self.kept, self.shared.found)
 
     def _record(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         arguments = _by_name(self._signature, args, kwargs)
@@ -173,7 +219,7 @@ class _Recorder:
         """A leaf that is not shared is cut into rows along its first dimension; a scalar belongs to every row."""
         if leaf in self.shared:
             number = self._add(leaf.name, leaf.tensor, sample)
-            self.shared.check(leaf)
+            self.shared.check(leaf.name, self.writer.digest(number))
             return number
         if leaf.tensor.dim() == 0:
             return [self._add(leaf.name, leaf.tensor, sample)] * len(rows)

@@ -124,6 +124,10 @@ class ShardWriter:
             self._tensors[str(self._names[content])] = tensor.clone()
         return self._names[content], is_new
 
+    def digest(self, name: int) -> str:
+        """SHA-256 of the dtype, shape and content of the tensor called that."""
+        return list(self._names)[name].hex()
+
     def save(self, folder: Path, start: int, stop: int, samples: list[StoredSample]) -> Shard:
         """Write the shard of the prompts from `start` up to `stop`."""
         with replacing(folder / shard_name(start, stop)) as temporary:

@@ -1,6 +1,8 @@
-"""`python -m dmquant` is the `dmquant` command."""
+"""`python -m dmquant` is the `dmquant` command; `accelerate launch -m dmquant` makes several processes share its work."""
 
+from dmquant import processes
 from dmquant.cli import main
 
 if __name__ == "__main__":
-    main()
+    with processes.joined():
+        main()

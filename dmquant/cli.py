@@ -4,6 +4,7 @@ Nothing heavy is imported at the top: torch and diffusers are imported inside th
 """
 
 import functools
+import shlex
 import sys
 import traceback
 from collections.abc import Callable
@@ -17,10 +18,12 @@ from dmquant.cli_options import (
     GENERATE,
     QUANTIZE,
     RUN,
+    Clip,
     Device,
     Metrics,
     Model,
     Overwrite,
+    Prompts,
     Real,
     takes,
 )
@@ -73,6 +76,11 @@ def command(*examples: str) -> Callable[[Callable[..., None]], Callable[..., Non
     return register
 
 
+def _typed() -> str:
+    """The command as one would type it again."""
+    return shlex.join(["dmquant", *(argument for argument in sys.argv[1:] if argument != "--debug")])
+
+
 def _fail(message: str, exit_code: int) -> None:
     if _debug:
         traceback.print_exc()
@@ -107,7 +115,7 @@ def run(
     """
     from dmquant.pipelines import settings, stages
 
-    resolved = settings.resolve(settings.Options(model=model, **given))
+    resolved = settings.resolve(settings.Options(model=model, command=_typed(), **given))
     stages.run(resolved, out or Path("runs") / resolved.folder_name, overwrite)
 
 
@@ -147,7 +155,7 @@ def compare(
     from dmquant.pipelines import settings, stages
 
     resolved = settings.resolve_all(
-        settings.Options(model=model, **given),
+        settings.Options(model=model, command=_typed(), **given),
         recipes,
     )
     common = next(iter(resolved.values()))
@@ -201,33 +209,65 @@ QuantizedImages = Annotated[Path, typer.Argument(metavar="Q_DIR", help="Images o
 @command(
     "dmquant score images/fp images/quantized",
     "dmquant score images/fp images/quantized --metrics psnr,fid_real --real photos/",
+    "dmquant score images/fp images/quantized --metrics clip_score,hpsv2 --clip ViT-B-32:openai --csv scores.csv",
 )
 def score(
     fp: FullPrecisionImages,
     quantized: QuantizedImages,
     metrics: Metrics = None,
     real: Real = None,
+    prompts: Prompts = None,
+    clip: Clip = None,
     device: Device = "auto",
+    csv: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write the scores of every image to it.", rich_help_panel="Output"),
+    ] = None,
 ) -> None:
-    """Score two folders of images that pair up by file name."""
+    """Score two folders of images that pair up by file name.
+
+    Images that dmquant made carry their prompts; for others --prompts gives one an image, in the order of the names.
+    """
     from dmquant.pipelines import stages
 
-    stages.score(fp, quantized, metrics, real, device)
+    stages.score(fp, quantized, metrics, real, prompts, clip, device, csv)
 
 
-@command("dmquant grid images/fp images/quantized --out grid.png", "dmquant grid images/fp images/quantized --rows 4")
+@command(
+    "dmquant grid images/fp images/quantized --out grid.png",
+    "dmquant grid images/fp images/quantized --worst --rows 8",
+    "dmquant grid images/fp runs/c/recipes/*/images/quantized --no-difference",
+)
 def grid(
     fp: FullPrecisionImages,
-    quantized: QuantizedImages,
+    quantized: Annotated[
+        list[Path], typer.Argument(metavar="Q_DIR...", help="Images of one quantized model or several, same names.")
+    ],
+    *,
     out: Annotated[Path, typer.Option(metavar="FILE", help="The picture to write.", rich_help_panel="Output")] = Path(
         "grid.png"
     ),
     rows: Annotated[int, typer.Option(min=1, help="Prompts to show, spread over all.", rich_help_panel="Output")] = 12,
+    worst: Annotated[
+        bool, typer.Option("--worst", help="Show those furthest from full precision.", rich_help_panel="Output")
+    ] = False,
+    difference: Annotated[
+        bool, typer.Option(help="Show the difference to full precision as well.", rich_help_panel="Output")
+    ] = True,
+    amplify: Annotated[
+        float, typer.Option(min=0.1, help="Times the difference is shown.", rich_help_panel="Output")
+    ] = 4.0,
+    columns: Annotated[
+        int | None,
+        typer.Option(
+            min=1, max=12, help="Prompts beside one another. Default: as many as fit.", rich_help_panel="Output"
+        ),
+    ] = None,
 ) -> None:
-    """Draw image pairs side by side: full precision, quantized, and their difference."""
+    """Draw images side by side: full precision, quantized ones, and their difference."""
     from dmquant.pipelines import stages
 
-    stages.grid(fp, quantized, out, rows)
+    stages.grid(fp, quantized, out, rows, worst, amplify if difference else None, columns)
 
 
 @command("dmquant report runs/emoji-pixart-w4a6")

@@ -83,7 +83,8 @@ Prompts = Annotated[
     str | None,
     typer.Option(
         metavar="FILE|NAME",
-        help="A text file with one prompt a line, or the name of a shipped list. Default: the model's own list.",
+        help="A .txt, .csv, .tsv, .json, .jsonl or .parquet file (FILE:COLUMN names a column), COCO captions, HPSv2's "
+        "benchmark folder, vbench, or a shipped list. Default: the model's own list.",
         rich_help_panel="Images",
     ),
 ]
@@ -92,6 +93,14 @@ NumPrompts = Annotated[
     typer.Option(
         min=1,
         help="How many prompts, from the top of the list, one image each. Default: 64, or all of a shorter list.",
+        rich_help_panel="Images",
+    ),
+]
+PromptSeed = Annotated[
+    int | None,
+    typer.Option(
+        min=0,
+        help="Draw the prompts from the whole list with this seed instead of taking the first.",
         rich_help_panel="Images",
     ),
 ]
@@ -123,13 +132,26 @@ Metrics = Annotated[
     str | None,
     typer.Option(
         metavar="LIST",
-        help="Metrics, comma separated. Default: psnr,ssim,latent_mse,fid_fp, and fid_real with --real.",
+        help="Metrics, comma separated, or all: psnr, ssim, ms_ssim, lpips, lpips_vgg, latent_mse, fid_fp, kid_fp, "
+        "cmmd_fp, clip_score, hpsv2, hpsv21, and with --real fid_real, kid_real, cmmd_real. Default: psnr, ssim, "
+        "latent_mse, fid_fp; clip_score where the model comes with a CLIP model; fid_real with --real.",
+        rich_help_panel="Scores",
+    ),
+]
+Clip = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME|DIR",
+        help="CLIP model of clip_score and CMMD: MODEL:WEIGHTS as open_clip calls them, hf-hub:ORG/NAME, or a local "
+        "open_clip folder. Default: the model's own, or ViT-L-14-336:openai.",
         rich_help_panel="Scores",
     ),
 ]
 Real = Annotated[
     Path | None,
-    typer.Option(metavar="DIR", help="Folder of real images, for FID against them.", rich_help_panel="Scores"),
+    typer.Option(
+        metavar="DIR", help="Folder of real images, for FID, KID and CMMD against them.", rich_help_panel="Scores"
+    ),
 ]
 Device = Annotated[str, typer.Option(metavar="auto|cpu|cuda[:i]", help="Where to compute.", rich_help_panel="Machine")]
 Dtype = Annotated[
@@ -157,10 +179,10 @@ _CALIBRATION = {
     "memory_budget": (MemoryBudget, None),
 }
 _FORMATS = {"w": (Weights, None), "a": (Activations, None)}
-_PROMPTS = {"prompts": (Prompts, None), "num_prompts": (NumPrompts, None)}
+_PROMPTS = {"prompts": (Prompts, None), "num_prompts": (NumPrompts, None), "prompt_seed": (PromptSeed, None)}
 _SAMPLING = {"steps": (Steps, None), "guidance": (Guidance, None), "height": (Height, None), "width": (Width, None)}
 _NOISE = {"seed": (Seed, 0), "batch_size": (BatchSize, None)}
-_SCORES = {"metrics": (Metrics, None), "real": (Real, None)}
+_SCORES = {"metrics": (Metrics, None), "real": (Real, None), "clip": (Clip, None)}
 _MACHINE = {"device": (Device, "auto"), "dtype": (Dtype, None)}
 
 # Fields of pipelines.settings.Options by command, in the order in which --help lists them.

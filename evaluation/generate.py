@@ -2,7 +2,7 @@
 
 Every image has its own seed, drawn on the CPU, so its noise depends neither on the batch it is made in nor on the
 device. Every PNG carries its prompt, its seed and the key of the settings that made it; one that is on disk with the
-right key is not made again. Beside it lie the image's final latents.
+right key is not made again. Beside it lie the image's final latents, and beside the first few their trajectories.
 """
 
 import hashlib
@@ -17,7 +17,9 @@ import numpy as np
 import torch
 from PIL import Image, PngImagePlugin
 
+from dmquant import processes
 from dmquant.evaluation.latents import latent_path, read_latent, recording_latents, save_latent
+from dmquant.evaluation.trajectory import TRAJECTORIES, recording_trajectories, save_trajectory, trajectory_path
 from dmquant.files import replacing
 from dmquant.pipeline_call import call_pipeline
 
@@ -94,12 +96,19 @@ def _is_there(path: Path, request: ImageRequest) -> bool:
 
 
 def prune(folder: Path, requests: Sequence[ImageRequest]) -> None:
-    """Remove images of ours that no request asks for any more, and their latents; other files stay."""
+    """Remove images of ours that no request asks for any more, and what lies beside them; other files stay."""
     names = {request.name for request in requests}
     for path in folder.glob("[0-9]*.png"):
         if path.name not in names and read_key(path) is not None:
             path.unlink()
-            latent_path(path).unlink(missing_ok=True)
+            for beside in (latent_path(path), trajectory_path(path)):
+                beside.unlink(missing_ok=True)
+
+
+def pruned_and_missing(folder: Path, requests: Sequence[ImageRequest]) -> list[ImageRequest]:
+    """`missing`, after `prune`."""
+    prune(folder, requests)
+    return missing(folder, requests)
 
 
 def generate(
@@ -111,10 +120,11 @@ def generate(
     call: dict[str, Any],
     on_batch: Callable[[Generated], None] = lambda generated: None,
 ) -> Generated:
-    """Make the images of `requests` that `folder` lacks, in batches.
+    """Make the images of `requests` that `folder` lacks, in batches, each process its share of them.
 
-    Batches are cut from the whole list before the finished images are left out, so a resumed run computes the same
-    batches as one that was never stopped.
+    Batches are cut from the whole list before the finished images are left out, so a resumed run, or one of several
+    processes, computes the same batches as one that was never stopped. All processes get the same result; the seconds
+    of an image are those that passed, divided by the images made in them.
 
     Args:
         pipeline: a diffusers text-to-image pipeline, on its device.
@@ -123,28 +133,38 @@ def generate(
         batch_size: images a batch.
         call: arguments of the pipeline's call other than prompt, generator and output type: height, width,
             num_inference_steps, guidance_scale, and what its family needs.
-        on_batch: called after every batch with all that was made so far.
+        on_batch: called after every batch, or one of each process, with all that was made so far.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    wanted = {request.index for request in missing(folder, requests)}
+    everyone = processes.current()
+    wanted = everyone.on_main(lambda: {request.index for request in missing(folder, requests)})
+    whole = (requests[start : start + batch_size] for start in range(0, len(requests), batch_size))
+    batches = list(filter(None, ([request for request in batch if request.index in wanted] for batch in whole)))
     generated = Generated()
-    for start in range(0, len(requests), batch_size):
-        batch = [request for request in requests[start : start + batch_size] if request.index in wanted]
-        if not batch:
-            continue
-        began = time.perf_counter()
-        with recording_latents(pipeline) as latents:
-            images = _call(pipeline, batch, call)
-        generated.not_finite += int((~np.isfinite(images)).any(axis=(1, 2, 3)).sum())
-        if latents:
-            for request, latent in zip(batch, torch.cat(latents), strict=True):
-                save_latent(latent, folder / request.name, request.key)
-        for request, image in zip(batch, images, strict=True):
-            _save(image, request, folder)
-        each = (time.perf_counter() - began) / len(batch)
-        generated.seconds |= {request.key: each for request in batch}
+    for start in range(0, len(batches), everyone.count):
+        at_once, began = batches[start : start + everyone.count], time.perf_counter()
+        mine = everyone.share(at_once)
+        not_finite = everyone.together(lambda mine=mine: sum(_make(pipeline, batch, folder, call) for batch in mine))
+        generated.not_finite += sum(not_finite)
+        made = [request.key for batch in at_once for request in batch]
+        generated.seconds |= dict.fromkeys(made, (time.perf_counter() - began) / len(made))
         on_batch(generated)
     return generated
+
+
+def _make(pipeline: Any, batch: Sequence[ImageRequest], folder: Path, call: dict[str, Any]) -> int:
+    """Make and write the images of one batch; returns how many held NaN or infinity."""
+    followed = [request for request in batch if request.index < TRAJECTORIES]
+    with recording_latents(pipeline) as latents, recording_trajectories(pipeline, len(followed)) as steps:
+        images = _call(pipeline, batch, call)
+    if latents:
+        for request, latent in zip(batch, torch.cat(latents), strict=True):
+            save_latent(latent, folder / request.name, request.key)
+    for request, trajectory in zip(followed, steps.trajectories, strict=False):
+        save_trajectory(trajectory, folder / request.name, request.key)
+    for request, image in zip(batch, images, strict=True):
+        _save(image, request, folder)
+    return int((~np.isfinite(images)).any(axis=(1, 2, 3)).sum())
 
 
 def _call(pipeline: Any, batch: Sequence[ImageRequest], call: dict[str, Any]) -> np.ndarray:

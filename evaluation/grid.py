@@ -1,21 +1,32 @@
 """One picture that shows what quantization did: the same prompts, side by side."""
 
-import textwrap
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from dmquant.errors import UserError
-from dmquant.evaluation.images import matching_images, open_rgb, save_image
+from dmquant.evaluation.difference import difference_picture, open_alike, rms_difference
+from dmquant.evaluation.images import matching_images, save_image
 
 SMALLEST, LARGEST = 128, 384  # pixels: the longer side of a picture in the grid
-LINE_WIDTH = 1320  # pixels: rows of small pictures share a line up to this width
-GAP, MARGIN = 8, 24  # pixels, between the pictures of a row and around rows
-FONT_SIZE, LINE_HEIGHT, CAPTION_LINES = 15, 19, 2
-ELLIPSIS = "..."  # Pillow's built-in font has no single character for it
+LINE_WIDTH = 1320  # pixels: small pictures of several prompts share a line up to this width
+MOST_PIXELS = 16_000_000  # of the whole picture: pictures get smaller, then prompts fewer
+GAP, MARGIN = 8, 24  # pixels, between the pictures of a prompt and around prompts
+FONT_SIZE, LINE_HEIGHT = 14, 18
+CAPTION_LINES, HEADING_LINES = 8, 4  # what is longer is cut: a prompt has some 75 words at most
+ELLIPSIS = "…"
 INK, FAINT, PAPER = "#1b1b1f", "#5f6068", "#ffffff"
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What stands together in the grid: rows of pictures of one prompt (None is an empty place), and its caption."""
+
+    rows: list[list[Image.Image | None]]
+    caption: str
 
 
 def draw_grid(
@@ -24,26 +35,50 @@ def draw_grid(
     out: Path,
     rows: int = 12,
     amplify: float | None = 4.0,
+    worst: bool = False,
+    per_line: int | None = None,
 ) -> Path:
     """Draw the images of several folders side by side, a row a prompt, and write the PNG to `out`.
 
     `columns` maps a heading to a folder of PNG images of the same names, full precision first. `prompts` has one
-    entry per image, in the order of the names. At most `rows` prompts are shown, evenly spread over all of them.
-    Where there are two columns, their absolute difference times `amplify` is the third, unless that is None. Raises
-    UserError for missing or unreadable images and for prompts that do not match them.
+    entry per image, in the order of the names. At most `rows` prompts are shown: evenly spread over all of them, or
+    with `worst` those whose images are furthest from full precision, the furthest first. Their absolute difference to
+    full precision times `amplify` stands beside one recipe, below several; None leaves it out. `per_line` prompts
+    share a line, by default as many as fit. Raises UserError for missing or unreadable images and for prompts that do
+    not match them.
     """
     folders = matching_images({heading: Path(folder) for heading, folder in columns.items()}, len(prompts))
-    chosen = _spread(len(prompts), rows)
     headings = list(columns)
-    if len(headings) != 2:
-        amplify = None
-    if amplify is not None:
-        headings.append(f"{amplify:g}x difference")
-    largest = max(SMALLEST, min(LARGEST, (LINE_WIDTH - 2 * MARGIN + GAP) // len(headings) - GAP))
-    pictures = [_row([paths[index] for paths in folders.values()], amplify, largest) for index in chosen]
-    sheet = _compose(pictures, [prompts[index] for index in chosen], headings)
-    save_image(sheet, Path(out))
+    if len(headings) == 2 and amplify is not None:
+        headings.append(_difference_heading(amplify))
+    beside = list(zip(*folders.values(), strict=True))  # all images of a prompt
+    side, limit = _fit(rows, len(headings), 2 if amplify is not None and len(columns) > 2 else 1)
+    captions = list(prompts)
+    if worst:
+        apart = [_furthest(paths) for paths in beside]
+        chosen = sorted(range(len(prompts)), key=apart.__getitem__, reverse=True)[:limit]
+        captions = [
+            f"{paths[0].stem}, difference {difference:.1f} of 255: {prompt}"
+            for paths, difference, prompt in zip(beside, apart, prompts, strict=True)
+        ]
+    else:
+        chosen = _spread(len(prompts), limit)
+    shown = [Prompt(_pictures(beside[index], amplify, side), captions[index]) for index in chosen]
+    save_image(_compose(shown, headings, amplify, per_line), Path(out))
     return Path(out)
+
+
+def _fit(rows: int, across: int, down: int) -> tuple[int, int]:
+    """The longer side of a picture, and how many prompts, so that the grid is not larger than MOST_PIXELS."""
+    side = max(SMALLEST, min(LARGEST, (LINE_WIDTH - 2 * MARGIN + GAP) // across - GAP))
+
+    def pixels(side: int) -> int:
+        caption = 3 * LINE_HEIGHT + MARGIN
+        return across * (side + GAP) * (down * (side + GAP) + caption)
+
+    while side > SMALLEST and rows * pixels(side) > MOST_PIXELS:
+        side -= 8
+    return side, max(1, min(rows, MOST_PIXELS // pixels(side)))
 
 
 def _spread(count: int, limit: int) -> list[int]:
@@ -53,19 +88,19 @@ def _spread(count: int, limit: int) -> list[int]:
     return np.linspace(0, count - 1, limit).round().astype(int).tolist()
 
 
-def _row(paths: list[Path], amplify: float | None, largest: int) -> list[Image.Image]:
-    first, *others = pictures = [open_rgb(path) for path in paths]
-    for path, other in zip(paths[1:], others, strict=True):
-        if other.size != first.size:
-            raise UserError(f"{path} and {paths[0]} differ in size: generate both at one size")
-    if amplify is not None:
-        pictures.append(_difference(first, others[0], amplify))
-    return [_scaled(picture, largest) for picture in pictures]
+def _furthest(paths: Sequence[Path]) -> float:
+    """How far the image that is furthest from the first one is from it."""
+    reference, *others = open_alike(list(paths))
+    return max((rms_difference(reference, other) for other in others), default=0.0)
 
 
-def _difference(a: Image.Image, b: Image.Image, amplify: float) -> Image.Image:
-    distance = np.abs(np.asarray(a, dtype=np.float32) - np.asarray(b, dtype=np.float32))
-    return Image.fromarray((distance * amplify).clip(0, 255).round().astype(np.uint8))
+def _pictures(paths: Sequence[Path], amplify: float | None, side: int) -> list[list[Image.Image | None]]:
+    reference, *others = pictures = open_alike(list(paths))
+    rows: list[list[Image.Image | None]] = [pictures]
+    if amplify is not None and others:
+        apart = [difference_picture(reference, other, amplify) for other in others]
+        rows = [pictures + apart] if len(others) == 1 else [pictures, [None, *apart]]
+    return [[None if picture is None else _scaled(picture, side) for picture in row] for row in rows]
 
 
 def _scaled(picture: Image.Image, largest: int) -> Image.Image:
@@ -80,51 +115,81 @@ def _scaled(picture: Image.Image, largest: int) -> Image.Image:
     return picture
 
 
-def _compose(rows: list[list[Image.Image]], captions: list[str], headings: list[str]) -> Image.Image:
-    font = ImageFont.load_default(FONT_SIZE)
-    width = max(picture.width for row in rows for picture in row)
-    height = max(picture.height for row in rows for picture in row)
+def _compose(prompts: list[Prompt], headings: list[str], amplify: float | None, per_line: int | None) -> Image.Image:
+    pictures = [picture for prompt in prompts for row in prompt.rows for picture in row if picture is not None]
+    width, height = max(picture.width for picture in pictures), max(picture.height for picture in pictures)
     row_width = len(headings) * (width + GAP) - GAP
-    wrapped = [_wrapped(caption, row_width, font) for caption in captions]
-    row_height = height + GAP + max(map(len, wrapped)) * LINE_HEIGHT
-    per_line = max(1, min(len(rows), (LINE_WIDTH - MARGIN) // (row_width + MARGIN)))
-    lines = -(-len(rows) // per_line)
-    titles = [_wrapped(heading, width, font) for heading in headings]
-    top = MARGIN + max(map(len, titles)) * LINE_HEIGHT + GAP
-    sheet = Image.new(
-        "RGB",
-        (per_line * (row_width + MARGIN) + MARGIN, top + lines * (row_height + MARGIN)),
-        PAPER,
-    )
+    fitting = max(1, (LINE_WIDTH - MARGIN) // (row_width + MARGIN))
+    across = min(len(prompts), per_line or fitting)
+    captions = [_wrapped(prompt.caption, row_width, CAPTION_LINES) for prompt in prompts]
+    titles = [_wrapped(heading, width, HEADING_LINES) for heading in headings]
+    tops = [MARGIN + max(map(len, titles)) * LINE_HEIGHT + GAP]  # of each line of prompts, then of what follows them
+    for start in range(0, len(prompts), across):
+        text = max(map(len, captions[start : start + across])) * LINE_HEIGHT
+        tops.append(tops[-1] + len(prompts[start].rows) * (height + GAP) + text + MARGIN)
+    sheet = Image.new("RGB", (across * (row_width + MARGIN) + MARGIN, tops[-1]), PAPER)
     draw = ImageDraw.Draw(sheet)
-    for across in range(per_line):
-        for column, lines_of_title in enumerate(titles):
-            left = MARGIN + across * (row_width + MARGIN) + column * (width + GAP)
-            for index, line in enumerate(lines_of_title):
-                draw.text((left, MARGIN + index * LINE_HEIGHT), line, fill=INK, font=font)
-    for number, (row, lines_of_text) in enumerate(zip(rows, wrapped, strict=True)):
-        left = MARGIN + (number % per_line) * (row_width + MARGIN)
-        y = top + (number // per_line) * (row_height + MARGIN)
-        for column, picture in enumerate(row):
-            sheet.paste(picture, (left + column * (width + GAP), y))
-        for index, line in enumerate(lines_of_text):
-            draw.text((left, y + height + GAP // 2 + index * LINE_HEIGHT), line, fill=FAINT, font=font)
+    lefts = [MARGIN + place * (row_width + MARGIN) for place in range(across)]
+    for left in lefts:
+        for column, title in enumerate(titles):
+            _write(draw, left + column * (width + GAP), MARGIN, title, INK)
+    for number, (prompt, caption) in enumerate(zip(prompts, captions, strict=True)):
+        left, y = lefts[number % across], tops[number // across]
+        for row in prompt.rows:
+            for column, picture in enumerate(row):
+                x = left + column * (width + GAP)
+                if picture is None:
+                    _write(draw, x, y, _wrapped(_difference_heading(amplify), width, HEADING_LINES), FAINT)
+                else:
+                    sheet.paste(picture, (x, y))
+            y += height + GAP
+        _write(draw, left, y - GAP // 2, caption, FAINT)
     return sheet
 
 
-def _wrapped(text: str, width: int, font: ImageFont.FreeTypeFont) -> list[str]:
-    """`text` broken into at most CAPTION_LINES lines of `width` pixels, the last one shortened if there is more."""
-    average = font.getlength("abcdefghijklmnopqrstuvwxyz ") / 27
-    lines = textwrap.wrap(" ".join(text.split()), width=max(8, int(width / average)))
-    if len(lines) > CAPTION_LINES:
-        lines = [*lines[: CAPTION_LINES - 1], " ".join(lines[CAPTION_LINES - 1 :])]
-    return [_fitted(line, width, font) for line in lines]
+def _difference_heading(amplify: float) -> str:
+    return f"{amplify:g}× difference"
 
 
-def _fitted(text: str, width: int, font: ImageFont.FreeTypeFont) -> str:
-    """`text`, shortened so that it is at most `width` pixels wide."""
-    if font.getlength(text) <= width:
-        return text
-    while text and font.getlength(text + ELLIPSIS) > width:
-        text = text[:-1]
-    return text.rstrip() + ELLIPSIS
+def _write(draw: ImageDraw.ImageDraw, x: int, y: int, lines: list[str], colour: str) -> None:
+    for index, line in enumerate(lines):
+        draw.text((x, y + index * LINE_HEIGHT), line, fill=colour, font=_font())
+
+
+@cache
+def _font() -> ImageFont.FreeTypeFont:
+    """DejaVu Sans as matplotlib brings it: it has the letters and signs that Pillow's own font lacks."""
+    import matplotlib
+
+    return ImageFont.truetype(str(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")), FONT_SIZE)
+
+
+def _wrapped(text: str, width: int, most: int) -> list[str]:
+    """`text` broken into lines of at most `width` pixels; of more than `most` lines the rest is cut and said to be."""
+    lines: list[str] = []
+    for word in text.split():
+        if lines and _length(f"{lines[-1]} {word}") <= width:
+            lines[-1] += f" {word}"
+            continue
+        while _length(word) > width:
+            fits = max(1, _fitting(word, width))
+            lines.append(word[:fits])
+            word = word[fits:]
+        lines.append(word)
+    if len(lines) <= most:
+        return lines
+    last = lines[most - 1]
+    return [*lines[: most - 1], last[: _fitting(last, width - _length(ELLIPSIS))].rstrip() + ELLIPSIS]
+
+
+def _fitting(text: str, width: float) -> int:
+    """How many characters of `text` fit into `width` pixels; a name is broken after a hyphen or underscore."""
+    fits = next(count for count in range(len(text), -1, -1) if _length(text[:count]) <= max(width, 0))
+    if fits == len(text):
+        return fits
+    natural = max(text.rfind(sign, 0, fits) for sign in "-_") + 1
+    return natural if natural > fits // 3 else fits
+
+
+def _length(text: str) -> float:
+    return _font().getlength(text)

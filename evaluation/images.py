@@ -1,37 +1,45 @@
 """Image files as tensors, and folders of images that belong together by name."""
 
+import contextlib
+import struct
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from dmquant.errors import UserError
 from dmquant.files import replacing
 
-SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
+SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif"})
+EXIF_ORIENTATION = 0x0112
+LYING = range(5, 9)  # orientations that exchange width and height
+PNG_DEPTH = 24  # where a PNG says its bits a channel: Pillow takes 16 bits in colour for 8, and drops the lower ones
 
 
 def open_rgb(path: Path) -> Image.Image:
-    """The image at `path` as 8-bit RGB; transparent pixels are composited on white.
+    """The image at `path` as 8-bit RGB, turned as its EXIF data say; transparent pixels are composited on white.
 
-    Raises UserError when the file is missing, damaged or truncated, or holds more than 8 bits a channel.
+    Raises UserError when the file is missing, damaged or truncated, holds more than 8 bits a channel, is animated, or
+    has more pixels than Pillow lets pass (179 million).
     """
-    try:
-        with Image.open(path) as image:
-            if image.mode == "F" or image.mode.startswith("I"):
-                raise UserError(f"{path} has more than 8 bits a channel: convert it to 8-bit RGB")
-            if not image.has_transparency_data:
-                return image.convert("RGB")
-            white = Image.new("RGBA", image.size, "white")
-            return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path} is not a readable image ({error}): remove it or make it again") from error
+    with _opened(path) as image:
+        ImageOps.exif_transpose(image, in_place=True)
+        if not image.has_transparency_data:
+            return image.convert("RGB")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    """Width and height that `open_rgb` gives, from the file's header alone; errors as there, damaged pixels aside."""
+    with _opened(path) as image:
+        turned = image.getexif().get(EXIF_ORIENTATION) in LYING
+        return image.size[::-1] if turned else image.size
 
 
 def load_image(path: Path) -> Tensor:
@@ -93,16 +101,57 @@ class ImagePairs:
         """(reference, quantized) of every pair, as files."""
         return zip(self.reference, self.quantized, strict=True)
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield (reference, quantized), both uint8 [3, H, W]; raises UserError when their sizes differ."""
-        for reference_path, quantized_path in self.paths:
-            reference, quantized = load_image(reference_path), load_image(quantized_path)
-            if reference.shape != quantized.shape:
-                raise UserError(
-                    f"{quantized_path} is {_size(quantized)} but {reference_path} is {_size(reference)}: "
-                    "generate both at one size"
-                )
-            yield reference, quantized
+    @cached_property
+    def sizes(self) -> list[tuple[int, int]]:
+        """Width and height of every pair; raises UserError when its two images differ, or one is no readable image."""
+        return [_common_size(reference, quantized) for reference, quantized in self.paths]
+
+    def batches(self, pixels: int) -> list[range]:
+        """The pairs in order, cut into runs of one size with up to `pixels` an image side, at least one pair each."""
+        batches: list[range] = []
+        for index, (width, height) in enumerate(self.sizes):
+            last = batches[-1] if batches else range(0)
+            if last and self.sizes[last.start] == (width, height) and (len(last) + 1) * width * height <= pixels:
+                batches[-1] = range(last.start, index + 1)
+            else:
+                batches.append(range(index, index + 1))
+        return batches
+
+    def load(self, batch: range) -> tuple[Tensor, Tensor]:
+        """(reference, quantized) of some pairs of one size, both uint8 [N, 3, H, W]."""
+        reference, quantized = (
+            torch.stack([load_image(side[index]) for index in batch]) for side in (self.reference, self.quantized)
+        )
+        return reference, quantized
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    """A still image of 8 bits a channel, as Pillow opens it; what goes wrong with it in the block is a UserError."""
+    try:
+        with path.open("rb") as file:
+            header = file.read(PNG_DEPTH + 1)
+            file.seek(0)
+            image = Image.open(file)
+            deep_png = image.format == "PNG" and header[PNG_DEPTH] > 8
+            if deep_png or image.mode == "F" or image.mode.startswith("I"):
+                raise UserError(f"{path} has more than 8 bits a channel: convert it to 8-bit RGB")
+            # A JPEG with a preview or a depth map is an MPO of several frames; the first is the picture.
+            if image.format != "MPO" and (frames := getattr(image, "n_frames", 1)) > 1:
+                raise UserError(f"{path} is animated ({frames} frames): save the frame that is meant as a still image")
+            yield image
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
+        raise UserError(f"{path} is not a readable image ({error}): remove it or make it again") from error
+
+
+def _common_size(reference: Path, quantized: Path) -> tuple[int, int]:
+    size, other = image_size(quantized), image_size(reference)
+    if size != other:
+        ours, theirs = ("x".join(map(str, sides)) for sides in (size, other))
+        raise UserError(f"{quantized} is {ours} but {reference} is {theirs}: generate both at one size")
+    return size
 
 
 def _listed(folder: Path, pattern: str) -> list[Path]:
@@ -124,7 +173,3 @@ def _require_same_names(have: list[Path], other: list[Path], other_folder: Path)
     if missing:
         shown = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
         raise UserError(f"{other_folder} lacks {len(missing)} of {len(have)} images ({shown}): generate them first")
-
-
-def _size(image: Tensor) -> str:
-    return f"{image.shape[2]}x{image.shape[1]}"

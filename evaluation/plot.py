@@ -7,11 +7,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
+from dmquant.evaluation.report_tables import STYLES, Style, metric_title
 from dmquant.evaluation.result import Metric, RecipeResult, Report
 from dmquant.files import replacing
 
 COLOURS = ("#2457c5", "#c5472a", "#2a8a4a", "#8a4ab8", "#b8860b", "#1f8a99", "#a83a74", "#5f6068")
 MARKERS = "osD^vPX*"
+FRONT = "#a9abb8"
+LOG_FROM = 20  # a metric whose values span this factor gets a logarithmic axis
 DOTS_PER_INCH = 150
 PANEL_WIDTH, LABEL_WIDTH = 4.2, 2.4  # inches
 LOG_MARGIN = 1.5  # a factor on both sides
@@ -23,40 +26,61 @@ HEIGHT = 4.2  # inches, for as many recipes as it has room to label
 OUTSIDE_AXES = 1.2  # inches of the height that title and axis labels take
 
 
-def draw_comparison(report: Report, out: Path) -> bool:
-    """Draw PSNR with 95 % intervals against bits a weight, and against latent MSE, and write the PNG to `out`.
+def draw_comparison(report: Report, out: Path, metric: str = "psnr") -> bool:
+    """Draw a metric with its 95 % intervals against bits a weight, and against latent MSE, and write the PNG to `out`.
 
-    Recipes without a PSNR are left out, and so is the second panel where fewer than two recipes have a latent MSE
-    (above 0: the axis is logarithmic).
-    Returns whether there was anything to draw; where not, an older picture at `out` is removed.
+    Better is higher up; a line joins the Pareto front: the recipes than which none of fewer or equal bits is better.
+    Recipes without the metric are left out, and so is the second panel where fewer than two recipes have a latent MSE
+    (above 0: the axis is logarithmic) and where it is the metric itself. Returns whether there was anything to draw;
+    where not, an older picture at `out` is removed.
     """
-    recipes = {name: recipe for name, recipe in report.recipes.items() if _value(recipe, "psnr") is not None}
+    recipes = {name: recipe for name, recipe in report.recipes.items() if _value(recipe, metric) is not None}
     if not recipes:
         out.unlink(missing_ok=True)
         return False
-    psnrs = [recipe.metrics["psnr"] for recipe in recipes.values()]
+    style = STYLES[metric]
+    measured = [recipe.metrics[metric] for recipe in recipes.values()]
+    values = [one.value for one in measured]
     bits = [recipe.bits_per_weight for recipe in recipes.values()]
     latents = [_value(recipe, "latent_mse") or None for recipe in recipes.values()]
     panels = [("bits a weight in all (equal ones side by side)", "linear", _side_by_side(bits))]
-    if sum(latent is not None for latent in latents) > 1:
+    if metric != "latent_mse" and sum(latent is not None for latent in latents) > 1:
         panels.append(("latent MSE (less is better)", "log", latents))
     width = len(panels) * PANEL_WIDTH + LABEL_WIDTH
     height = max(HEIGHT, OUTSIDE_AXES + LABEL_HEIGHT * len(recipes))
     figure = Figure(figsize=(width, height), dpi=DOTS_PER_INCH, layout="constrained")
     axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    if min(values) > 0 and max(values) / min(values) > LOG_FROM:
+        axes[0].set_yscale("log")
     for axis, (title, scale, xs) in zip(axes, panels, strict=True):
-        _panel(axis, title, scale, xs, psnrs)
+        _panel(axis, title, scale, xs, measured)
+    front = _front(bits, [value if style.better == "higher" else -value for value in values])
+    xs = panels[0][2]
+    line = {"color": FRONT, "linewidth": 1.2, "zorder": 1, "drawstyle": "steps-post"}
+    axes[0].plot([xs[i] for i in front], [values[i] for i in front], **line)
     if max(bits) - min(bits) < SAME_BITS:  # what keeps the points apart is no scale
         axes[0].set_xticks([bits[0]], [f"{bits[0]:.2f}"])
-    axes[0].set_ylabel("PSNR against full precision, dB")
-    figure.suptitle(f"{report.model}: {psnrs[0].images} images, bars are 95 % intervals", fontsize=11)
-    _label(axes[-1], list(recipes), [psnr.value for psnr in psnrs], height - OUTSIDE_AXES)
+    if style.better == "lower":
+        axes[0].invert_yaxis()
+    axes[0].set_ylabel(f"{metric_title(metric, measured[0])[:-2]}{f', {style.unit.strip()}' if style.unit else ''}")
+    about = "bars are 95 % intervals, " if any(one.low is not None for one in measured) else ""
+    figure.suptitle(f"{report.model}: {measured[0].images} images, {about}the line is the Pareto front", fontsize=11)
+    _label(axes[-1], {name: one.value for name, one in zip(recipes, measured, strict=True)}, style, height)
     with replacing(out) as temporary:
         figure.savefig(temporary, format="png")
     return True
 
 
-def _panel(axis: Axes, title: str, scale: str, xs: list[float | None], psnrs: list[Metric]) -> None:
+def _front(costs: list[float], qualities: list[float]) -> list[int]:
+    """The points than which none of lower or equal cost is better, in the order of their cost."""
+    front: list[int] = []
+    for index in sorted(range(len(costs)), key=lambda index: (costs[index], -qualities[index])):
+        if not front or qualities[index] > qualities[front[-1]]:
+            front.append(index)
+    return front
+
+
+def _panel(axis: Axes, title: str, scale: str, xs: list[float | None], measured: list[Metric]) -> None:
     axis.set_xscale(scale)
     axis.set_xlabel(title)
     axis.grid(color="#e4e4ea", linewidth=0.8)
@@ -67,12 +91,12 @@ def _panel(axis: Axes, title: str, scale: str, xs: list[float | None], psnrs: li
         _label_decades(axis, [x for x in xs if x is not None])
     else:
         axis.xaxis.set_major_locator(MaxNLocator(nbins=6))
-    for x, psnr, (colour, marker) in zip(xs, psnrs, _looks(), strict=False):
+    for x, one, (colour, marker) in zip(xs, measured, _looks(), strict=False):
         if x is None:
             continue
-        low, high = (psnr.value if bound is None else bound for bound in (psnr.low, psnr.high))
-        reach = [[max(psnr.value - low, 0.0)], [max(high - psnr.value, 0.0)]]
-        axis.errorbar(x, psnr.value, yerr=reach, fmt=marker, color=colour, markersize=7, capsize=3, elinewidth=1.2)
+        low, high = (one.value if bound is None else bound for bound in (one.low, one.high))
+        reach = [[max(one.value - low, 0.0)], [max(high - one.value, 0.0)]]
+        axis.errorbar(x, one.value, yerr=reach, fmt=marker, color=colour, markersize=7, capsize=3, elinewidth=1.2)
 
 
 def _label_decades(axis: Axes, xs: list[float]) -> None:
@@ -97,20 +121,19 @@ def _side_by_side(xs: list[float]) -> list[float]:
     return moved
 
 
-def _label(axis: Axes, names: list[str], values: list[float], height: float) -> None:
+def _label(axis: Axes, values: dict[str, float], style: Style, height: float) -> None:
     """Write the recipes' names to the right of the axis, best first, each joined to the height of its point."""
-    bottom, top = axis.get_ylim()
-    line = LABEL_HEIGHT / height * (top - bottom)
-    looks = dict(zip(names, _looks(), strict=False))
-    ranked = sorted(zip(values, names, strict=True), reverse=True)
-    for (value, name), y in zip(ranked, _spread([value for value, _ in ranked], line, bottom, top), strict=True):
+    looks = dict(zip(values, _looks(), strict=False))
+    line = LABEL_HEIGHT / (height - OUTSIDE_AXES)
+    to_axes = axis.transData + axis.transAxes.inverted()
+    heights = {name: float(to_axes.transform((axis.get_xlim()[0], value))[1]) for name, value in values.items()}
+    ranked = sorted(heights, key=heights.__getitem__, reverse=True)
+    for name, y in zip(ranked, _spread([heights[name] for name in ranked], line, 0.0, 1.0), strict=True):
         colour, marker = looks[name]
-        across = axis.get_yaxis_transform()
-        axis.plot([1.01, 1.05], [value, y], transform=across, color=colour, linewidth=0.8, clip_on=False)
-        axis.plot(1.075, y, marker, transform=across, color=colour, markersize=6, clip_on=False)
-        text = f"{name}  {value:.2f}"
-        axis.text(1.11, y, text, transform=across, color=colour, va="center", fontsize=9, clip_on=False)
-    axis.set_ylim(bottom, top)
+        beside = {"transform": axis.transAxes, "color": colour, "clip_on": False}
+        axis.plot([1.01, 1.05], [heights[name], y], linewidth=0.8, **beside)
+        axis.plot(1.075, y, marker, markersize=6, **beside)
+        axis.text(1.11, y, f"{name}  {values[name]:{style.digits}}", va="center", fontsize=9, **beside)
 
 
 def _spread(wanted: list[float], line: float, bottom: float, top: float) -> list[float]:

@@ -4,7 +4,8 @@ import json
 from pathlib import Path
 
 from dmquant.errors import UserError
-from dmquant.evaluation.report_html import render_html
+from dmquant.evaluation.page import render_html
+from dmquant.evaluation.progress import Progress, silent
 from dmquant.evaluation.report_markdown import render_markdown
 from dmquant.evaluation.result import VERSION, Report
 from dmquant.files import write_text
@@ -12,17 +13,17 @@ from dmquant.files import write_text
 JSON_NAME = "report.json"
 
 
-def write_report(folder: Path, report: Report) -> None:
+def write_report(folder: Path, report: Report, progress: Progress = silent) -> None:
     """Write report.json, report.md and report.html to the run folder `folder`, each whole or not at all.
 
-    grid.png, if it is there, is shown; the images are linked where `Measured.images` says they are. Raises UserError,
-    before anything is written, when an image folder does not hold one image per prompt.
+    The images are where `Measured.images` says; report.md shows grid.png and compare.png if they are there. Raises
+    UserError, before anything is written, when an image folder does not hold one readable image per prompt.
     """
     folder = Path(folder)
     contents = {
         JSON_NAME: json.dumps(report.to_json(), indent=2, ensure_ascii=False, allow_nan=False) + "\n",
         "report.md": render_markdown(folder, report),
-        "report.html": render_html(folder, report),
+        "report.html": render_html(folder, report, progress),
     }
     for name, text in contents.items():
         write_text(folder / name, text)

@@ -9,42 +9,44 @@ from dmquant.evaluation.result import Measured, Report
 
 def render_markdown(folder: Path, report: Report) -> str:
     """The report as Markdown; `folder` is where it will lie, for the grid."""
-    parts = [f"# {_cell(tables.title(report))}"]
+    parts = [f"# {cell(tables.title(report))}", cell(tables.summary(report))]
     if (folder / "grid.png").is_file():
         parts.append("![Image pairs: full precision and quantized](grid.png)")
     if (folder / "compare.png").is_file():
-        parts.append("![PSNR of every recipe against its bits a weight and its latent MSE](compare.png)")
-    parts += ["## Size and cost", _table(tables.FACTS_HEADER, tables.facts(report))]
+        parts.append("![Quality of every recipe against its bits a weight](compare.png)")
+    parts += ["## Size and cost", markdown_table(tables.FACTS_HEADER, tables.facts(report))]
     if len(report.recipes) > 1:
         parts += ["## Metrics", _overview(report)]
     for name, variant in tables.scored(report).items():
-        parts += [f"## Metrics: {_cell(name)}", _metrics(variant)]
-    parts += ["## Recipes", _table(("", *report.recipes), tables.recipe_settings(report))]
+        parts += [f"## Metrics: {cell(name)}", _metrics(variant)]
+    parts += ["## Recipes", markdown_table(("", *report.recipes), tables.recipe_settings(report))]
+    parts += [f"## Repeat it\n\n```\n{report.command}\n```"] if report.command else []
     parts += [f"## Settings\n\nImage pairs share prompt, seed and initial noise. {len(report.prompts)} prompts."]
-    parts += [_table(("setting", "value"), ((key, str(value)) for key, value in report.settings.items()))]
-    parts += [_table(("package", "version"), report.versions.items())]
+    parts += [markdown_table(("setting", "value"), ((key, str(value)) for key, value in report.settings.items()))]
+    parts += [markdown_table(("package", "version"), report.versions.items())]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def _overview(report: Report) -> str:
     """A row a variant, a column a metric, values only."""
-    names = tables.shown_metrics(report)
+    titles = tables.metric_titles(report)
     rows = (
-        (title, *(tables.metric_short(name, variant.metrics.get(name)) for name in names))
-        for title, variant in tables.scored(report).items()
+        (variant_title, *(tables.metric_short(name, variant.metrics.get(name)) for name in titles))
+        for variant_title, variant in tables.scored(report).items()
     )
-    return _table(("", *map(tables.metric_title, names)), rows)
+    return markdown_table(("", *titles.values()), rows)
 
 
 def _metrics(variant: Measured) -> str:
-    header = ("metric", "value", "95 % interval", "images", "backbone", "note")
-    return _table(
+    header = ("metric", "value", "95 % interval", "median and worst", "images", "backbone", "note")
+    return markdown_table(
         header,
         (
             (
-                tables.metric_title(name),
+                tables.metric_title(name, metric),
                 tables.metric_value(name, metric),
                 tables.metric_interval(name, metric),
+                tables.metric_spread(name, metric),
                 str(metric.images) if metric.value is not None else "",
                 tables.backbone_text(metric.backbone),
                 metric.note or "",
@@ -54,17 +56,17 @@ def _metrics(variant: Measured) -> str:
     )
 
 
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table, or "" without rows."""
-    body = [f"| {' | '.join(map(_cell, row))} |" for row in rows]
-    if not body:
-        return ""
-    return "\n".join([f"| {' | '.join(map(_cell, header))} |", "|" + " --- |" * len(header), *body])
-
-
-def _cell(text: str) -> str:
+def cell(text: str) -> str:
     """`text` on one line, with what Markdown or HTML would take for markup escaped."""
     text = " ".join(str(text).split())
     for character, escaped in (("\\", "\\\\"), ("|", "\\|"), ("<", "&lt;"), ("`", "\\`"), ("*", "\\*"), ("[", "\\[")):
         text = text.replace(character, escaped)
     return text
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table, or "" without rows."""
+    body = [f"| {' | '.join(map(cell, row))} |" for row in rows]
+    if not body:
+        return ""
+    return "\n".join([f"| {' | '.join(map(cell, header))} |", "|" + " --- |" * len(header), *body])

@@ -7,25 +7,34 @@ from dmquant.evaluation.result import Backbone, Measured, Metric, RecipeResult, 
 
 @dataclass(frozen=True)
 class Style:
-    """How a metric is printed: its title, unit, number format, and which way is better."""
+    """How a metric is printed: its title, unit, number format, which way is better.
+
+    One that can look through several networks `names_backbone` in its title.
+    """
 
     title: str
     unit: str
     digits: str
     better: str
+    names_backbone: bool = False
 
 
 STYLES = {
     "psnr": Style("PSNR", " dB", ".2f", "higher"),
     "ssim": Style("SSIM", "", ".4f", "higher"),
+    "ms_ssim": Style("MS-SSIM", "", ".4f", "higher"),
+    "lpips": Style("LPIPS (AlexNet)", "", ".4f", "lower"),
+    "lpips_vgg": Style("LPIPS (VGG16)", "", ".4f", "lower"),
     "latent_mse": Style("Latent MSE", "", "#.3g", "lower"),  # from 1e-6 to 1
-    "lpips": Style("LPIPS", "", ".4f", "lower"),
     "fid_fp": Style("FID against full precision", "", ".2f", "lower"),
     "fid_real": Style("FID against real images", "", ".2f", "lower"),
-    "kid_fp": Style("KID against full precision", "", ".4f", "lower"),
-    "cmmd_fp": Style("CMMD against full precision", "", ".4f", "lower"),
-    "clip_score": Style("CLIPScore", "", ".2f", "higher"),
-    "hpsv2": Style("HPSv2", "", ".4f", "higher"),
+    "kid_fp": Style("KID against full precision", "", "#.3g", "lower"),
+    "kid_real": Style("KID against real images", "", "#.3g", "lower"),
+    "cmmd_fp": Style("CMMD against full precision", "", "#.3g", "lower", names_backbone=True),
+    "cmmd_real": Style("CMMD against real images", "", "#.3g", "lower", names_backbone=True),
+    "clip_score": Style("CLIP score", "", ".2f", "higher", names_backbone=True),
+    "hpsv2": Style("HPSv2 (v2.0)", "", ".4f", "higher"),
+    "hpsv21": Style("HPSv2 (v2.1)", "", ".4f", "higher"),
 }
 NAMED = 3  # recipes that a title names; it counts more of them
 ARROWS = {"higher": "↑", "lower": "↓"}
@@ -38,18 +47,71 @@ def title(report: Report) -> str:
     return f"{report.model}: {named} against full precision"
 
 
-def metric_title(name: str) -> str:
-    """The metric's title and which way is better: "PSNR ↑"."""
+def summary(report: Report) -> str:
+    """What quantization saved and what it cost, in a sentence or two."""
+    if len(report.recipes) == 1:
+        (recipe,) = report.recipes.values()
+        return f"{_saving(recipe, report.reference)}{_cost_in_quality(recipe)}."
+    smallest = min(report.recipes, key=lambda name: report.recipes[name].bits_per_weight)
+    told = [f"{len(report.recipes)} recipes. Smallest: {smallest}, {_told(report.recipes[smallest])}"]
+    ranked = {name: recipe.metrics["psnr"].value for name, recipe in report.recipes.items() if _has_psnr(recipe)}
+    if ranked:
+        closest = max(ranked, key=ranked.__getitem__)
+        told.append(f"Closest to full precision: {closest}, {_told(report.recipes[closest])}")
+    return ". ".join(told) + "."
+
+
+def _saving(recipe: RecipeResult, reference: Reference) -> str:
+    return (
+        f"The backbone takes {size_text(recipe.size_bytes)} instead of {size_text(reference.size_bytes)} in 16 bit: "
+        f"{recipe.bits_per_weight:.2f} bits a weight, {reference.size_bytes / recipe.size_bytes:.2f} times smaller"
+    )
+
+
+def _cost_in_quality(recipe: RecipeResult) -> str:
+    if not _has_psnr(recipe):
+        return ""
+    psnr = recipe.metrics["psnr"]
+    interval = metric_interval("psnr", psnr)
+    return f". Its images are {metric_value('psnr', psnr)} PSNR from full precision" + (
+        f" (95 %: {interval}), as a mean over {psnr.images} pairs" if interval else ""
+    )
+
+
+def _told(recipe: RecipeResult) -> str:
+    quality = f" and {metric_value('psnr', recipe.metrics['psnr'])} PSNR" if _has_psnr(recipe) else ""
+    return f"{recipe.bits_per_weight:.2f} bits a weight{quality}"
+
+
+def _has_psnr(recipe: RecipeResult) -> bool:
+    return "psnr" in recipe.metrics and recipe.metrics["psnr"].value is not None
+
+
+def metric_title(name: str, metric: Metric | None = None) -> str:
+    """The metric's title and which way is better: "PSNR ↑", "CLIP score (emoji-clip) ↑"."""
     style = STYLES[name]
-    return f"{style.title} {ARROWS[style.better]}"
+    network = f" ({metric.backbone.name})" if style.names_backbone and metric and metric.backbone else ""
+    return f"{style.title}{network} {ARROWS[style.better]}"
+
+
+def metric_titles(report: Report) -> dict[str, str]:
+    """The title of every metric that any recipe lists, in the order of STYLES."""
+    measured = [variant.metrics for variant in variants(report).values()]
+    computed = {name: metric for metrics in measured for name, metric in metrics.items() if metric.value is not None}
+    return {name: metric_title(name, computed.get(name)) for name in shown_metrics(report)}
 
 
 def metric_value(name: str, metric: Metric) -> str:
     """The metric's value with its unit, or "not computed: <reason>"."""
     if metric.value is None:
         return f"not computed: {metric.reason}"
+    return value_text(name, metric.value)
+
+
+def value_text(name: str, value: float) -> str:
+    """A value of the metric `name` with its unit."""
     style = STYLES[name]
-    return f"{metric.value:{style.digits}}{style.unit}"
+    return f"{value:{style.digits}}{style.unit}"
 
 
 def metric_short(name: str, metric: Metric | None) -> str:
@@ -65,6 +127,14 @@ def metric_interval(name: str, metric: Metric) -> str:
         return ""
     digits = STYLES[name].digits
     return f"{metric.low:{digits}} to {metric.high:{digits}}"
+
+
+def metric_spread(name: str, metric: Metric) -> str:
+    """The median and the mean of the worst 5 % of the images, or "" where the metric has none."""
+    if metric.median is None or metric.worst is None:
+        return ""
+    digits = STYLES[name].digits
+    return f"median {metric.median:{digits}}, worst 5 % {metric.worst:{digits}}"
 
 
 def backbone_text(backbone: Backbone | None) -> str:

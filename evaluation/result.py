@@ -4,7 +4,7 @@ Everything here goes into report.json and comes back equal. Version 1 of that fi
 writes; releases may add keys to it, so a reader ignores those it does not know.
 """
 
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, TypeVar
 
 VERSION = 1
@@ -25,7 +25,9 @@ class Metric:
 
     `value` is None exactly when the metric was not computed; `reason` then says what is missing and how to get it.
     `low` and `high` bound the 95 % bootstrap interval over images where one exists. `images` is how many images
-    were scored, `note` what a reader must know before comparing the number with another.
+    were scored, `note` what a reader must know before comparing the number with another. A metric that is a mean over
+    images has their `median` and the mean of the `worst` 5 % beside it, and `values`, one an image in the order of the
+    file names, which go to scores.csv and not into report.json.
     """
 
     value: float | None
@@ -35,6 +37,9 @@ class Metric:
     backbone: Backbone | None = None
     reason: str | None = None
     note: str | None = None
+    median: float | None = None
+    worst: float | None = None
+    values: tuple[float, ...] | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if (self.value is None) == (self.reason is None):
@@ -53,6 +58,7 @@ class Metric:
             "value": self.value,
             "low": self.low,
             "high": self.high,
+            **({} if self.median is None else {"median": self.median, "worst": self.worst}),
             "images": self.images,
             "backbone": None if self.backbone is None else vars(self.backbone).copy(),
             **({} if self.note is None else {"note": self.note}),
@@ -89,11 +95,38 @@ class Reference(Measured):
     images: str = "images/fp"
 
 
+@dataclass(frozen=True)
+class LayerError:
+    """What quantization did to one layer of `bits` a weight.
+
+    `weight_error` is the squared error of its weight over the weight's square, `output_error` the same of its output
+    in the running backbone, on full-precision inputs of the backbone: what came in from the layers before it included.
+    """
+
+    name: str
+    kind: str
+    format: str
+    bits: float
+    weight_error: float
+    output_error: float | None = None
+
+
+@dataclass(frozen=True)
+class StepError:
+    """Mean squared difference of the latents after one step of the sampler, and the mean square of the latents."""
+
+    step: int
+    timestep: float
+    latent_mse: float
+    latent_power: float
+
+
 @dataclass(frozen=True, kw_only=True)
 class RecipeResult(Measured):
     """The pipeline quantized by one recipe; `bits_per_weight` counts scales and what stays in 16 bit.
 
-    `settings` (granularity, rounding, ...) are flat and printed as they are.
+    `settings` (granularity, rounding, ...) are flat and printed as they are; `recipe` is the whole recipe, `layers` and
+    `steps` are where its error comes from, as far as that was measured.
     """
 
     weights: str
@@ -101,6 +134,12 @@ class RecipeResult(Measured):
     bits_per_weight: float
     settings: dict[str, Any] = field(default_factory=dict)
     images: str = "images/quantized"
+    recipe: dict[str, Any] = field(default_factory=dict)
+    layers: list[LayerError] = field(default_factory=list)
+    steps: list[StepError] = field(default_factory=list)
+
+
+ERRORS = {"layers": LayerError, "steps": StepError}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +147,7 @@ class Report:
     """One model, its full-precision reference and what each recipe made of it.
 
     `prompts` are in the order of the images; `settings` (seed, steps, guidance, size, device, ...) and `versions`
-    (of the packages used) are flat and printed as they are.
+    (of the packages used) are flat and printed as they are; `command` is what to type to make it all again.
     """
 
     model: str
@@ -117,6 +156,7 @@ class Report:
     prompts: list[str]
     settings: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
+    command: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """The report as the object that report.json holds."""
@@ -128,6 +168,7 @@ class Report:
             "prompts": self.prompts,
             "settings": self.settings,
             "versions": self.versions,
+            "command": self.command,
         }
 
     @classmethod
@@ -140,17 +181,22 @@ class Report:
             prompts=data["prompts"],
             settings=data["settings"],
             versions=data["versions"],
+            command=data.get("command", ""),
         )
 
 
 def _measured_to_json(measured: Measured) -> dict[str, Any]:
-    return {**vars(measured), "metrics": {name: metric.to_json() for name, metric in measured.metrics.items()}}
+    metrics = {name: metric.to_json() for name, metric in measured.metrics.items()}
+    if not isinstance(measured, RecipeResult):
+        return {**vars(measured), "metrics": metrics}
+    errors = {name: [asdict(error) for error in getattr(measured, name)] for name in ERRORS}
+    return {**vars(measured), "metrics": metrics, **errors}
 
 
 def _measured_from_json(cls: type[T], data: dict[str, Any]) -> T:
-    return _build(
-        cls, {**data, "metrics": {name: Metric.from_json(metric) for name, metric in data["metrics"].items()}}
-    )
+    metrics = {name: Metric.from_json(metric) for name, metric in data["metrics"].items()}
+    errors = {name: [_build(kind, error) for error in data[name]] for name, kind in ERRORS.items() if name in data}
+    return _build(cls, {**data, "metrics": metrics, **errors})
 
 
 def _build(cls: type[T], data: dict[str, Any]) -> T:

@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from dmquant.evaluation.inception import Inception
-from dmquant.evaluation.metrics import METRICS, WITHOUT_REFERENCE, Inputs, check_names, compute
+from dmquant.evaluation.metrics import METRICS, WITHOUT_REFERENCE, check_names, compute
+from dmquant.evaluation.metrics.inputs import Inputs
+from dmquant.evaluation.networks import Networks
 from dmquant.evaluation.progress import Progress, silent
 from dmquant.evaluation.result import Metric
 
@@ -14,18 +15,19 @@ def score_pairs(
     quantized_dir: Path,
     metrics: Sequence[str] = tuple(METRICS),
     real: Path | None = None,
-    device: str = "cpu",
+    networks: Networks | None = None,
     progress: Progress = silent,
-    inception: Inception | None = None,
+    prompts: Sequence[str] | None = None,
 ) -> dict[str, Metric]:
     """Every metric of `metrics` for the images in `quantized_dir` against those in `reference_dir`.
 
-    Both hold PNG files, equal names being pairs; `real` is a folder of real images for `fid_real`. Pass the same
-    `inception` to several calls to look at each image once. Raises UsageError for an unknown metric, UserError for
-    missing, unreadable or unequal images.
+    Both hold PNG files, equal names being pairs; `real` is a folder of real images; `prompts` has one entry an image,
+    in the order of the names, and is what the images carry where it is not given. Pass the same `networks` to several
+    calls to load each once and look at each image once. Raises UsageError for an unknown metric, UserError for missing,
+    unreadable or unequal images.
     """
     check_names(metrics)
-    inputs = Inputs(Path(quantized_dir), Path(reference_dir), _folder(real), device, progress, inception)
+    inputs = Inputs(Path(quantized_dir), Path(reference_dir), _folder(real), networks or Networks(), progress, prompts)
     len(inputs.pairs)  # a missing counterpart is an error whatever the metrics
     return {name: compute(name, inputs) for name in metrics}
 
@@ -34,13 +36,14 @@ def score_reference(
     reference_dir: Path,
     metrics: Sequence[str] = tuple(METRICS),
     real: Path | None = None,
-    device: str = "cpu",
+    networks: Networks | None = None,
     progress: Progress = silent,
-    inception: Inception | None = None,
+    prompts: Sequence[str] | None = None,
 ) -> dict[str, Metric]:
     """Those of `metrics` that need no full-precision images, for the full-precision images themselves."""
     check_names(metrics)
-    inputs = Inputs(Path(reference_dir), Path(reference_dir), _folder(real), device, progress, inception)
+    folder = Path(reference_dir)
+    inputs = Inputs(folder, folder, _folder(real), networks or Networks(), progress, prompts)
     return {name: compute(name, inputs) for name in metrics if name in WITHOUT_REFERENCE}
 
 

@@ -45,11 +45,10 @@ def calibrate(
 
     Raises UserError for calibration data made for something else, and as `capture` and `calibrate_` do.
     """
-    family = settings.family
+    family, recipe = settings.family, settings.recipe
     backbone = getattr(pipeline, family.component)
-    made_for = {"backbone": weights_hash(backbone), "dtype": settings.dtype_name}
-    store = _data(pipeline, settings, made_for, workspace, console)
-    recipe = settings.recipe
+    made_for = _made_for(pipeline, settings)
+    store = calibration_data(pipeline, settings, workspace, console)
     return calibrate_(
         backbone,
         recipe,
@@ -64,13 +63,11 @@ def calibrate(
     )
 
 
-def _data(
-    pipeline: "DiffusionPipeline",
-    settings: CalibrationSettings,
-    made_for: dict[str, str],
-    workspace: Path,
-    console: Console,
+def calibration_data(
+    pipeline: "DiffusionPipeline", settings: CalibrationSettings, workspace: Path, console: Console
 ) -> "CalibrationStore":
+    """What the recipe learns from, as far as it is not there captured now; of several processes, by all together."""
+    made_for = _made_for(pipeline, settings)
     wanted, listed = settings.recipe.calibration, settings.calibration_prompts
     prompts = listed[: wanted.prompts]
     if len(listed) < wanted.prompts:
@@ -97,6 +94,11 @@ def _data(
         f"{held_out} held out, {wanted.sampler} over {store.steps} steps"
     )
     return store
+
+
+def _made_for(pipeline: "DiffusionPipeline", settings: CalibrationSettings) -> dict[str, str]:
+    """What calibration depends on beside the recipe and the prompts."""
+    return {"backbone": weights_hash(getattr(pipeline, settings.family.component)), "dtype": settings.dtype_name}
 
 
 def weights_hash(module: nn.Module) -> str:

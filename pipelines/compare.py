@@ -6,13 +6,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from dmquant import processes
 from dmquant.errors import UserError
 from dmquant.evaluation.grid import draw_grid
 from dmquant.evaluation.plot import draw_comparison
-from dmquant.evaluation.report import write_report
 from dmquant.pipelines import runfolder
 from dmquant.pipelines.console import Console
-from dmquant.pipelines.reporting import build_report, comparison_table
+from dmquant.pipelines.reporting import build_report, comparison_tables, write_all_reports
 from dmquant.pipelines.run import FP, FullPrecision, Quantized, images_line, save_settings
 from dmquant.pipelines.runfolder import RunFolder, claim, fingerprint, is_full_disk
 from dmquant.pipelines.settings import Settings
@@ -41,7 +41,7 @@ class Comparison:
         finished = [name for name in made if self._tried(name, Quantized.score)]
         if finished:
             self.folder.finish(runfolder.RECIPES, fingerprint(recipes=finished), names=finished)
-            self._report(record)
+            processes.current().on_main(lambda: self._report(record))
         if len(finished) < len(self.settings):
             failed = [name for name in self.settings if name not in finished]
             raise UserError(
@@ -54,9 +54,13 @@ class Comparison:
         settings, workspace = self.settings[name], self.folder.path / runfolder.CALIBRATION
         weights, activations = settings.formats
         self.console.say(f"{name}: weights {weights}, activations {activations}")
-        try:
+
+        def attempt() -> None:
             with claim(self.folder.recipe(name), settings.model.name) as folder:
                 work(Quantized(settings, self.reference, folder, workspace))
+
+        try:
+            processes.current().together(attempt)
         except UserError as error:
             if is_full_disk(error):
                 raise
@@ -72,8 +76,9 @@ class Comparison:
         columns |= {name: path / recipe.images for name, recipe in result.recipes.items()}
         draw_grid(columns, self.common.prompts, path / runfolder.GRID)
         draw_comparison(result, path / runfolder.PLOT)
-        write_report(path, result)
-        self.console.show(comparison_table(result))
+        write_all_reports(self.folder, record, result, self.console)
+        for table in comparison_tables(result):
+            self.console.show(table)
         self.console.say(
             f"report: {path / 'report.html'}   grid: {path / runfolder.GRID}   plot: {path / runfolder.PLOT}   "
             f"models: {path / runfolder.RECIPES}"

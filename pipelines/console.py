@@ -22,6 +22,8 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from dmquant import processes
+
 PLAIN_WIDTH = 120  # columns where there is no terminal to ask
 
 
@@ -55,8 +57,8 @@ class Console:
 
     @contextlib.contextmanager
     def logging_to(self, log: Path) -> Iterator[None]:
-        """Log to a file until the block ends, what stopped it included."""
-        self._log = log
+        """Log to a file until the block ends, what stopped it included; only the main process does."""
+        self._log = log if processes.current().is_main else None
         try:
             yield
         except BaseException as error:

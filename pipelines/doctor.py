@@ -138,6 +138,30 @@ def _weights() -> Iterator[Check]:
         yield Check("Inception weights", "missing", f"FID is not computed; {detail}", remedy)
     else:
         yield Check("Inception weights", "ok", f"{found.backbone.name}, {found.path}")
+    yield from _text_weights()
+
+
+def _text_weights() -> Iterator[Check]:
+    from dmquant.evaluation import clip, hpsv2, networks
+
+    source = clip.find(networks.CLIP)
+    if path := source.cached():
+        yield Check("CLIP weights", "ok", f"{source.name}, {path}")
+    else:
+        remedy = f"downloaded when first used ({source.weights.size_text}); or --clip with a local folder"
+        yield Check("CLIP weights", "missing", f"{source.name} is not in the local cache", remedy)
+    for version in hpsv2.FILES:
+        name, file, remedy = f"HPSv2 {version} weights", hpsv2.on_hub(version), hpsv2.remedy(version)
+        try:
+            path = hpsv2.find_given(version) or file.cached()
+        except UserError as error:
+            yield Check(name, "missing", str(error), remedy)
+        else:
+            if path:
+                yield Check(name, "ok", str(path))
+            else:
+                remedy = f"downloaded when first used ({file.size_text}); or {remedy}"
+                yield Check(name, "missing", "not in the local cache", remedy)
 
 
 def _models() -> Iterator[Check]:
@@ -159,7 +183,7 @@ def _hub() -> Check:
 
 
 def _embedded(spec: ModelSpec) -> Check:
-    folder = embedded_folder(spec)
+    folder = embedded_folder(spec.source)
     try:
         folders.check_whole(folder)
     except UserError as error:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from dmquant import processes
 from dmquant.errors import UsageError, UserError
 from dmquant.pipelines import folders, hub
 from dmquant.pipelines.attention import check_attention
@@ -22,9 +23,12 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def resolve_device(text: str) -> str:
-    """`cpu`, `cuda` or `cuda:N` for what `--device` says; `auto` takes CUDA where there is some."""
+    """`cpu`, `cuda` or `cuda:N` for what `--device` says; `auto` takes CUDA where there is some.
+
+    Of several processes each takes a GPU of its own, unless one was named.
+    """
     if text == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        text = "cuda" if torch.cuda.is_available() else "cpu"
     if text == "cpu":
         return text
     if not re.fullmatch(r"cuda(:\d+)?", text):
@@ -32,6 +36,14 @@ def resolve_device(text: str) -> str:
     if not torch.cuda.is_available():
         build = "has no CUDA" if torch.version.cuda is None else "finds no GPU"
         raise UserError(f"CUDA is not available (torch {torch.__version__} {build}): use --device cpu")
+    everyone = processes.current()
+    if text == "cuda" and everyone.count > 1:
+        if everyone.local_rank >= torch.cuda.device_count():
+            raise UserError(
+                f"this machine has {torch.cuda.device_count()} CUDA device(s): start that many processes, "
+                "or name the device that all shall use, as in --device cuda:0"
+            )
+        return f"cuda:{everyone.local_rank}"
     _, _, number = text.partition(":")
     if number and int(number) >= torch.cuda.device_count():
         raise UserError(f"there is no {text}: this machine has {torch.cuda.device_count()} CUDA device(s), from cuda:0")
@@ -55,7 +67,7 @@ def checked_folder(spec: ModelSpec, say: Callable[[str], None]) -> Path:
     """
     family = family_for(spec)
     if spec.is_embedded:
-        folder = embedded_folder(spec)
+        folder = embedded_folder(spec.source)
     elif Path(spec.source).is_absolute():
         folder = Path(spec.source)
     else:

@@ -59,6 +59,8 @@ class ModelSpec(BaseModel):
     """What is known to go wrong in a dtype."""
     component: str | None = None
     """Attribute of the pipeline that is the backbone, where the family leaves it open."""
+    clip: str | None = None
+    """The CLIP model that goes with its images (evaluation.clip), where the usual one does not."""
     keep: dict[str, str] = {}
     """Globs of layers to keep in high precision beside the family's, and why."""
 
@@ -83,9 +85,9 @@ def registered_models() -> dict[str, ModelSpec]:
     return {spec.name: spec for spec in specs}
 
 
-def embedded_folder(spec: ModelSpec) -> Path:
-    """Where an embedded model's files are in the installed package."""
-    return Path(str(importlib.resources.files("dmquant.pipelines"))) / "assets" / spec.source.removeprefix(EMBEDDED)
+def embedded_folder(source: str) -> Path:
+    """Where the files of `embedded:NAME` are in the installed package."""
+    return Path(str(importlib.resources.files("dmquant.pipelines"))) / "assets" / source.removeprefix(EMBEDDED)
 
 
 @functools.cache
@@ -130,7 +132,7 @@ def _registered(spec: ModelSpec, family: str | None) -> ModelSpec:
     """A registered model, taken for one of `family` if that is given."""
     if family in (None, spec.family):
         return spec
-    folder = embedded_folder(spec) if spec.is_embedded else hub.configuration(spec.source)[0]
+    folder = embedded_folder(spec.source) if spec.is_embedded else hub.configuration(spec.source)[0]
     return _of_family(spec, folder, family)
 
 

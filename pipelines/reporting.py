@@ -1,24 +1,38 @@
 """The report of a run, built from what its folder remembers, and the tables that close a command."""
 
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from rich.table import Table
 
+from dmquant.evaluation.report import write_report
 from dmquant.evaluation.report_tables import (
     FACTS_HEADER,
     facts,
     metric_interval,
     metric_short,
     metric_title,
+    metric_titles,
     metric_value,
     shown_metrics,
     size_text,
     time_text,
     variants,
 )
-from dmquant.evaluation.result import Metric, RecipeResult, Reference, Report
+from dmquant.evaluation.result import LayerError, Metric, RecipeResult, Reference, Report
+from dmquant.evaluation.score_table import columns
+from dmquant.evaluation.step_errors import step_errors
+from dmquant.files import write_text
+from dmquant.pipelines import runfolder
+from dmquant.pipelines.card import scored_card
+from dmquant.pipelines.console import Console
+from dmquant.pipelines.loading import DTYPES
 from dmquant.pipelines.runfolder import RECIPES, RunFolder
+from dmquant.pipelines.scoring import OF_REFERENCE, generated_names
 from dmquant.pipelines.settings import format_name
+
+METRICS_A_TABLE = 5  # beside one another in a terminal
 
 
 def build_report(folder: RunFolder, settings: dict[str, Any]) -> Report:
@@ -30,16 +44,28 @@ def build_report(folder: RunFolder, settings: dict[str, Any]) -> Report:
         size_bytes=side.record("model")["full_precision_bytes"],
         seconds={"generate": _seconds(folder, "fp")},
         peak_memory_bytes=_peak(folder, "fp"),
-        metrics=_metrics(side.record("scores")["reference"], settings["metrics"]),
+        metrics=_metrics(side.record("scores")["reference"], settings["metrics"], _values(side), OF_REFERENCE),
     )
     return Report(
         model=settings["model"]["name"],
         reference=reference,
         recipes={name: _result(folder, side, recipe, settings["metrics"]) for name, (side, recipe) in sides.items()},
         prompts=settings["prompts"],
-        settings=_flat_settings(side, settings),
+        settings=_flat_settings(folder, side, settings),
         versions=settings["versions"],
+        command=settings.get("command", ""),
     )
+
+
+def write_all_reports(folder: RunFolder, settings: dict[str, Any], report: Report, console: Console) -> None:
+    """The report's files, and a card with the scores for every model of it."""
+    with console.bar("report") as bar:
+        write_report(folder.path, report, lambda what, done, total: bar(done, total, what))
+    for name, (side, _) in quantized_sides(folder, settings).items():
+        path = side.path / runfolder.MODEL / "README.md"
+        card = scored_card(report, name, settings["model"]["pipeline"], str(DTYPES[settings["dtype"]]))
+        if path.read_text(encoding="utf-8") != card:
+            write_text(path, card)
 
 
 def unfinished(folder: RunFolder, settings: dict[str, Any]) -> list[str]:
@@ -71,8 +97,11 @@ def _result(folder: RunFolder, side: RunFolder, recipe: dict[str, Any], listed: 
             "score": scores["seconds"],
         },
         peak_memory_bytes=_peak(side, "quantized"),
-        metrics=_metrics(scores["metrics"], listed),
+        metrics=_metrics(scores["metrics"], listed, _values(side)),
         settings=_recipe_settings(side, recipe),
+        recipe=recipe,
+        layers=[LayerError(**layer) for layer in (side.record(runfolder.LAYERS) or {"layers": []})["layers"]],
+        steps=step_errors(folder.images("fp"), side.images("quantized")),
     )
 
 
@@ -86,30 +115,50 @@ def closing_table(report: Report) -> Table:
     for title, *values in zip(FACTS_HEADER[1:], *(row[1:] for row in rows), strict=True):
         table.add_row(title, *values)
     table.add_section()
+    titles = metric_titles(report)
     for name in shown_metrics(report):
-        columns = (report.reference.metrics, *(recipe.metrics for recipe in report.recipes.values()))
-        table.add_row(metric_title(name), *(_cell(name, metrics) for metrics in columns))
+        measured = (variant.metrics for variant in variants(report).values())
+        table.add_row(titles[name], *(_cell(name, metrics) for metrics in measured))
     return table
 
 
-def comparison_table(report: Report) -> Table:
-    """A row a variant: what it stores, its size, its metrics above their intervals, and how long it took to make."""
-    columns = {"": [], "weights\nactivations": [], "bits\nsize": []}
-    for (title, weights, activations, bits, *_), variant in zip(facts(report), variants(report).values(), strict=True):
-        cells = (title, f"{weights}\n{activations}", f"{bits}\n{size_text(variant.size_bytes)}")
-        for column, cell in zip(columns.values(), cells, strict=True):
-            column.append(cell)
-    for name in shown_metrics(report):
-        metrics = (variant.metrics.get(name) for variant in variants(report).values())
-        columns[metric_title(name)] = [_stacked_cell(name, metric) for metric in metrics]
+def comparison_tables(report: Report) -> list[Table]:
+    """A row a variant: what it stores, its size and how long it took to make, and its metrics above their intervals.
+
+    Metrics that do not fit beside the first ones have tables of their own.
+    """
+    names = {"": list(variants(report))}
+    formats, sizes = [], []
+    for (_, weights, activations, bits, *_), variant in zip(facts(report), variants(report).values(), strict=True):
+        formats.append(f"{weights}\n{activations}")
+        sizes.append(f"{bits}\n{size_text(variant.size_bytes)}")
     seconds = (variant.seconds.get("quantize") for variant in variants(report).values())
-    columns["quantizing\ntook"] = ["" if took is None else time_text(took) for took in seconds]
-    table = Table(title=report.model, title_justify="left")
-    for header, cells in columns.items():
+    made = {
+        "weights\nactivations": formats,
+        "bits\nsize": sizes,
+        "quantizing\ntook": ["" if took is None else time_text(took) for took in seconds],
+    }
+    titles, shown = metric_titles(report), shown_metrics(report)
+    scores = {
+        titles[name]: [_stacked_cell(name, variant.metrics.get(name)) for variant in variants(report).values()]
+        for name in shown
+    }
+    first = METRICS_A_TABLE - 1
+    rest = list(scores.items())[first:]
+    parts = [rest[start : start + METRICS_A_TABLE] for start in range(0, len(rest), METRICS_A_TABLE)]
+    return [
+        _table(report.model, {**names, **made, **dict(list(scores.items())[:first])}),
+        *(_table("", {**names, **dict(part)}) for part in parts),
+    ]
+
+
+def _table(title: str, cells_by_header: Mapping[str, Sequence[str]]) -> Table:
+    table = Table(title=title or None, title_justify="left")
+    for header, cells in cells_by_header.items():
         table.add_column(
             header, overflow="fold", min_width=max(len(line) for cell in cells for line in cell.split("\n"))
         )
-    for row in zip(*columns.values(), strict=True):
+    for row in zip(*cells_by_header.values(), strict=True):
         table.add_row(*row)
     return table
 
@@ -123,7 +172,9 @@ def metrics_table(metrics: dict[str, Metric], reference: dict[str, Metric]) -> T
     """The metrics of one set of images beside those that full precision itself has."""
     table = Table("metric", "full precision", "quantized", "images")
     for name, metric in metrics.items():
-        table.add_row(metric_title(name), _cell(name, reference), _cell(name, metrics), str(metric.images or ""))
+        table.add_row(
+            metric_title(name, metric), _cell(name, reference), _cell(name, metrics), str(metric.images or "")
+        )
     return table
 
 
@@ -134,8 +185,20 @@ def _cell(name: str, metrics: dict[str, Metric]) -> str:
     return metric_value(name, metrics[name]) + (f"  ({interval})" if interval else "")
 
 
-def _metrics(stored: dict[str, Any], listed: list[str]) -> dict[str, Metric]:
-    return {name: Metric.from_json(stored[name]) for name in listed if name in stored}
+def _metrics(
+    stored: dict[str, Any], listed: list[str], values: Mapping[str, list[float]], suffix: str = ""
+) -> dict[str, Metric]:
+    """The listed metrics that are stored, with the values of their images, whose columns end in `suffix`."""
+    metrics = {name: Metric.from_json(stored[name]) for name in listed if name in stored}
+    return {
+        name: replace(metric, values=tuple(values[name + suffix])) if name + suffix in values else metric
+        for name, metric in metrics.items()
+    }
+
+
+def _values(side: RunFolder) -> dict[str, list[float]]:
+    """The metrics that have a value an image, from scores.csv."""
+    return columns(side.path / runfolder.SCORES, generated_names(side.images("quantized"))) or {}
 
 
 def _seconds(folder: RunFolder, side: str) -> float:
@@ -146,11 +209,14 @@ def _peak(folder: RunFolder, side: str) -> int | None:
     return folder.record(f"images_{side}")["peak_memory_bytes"]
 
 
-def _flat_settings(side: RunFolder, settings: dict[str, Any]) -> dict[str, Any]:
+def _flat_settings(folder: RunFolder, side: RunFolder, settings: dict[str, Any]) -> dict[str, Any]:
     """What a reader needs to repeat the run, one value a line."""
     images = settings["images"]
     return {
         "source": settings["model"]["source"],
+        "prompts": settings["prompt_set"],
+        "prompts (sha256)": settings["prompts_sha256"],
+        "prompts cut": folder.notes(runfolder.CUT_PROMPTS).get("line") or "none",
         "images": images["count"],
         "seed": f"{images['seed']} + image number",
         "steps": images["num_inference_steps"],

@@ -1,30 +1,38 @@
 """The two sides of every comparison, full precision and quantized, and the run that makes one of each.
 
-What is already done in a side's folder is not done again.
+What is already done in a side's folder is not done again. Several processes go through the same stages: what is
+missing is decided by the main one, which also keeps the records, and made by all of them.
 """
 
+import contextlib
 import gc
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from dmquant.evaluation.generate import Generated, ImageRequest, missing, prune
+from dmquant import processes
+from dmquant.calib.probe import Probe
+from dmquant.errors import UserError
+from dmquant.evaluation.generate import Generated, ImageRequest, pruned_and_missing
 from dmquant.evaluation.grid import draw_grid
-from dmquant.evaluation.images import any_images
-from dmquant.evaluation.report import write_report
+from dmquant.evaluation.networks import Networks
 from dmquant.files import write_text
 from dmquant.pipelines import runfolder
+from dmquant.pipelines.calibrating import calibration_data
 from dmquant.pipelines.console import Console
 from dmquant.pipelines.hashes import pipeline_hashes
 from dmquant.pipelines.loading import load_full_precision
 from dmquant.pipelines.memory import peak_memory
-from dmquant.pipelines.reporting import build_report, closing_table
+from dmquant.pipelines.probing import layer_errors, probe_full_precision, probe_key
+from dmquant.pipelines.reporting import build_report, closing_table, write_all_reports
 from dmquant.pipelines.runfolder import RunFolder, fingerprint
+from dmquant.pipelines.scoring import complete_scores
 from dmquant.pipelines.settings import Settings
-from dmquant.pipelines.work import is_as_written, load_quantized, make_images, make_model, make_scores
+from dmquant.pipelines.truncation import cut_line, cut_prompts
+from dmquant.pipelines.work import is_as_written, load_quantized, make_images, make_model
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -39,14 +47,33 @@ class FullPrecision:
     def __init__(self, settings: Settings, source: Path, folder: RunFolder, console: Console):
         self.settings, self.folder, self.console = settings, folder, console
         with console.bar("hash of the weights") as bar:
-            self.source_hashes = pipeline_hashes(source, settings.family.component, bar)
+            self.source_hashes = processes.current().on_main(
+                lambda: pipeline_hashes(source, settings.family.component, bar)
+            )
         self.source_key = fingerprint(files=self.source_hashes)
         self.requests = settings.requests(self.source_key)
+        self.networks = Networks(settings.device, settings.clip, folder.path / runfolder.FEATURES, console.say)
         self._pipeline: DiffusionPipeline | None = None
 
     def images(self) -> None:
         """Make the images that are missing."""
         _complete_images(FP, self.requests, self.load, self.folder, self.settings, self.console)
+        if self._pipeline is not None:
+            self._tell_cut_prompts(self._pipeline)
+
+    def _tell_cut_prompts(self, pipeline: "DiffusionPipeline") -> None:
+        settings = self.settings
+        cuts = cut_prompts(settings.family.prompted(pipeline), settings.prompts, settings.call)
+        line = cut_line(cuts, len(settings.prompts))
+        self.folder.note(runfolder.CUT_PROMPTS, {"line": line})
+        if line:
+            self.console.say(f"note: {line}")
+
+    def probe(self) -> Probe:
+        """What the layers give, for comparison: from an earlier run, or made with the pipeline."""
+        return probe_full_precision(
+            self.load, self.requests, self.settings, self.folder.path / runfolder.PROBE, self.console
+        )
 
     def load(self) -> "DiffusionPipeline":
         """The pipeline, loaded when first asked for."""
@@ -72,59 +99,77 @@ class Quantized:
         self.console = reference.console
         self.model_key = settings.model_key(reference.source_key)
         self.requests = settings.requests(self.model_key)
+        self._pipeline: DiffusionPipeline | None = None
 
     def make(self) -> None:
-        """Model and images, from where an earlier run stopped."""
+        """Model, images and the error of each layer, from where an earlier run stopped."""
         self._model()
         _complete_images(QUANTIZED, self.requests, self._load, self.folder, self.settings, self.console)
+        processes.current().on_main(self._layers)
+        self._pipeline = None
+        self.reference.release()
 
     def _load(self) -> "DiffusionPipeline":
-        return load_quantized(self.folder.path / runfolder.MODEL, self.settings)
+        """The quantized pipeline, loaded when first asked for."""
+        if self._pipeline is None:
+            self._pipeline = load_quantized(self.folder.path / runfolder.MODEL, self.settings)
+        return self._pipeline
+
+    def _probe_reference(self) -> None:
+        with self._going_on_without():
+            self.reference.probe()
+
+    def _layers(self) -> None:
+        settings, reference = self.settings, self.reference
+        key = fingerprint(model=self.model_key, probe=probe_key(reference.requests, settings))
+        weight_errors = self.folder.record("model").get("weight_errors")
+        if self.folder.finished(runfolder.LAYERS, key) or not weight_errors:
+            return
+        with self._going_on_without():
+            layers = layer_errors(self._load(), reference.probe(), weight_errors, settings, self.console)
+            self.folder.finish(runfolder.LAYERS, key, layers=[asdict(layer) for layer in layers])
+
+    @contextlib.contextmanager
+    def _going_on_without(self) -> Iterator[None]:
+        """A model is worth having without the errors of its layers."""
+        try:
+            yield
+        except UserError as error:
+            self.console.say(f"note: the errors of the layers are not known: {error}")
 
     def _model(self) -> None:
         path = self.folder.path / runfolder.MODEL
-        record = self.folder.finished("model", self.model_key)
-        if record and path.is_dir():
-            if is_as_written(path, self.settings.family.component, record["sha256"]):
-                self.console.say("model: already there")
-                self.reference.release()
-                return
-            self.console.say("model: its files are not what was written, making it again")
+        if processes.current().on_main(lambda: self._is_made(path)):
+            self.console.say("model: already there")
+            self.reference.release()
+            return
         self.folder.forget("model")
+        processes.current().on_main(self._probe_reference)  # quantizing takes place in the same pipeline
         try:
             with peak_memory(self.settings.device) as peak:
-                pipeline = self.reference.load()
-                facts = make_model(pipeline, self.settings, path, self.console, workspace=self.workspace)
+                facts = make_model_together(self.reference.load, self.settings, path, self.console, self.workspace)
         finally:
             self.reference.release()
         self.folder.finish("model", self.model_key, **facts, peak_memory_bytes=peak.bytes, peak_memory_of=peak.what)
 
+    def _is_made(self, path: Path) -> bool:
+        """Whether the model is there as it was written."""
+        record = self.folder.finished("model", self.model_key)
+        if not record or not path.is_dir():
+            return False
+        as_written = is_as_written(path, self.settings.family.component, record["sha256"])
+        if not as_written:
+            self.console.say("model: its files are not what was written, making it again")
+        return as_written
+
     def score(self) -> None:
         """The scores that are missing."""
-        settings, folder = self.settings, self.folder
-        sides = {FP: self.reference.requests, QUANTIZED: self.requests}
-        key = fingerprint(
-            images={side: [request.key for request in requests] for side, requests in sides.items()},
-            real=None if settings.real is None else _listing(settings.real),
-        )
-        record = folder.finished("scores", key) or {"metrics": {}, "reference": {}, "seconds": 0.0}
-        known = {name for name, metric in record["metrics"].items() if metric["value"] is not None}
-        wanted = [name for name in settings.metrics if name not in known]
-        if not wanted:
-            self.console.say("scores: already there")
-            return
-        began = time.perf_counter()
-        fp, quantized = self.reference.folder.images(FP), folder.images(QUANTIZED)
-        metrics, reference = make_scores(fp, quantized, wanted, settings.real, settings.device, self.console)
-        seconds = time.perf_counter() - began
-        folder.finish(
-            "scores",
-            key,
-            metrics=record["metrics"] | {name: metric.to_json() for name, metric in metrics.items()},
-            reference=record["reference"] | {name: metric.to_json() for name, metric in reference.items()},
-            seconds=record["seconds"] + seconds,
-        )
-        self.console.say(f"scores: {', '.join(wanted)} in {seconds:.1f} s")
+        reference, folder = self.reference, self.folder
+        sides = {
+            reference.folder.images(FP): [request.key for request in reference.requests],
+            folder.images(QUANTIZED): [request.key for request in self.requests],
+        }
+        complete_scores(folder, sides, self.settings, reference.networks, self.console)
 
 
 class Run:
@@ -143,7 +188,7 @@ class Run:
         self.reference.images()
         self.quantized.make()
         self.quantized.score()
-        self._report(record)
+        processes.current().on_main(lambda: self._report(record))
 
     def _report(self, record: dict[str, Any]) -> None:
         path = self.folder.path
@@ -154,11 +199,27 @@ class Run:
             path / runfolder.GRID,
         )
         result = build_report(self.folder, record)
-        write_report(path, result)
+        write_all_reports(self.folder, record, result, self.console)
         self.console.show(closing_table(result))
         self.console.say(
             f"report: {path / 'report.html'}   grid: {path / runfolder.GRID}   model: {path / runfolder.MODEL}"
         )
+
+
+def make_model_together(
+    load: Callable[[], "DiffusionPipeline"], settings: Settings, folder: Path, console: Console, workspace: Path
+) -> dict[str, Any]:
+    """`make_model` by the main process, with the data that it learns from captured by all."""
+
+    def work() -> dict[str, Any] | None:
+        if everyone.is_main:
+            return make_model(load(), settings, folder, console, workspace=workspace)
+        if settings.recipe.calibrated:
+            calibration_data(load(), settings, workspace, console)
+        return None
+
+    everyone = processes.current()
+    return everyone.together(work)[0]
 
 
 def quantization_line(settings: Settings) -> str:
@@ -178,7 +239,7 @@ def images_line(settings: Settings) -> str:
 def save_settings(folder: RunFolder, record: dict[str, Any]) -> dict[str, Any]:
     """Write run.yaml; returns what it holds."""
     text = yaml.safe_dump(record, sort_keys=False, allow_unicode=True, width=120)
-    write_text(folder.path / runfolder.SETTINGS, text)
+    processes.current().on_main(lambda: write_text(folder.path / runfolder.SETTINGS, text))
     return record
 
 
@@ -192,8 +253,7 @@ def _complete_images(
 ) -> None:
     """Make the images of one side that its folder lacks, and remember what they took."""
     images, stage = folder.images(side), f"images_{side}"
-    prune(images, requests)
-    absent = missing(images, requests)
+    absent = processes.current().on_main(lambda: pruned_and_missing(images, requests))
     key = fingerprint(images=[request.key for request in requests])
     if not absent and folder.finished(stage, key):
         console.say(f"{TITLES[side]}: all {len(requests)} are there")
@@ -217,8 +277,3 @@ def _noting_seconds(folder: RunFolder, kind: str, requests: Sequence[ImageReques
     keys = {request.key for request in requests}
     before = {key: seconds for key, seconds in folder.notes(kind).items() if key in keys}
     return lambda generated: folder.note(kind, before | generated.seconds)
-
-
-def _listing(folder: Path) -> list[tuple[str, int]]:
-    """Names and sizes of the images in a folder: enough to notice that it changed."""
-    return [(path.relative_to(folder).as_posix(), path.stat().st_size) for path in any_images(folder)]

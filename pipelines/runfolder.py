@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from dmquant import processes
 from dmquant.errors import UserError
 from dmquant.files import write_text
 
@@ -30,10 +31,13 @@ except ImportError:  # Windows: a run is not protected against a second one in t
 VERSION = 1
 STATE, SETTINGS, LOG, LOCK = "state.json", "run.yaml", "log.txt", ".lock"
 GRID, PLOT = "grid.png", "compare.png"
+SCORES, FEATURES, PROBE = "scores.csv", "features", "probe"
+LAYERS, CUT_PROMPTS = "layers", "cut_prompts"  # a stage, and a kind of notes
 IMAGES, MODEL, PARTIAL_MODEL, CALIBRATION, RECIPES = "images", "model", "model.part", "calibration", "recipes"
 REPORTS = ("report.md", "report.html", "report.json")
 ENTRIES = (
-    *(STATE, SETTINGS, LOG, LOCK, GRID, PLOT, IMAGES, MODEL, PARTIAL_MODEL, CALIBRATION, RECIPES),
+    *(STATE, SETTINGS, LOG, LOCK, GRID, PLOT, SCORES, FEATURES, PROBE),
+    *(IMAGES, MODEL, PARTIAL_MODEL, CALIBRATION, RECIPES),
     *REPORTS,
 )
 
@@ -50,7 +54,10 @@ def is_run(folder: Path) -> bool:
 
 
 class RunFolder:
-    """One run's folder; get one with `claim` (to write) or `RunFolder(path)` (to read)."""
+    """One run's folder; get one with `claim` (to write) or `RunFolder(path)` (to read).
+
+    Of several processes each remembers what is done, and the main one writes it down.
+    """
 
     def __init__(self, path: Path):
         self.path = path
@@ -106,7 +113,8 @@ class RunFolder:
         self._save()
 
     def _save(self) -> None:
-        write_text(self.path / STATE, json.dumps(self._state, indent=1) + "\n")
+        if processes.current().is_main:
+            write_text(self.path / STATE, json.dumps(self._state, indent=1) + "\n")
 
     def _empty(self) -> bool:
         return not self._state["stages"] and not any(self.path.glob(f"{IMAGES}/*/*.png"))
@@ -119,9 +127,17 @@ def claim(path: Path, model: str, overwrite: bool = False) -> Iterator[RunFolder
     With `overwrite` the entries of an earlier run are removed first; files that no run writes are never touched.
     If the block fails before anything was finished in a folder made here, the folder is removed again.
 
+    Of several processes the main one holds it, and all get it.
+
     Raises:
-        UserError: the folder cannot be written, holds something else, or another process is writing it.
+        UserError: the folder cannot be written, holds something else, or another command is writing it.
     """
+    with contextlib.ExitStack() as held:
+        yield processes.current().on_main(lambda: held.enter_context(_claimed(path, model, overwrite)))
+
+
+@contextlib.contextmanager
+def _claimed(path: Path, model: str, overwrite: bool) -> Iterator[RunFolder]:
     _refuse_strangers(path, model, overwrite)
     created = [folder for folder in (path, *path.parents) if not folder.exists()]
     try:

@@ -13,14 +13,22 @@ import dmquant
 from dmquant.errors import UsageError
 from dmquant.evaluation.generate import ImageRequest, batch_size_for, image_requests
 from dmquant.evaluation.images import any_images
-from dmquant.evaluation.metrics import check_names
+from dmquant.evaluation.metrics import METRICS, REAL, check_names
+from dmquant.evaluation.networks import CLIP
 from dmquant.formats import get_format
 from dmquant.pipelines.defaults import DEFAULT_RECIPE
 from dmquant.pipelines.families import Family
 from dmquant.pipelines.families.generic import GENERIC
 from dmquant.pipelines.loading import resolve_device, resolve_dtype
-from dmquant.pipelines.prompts import load_prompts
-from dmquant.pipelines.registry import ModelSpec, call_parameters, family_for, resolve_model
+from dmquant.pipelines.prompts import PromptSet, load_prompts, read_prompts
+from dmquant.pipelines.registry import (
+    EMBEDDED,
+    ModelSpec,
+    call_parameters,
+    embedded_folder,
+    family_for,
+    resolve_model,
+)
 from dmquant.pipelines.runfolder import fingerprint
 from dmquant.recipe import NO_FORMAT, Recipe
 from dmquant.scaling import BLOCK_FORMATS
@@ -28,7 +36,7 @@ from dmquant.scaling import BLOCK_FORMATS
 DEFAULT_PROMPTS = 64
 LATENTS = "latent_mse"
 DEFAULT_METRICS = ("psnr", "ssim", LATENTS, "fid_fp")
-DEFAULT_METRICS_WITH_REAL = (*DEFAULT_METRICS, "fid_real")
+WITH_CLIP, WITH_REAL, ALL = "clip_score", ("fid_real",), "all"
 PIXELS_A_LATENT = 8  # diffusers asks for sizes that this divides
 LIBRARIES = ("torch", "diffusers", "transformers")
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]i?)b?", re.IGNORECASE)
@@ -49,6 +57,7 @@ class Options:
     memory_budget: str | None = None
     prompts: str | None = None
     num_prompts: int | None = None
+    prompt_seed: int | None = None
     steps: int | None = None
     guidance: float | None = None
     height: int | None = None
@@ -57,8 +66,10 @@ class Options:
     batch_size: int | None = None
     metrics: str | None = None
     real: Path | None = None
+    clip: str | None = None
     device: str = "auto"
     dtype: str | None = None
+    command: str = ""
 
 
 @dataclass(frozen=True)
@@ -67,7 +78,9 @@ class Settings:
 
     `calibration_prompts` is the whole list, of which the recipe takes as many as it asks for; `calibration_data` a
     folder with calibration data to use or to create; `memory_budget` bytes, None for what calibration needs. Images
-    without their final latents are made again where `needs_latents`.
+    without their final latents are made again where `needs_latents`. `clip` is the CLIP model of the metrics,
+    `prompt_set` says for people which prompts these are,
+    and `command` what was typed.
     """
 
     model: ModelSpec
@@ -76,6 +89,7 @@ class Settings:
     calibration_data: Path | None
     memory_budget: int | None
     prompts: tuple[str, ...]
+    prompt_set: str
     steps: int
     guidance: float
     height: int
@@ -85,9 +99,11 @@ class Settings:
     metrics: tuple[str, ...]
     needs_latents: bool
     real: Path | None
+    clip: str
     device: str
     dtype_name: str
     folder_name: str
+    command: str
 
     @property
     def family(self) -> Family:
@@ -162,9 +178,12 @@ class Settings:
             },
             "metrics": list(self.metrics),
             "real": None if self.real is None else str(self.real),
+            "clip": self.clip,
             "device": self.device,
             "dtype": self.dtype_name,
+            "command": self.command,
             "versions": versions(),
+            "prompt_set": self.prompt_set,
             "prompts_sha256": fingerprint(prompts=self.prompts),
             "prompts": list(self.prompts),
         }
@@ -177,11 +196,12 @@ def resolve(options: Options) -> Settings:
     """
     model = resolve_model(options.model, options.family)
     recipe = _recipe(model, options.recipe, options.w, options.a)
-    metrics = resolve_metrics(options.metrics, options.real)
+    metrics = resolve_metrics(options.metrics, options.real, own_clip=model.clip is not None)
     device = resolve_device(options.device)
     dtype_name = options.dtype or model.dtype
     resolve_dtype(dtype_name, device)
     _check_taken(options, model)
+    prompts = _prompts(options, model)
     height, width = options.height or model.height, options.width or model.width
     for side, pixels in (("height", height), ("width", width)):
         if pixels % PIXELS_A_LATENT:
@@ -192,7 +212,8 @@ def resolve(options: Options) -> Settings:
         calibration_prompts=tuple(load_prompts(options.calibration_prompts or model.calibration_prompts)),
         calibration_data=options.calibration_data,
         memory_budget=None if options.memory_budget is None else parse_size(options.memory_budget, "--memory-budget"),
-        prompts=tuple(_prompts(options, model)),
+        prompts=tuple(prompts.prompts),
+        prompt_set=prompts.describe(),
         steps=options.steps or model.steps,
         guidance=model.guidance if options.guidance is None else options.guidance,
         height=height,
@@ -203,8 +224,10 @@ def resolve(options: Options) -> Settings:
         # Images of an earlier version have none: what hours have made is not made again for a default.
         needs_latents=options.metrics is not None and LATENTS in metrics,
         real=options.real,
+        clip=clip_source(options.clip or model.clip),
         device=device,
         dtype_name=dtype_name,
+        command=options.command,
         folder_name="-".join(filter(None, (model.name, recipe.name, options.w, options.a))),
     )
 
@@ -242,17 +265,30 @@ def parse_size(text: str, option: str) -> int:
     return int(float(match[1]) * (1024 if prefix.endswith("i") else 1000) ** (_POWERS.index(prefix[0]) + 1))
 
 
-def resolve_metrics(listed: str | None, real: Path | None) -> tuple[str, ...]:
-    """Names of the metrics to compute, from a comma-separated list; also checks that `real` holds images."""
+def resolve_metrics(listed: str | None, real: Path | None, own_clip: bool = False) -> tuple[str, ...]:
+    """Names of the metrics to compute, from a comma-separated list; also checks that `real` holds images.
+
+    `all` stands for all of them. By default nothing is taken that may have to be downloaded, so a CLIP score only where
+    the model comes with a CLIP model.
+    """
     if real is not None:
         any_images(real)
     if listed is None:
-        return DEFAULT_METRICS if real is None else DEFAULT_METRICS_WITH_REAL
+        return (*DEFAULT_METRICS, *((WITH_CLIP,) if own_clip else ()), *(WITH_REAL if real is not None else ()))
+    if listed.strip() == ALL:
+        return tuple(name for name in METRICS if real is not None or name not in REAL)
     names = tuple(dict.fromkeys(name.strip() for name in listed.split(",") if name.strip()))
     if not names:
         raise UsageError("--metrics is empty: name at least one, such as psnr")
     check_names(names)
     return names
+
+
+def clip_source(name: str | None) -> str:
+    """What evaluation.clip loads for a name: the folder of an embedded model, the usual model where none is named."""
+    if name is None:
+        return CLIP
+    return str(embedded_folder(name)) if name.startswith(EMBEDDED) else name
 
 
 def format_name(name: str) -> str:
@@ -289,7 +325,7 @@ def _check_taken(options: Options, model: ModelSpec) -> None:
             raise UsageError(f"--{option} {given}: a {model.pipeline} takes no {option}{size}")
 
 
-def _prompts(options: Options, model: ModelSpec) -> list[str]:
-    """The first prompts of the list, as many as were asked for; by default 64, or all where there are no more."""
-    listed = options.prompts or model.prompts
-    return load_prompts(listed, options.num_prompts) if options.num_prompts else load_prompts(listed)[:DEFAULT_PROMPTS]
+def _prompts(options: Options, model: ModelSpec) -> PromptSet:
+    """As many prompts of the list as were asked for; by default 64, or all where there are no more."""
+    listed = read_prompts(options.prompts or model.prompts)
+    return listed.take(options.num_prompts or min(DEFAULT_PROMPTS, listed.total), options.prompt_seed)

@@ -2,38 +2,46 @@
 
 import contextlib
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import yaml
 
-from dmquant.errors import UserError
-from dmquant.evaluation.generate import missing, prune, read_prompt
+from dmquant import processes
+from dmquant.errors import UsageError, UserError
+from dmquant.evaluation.generate import pruned_and_missing, read_prompt
 from dmquant.evaluation.grid import draw_grid
 from dmquant.evaluation.images import generated_images
-from dmquant.evaluation.report import write_report
+from dmquant.evaluation.networks import Networks
 from dmquant.pipelines import folders, runfolder
 from dmquant.pipelines.console import Console, quiet_libraries
 from dmquant.pipelines.hashes import pipeline_hashes
 from dmquant.pipelines.loading import checked_folder, load_full_precision, resolve_device
+from dmquant.pipelines.prompts import load_prompts
 from dmquant.pipelines.reporting import (
     build_report,
     closing_table,
-    comparison_table,
+    comparison_tables,
     metrics_table,
     unfinished,
+    write_all_reports,
 )
-from dmquant.pipelines.run import Run
+from dmquant.pipelines.run import Run, make_model_together
 from dmquant.pipelines.runfolder import RunFolder, claim, fingerprint, is_full_disk
-from dmquant.pipelines.settings import Settings, resolve_metrics
-from dmquant.pipelines.work import load_quantized, make_images, make_model, make_scores
+from dmquant.pipelines.scoring import write_table
+from dmquant.pipelines.settings import Settings, clip_source, resolve_metrics
+from dmquant.pipelines.work import load_quantized, make_images, make_scores
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 
 def run(settings: Settings, out: Path, overwrite: bool) -> None:
     """Take a model from full precision to a quantized, compared and scored folder, or from where that stopped."""
     quiet_libraries()
     console = Console()
-    source = checked_folder(settings.model, console.say)
+    source = processes.current().on_main(lambda: checked_folder(settings.model, console.say))
     with (
         claim(out, settings.model.name, overwrite) as folder,
         console.logging_to(out / runfolder.LOG),
@@ -49,7 +57,7 @@ def compare(settings: Mapping[str, Settings], out: Path, overwrite: bool) -> Non
     quiet_libraries()
     console = Console()
     model = next(iter(settings.values())).model
-    source = checked_folder(model, console.say)
+    source = processes.current().on_main(lambda: checked_folder(model, console.say))
     with (
         claim(out, model.name, overwrite) as folder,
         console.logging_to(out / runfolder.LOG),
@@ -65,18 +73,26 @@ def quantize(settings: Settings, out: Path, overwrite: bool) -> None:
     killed continues there when it is given again.
     """
     quiet_libraries()
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        if not (out / folders.INDEX).is_file():
-            raise UserError(f"{out} holds something else than a pipeline; choose another folder with --out")
-        if not overwrite:
-            raise UserError(f"{out} already holds a pipeline; choose another folder with --out, or add --overwrite")
-    console = Console()
+    everyone, console = processes.current(), Console()
+    everyone.on_main(lambda: _refuse_to_replace(out, overwrite))
+    workspace = out.with_name(f"{out.name}.{runfolder.CALIBRATION}")
+
+    def load() -> "DiffusionPipeline":
+        return load_full_precision(settings.model, settings.dtype, settings.device, console.say)
+
     with _explaining_a_full_disk(out):
-        pipeline = load_full_precision(settings.model, settings.dtype, settings.device, console.say)
-        workspace = out.with_name(f"{out.name}.{runfolder.CALIBRATION}")
-        make_model(pipeline, settings, out, console, workspace=workspace)
-    shutil.rmtree(workspace, ignore_errors=True)
+        make_model_together(load, settings, out, console, workspace)
+    everyone.on_main(lambda: shutil.rmtree(workspace, ignore_errors=True))
     console.say(f"model: {out}")
+
+
+def _refuse_to_replace(out: Path, overwrite: bool) -> None:
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    if not (out / folders.INDEX).is_file():
+        raise UserError(f"{out} holds something else than a pipeline; choose another folder with --out")
+    if not overwrite:
+        raise UserError(f"{out} already holds a pipeline; choose another folder with --out, or add --overwrite")
 
 
 def generate(settings: Settings, out: Path) -> None:
@@ -85,10 +101,11 @@ def generate(settings: Settings, out: Path) -> None:
     console = Console()
     folder = Path(settings.model.source)
     quantized = folder.is_absolute() and folders.quantization(folder, settings.family.component) is not None
-    source = folder if quantized else checked_folder(settings.model, console.say)
-    requests = settings.requests(fingerprint(files=pipeline_hashes(source, settings.family.component)))
-    prune(out, requests)
-    if not missing(out, requests):
+    everyone = processes.current()
+    source = folder if quantized else everyone.on_main(lambda: checked_folder(settings.model, console.say))
+    hashes = everyone.on_main(lambda: pipeline_hashes(source, settings.family.component))
+    requests = settings.requests(fingerprint(files=hashes))
+    if not everyone.on_main(lambda: pruned_and_missing(out, requests)):
         console.say(f"images: all {len(requests)} are in {out}")
         return
     with _explaining_a_full_disk(out):
@@ -100,18 +117,57 @@ def generate(settings: Settings, out: Path) -> None:
         make_images(pipeline, requests, out, settings, console, "images")
 
 
-def score(fp: Path, quantized: Path, metrics: str | None, real: Path | None, device: str) -> None:
-    """Print the metrics of two folders of images that pair up by name."""
+def score(
+    fp: Path,
+    quantized: Path,
+    metrics: str | None,
+    real: Path | None,
+    prompts: str | None,
+    clip: str | None,
+    device: str,
+    csv: Path | None,
+) -> None:
+    """Print the metrics of two folders of images that pair up by name; those of each image go to the file `csv`."""
     quiet_libraries()
     console = Console()
     names, device = resolve_metrics(metrics, real), resolve_device(device)
-    console.show(metrics_table(*make_scores(fp, quantized, names, real, device, console)))
+    listed = None if prompts is None else load_prompts(prompts)
+    networks = Networks(device, clip_source(clip), say=console.say)
+    scores, reference = processes.current().together(
+        lambda: make_scores(fp, quantized, names, real, networks, console, listed)
+    )[0]
+    console.show(metrics_table(scores, reference))
+    if csv is not None:
+        shown = tuple(listed or (read_prompt(path) or "" for path in generated_images(quantized)))
+        write_table(csv, quantized, shown, {name: metric.values for name, metric in scores.items()})
+        console.say(f"scores of each image: {csv}")
 
 
-def grid(fp: Path, quantized: Path, out: Path, rows: int) -> None:
-    """Draw image pairs, with the prompts that the images carry, or their names where they carry none."""
+def grid(
+    fp: Path,
+    quantized: Sequence[Path],
+    out: Path,
+    rows: int,
+    worst: bool,
+    difference: float | None,
+    per_line: int | None,
+) -> None:
+    """Draw images beside full precision, with the prompts that they carry, or their names where they carry none."""
     prompts = [read_prompt(path) or path.stem for path in generated_images(fp)]
-    Console().say(f"grid: {draw_grid({'full precision': fp, 'quantized': quantized}, prompts, out, rows)}")
+    names = ["quantized"] if len(quantized) == 1 else _distinct_names(quantized)
+    columns = {"full precision": fp, **dict(zip(names, quantized, strict=True))}
+    drawn = processes.current().on_main(lambda: draw_grid(columns, prompts, out, rows, difference, worst, per_line))
+    Console().say(f"grid: {drawn}")
+
+
+def _distinct_names(paths: Sequence[Path]) -> list[str]:
+    """The last part of each path, and as many before it as tell all apart."""
+    parts = [path.absolute().parts for path in paths]
+    for count in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(each[-count:]) for each in parts]
+        if len(set(names)) == len(names):
+            return names
+    raise UsageError("the same folder of images is given twice")
 
 
 def report(folder: Path) -> None:
@@ -122,8 +178,10 @@ def report(folder: Path) -> None:
     if absent:
         raise UserError(f"{folder} is not finished ({', '.join(absent)} not done); run its command again to resume")
     result = build_report(run_folder, settings)
-    write_report(folder, result)
-    Console().show(comparison_table(result) if "recipes" in settings else closing_table(result))
+    console = Console()
+    processes.current().on_main(lambda: write_all_reports(run_folder, settings, result, console))
+    for table in comparison_tables(result) if "recipes" in settings else [closing_table(result)]:
+        console.show(table)
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ from dmquant.convert import LayerReport, footprint, quantize_
 from dmquant.diffusers_backend import load_pipeline, mark_quantized
 from dmquant.errors import UserError
 from dmquant.evaluation.generate import Generated, ImageRequest, generate, missing
-from dmquant.evaluation.inception import Inception, InceptionUnavailableError
+from dmquant.evaluation.networks import Networks
 from dmquant.evaluation.report_tables import size_text
 from dmquant.evaluation.result import Metric
 from dmquant.evaluation.score import score_pairs, score_reference
@@ -68,6 +68,7 @@ def make_model(
         "bits_per_weight": 8 * stored / parameters,
         "size_bytes": sum(path.stat().st_size for path in component.glob("*.safetensors")),
         "full_precision_bytes": BYTES_IN_16_BIT * parameters,
+        "weight_errors": {layer.plan.name: layer.error for layer in layers},
         "formats": dict(Counter(layer.plan.weights.fmt.name for layer in layers)),
         "seconds": seconds,
         "sha256": pipeline_hashes(folder, settings.family.component),
@@ -145,26 +146,24 @@ def make_images(
 
 
 def make_scores(
-    fp: Path, quantized: Path, metrics: Sequence[str], real: Path | None, device: str, console: Console
+    fp: Path,
+    quantized: Path,
+    metrics: Sequence[str],
+    real: Path | None,
+    networks: Networks,
+    console: Console,
+    prompts: Sequence[str] | None,
 ) -> tuple[dict[str, Metric], dict[str, Metric]]:
-    """The metrics of the quantized images against full precision, and those that full precision itself has."""
+    """The metrics of the quantized images against full precision, and those that full precision itself has.
+
+    Without `prompts` the images are asked for theirs.
+    """
     with console.bar("scores") as bar:
-        shared = _inception(metrics, device)
 
         def progress(what: str, done: int, total: int) -> None:
             bar(done, total, what)
 
         return (
-            score_pairs(fp, quantized, metrics, real, device, progress, shared),
-            score_reference(fp, metrics, real, device, progress, shared),
+            score_pairs(fp, quantized, metrics, real, networks, progress, prompts),
+            score_reference(fp, metrics, real, networks, progress, prompts),
         )
-
-
-def _inception(metrics: Sequence[str], device: str) -> Inception | None:
-    """One network for all that need it, so that no image is looked at twice; each metric says if it is missing."""
-    if not any(name.startswith("fid") for name in metrics):
-        return None
-    try:
-        return Inception.load(device)
-    except InceptionUnavailableError:
-        return None

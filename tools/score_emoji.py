@@ -26,6 +26,7 @@ from diffusers import DiffusionPipeline
 from diffusers.utils import logging
 from emoji_data import IMAGE_SIZE, TEXT_LENGTH, load_emoji
 
+from dmquant.evaluation.features import FeatureStore
 from dmquant.evaluation.inception import Inception
 
 COMPOSITIONS = (
@@ -90,7 +91,7 @@ def reference_features(inception: Inception, images: Tensor, out: Path) -> Tenso
     key = hashlib.sha256(images.numpy().tobytes()).hexdigest() + inception.backbone.sha256
     if file.exists() and (cached := torch.load(file, weights_only=True))["key"] == key:
         return cached["features"]
-    features = inception.features(save(to_pil(images), out / "real"))
+    features = FeatureStore().images(inception, save(to_pil(images), out / "real"))
     torch.save({"key": key, "features": features}, file)
     return features
 
@@ -143,8 +144,9 @@ def main() -> None:
 
     inception = Inception.load(options.device)
     reference = reference_features(inception, images, options.out)
-    generated_features = inception.features(save(generated, options.out / "generated"))
-    ceiling_features = inception.features(save(to_pil(reconstructed), options.out / "reconstructed"))
+    store = FeatureStore()
+    generated_features = store.images(inception, save(generated, options.out / "generated"))
+    ceiling_features = store.images(inception, save(to_pil(reconstructed), options.out / "reconstructed"))
     psnr = 10 * torch.log10(4 / (reconstructed.clamp(-1, 1) - images[own]).square().mean())
     score = {
         "captions": len(prompts),

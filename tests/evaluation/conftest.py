@@ -1,5 +1,6 @@
 """Small folders of images for the tests of dmquant.evaluation."""
 
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -8,8 +9,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from dmquant.evaluation.images import save_image
-from dmquant.evaluation.inception import Inception
+from dmquant.evaluation.images import load_image, save_image
+from dmquant.evaluation.networks import Networks
 from dmquant.evaluation.result import Backbone
 
 
@@ -34,22 +35,31 @@ def write_images(folder: Path, images: Tensor) -> Path:
     return folder
 
 
-class RandomExtractor(nn.Module):
-    """Eight fixed random features, each a nonlinear projection of an 8x8 thumbnail."""
+class RandomNetwork:
+    """Eight fixed random features, each a nonlinear projection of an 8x8 thumbnail; counts the images it looks at."""
 
-    def __init__(self):
-        super().__init__()
-        generator = torch.Generator().manual_seed(0)
-        self.register_buffer("projection", torch.randn(3 * 64, 8, generator=generator) / 8)
+    preparation = "thumbnail-8"
+
+    def __init__(self, name: str = "random", batch_size: int = 5):
+        self.backbone = Backbone(name, hashlib.sha256(name.encode()).hexdigest())
+        self.batch_size = batch_size
+        self.projection = torch.randn(3 * 64, 8, generator=torch.Generator().manual_seed(0)) / 8
         self.calls = 0
 
-    def forward(self, images: Tensor) -> Tensor:
-        self.calls += len(images)
-        thumbnails = nn.functional.adaptive_avg_pool2d(images.float() / 255, 8)
-        roughness = (images.float() / 255).diff(dim=-1).abs().mean(dim=(1, 2, 3))
-        return (thumbnails.flatten(1) @ self.projection).tanh() + roughness[:, None]
+    def prepare(self, path: Path) -> Tensor:
+        image = load_image(path).float() / 255
+        roughness = image.diff(dim=-1).abs().mean()
+        return torch.cat([nn.functional.adaptive_avg_pool2d(image, 8).flatten(), roughness[None]])
+
+    def __call__(self, batch: Tensor) -> Tensor:
+        self.calls += len(batch)
+        return (batch[:, :-1] @ self.projection).tanh() + batch[:, -1:]
 
 
 @pytest.fixture
-def extractor() -> Inception:
-    return Inception(RandomExtractor(), Backbone("random", "0" * 64), batch_size=5)
+def networks() -> Networks:
+    """Networks of which `inception` and `clip` are random ones."""
+    networks = Networks()
+    networks.inception = RandomNetwork("random Inception")
+    networks.clip = RandomNetwork("random CLIP")
+    return networks

@@ -21,10 +21,9 @@ def pixels(folder):
 
 
 def names(requests):
-    """The files of some images: each has its latents beside it."""
-    return sorted(
-        name for request in requests for name in (request.name, request.name.replace(".png", ".latent.safetensors"))
-    )
+    """The files of some images, all among the first eight: each has its latents and its trajectory beside it."""
+    suffixes = (".png", ".latent.safetensors", ".trajectory.safetensors")
+    return sorted(request.name.replace(".png", suffix) for request in requests for suffix in suffixes)
 
 
 def test_images_do_not_depend_on_the_batch_they_are_made_in(pipeline, tmp_path):

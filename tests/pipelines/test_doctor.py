@@ -36,10 +36,22 @@ def test_the_embedded_model_is_intact(checks):
 
 def test_a_damaged_embedded_model_is_reported_and_not_raised(tmp_path, monkeypatch):
     spec = registered_models()["emoji-pixart"]
-    damaged = shutil.copytree(doctor.embedded_folder(spec), tmp_path / "emoji")
+    damaged = shutil.copytree(doctor.embedded_folder(spec.source), tmp_path / "emoji")
     weights = next(damaged.glob("transformer/*.safetensors"))
     weights.write_bytes(weights.read_bytes()[:-1])
-    monkeypatch.setattr(doctor, "embedded_folder", lambda spec: damaged)
+    monkeypatch.setattr(doctor, "embedded_folder", lambda source: damaged)
     check = doctor._embedded(spec)
     assert check.status == "missing"
     assert weights.name in check.detail
+
+
+def test_weights_of_text_metrics_say_how_big_they_are_and_where_they_are_found(checks, tmp_path, monkeypatch):
+    assert "1.71 GB" in checks["CLIP weights"].remedy
+    assert "3.94 GB" in checks["HPSv2 2.1 weights"].remedy
+    (tmp_path / "HPS_v2.1_compressed.pt").touch()
+    monkeypatch.setenv("DMQUANT_HPSV2", str(tmp_path))
+    found = {check.name: check for check in doctor.examine()}
+    assert (found["HPSv2 2.1 weights"].status, found["HPSv2 2.0 weights"].status) == ("ok", "missing")
+    monkeypatch.setenv("DMQUANT_HPSV2", str(tmp_path / "absent"))
+    broken = {check.name: check for check in doctor.examine()}["HPSv2 2.1 weights"]
+    assert "not a folder" in broken.detail

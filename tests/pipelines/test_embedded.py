@@ -32,12 +32,12 @@ def test_an_embedded_model_loads_and_draws_with_its_own_settings(spec):
 
 @pytest.mark.parametrize("spec", EMBEDDED_MODELS, ids=lambda spec: spec.name)
 def test_a_copy_of_an_embedded_model_given_as_a_folder_gets_the_same_settings(spec):
-    local = resolve_model(str(embedded_folder(spec)))
+    local = resolve_model(str(embedded_folder(spec.source)))
     same = {"family", "pipeline", "height", "width", "steps", "guidance", "dtype", "prompts", "call"}
     assert local.model_dump(include=same) == spec.model_dump(include=same)
 
 
 @pytest.mark.parametrize("spec", EMBEDDED_MODELS, ids=lambda spec: spec.name)
 def test_embedded_files_fit_in_16_megabytes(spec):
-    size = sum(path.stat().st_size for path in embedded_folder(spec).rglob("*") if path.is_file())
+    size = sum(path.stat().st_size for path in embedded_folder(spec.source).rglob("*") if path.is_file())
     assert 0 < size <= 16_000_000

@@ -1,12 +1,9 @@
 """The training tool on a package of eight drawn emoji and budgets of seconds: what it writes, and that it resumes."""
 
-import importlib
 import json
-from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image, ImageDraw
 
 from dmquant.torchvision_guard import ensure_torchvision_imports
 
@@ -14,41 +11,12 @@ ensure_torchvision_imports()
 
 from diffusers import DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
 
-TOOLS = Path(__file__).parents[2] / "tools"
 CAPTION = "red ellipse, symbols, geometric shape"
-COLOURS = ("red", "green", "blue", "black")
 
 
-@pytest.fixture(scope="module")
-def tool():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(TOOLS))
-        yield importlib.import_module("train_emoji")
-
-
-@pytest.fixture(scope="module")
-def package(tmp_path_factory):
-    """Four colours of circle and square, and an entry without an image."""
-    root = tmp_path_factory.mktemp("package")
-    folder = root / "img/google/64"
-    folder.mkdir(parents=True)
-    entries = [{"image": "none.png", "name": "NOTHING", "category": "Symbols", "has_img_google": False}]
-    for colour in COLOURS:
-        for shape in ("ellipse", "rectangle"):
-            icon = Image.new("RGBA", (64, 64))
-            getattr(ImageDraw.Draw(icon), shape)((8, 8, 56, 56), fill=colour)
-            icon.save(folder / f"{colour}-{shape}.png")
-            entries.append(
-                {
-                    "image": f"{colour}-{shape}.png",
-                    "name": f"{colour} {shape}".upper(),
-                    "category": "Symbols",
-                    "subcategory": "geometric-shape",
-                    "has_img_google": True,
-                }
-            )
-    (root / "emoji.json").write_text(json.dumps(entries))
-    return root
+@pytest.fixture
+def tool(tools):
+    return tools("train_emoji")
 
 
 def train(tool, package, out, seconds, model="pixart", more=()):
@@ -64,9 +32,8 @@ def draw(folder, **call):
     return pipeline, pipeline(CAPTION, height=64, width=64, num_inference_steps=2, **call).images[0]
 
 
-def test_loads_captioned_images_on_white(tool, package):
-    emoji_data = importlib.import_module("emoji_data")
-    images, captions = emoji_data.load_emoji(package)
+def test_loads_captioned_images_on_white(tools, package):
+    images, captions = tools("emoji_data").load_emoji(package)
     assert images.shape == (8, 3, 64, 64)
     assert captions[0] == CAPTION
     assert torch.equal(images[0, :, 0, 0], torch.ones(3))
@@ -104,9 +71,9 @@ def test_stable_diffusion_shares_a_finished_vae(tool, package, tmp_path):
     assert image.size == (64, 64)
 
 
-def test_resuming_gives_the_average_that_was_saved(tool, tmp_path):
+def test_resuming_gives_the_average_that_was_saved(tools, tmp_path):
     """Packaging a checkpoint must not lose what it was trained to, and must not train."""
-    emoji_training = importlib.import_module("emoji_training")
+    emoji_training = tools("emoji_training")
 
     def training(minutes):
         torch.manual_seed(1)

@@ -1,0 +1,106 @@
+"""README.md of a quantized pipeline whose images have been scored: what it is, what it costs, how to load it."""
+
+import re
+from typing import Any
+
+import yaml
+
+from dmquant.evaluation import report_tables as tables
+from dmquant.evaluation.report_markdown import cell, markdown_table
+from dmquant.evaluation.result import RecipeResult, Report
+
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+MEASURED = ("images", "seed", "steps", "guidance", "size", "dtype", "device", "real images")  # of a report's settings
+
+
+def scored_card(report: Report, recipe_name: str, pipeline_class: str, dtype: str) -> str:
+    """The model card of one recipe of a report; `dtype` is as torch prints it: "torch.bfloat16".
+
+    Cards get published: the source is named where it is a Hub id, and nothing that holds an absolute path is.
+    """
+    recipe, source = report.recipes[recipe_name], str(report.settings.get("source", ""))
+    on_hub = HUB_ID.fullmatch(source)
+    front = {
+        "library_name": "diffusers",
+        "pipeline_tag": "text-to-image",
+        "tags": ["dmquant", "quantized", "text-to-image", recipe.weights],
+        **({"base_model": source, "base_model_relation": "quantized"} if on_hub else {}),
+    }
+    parts = [
+        f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---",
+        f"# {cell(report.model)}, weights in {recipe.weights}, activations in {recipe.activations}",
+        f"A diffusers `{pipeline_class}` whose backbone dmquant quantized with the recipe `{recipe_name}`"
+        + (f" from [{source}](https://huggingface.co/{source}). " if on_hub else ". ")
+        + tables.summary(_alone(report, recipe_name)),
+        _loading(dtype),
+        "## Scores",
+        _how(report),
+        _scores(report, recipe),
+        "## Size and speed",
+        markdown_table(tables.FACTS_HEADER, tables.facts(_alone(report, recipe_name))),
+        _recipe(recipe),
+        f"## Repeat it\n\n```\n{report.command}\n```" if report.command and not _names_a_folder(report.command) else "",
+        "## Versions",
+        markdown_table(("package", "version"), report.versions.items()),
+    ]
+    return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def _alone(report: Report, recipe_name: str) -> Report:
+    """The report of one of its recipes."""
+    return Report(**{**vars(report), "recipes": {recipe_name: report.recipes[recipe_name]}})
+
+
+def _loading(dtype: str) -> str:
+    return f"""```python
+import dmquant  # registers the quantizer with diffusers
+import torch
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained("path/to/this/folder", torch_dtype={dtype})
+```"""
+
+
+def _how(report: Report) -> str:
+    given: dict[str, Any] = {key: report.settings[key] for key in MEASURED if key in report.settings}
+    told = "; ".join(f"{key}: {cell(str(value))}" for key, value in given.items() if not _names_a_folder(value))
+    return f"The images of a pair share prompt, seed and initial noise. {told}."
+
+
+def _names_a_folder(value: Any) -> bool:
+    return any(re.match(r"/|[A-Za-z]:\\", word.strip("'\"")) for word in re.split(r"[\s=]", str(value)))
+
+
+def _scores(report: Report, recipe: RecipeResult) -> str:
+    """What was computed, with full precision's own score where it has one."""
+    header = (
+        "metric",
+        "this model",
+        "95 % interval",
+        "median and worst",
+        "full precision",
+        "images",
+        "through",
+        "note",
+    )
+    rows = [
+        (
+            tables.metric_title(name, metric),
+            tables.metric_value(name, metric),
+            tables.metric_interval(name, metric),
+            tables.metric_spread(name, metric),
+            tables.metric_short(name, report.reference.metrics.get(name)),
+            str(metric.images),
+            tables.backbone_text(metric.backbone),
+            metric.note or "",
+        )
+        for name, metric in ((name, recipe.metrics.get(name)) for name in tables.STYLES)
+        if metric is not None and metric.value is not None
+    ]
+    return markdown_table(header, rows) or "None were computed."
+
+
+def _recipe(recipe: RecipeResult) -> str:
+    if not recipe.recipe:
+        return ""
+    return f"## Recipe\n\n```yaml\n{yaml.safe_dump(recipe.recipe, sort_keys=False, allow_unicode=True)}```"
