@@ -1,4 +1,4 @@
-"""`python -m dmquant` is the `dmquant` command; `accelerate launch -m dmquant` makes several processes share its work."""
+"""`python -m dmquant` is the `dmquant` command; `accelerate launch -m dmquant` has processes share its work."""
 
 from dmquant import processes
 from dmquant.cli import main

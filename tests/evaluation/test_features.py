@@ -82,9 +82,7 @@ def test_networks_and_preparations_do_not_share_rows(images, tmp_path):
 
 
 @pytest.mark.parametrize("batches", [0, 1, 3])
-def test_a_killed_command_resumes_after_its_last_saved_batch_with_the_same_bits(
-    images, tmp_path, monkeypatch, batches
-):
+def test_a_killed_command_resumes_after_its_last_saved_batch_with_the_same_bits(images, tmp_path, monkeypatch, batches):
     monkeypatch.setattr(features, "SAVE_EVERY", 0.0)
     uninterrupted = FeatureStore().images(BatchNetwork(), images)
 

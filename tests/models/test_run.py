@@ -21,7 +21,7 @@ from dmquant.errors import UserError
 from dmquant.pipelines import run as run_module
 from dmquant.pipelines import stages, work
 from dmquant.pipelines.prompts import load_prompts
-from dmquant.pipelines.settings import Options, resolve
+from dmquant.pipelines.settings import DEFAULT_METRICS, Options, resolve
 from tests.tiny import IMAGE_SIZE, PIXART_CALL, tiny_pixart
 
 PROMPTS = ["red apple, food", "blue cat", "a green house", "boat on the tree"]
@@ -337,7 +337,7 @@ def without_latents(folder):
 def test_by_default_the_final_latents_are_compared_too(options, again, nothing_loads):
     run(options(metrics=None), again)
     metrics = report(again)["recipes"]["rtn"]["metrics"]
-    assert list(metrics) == DEFAULT_METRICS
+    assert tuple(metrics) == DEFAULT_METRICS
     stored = [
         [load_file(again / "images" / side / f"{index:05d}.latent.safetensors")["latent"].numpy() for index in range(4)]
         for side in ("fp", "quantized")
