@@ -92,6 +92,8 @@ class Inception:
     @torch.inference_mode()
     def __call__(self, batch: Tensor) -> Tensor:
         """Features of prepared images [N, 3, 299, 299], float32 [N, D] on the CPU."""
+        if self.device == "cpu":
+            batch = batch.contiguous(memory_format=torch.channels_last)  # a quarter off the time of its convolutions
         with torch.backends.cudnn.flags(allow_tf32=False):
             return self.network(batch.to(self.device)).float().cpu()
 
