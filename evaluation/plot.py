@@ -26,14 +26,16 @@ HEIGHT = 4.2  # inches, for as many recipes as it has room to label
 OUTSIDE_AXES = 1.2  # inches of the height that title and axis labels take
 
 
-def draw_comparison(report: Report, out: Path, metric: str = "psnr") -> bool:
+def draw_comparison(report: Report, out: Path, metric: str | None = None) -> bool:
     """Draw a metric with its 95 % intervals against bits a weight, and against latent MSE, and write the PNG to `out`.
 
+    Without `metric` it is the first of STYLES that any recipe has: PSNR if that was computed.
     Better is higher up; a line joins the Pareto front: the recipes than which none of fewer or equal bits is better.
     Recipes without the metric are left out, and so is the second panel where fewer than two recipes have a latent MSE
     (above 0: the axis is logarithmic) and where it is the metric itself. Returns whether there was anything to draw;
     where not, an older picture at `out` is removed.
     """
+    metric = metric or _first_metric(report)
     recipes = {name: recipe for name, recipe in report.recipes.items() if _value(recipe, metric) is not None}
     if not recipes:
         out.unlink(missing_ok=True)
@@ -151,6 +153,11 @@ def _looks() -> Iterator[tuple[str, str]]:
     for turn in range(len(MARKERS)):
         for index, colour in enumerate(COLOURS):
             yield colour, MARKERS[(index + turn) % len(MARKERS)]
+
+
+def _first_metric(report: Report) -> str:
+    computed = (name for name in STYLES if any(_value(recipe, name) is not None for recipe in report.recipes.values()))
+    return next(computed, next(iter(STYLES)))
 
 
 def _value(recipe: RecipeResult, name: str) -> float | None:

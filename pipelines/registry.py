@@ -162,6 +162,7 @@ def _spec_of_folder(
             "width": width,
             "download_bytes": download_bytes,
             "call": call,
+            "clip": None,  # which knows the relative's own pictures
             "license": None,
         }
     )

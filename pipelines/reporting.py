@@ -14,7 +14,6 @@ from dmquant.evaluation.report_tables import (
     metric_short,
     metric_title,
     metric_titles,
-    metric_value,
     shown_metrics,
     size_text,
     time_text,
@@ -116,10 +115,10 @@ def closing_table(report: Report) -> Table:
         table.add_row(title, *values)
     table.add_section()
     titles = metric_titles(report)
+    measured = [variant.metrics for variant in variants(report).values()]
     for name in shown_metrics(report):
-        measured = (variant.metrics for variant in variants(report).values())
         table.add_row(titles[name], *(_cell(name, metrics) for metrics in measured))
-    return table
+    return _with_reasons(table, measured)
 
 
 def comparison_tables(report: Report) -> list[Table]:
@@ -146,10 +145,12 @@ def comparison_tables(report: Report) -> list[Table]:
     first = METRICS_A_TABLE - 1
     rest = list(scores.items())[first:]
     parts = [rest[start : start + METRICS_A_TABLE] for start in range(0, len(rest), METRICS_A_TABLE)]
-    return [
+    shown_tables = [
         _table(report.model, {**names, **made, **dict(list(scores.items())[:first])}),
         *(_table("", {**names, **dict(part)}) for part in parts),
     ]
+    _with_reasons(shown_tables[-1], [variant.metrics for variant in variants(report).values()])
+    return shown_tables
 
 
 def _table(title: str, cells_by_header: Mapping[str, Sequence[str]]) -> Table:
@@ -175,14 +176,24 @@ def metrics_table(metrics: dict[str, Metric], reference: dict[str, Metric]) -> T
         table.add_row(
             metric_title(name, metric), _cell(name, reference), _cell(name, metrics), str(metric.images or "")
         )
+    return _with_reasons(table, [metrics, reference])
+
+
+def _with_reasons(table: Table, measured: Sequence[Mapping[str, Metric]]) -> Table:
+    """The table with a line below it for every reason why a metric was not computed."""
+    names: dict[str, list[str]] = {}
+    for metrics in measured:
+        for name, metric in metrics.items():
+            if metric.reason and name not in names.setdefault(metric.reason, []):
+                names[metric.reason].append(name)
+    lines = [f"{', '.join(listed)} not computed: {reason}" for reason, listed in names.items()]
+    table.caption, table.caption_justify = "\n".join(lines) or None, "left"
     return table
 
 
 def _cell(name: str, metrics: dict[str, Metric]) -> str:
-    if name not in metrics:
-        return ""
-    interval = metric_interval(name, metrics[name])
-    return metric_value(name, metrics[name]) + (f"  ({interval})" if interval else "")
+    interval = metric_interval(name, metrics[name]) if name in metrics else ""
+    return metric_short(name, metrics.get(name)) + (f"  ({interval})" if interval else "")
 
 
 def _metrics(

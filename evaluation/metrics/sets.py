@@ -39,6 +39,8 @@ def kid_fp(inputs: Inputs) -> Metric:
     """Kernel Inception distance (Bińkowski et al. 2018) between the images and the full-precision ones.
 
     Over all images at once, not averaged over random subsets: it is unbiased either way, and may be below zero.
+    The two images of a pair are no independent draws, so that the kernel between them is left out; where it is counted,
+    as by torchmetrics, sets of the same prompts and noise come out far below zero.
     """
     return _kid(inputs, *_full_precision(inputs), paired=True)
 
@@ -77,21 +79,27 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
 def squared_mmd(a: Tensor, b: Tensor, kernel: Kernel, unbiased: bool, paired: bool) -> tuple[float, float | None]:
     """Squared maximum mean discrepancy of feature sets [N, D] and [M, D], and its standard error.
 
-    `unbiased` is the U-statistic (Gretton et al. 2012, equation 3), without the kernel of a feature and itself; the
-    other the V-statistic (equation 5). The error is the jackknife's: it leaves out every image, or every pair of
-    images if the sets are `paired`; it needs three on each side, and is None with fewer.
+    `unbiased` is the U-statistic, without the kernel of a feature and itself (Gretton et al. 2012, equation 3), and
+    without that of a pair if the sets are `paired` (equation 4, whose sum of i != j holds for pairs that depend on one
+    another); the other the V-statistic (equation 5). The error is the jackknife's: it leaves out every image, or every
+    pair of images; it needs three on each side, and is None with fewer.
     """
     a, b = a.double(), b.double()
     own_a, own_b = (_diagonal(kernel, x, x) for x in (a, b))
     within_a, within_b = (_sums(kernel, x, x)[0] for x in (a, b))
+    between_a, between_b = _sums(kernel, a, b)
+    own_between = _diagonal(kernel, a, b) if paired else None
     if unbiased:
         within_a, within_b = within_a - own_a, within_b - own_b
         own_a, own_b = torch.zeros_like(own_a), torch.zeros_like(own_b)
-    between_a, between_b = _sums(kernel, a, b)
+        if paired:
+            between_a, between_b = between_a - own_between, between_b - own_between
+            own_between = torch.zeros_like(own_between)
 
     def value(sum_a: Tensor, n: int, sum_b: Tensor, m: int, sum_between: Tensor) -> Tensor:
         pairs_a, pairs_b = (k * (k - 1) if unbiased else k * k for k in (n, m))
-        return sum_a / pairs_a + sum_b / pairs_b - 2 * sum_between / (n * m)
+        pairs_between = pairs_a if paired else n * m
+        return sum_a / pairs_a + sum_b / pairs_b - 2 * sum_between / pairs_between
 
     n, m = len(a), len(b)
     sum_a, sum_b, sum_between = within_a.sum(), within_b.sum(), between_a.sum()
@@ -100,7 +108,7 @@ def squared_mmd(a: Tensor, b: Tensor, kernel: Kernel, unbiased: bool, paired: bo
         return distance, None
     without_a, without_b = sum_a - 2 * within_a + own_a, sum_b - 2 * within_b + own_b
     if paired:
-        left = sum_between - between_a - between_b + _diagonal(kernel, a, b)
+        left = sum_between - between_a - between_b + own_between
         variance = _jackknife_variance(value(without_a, n - 1, without_b, m - 1, left))
     else:
         variance = _jackknife_variance(value(without_a, n - 1, sum_b, m, sum_between - between_a))

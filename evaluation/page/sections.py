@@ -80,7 +80,7 @@ def metrics(report: Report) -> str:
     for name, title in titles.items():
         said = [_said(name, variant.metrics[name]) for variant in variants.values() if name in variant.metrics]
         shared = [text for text in said[0] if all(text in others for others in said)]
-        cells = (_metric_cell(name, variant.metrics.get(name), shared) for variant in variants.values())
+        cells = (_metric_cell(name, of, variant.metrics.get(name), shared) for of, variant in variants.items())
         rows.append([f"<th scope=row>{escape(title)}{_small(shared)}</th>", *cells])
     return table(("metric", *variants), rows, "metrics")
 
@@ -93,16 +93,16 @@ def _said(name: str, metric: Metric) -> list[str]:
     return [text for text in texts if text]
 
 
-def _metric_cell(name: str, metric: Metric | None, shared: Sequence[str]) -> str:
-    """A value with its interval and spread, and what is said of it alone."""
+def _metric_cell(name: str, variant: str, metric: Metric | None, shared: Sequence[str]) -> str:
+    """A value with its interval and spread, and what is said of it alone; on a phone the variant's name is above it."""
     if metric is None:
         return "<td></td>"
     own = [text for text in _said(name, metric) if text not in shared]
     if metric.value is None:
-        return f'<td class="missing">{_small(own) or "not computed"}</td>'
+        return f'<td class="missing" data-of="{escape(variant)}">{_small(own) or "not computed"}</td>'
     interval = tables.metric_interval(name, metric)
     details = (f"95 %: {interval}" if interval else "", tables.metric_spread(name, metric), *own)
-    return f"<td>{escape(tables.metric_value(name, metric))}{_small(details)}</td>"
+    return f'<td data-of="{escape(variant)}">{escape(tables.metric_value(name, metric))}{_small(details)}</td>'
 
 
 def _small(texts: Iterable[str]) -> str:

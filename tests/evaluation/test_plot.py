@@ -37,11 +37,18 @@ def test_a_second_panel_where_there_are_latents_to_compare(tmp_path):
 
 
 @pytest.mark.parametrize("metrics", [{}, {"psnr": Metric.not_computed("no images")}])
-def test_without_a_psnr_there_is_no_picture_and_no_old_one_either(tmp_path, metrics):
+def test_without_any_metric_there_is_no_picture_and_no_old_one_either(tmp_path, metrics):
     path = tmp_path / "compare.png"
     path.write_bytes(b"of an earlier comparison")
     assert not draw_comparison(report(metrics), path)
     assert not path.exists()
+
+
+def test_without_a_psnr_the_first_metric_that_there_is_is_drawn(tmp_path):
+    measured = {"psnr": Metric.not_computed("no images"), "ssim": Metric(0.9, images=8), "latent_mse": LATENT}
+    assert draw_comparison(report(measured), tmp_path / "first.png")
+    assert draw_comparison(report(measured), tmp_path / "named.png", "ssim")
+    assert (tmp_path / "first.png").read_bytes() == (tmp_path / "named.png").read_bytes()
 
 
 @given(st.lists(st.floats(20, 40), min_size=1, max_size=20))

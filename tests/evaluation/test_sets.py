@@ -159,14 +159,30 @@ def test_kid_of_two_draws_of_one_distribution_is_zero_on_average():
     assert abs(values.mean()) < 3 * values.std() / math.sqrt(len(values))
 
 
+def test_kid_of_pairs_that_depend_on_one_another_is_unbiased():
+    """Second images that repeat the first ones but for noise: the populations are nearly the same."""
+    draws = torch.randn(60, 20, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    noise = 0.05 * torch.randn(draws.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    pairs = list(zip(draws, draws + noise, strict=True))
+
+    def mean_and_error(paired):
+        values = [sets.squared_mmd(x, y, sets.polynomial_kernel, unbiased=True, paired=paired)[0] for x, y in pairs]
+        return np.mean(values), np.std(values) / math.sqrt(len(values))
+
+    mean, error = mean_and_error(paired=True)
+    assert abs(mean) < 3 * error
+    counted, error = mean_and_error(paired=False)
+    assert counted < -10 * error, "with the pairs' own kernels it is far below zero"
+
+
 def test_identical_folders_have_no_distance_and_noise_makes_one(folders, networks):
     fp, quantized, _ = folders
     names = ["fid_fp", "kid_fp", "cmmd_fp"]
     same, apart = (score_pairs(fp, folder, names, networks=networks) for folder in (fp, quantized))
     assert same["fid_fp"].value == pytest.approx(0, abs=1e-6)
     assert same["cmmd_fp"].value == pytest.approx(0, abs=1e-6)
-    assert same["kid_fp"].value < 1e-6
-    assert all(apart[name].value > same[name].value + 1e-3 for name in ("fid_fp", "cmmd_fp"))
+    assert same["kid_fp"].value == pytest.approx(0, abs=1e-9)
+    assert all(apart[name].value > same[name].value + 1e-3 for name in ("fid_fp", "kid_fp", "cmmd_fp"))
     assert apart["kid_fp"].low < apart["kid_fp"].value < apart["kid_fp"].high
 
 

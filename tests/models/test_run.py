@@ -188,11 +188,11 @@ def test_another_format_keeps_the_full_precision_images(options, again):
     assert after["size_bytes"] > before["recipes"]["rtn"]["size_bytes"]
 
 
-def test_another_seed_makes_both_sides_again_and_keeps_the_model(options, again):
+def test_another_seed_makes_both_sides_again_and_keeps_the_model_with_a_card_of_the_new_scores(options, again):
     images, model = times(again, "images/*/*.png"), times(again, "model/**/*")
     run(options(seed=5), again)
     assert len(changed(again, "images/*/*.png", images)) == 2 * len(PROMPTS)
-    assert changed(again, "model/**/*", model) == []
+    assert changed(again, "model/**/*", model) == ["model/README.md"]
 
 
 def test_more_prompts_keep_the_images_there_are_and_fewer_drop_the_rest(options, again, tmp_path):
@@ -359,7 +359,7 @@ def test_an_old_run_without_latents_makes_nothing_again_until_they_are_asked_for
     assert "4 of 4 images in fp have no final latents" in metric["reason"]
     run(options(metrics="psnr,latent_mse"), again)
     assert len(changed(again, "images/*/*.png", images)) == 2 * len(PROMPTS) == len(latents(again))
-    assert changed(again, "model/**/*", model) == []
+    assert changed(again, "model/**/*", model) == ["model/README.md"]
     assert report(again)["recipes"]["rtn"]["metrics"]["latent_mse"]["value"] > 0
 
 
