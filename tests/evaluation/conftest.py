@@ -3,6 +3,7 @@
 import hashlib
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -63,3 +64,15 @@ def networks() -> Networks:
     networks.inception = RandomNetwork("random Inception")
     networks.clip = RandomNetwork("random CLIP")
     return networks
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch) -> Path:
+    """An empty cache of the Hub, and no network."""
+
+    def refuse(*args, **kwargs):
+        raise ConnectionError("no route\nto host")
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", refuse)
+    return tmp_path / "hub"

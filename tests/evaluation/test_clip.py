@@ -56,18 +56,6 @@ def tiny(monkeypatch):
     monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "tiny", {"openai": tag})
 
 
-@pytest.fixture
-def cache(tmp_path, monkeypatch):
-    """An empty cache of the Hub, and no network."""
-
-    def refuse(*args, **kwargs):
-        raise ConnectionError("no route\nto host")
-
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", refuse)
-    return tmp_path / "hub"
-
-
 def snapshot(cache, repo):
     home = cache / f"models--{repo.replace('/', '--')}"
     (home / "refs").mkdir(parents=True)

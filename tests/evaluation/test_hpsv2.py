@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-import huggingface_hub
 import pytest
 import torch
 from PIL import Image
@@ -168,16 +167,7 @@ def test_a_model_is_loaded_once_for_all_images_and_both_sides(weights, images, m
     assert loaded == ["2.0", "2.1"]
 
 
-@pytest.fixture
-def no_network(tmp_path, monkeypatch):
-    def refuse(*args, **kwargs):
-        raise ConnectionError("no route")
-
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", refuse)
-
-
-@pytest.mark.usefixtures("no_network")
+@pytest.mark.usefixtures("cache")
 def test_without_weights_the_reason_says_what_how_big_and_how_to_get_them(images, tmp_path, monkeypatch):
     monkeypatch.setenv(hpsv2.ENVIRONMENT, str(tmp_path))  # a folder without them
     reason = compute("hpsv21", Inputs(images, images, prompts=PROMPTS)).reason

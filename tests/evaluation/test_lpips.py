@@ -9,7 +9,7 @@ from dmquant.errors import UserError
 from dmquant.evaluation import lpips
 from dmquant.evaluation.errors import UnavailableError
 from dmquant.evaluation.lpips import NETWORKS, load_lpips
-from dmquant.files import sha256
+from dmquant.files import in_package, sha256
 from dmquant.torchvision_guard import ensure_torchvision_imports
 from tests.evaluation.conftest import smooth_images, with_noise
 
@@ -25,8 +25,9 @@ def no_weights_by_chance(monkeypatch, tmp_path):
 
 @pytest.fixture
 def without_package(monkeypatch):
-    located = lpips._package_folders
-    monkeypatch.setattr(lpips, "_package_folders", lambda name: [] if name == lpips.PACKAGE else located(name))
+    monkeypatch.setattr(
+        lpips, "in_package", lambda name, file: None if name == lpips.PACKAGE else in_package(name, file)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +126,7 @@ def test_a_pickle_that_would_call_something_is_refused(tmp_path, capsys):
 def test_a_damaged_file_in_the_package_is_refused(monkeypatch, tmp_path):
     (tmp_path / "weights").mkdir()
     (tmp_path / "weights" / "alexnet.ckpt").write_bytes(b"half")
-    monkeypatch.setattr(lpips, "_package_folders", lambda name: [tmp_path])
+    monkeypatch.setattr(lpips, "in_package", lambda name, file: tmp_path / file)
     with pytest.raises(UserError, match="damaged or not the original"):
         load_lpips("alex")
 
