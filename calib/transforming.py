@@ -54,6 +54,8 @@ def fit_transforms(
     """
     best, least = None, float("inf")
     candidates = list(chains(step.transforms, layer.weight.detach().float(), statistics))
+    if quantized.timestep_ranges is not None:
+        quantized.timestep_ranges.set(0.0)  # corrections by timestep are still zero, so any will do
     simple = replace(step, weights=replace(step.weights, scale="mse"), candidates=())
     for parts, weight in candidates:
         quantized.load_parts(parts)
@@ -72,7 +74,10 @@ def fit_transforms(
 
 
 class _Observed:
-    """A forward hook on a learning layer: means of its transformed input and of what its output lacks."""
+    """A forward pre-hook on a learning layer: means of its transformed input and of what its output will lack.
+
+    Not a forward hook: a replay ends inside the layer whose output it is run for.
+    """
 
     def __init__(self, learner: Learner, transform: Transform, timesteps: TimestepRanges):
         self.learner, self.count, self.timesteps = learner, transform.ranges(), timesteps
@@ -80,9 +85,9 @@ class _Observed:
         self.outputs = torch.zeros(self.count, transform.shape[0], dtype=torch.float64)
         self.rows = torch.zeros(self.count, dtype=torch.int64)
 
-    def __call__(self, layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        x, quantized = args[0], self.learner.quantized
-        lacking = COMPUTE[type(layer)](layer, x, layer.weight).float() - output.float()
+    def __call__(self, layer: nn.Module, args: tuple[Tensor, ...]) -> None:
+        x, quantized = args[0].to(layer.weight.dtype), self.learner.quantized
+        lacking = COMPUTE[type(layer)](layer, x, layer.weight).float() - self.learner.forward(x).float()
         of_rows = self.timesteps.of_rows[self.count].cpu() if self.count > 1 else torch.zeros(len(x), dtype=torch.int64)
         magnitude = quantized.transform_input(x).abs().float()
         self.inputs = self.inputs + _row_means(magnitude, quantized.channel_dim, len(of_rows)).sum(0)
@@ -130,7 +135,7 @@ def correct(
             for learner, transform in pairs
             if stage == transform.STAGE
         }
-        handles = [learner.layer.register_forward_hook(hook) for learner, _, hook in observed.values()]
+        handles = [learner.layer.register_forward_pre_hook(hook) for learner, _, hook in observed.values()]
         try:
             for learner in learners:
                 learner.values = values[learner.name]
