@@ -1,8 +1,8 @@
 """Low rank: a branch of rank r in 16 bits beside the codes, which takes the input before it is quantized.
 
-`of: weight`: the branch is the largest part of the weight, the rest is quantized (SVDQuant, arXiv 2411.05007, eq. 6).
+`of: weight`: the branch is the largest part of the weight, the rest is quantized (SVDQuant, arXiv 2411.05007).
 `of: error`: the branch is the largest part of what rounding lost, input channels weighed by the mean magnitude of their
-activations (LQER, arXiv 2402.02446, eq. 10 and 11).
+activations (L2QER, arXiv 2402.02446).
 """
 
 from typing import Any, Literal

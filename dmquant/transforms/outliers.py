@@ -1,6 +1,6 @@
 """Outliers: the few weights farthest from the mean stay in 16 bits with their place, the rest is quantized.
 
-EasyQuant, Tang et al., arXiv 2403.02775, section 3.2. There a threshold of 3 standard deviations decides how many,
+EasyQuant, Tang et al., arXiv 2403.02775. There a threshold of 3 standard deviations decides how many,
 which gives 0.3 to 0.8 % of a weight; here the share is fixed, so that the shape alone says how many there are.
 """
 

@@ -1,7 +1,7 @@
 """Rotate: a Hadamard rotation of blocks of input channels, which spreads an outlier over all channels of its block.
 
-y = (W R^T) (R x) with R = diag(H_n, H_n, ...) / sqrt(n), H_n of Sylvester (QuaRot, arXiv 2404.00456, section 3, online
-rotations). Blocks keep the rotation inside the groups that share a scale.
+y = (W R^T) (R x) with R = diag(H_n, H_n, ...) / sqrt(n), H_n of Sylvester (QuaRot, arXiv 2404.00456, online rotations).
+Blocks keep the rotation inside the groups that share a scale.
 """
 
 import math
