@@ -14,8 +14,8 @@ from dmquant.layers import QuantConv2d, QuantLinear
 from dmquant.rounding import nearest
 from dmquant.transforms import InputStatistics, Residuals, Transform, chains
 
-SAMPLES = 16  # calls of a layer whose inputs are kept, spread over the schedule
-TOKENS = 256  # of a row of these
+SAMPLES = 8  # calls of a layer whose inputs are kept, spread over the schedule
+TOKENS, SIDE = 256, 16  # of each row of these at most so many tokens, or pixels in each direction
 
 
 class InputObserver:
@@ -32,7 +32,11 @@ class InputObserver:
         self.absmax = largest if self.absmax is None else self.absmax.maximum(largest)
         if self.calls % self.every == 0:
             rows = x[:: max(1, len(x) // 2)][:2]
-            self.sample.append((rows[..., :TOKENS, :] if self.dim == -1 and rows.ndim > 2 else rows).clone())
+            if self.dim != -1:
+                rows = rows[..., :SIDE, :SIDE]
+            elif rows.ndim > 2:
+                rows = rows[..., :TOKENS, :]
+            self.sample.append(rows.clone())
         self.calls += 1
 
     def statistics(self) -> InputStatistics | None:
@@ -53,24 +57,32 @@ def fit_transforms(
     rounding with scales of least weight error.
     """
     best, least = None, float("inf")
-    candidates = list(chains(step.transforms, layer.weight.detach().float(), statistics))
-    if quantized.timestep_ranges is not None:
-        quantized.timestep_ranges.set(0.0)  # corrections by timestep are still zero, so any will do
     simple = replace(step, weights=replace(step.weights, scale="mse"), candidates=())
-    for parts, weight in candidates:
-        quantized.load_parts(parts)
+    for parts, weight in chains(step.transforms, layer.weight.detach().float(), statistics):
         error = 0.0
-        if len(candidates) > 1:
-            grid = fit_grid(weight, simple, None)
-            learner = Learner(step.name, layer, grid, nearest.start(grid, nearest.Options()), quantized)
-            error = sum(
-                (learner.forward(x).float() - layer(x).float()).square().sum().item() for x in statistics.sample
-            )
+        if statistics is not None:
+            quantized.load_parts(parts)
+            error = _output_error(layer, simple, quantized, weight, statistics.sample)
         if best is None or error < least:
             best, least = (parts, weight), error
     parts, weight = best
     quantized.load_parts(parts)
     return weight
+
+
+def _output_error(
+    layer: nn.Linear | nn.Conv2d,
+    step: LayerPlan,
+    quantized: QuantLinear | QuantConv2d,
+    weight: Tensor,
+    sample: Sequence[Tensor],
+) -> float:
+    """Squared error of the output with the nearest codes of `weight`."""
+    if quantized.timestep_ranges is not None:
+        quantized.timestep_ranges.set(0.0)  # corrections by timestep are still zero, so any will do
+    grid = fit_grid(weight, step, None)
+    learner = Learner(step.name, layer, grid, nearest.start(grid, nearest.Options()), quantized)
+    return sum((learner.forward(x).float() - layer(x).float()).square().sum().item() for x in sample)
 
 
 class _Observed:
