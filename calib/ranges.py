@@ -138,5 +138,5 @@ def check_timesteps(store: "CalibrationStore") -> None:
     if not 1 < latest <= SCHEDULE:
         raise UserError(
             f"this model's timesteps go up to {latest:g} and not {SCHEDULE:g}, so they cannot be cut into ranges: "
-            "use online activation scales, or static:1"
+            "use activation scales online or static:1, and bias with ranges: 1"
         )

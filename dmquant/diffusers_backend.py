@@ -169,8 +169,8 @@ class _TellTimestep:
         parameters = list(inspect.signature(type(backbone).forward).parameters)
         if "timestep" not in parameters:
             raise UsageError(
-                f"{type(backbone).__name__} is called without a timestep, so its activations cannot have "
-                "scales for several timestep ranges: use static:1 or online"
+                f"{type(backbone).__name__} is called without a timestep, so its layers cannot differ by "
+                "timestep range: use activation scales static:1 or online, and bias with ranges: 1"
             )
         self.position = parameters.index("timestep") - 1  # not counting self
         self.ranges = ranges
@@ -185,7 +185,7 @@ class _TellTimestep:
 def attach(model: nn.Module, quantizer: DMQuantizer) -> None:
     """Tell a diffusers model that it is quantized, so that `save_pretrained` writes it as such.
 
-    Where its layers have activation scales for several timestep ranges, every call tells them its timestep.
+    Where its layers differ by timestep range, every call tells them its timestep.
     """
     if ranges := share_timesteps(model):
         model.register_forward_pre_hook(_TellTimestep(model, ranges), with_kwargs=True)

@@ -88,6 +88,22 @@ def test_all_units_take_all_transforms_and_repeat(pixart, tmp_path, unit, dtype)
     assert len(done.layers) == len(quantized_layers(again))
 
 
+def test_static_activations_go_with_what_leaves_the_input_alone(pixart, tmp_path):
+    transforms = ["outliers", {"method": "lowrank", "rank": 2, "of": "error"}, {"method": "bias", "ranges": 3}]
+    static = {"activation_scale": "static:2", "activation_granularity": "tensor"}
+    recipe = recipe_of(transforms=transforms, activations="fp8", rounding="nearest", learning=FAST, **static)
+    backbone, done = calibrated(pixart, recipe, tmp_path / "codes")
+    assert any(block["tasks"][0]["error"] < block["tasks"][0]["nearest_error"] for block in done.blocks)
+    mark_quantized(backbone, done.recipe)
+    pipeline = TINY["pixart-sigma"].build()
+    pipeline.transformer = backbone
+    save_pipeline(pipeline, tmp_path / "saved")
+    loaded = load_pipeline(tmp_path / "saved").transformer
+    kwargs = samples(pixart, held_out=True)
+    with torch.no_grad():
+        assert torch.equal(loaded(**kwargs)[0], backbone(**kwargs)[0])
+
+
 def stop_after_one():
     def say(line):
         raise KeyboardInterrupt
