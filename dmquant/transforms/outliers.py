@@ -36,11 +36,11 @@ class Outliers(Transform):
 
     @property
     def _index_dtype(self) -> torch.dtype:
-        return torch.int16 if math.prod(self.shape[1:]) <= 1 << 15 else torch.int32
+        return torch.int16 if math.prod(self.shape[1:]) < 1 << 15 else torch.int32
 
     def parts(self) -> dict[str, Part]:
         return {
-            "counts": Part((self.shape[0], 1), torch.int32),
+            "counts": Part((self.shape[0], 1), self._index_dtype),
             "columns": Part((1, self.count), self._index_dtype),
             "values": Part((1, self.count), torch.bfloat16),
         }
@@ -52,7 +52,7 @@ class Outliers(Transform):
         counts = torch.bincount(chosen // columns, minlength=self.shape[0])
         return [
             {
-                "counts": counts.int().view(-1, 1),
+                "counts": counts.to(self._index_dtype).view(-1, 1),
                 "columns": (chosen % columns).to(self._index_dtype).view(1, -1),
                 "values": weight.flatten()[chosen].bfloat16().view(1, -1),
             }
@@ -69,7 +69,7 @@ class Outliers(Transform):
     def _places(self, parts: dict[str, Tensor]) -> Tensor:
         """In the flattened weight; int64."""
         rows = torch.arange(self.shape[0], device=parts["counts"].device)
-        rows = rows.repeat_interleave(parts["counts"].flatten(), output_size=self.count)
+        rows = rows.repeat_interleave(parts["counts"].flatten().long(), output_size=self.count)
         return rows * math.prod(self.shape[1:]) + parts["columns"].flatten().long()
 
     def __str__(self) -> str:
