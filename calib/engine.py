@@ -22,14 +22,24 @@ from torch import Tensor, nn
 import dmquant
 from dmquant.activations import TimestepRanges
 from dmquant.calib.codes import CodesFolder
-from dmquant.calib.learn import DTYPES, Learned, Learner, UnitData, computing_in, learn, learning_layers
+from dmquant.calib.learn import (
+    DTYPES,
+    Learned,
+    Learner,
+    UnitData,
+    computing_in,
+    held_out_error,
+    learn,
+    learning_layers,
+)
 from dmquant.calib.memory import check_budget, default_budget, return_freed_memory
 from dmquant.calib.moments import Moments, columns_of, fit_grid
 from dmquant.calib.outputs import Budget
-from dmquant.calib.ranges import observe_ranges
+from dmquant.calib.ranges import check_timesteps, observe_ranges
 from dmquant.calib.replay import replaced_forward, trace
 from dmquant.calib.store import CalibrationStore
 from dmquant.calib.streams import Bar, Streams
+from dmquant.calib.transforming import InputObserver, correct, fit_transforms
 from dmquant.calib.units import Block, Task, find_blocks, tasks_of
 from dmquant.convert import LayerPlan, LayerReport, plan, relative_error
 from dmquant.errors import UsageError
@@ -38,6 +48,7 @@ from dmquant.qtensor import QuantizedTensor
 from dmquant.recipe import Recipe, Rule
 from dmquant.rounding import get_method
 from dmquant.scaling import Scales
+from dmquant.transforms import InputStatistics, prepare_
 
 
 @dataclass(frozen=True)
@@ -110,9 +121,14 @@ class _Engine:
         self.plans = {step.name: step for step in plan(backbone, recipe)}
         if not self.plans:
             raise UsageError(f"recipe '{recipe.name}' quantizes none of the layers of {type(backbone).__name__}")
+        specs = [step.activations for step in self.plans.values() if step.activations]
+        transforms = [transform for step in self.plans.values() for transform in step.transforms]
         self.ranges = TimestepRanges(
-            step.activations.ranges for step in self.plans.values() if step.activations and step.activations.ranges
+            {spec.ranges for spec in specs if spec.ranges} | {transform.ranges() for transform in transforms}
         )
+        if any(transform.ranges() > 1 for transform in transforms):
+            check_timesteps(store)
+        self.parts: dict[str, dict[str, dict[str, Tensor]]] = {}  # of layers, by transform
         self.input_scales: dict[str, Tensor] = {}
         self.reports: list[LayerReport] = []
         depends_on = {
@@ -135,6 +151,7 @@ class _Engine:
         total = default_budget() if self.memory_budget is None else self.memory_budget
         needed = check_budget(total, backbone, self.blocks, self.options)
         budget = Budget(total - needed, self.spill)
+        prepare_(backbone, {name: step.transforms for name, step in self.plans.items()})
         self._observe_static_ranges()
         self.streams = Streams(backbone, self.blocks, self.store, self.ranges, budget, self.options)
         facts, learned_seconds = [], []
@@ -166,6 +183,7 @@ class _Engine:
         if found:
             tensors, facts = found
             for name in block.layers:
+                self.parts[name] = self._parts_from_disk(name, tensors)
                 self._swap(self._from_disk(name, tensors, facts["formats"][name]), name)
             facts["from_disk"] = True
         else:
@@ -178,7 +196,8 @@ class _Engine:
                 self._swap(values[name], name)
             formats = {name: values[name].spec.fmt.name for name in block.layers}
             facts = {"name": block.name, "formats": formats, "tasks": tasks, "seconds": time.perf_counter() - began}
-            self.codes.save(number, block.name, _tensors_of(values), facts)
+            parts = {f"{name}.{key}": tensor for name in block.layers for key, tensor in self._part_tensors(name)}
+            self.codes.save(number, block.name, _tensors_of(values) | parts, facts)
         streams.carry(streams.quantized, number, title, bar)
         streams.drop(number)
         return facts
@@ -222,6 +241,18 @@ class _Engine:
                 self.options,
                 lambda step, loss: bar(step, self.options.iterations, title, f"loss {loss:.3f}"),
             )
+            error = correct(
+                learners,
+                kept,
+                learned.error,
+                self.ranges,
+                lambda: self._run_all(number, task, title, bar),
+                lambda: held_out_error(learners, data, kept, self.options),
+            )
+            learned = replace(learned, error=error)
+        for learner in learners:
+            quantized = learner.quantized
+            self.parts[learner.name] = {one.name: quantized.parts(one) for one in quantized.transforms}
         if own_targets:
             targets.close()
         return learned, {learner.name: learner.grid.quantized(kept[learner.name]) for learner in learners}
@@ -234,11 +265,16 @@ class _Engine:
         """The layers of a task with their scales fitted and formats chosen."""
         layers = {name: self.backbone.get_submodule(name) for name in task.layers}
         inputs = {name: self._quantized_layer(name) for name in layers}
+        statistics = self._statistics(number, task, inputs, title, bar)
+        weights = {
+            name: fit_transforms(layer, self.plans[name], inputs[name], statistics.get(name))
+            for name, layer in layers.items()
+        }
         moments = self._moments(number, task, inputs, title, bar)
         options = self.method.Options.model_validate(self.recipe.rounding.options)
         learners = []
         for name, layer in layers.items():
-            grid = fit_grid(layer.weight, self._called(self.plans[name], name in moments), moments.get(name))
+            grid = fit_grid(weights[name], self._called(self.plans[name], name in moments), moments.get(name))
             learners.append(Learner(name, layer, grid, self.method.start(grid, options), inputs[name]))
         return learners
 
@@ -256,17 +292,44 @@ class _Engine:
 
         def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
             def add(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
-                wanted[name].add(columns_of(layer, inputs[name].quantize_input(args[0])))
+                x = inputs[name].transform_input(args[0])
+                wanted[name].add(columns_of(layer, inputs[name].quantize_input(x)))
 
             return add
 
-        with contextlib.ExitStack() as stack, torch.no_grad():
-            for name in wanted:
-                handle = self.backbone.get_submodule(name).register_forward_pre_hook(watch(name))
-                stack.callback(handle.remove)
-            for batch in self.streams.batches(self.learning, f"{title}: inputs", bar):
-                self.streams.run(self.streams.quantized, number, task.output, batch)
+        self._watch_all(number, task, {name: watch(name) for name in wanted}, title, bar)
         return {name: moments for name, moments in wanted.items() if moments.tokens}
+
+    def _statistics(
+        self, number: int, task: Task, inputs: dict[str, nn.Module], title: str, bar: Bar
+    ) -> dict[str, InputStatistics | None]:
+        """What the transforms that are fitted to a layer's inputs look at."""
+        calls = -(-len(self.learning) // self.options.batch_size)
+        observers = {
+            name: InputObserver(inputs[name], calls)
+            for name in task.layers
+            if any(one.takes_data(one.options) and not one.corrects(one.options) for one in self.plans[name].transforms)
+        }
+        watchers = {
+            name: lambda layer, args, observer=observer: observer.add(args[0]) for name, observer in observers.items()
+        }
+        self._watch_all(number, task, watchers, title, bar)
+        return {name: observer.statistics() for name, observer in observers.items()}
+
+    def _watch_all(
+        self, number: int, task: Task, watchers: Mapping[str, Callable[..., None]], title: str, bar: Bar
+    ) -> None:
+        """Run a task over the samples to learn from, with a forward pre-hook on each of these layers."""
+        if not watchers:
+            return
+        with contextlib.ExitStack() as stack, torch.no_grad():
+            for name, watcher in watchers.items():
+                stack.callback(self.backbone.get_submodule(name).register_forward_pre_hook(watcher).remove)
+            self._run_all(number, task, title, bar)
+
+    def _run_all(self, number: int, task: Task, title: str, bar: Bar) -> None:
+        for batch in self.streams.batches(self.learning, f"{title}: inputs", bar):
+            self.streams.run(self.streams.quantized, number, task.output, batch)
 
     # Layers
 
@@ -280,9 +343,10 @@ class _Engine:
         """The quantized layer to be; without `weight` it can only quantize inputs."""
         layer, step = self.backbone.get_submodule(name), self.plans[name]
         spec = step.weights if weight is None else weight.spec
-        quantized = QUANTIZED[type(layer)].like(layer, spec, step.activations, device="meta")
+        quantized = QUANTIZED[type(layer)].like(layer, spec, step.activations, "meta", step.transforms)
         if weight is not None:
             quantized.load_quantized(weight, layer.bias, self.input_scales.get(name))
+            quantized.load_parts(self.parts.get(name, {}))
         elif quantized.is_static:
             quantized.load_input_scale(self.input_scales[name])
         quantized.timestep_ranges = self.ranges
@@ -303,6 +367,17 @@ class _Engine:
         shape = tuple(self.backbone.get_submodule(name).weight.shape)
         return QuantizedTensor(parts["codes"], Scales(parts["scale"], parts["base"], spec.store), spec, shape)
 
+    def _part_tensors(self, name: str) -> list[tuple[str, Tensor]]:
+        """The parts of a layer's transforms with their names."""
+        parts = self.parts[name]
+        return [(f"{method}_{part}", parts[method][part]) for method in parts for part in parts[method]]
+
+    def _parts_from_disk(self, name: str, tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+        return {
+            one.name: {part: tensors[f"{name}.{one.name}_{part}"].to(self.device) for part in one.parts()}
+            for one in self.plans[name].transforms
+        }
+
     def _called(self, step: LayerPlan, seen: bool) -> LayerPlan:
         """The plan of a layer that no sample reached: by weight error, in the recipe's own format."""
         needs_data = step.weights.scale == "hessian" or step.candidates
@@ -314,7 +389,10 @@ class _Engine:
         """Layers outside of all blocks that the forward pass does not use."""
         done = {report.plan.name for report in self.reports}
         for name in [name for name in self.plans if name not in done]:
-            grid = fit_grid(self.backbone.get_submodule(name).weight, self._called(self.plans[name], False), None)
+            layer, quantized = self.backbone.get_submodule(name), self._quantized_layer(name)
+            weight = fit_transforms(layer, self.plans[name], quantized, None)
+            self.parts[name] = {one.name: quantized.parts(one) for one in quantized.transforms}
+            grid = fit_grid(weight, self._called(self.plans[name], False), None)
             self._swap(grid.quantized(grid.nearest), name)
 
     def _resolved_recipe(self) -> Recipe:

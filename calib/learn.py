@@ -21,10 +21,11 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 REPORT_EVERY = 10  # steps
 _TINY = torch.finfo(torch.float32).tiny
 
-_COMPUTE: dict[type, Callable[[Any, Tensor, Tensor], Tensor]] = {
+COMPUTE: dict[type, Callable[[Any, Tensor, Tensor], Tensor]] = {
     nn.Linear: lambda layer, x, weight: F.linear(x, weight, layer.bias),
     nn.Conv2d: lambda layer, x, weight: layer._conv_forward(x, weight, layer.bias),
 }
+"""What a layer gives for an input with another weight."""
 
 
 @dataclass
@@ -42,11 +43,13 @@ class Learner:
 
     def forward(self, x: Tensor) -> Tensor:
         """What the layer gives with the weights as they stand, its input quantized."""
+        exact = x = self.quantized.transform_input(x)
         if self.quantized.activations is not None:
             quantized = self.quantized.quantize_input(x.detach())
             x = quantized + (x - x.detach())  # the value quantized, the gradient straight through
         weight = self.rounding() if self.values is None else self.values
-        return _COMPUTE[type(self.layer)](self.layer, x, self.grid.as_weight(weight).to(x.dtype))
+        weight = self.quantized.complete(self.grid.as_weight(weight).to(x.dtype))
+        return self.quantized.complete_output(COMPUTE[type(self.layer)](self.layer, x, weight), exact)
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,7 @@ def learn(
     """
     generator = torch.Generator().manual_seed(options.seed)
     kept = {learner.name: learner.grid.nearest for learner in learners}
-    nearest_error = least = _held_out_error(learners, data, kept, options)
+    nearest_error = least = held_out_error(learners, data, kept, options)
     if not math.isfinite(nearest_error):
         raise UserError(f"the error of {unit} is {nearest_error}: its activations hold NaN or infinity")
     parameters = [parameter for learner in learners for parameter in learner.rounding.parameters()]
@@ -109,9 +112,9 @@ def learn(
         optimizer.step()
         if step * options.checks // options.iterations > (step - 1) * options.checks // options.iterations:
             hard = {learner.name: learner.rounding.hard().detach() for learner in learners}
-            held_out_error = _held_out_error(learners, data, hard, options)
-            if held_out_error < least:
-                kept, least, best_step = hard, held_out_error, step
+            error = held_out_error(learners, data, hard, options)
+            if error < least:
+                kept, least, best_step = hard, error, step
     undecided = sum(learner.rounding.undecided() for learner in learners) / weights
     return Learned(nearest_error, least, best_step, undecided), kept
 
@@ -138,7 +141,8 @@ def learning_layers(learners: Sequence[Learner]) -> Iterator[None]:
         yield
 
 
-def _held_out_error(learners: Sequence[Learner], data: UnitData, values: dict[str, Tensor], options: Learning) -> float:
+def held_out_error(learners: Sequence[Learner], data: UnitData, values: dict[str, Tensor], options: Learning) -> float:
+    """Mean squared error of the unit's output on held-out samples, with these weights."""
     total = 0.0
     for learner in learners:
         learner.values = values[learner.name]

@@ -47,7 +47,7 @@ def observe_ranges(
     if not learning:
         raise UserError("the calibration data has no samples to learn from: calibrate with more prompts")
     if any(spec.ranges > 1 for spec in static.values()):
-        _check_timesteps(store)
+        check_timesteps(store)
     device = next(backbone.parameters()).device
     observers = {name: _Observer(name, spec, backbone.get_submodule(name), clip) for name, spec in static.items()}
     hooks = [backbone.get_submodule(name).register_forward_pre_hook(observer) for name, observer in observers.items()]
@@ -132,11 +132,11 @@ def least_error_amplitude(histograms: Tensor, absmax: Tensor, fmt: Format) -> Te
     return amplitudes.gather(1, torch.stack(errors).argmin(-1, keepdim=True))
 
 
-def _check_timesteps(store: "CalibrationStore") -> None:
+def check_timesteps(store: "CalibrationStore") -> None:
     """Ranges of 0..SCHEDULE mean nothing to a model that counts time otherwise, such as from 0 to 1."""
     latest = max(store.timesteps)
     if not 1 < latest <= SCHEDULE:
         raise UserError(
             f"this model's timesteps go up to {latest:g} and not {SCHEDULE:g}, so they cannot be cut into ranges: "
-            "use online activation scales, or static:1"
+            "use activation scales online or static:1, and bias with ranges: 1"
         )

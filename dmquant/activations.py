@@ -119,7 +119,7 @@ def static_scale(scale: Tensor, ranges: TimestepRanges | None, x: Tensor, dim: i
     if count > 1:
         if ranges is None or count not in ranges.of_rows:
             raise RuntimeError(
-                "this layer has one activation scale for each timestep range and was not told the timestep: "
+                "this layer differs by timestep range and was not told the timestep: "
                 "call the whole backbone, with its timestep"
             )
         scale = scale[ranges.of_rows[count].to(scale.device)]

@@ -11,7 +11,8 @@ from dmquant.errors import UsageError
 from dmquant.formats import Format, get_format
 from dmquant.layers import QUANTIZED, QuantConv2d, QuantLinear, quantize_layer
 from dmquant.qtensor import WeightSpec
-from dmquant.recipe import NO_FORMAT, Recipe
+from dmquant.recipe import NO_FORMAT, Recipe, Settings
+from dmquant.transforms import Transform, create, prepare_
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,8 @@ class LayerPlan:
     note: str | None = None
     candidates: tuple[Format, ...] = ()
     """Formats to choose from by output error; empty where the recipe names one."""
+    transforms: tuple[Transform, ...] = ()
+    """In the order in which they apply."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ class Footprint:
 
     @property
     def bits_per_weight(self) -> float | None:
-        """Codes and scales over the weights they stand for; None where nothing is quantized."""
+        """Codes, scales and what transforms store over the weights; None where nothing is quantized."""
         return 8 * self.quantized_bytes / self.quantized_weights if self.quantized_weights else None
 
 
@@ -56,7 +59,8 @@ def plan(module: nn.Module, recipe: Recipe) -> list[LayerPlan]:
     """What `recipe` makes of each Linear and Conv2d of `module`, in the module's order; kept layers are left out.
 
     Names and shapes decide alone, so that a checkpoint's skeleton on the meta device gets the same plan. Raises
-    UsageError, naming the layer, for a split that does not cut its input channels in two.
+    UsageError, naming the layer, for a split that does not cut its input channels in two, and for a transform that
+    it cannot have.
     """
     plans = []
     for name, layer in module.named_modules():
@@ -74,7 +78,8 @@ def plan(module: nn.Module, recipe: Recipe) -> list[LayerPlan]:
                 split=split,
             )
         candidates = tuple(map(get_format, settings.candidates or ()))
-        plans.append(LayerPlan(name, weights, activations, _remainder(layer, weights), candidates))
+        transforms = _transforms(name, layer, settings, split)
+        plans.append(LayerPlan(name, weights, activations, _remainder(layer, weights), candidates, transforms))
     return plans
 
 
@@ -93,11 +98,12 @@ def quantize_(
     plans = plan(module, recipe)
     if not plans:
         raise UsageError(f"recipe '{recipe.name}' quantizes none of the layers of {type(module).__name__}")
+    prepare_(module, {step.name: step.transforms for step in plans})
     reports = []
     for done, step in enumerate(plans, start=1):
         layer = module.get_submodule(step.name)
         try:
-            quantized = quantize_layer(layer, step.weights, step.activations)
+            quantized = quantize_layer(layer, step.weights, step.activations, transforms=step.transforms)
         except UsageError as error:
             raise UsageError(f"layer {step.name}: {error}") from None
         reports.append(LayerReport(step, relative_error(layer.weight, quantized)))
@@ -124,7 +130,7 @@ def holds_adapters(module: nn.Module) -> bool:
 def relative_error(weight: Tensor, quantized: QuantLinear | QuantConv2d) -> float:
     """Squared error of a quantized weight over the squared weight."""
     exact = weight.detach().float()
-    lost = (quantized.dequantize(exact.dtype) - exact).square().sum()
+    lost = (quantized.float_weight() - exact).square().sum()
     return (lost / exact.square().sum().clamp(min=1e-30)).item()
 
 
@@ -135,7 +141,7 @@ def footprint(module: nn.Module) -> Footprint:
         if isinstance(layer, (QuantLinear, QuantConv2d)):
             rows, *rest = layer.weight_shape
             weights += rows * math.prod(rest)
-            parts = (layer.qweight, layer.scale, layer.scale_base)
+            parts = (layer.qweight, layer.scale, layer.scale_base, *map(layer.get_parameter, layer.part_names))
             quantized += sum(part.nbytes for part in parts if part is not None)
     total = sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
     return Footprint(weights, quantized, total - quantized)
@@ -149,6 +155,15 @@ def _check_split(name: str, layer: nn.Linear | nn.Conv2d, split: int | None) -> 
     channels = layer.weight.shape[1]
     if not 0 < split < channels:
         raise UsageError(f"layer {name} has {channels} input channels, which a split of {split} does not cut in two")
+
+
+def _transforms(
+    name: str, layer: nn.Linear | nn.Conv2d, settings: Settings, split: int | None
+) -> tuple[Transform, ...]:
+    try:
+        return create(settings.check_transforms(), layer, split)
+    except UsageError as error:
+        raise UsageError(f"layer {name}: {error}") from None
 
 
 def _remainder(layer: nn.Linear | nn.Conv2d, spec: WeightSpec) -> str | None:

@@ -17,7 +17,7 @@ from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import nn
 
 from dmquant.activations import TimestepRanges
-from dmquant.convert import plan
+from dmquant.convert import plan, quantize_
 from dmquant.errors import UsageError, UserError
 from dmquant.layers import QUANTIZED, quantize_layer, share_timesteps
 from dmquant.recipe import Recipe
@@ -66,13 +66,13 @@ class QuantConfig(QuantizationConfigMixin):
 
 class DMQuantizer(DiffusersQuantizer):
     """Plans the layers once the skeleton is known, then swaps them: all at once before loading packed weights, or
-    each one when its float weight arrives."""
+    each one when its float weight arrives, or all once the last has arrived where weights change together."""
 
     use_keep_in_fp32_modules = True
 
     def __init__(self, quantization_config: QuantConfig, **kwargs: Any):
         super().__init__(quantization_config, **kwargs)
-        self._plans = {}
+        self._plans, self._whole_model = {}, False
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Anything that runs torch runs this."""
@@ -82,21 +82,29 @@ class DMQuantizer(DiffusersQuantizer):
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         self._plans = {step.name: step for step in plan(model, self.quantization_config.recipe)}
+        self._whole_model = any(one.WHOLE_MODEL for step in self._plans.values() for one in step.transforms)
         if self.pre_quantized:
             for name, step in self._plans.items():
                 layer = model.get_submodule(name)
                 _check_order_of_codes(name, layer, self.quantization_config.version)
-                model.set_submodule(name, QUANTIZED[type(layer)].like(layer, step.weights, step.activations, "meta"))
+                empty = QUANTIZED[type(layer)].like(layer, step.weights, step.activations, "meta", step.transforms)
+                model.set_submodule(name, empty)
         attach(model, self)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        if self._whole_model and not self.pre_quantized:
+            quantize_(model, self.quantization_config.recipe)
         return model
 
     def check_if_quantized_param(
         self, model: nn.Module, param_value: torch.Tensor, param_name: str, state_dict: dict[str, Any], **kwargs: Any
     ) -> bool:
         layer_name, _, leaf = param_name.rpartition(".")
-        return layer_name in self._plans and (leaf in _PACKED if self.pre_quantized else leaf == "weight")
+        if layer_name not in self._plans:
+            return False
+        if self.pre_quantized:
+            return leaf in (*_PACKED, *model.get_submodule(layer_name).part_names)
+        return leaf == "weight" and not self._whole_model
 
     def check_quantized_param_shape(self, param_name: str, current_param: Any, loaded_param: Any) -> bool:
         if tuple(current_param.shape) != tuple(loaded_param.shape):
@@ -124,7 +132,8 @@ class DMQuantizer(DiffusersQuantizer):
             setattr(layer, leaf, nn.Parameter(stored, requires_grad=False))
         else:
             step = self._plans[layer_name]
-            model.set_submodule(layer_name, quantize_layer(layer, step.weights, step.activations, stored))
+            quantized = quantize_layer(layer, step.weights, step.activations, stored, transforms=step.transforms)
+            model.set_submodule(layer_name, quantized)
 
     @property
     def is_serializable(self) -> bool:
@@ -160,8 +169,8 @@ class _TellTimestep:
         parameters = list(inspect.signature(type(backbone).forward).parameters)
         if "timestep" not in parameters:
             raise UsageError(
-                f"{type(backbone).__name__} is called without a timestep, so its activations cannot have "
-                "scales for several timestep ranges: use static:1 or online"
+                f"{type(backbone).__name__} is called without a timestep, so its layers cannot differ by "
+                "timestep range: use activation scales static:1 or online, and bias with ranges: 1"
             )
         self.position = parameters.index("timestep") - 1  # not counting self
         self.ranges = ranges
@@ -176,7 +185,7 @@ class _TellTimestep:
 def attach(model: nn.Module, quantizer: DMQuantizer) -> None:
     """Tell a diffusers model that it is quantized, so that `save_pretrained` writes it as such.
 
-    Where its layers have activation scales for several timestep ranges, every call tells them its timestep.
+    Where its layers differ by timestep range, every call tells them its timestep.
     """
     if ranges := share_timesteps(model):
         model.register_forward_pre_hook(_TellTimestep(model, ranges), with_kwargs=True)

@@ -13,8 +13,9 @@ from dmquant import kernels
 from dmquant.activations import ActivationSpec, TimestepRanges, static_scale
 from dmquant.errors import UsageError
 from dmquant.packing import packed_size
-from dmquant.qtensor import QuantizedTensor, WeightSpec, quantize
+from dmquant.qtensor import QuantizedTensor, WeightSpec, check_finite, quantize
 from dmquant.scaling import STORES, Scales
+from dmquant.transforms import Transform, chains
 
 
 class DequantizedWeight(Tensor):
@@ -41,9 +42,17 @@ class _QuantizedLayer(nn.Module):
     timestep_ranges: TimestepRanges | None  # set by `share_timesteps`
 
     def _setup(
-        self, shape: tuple[int, ...], channels: int, bias: bool, spec: WeightSpec, activations, device, dtype
+        self,
+        shape: tuple[int, ...],
+        channels: int,
+        bias: bool,
+        spec: WeightSpec,
+        activations,
+        transforms,
+        device,
+        dtype,
     ) -> None:
-        self.weight_shape, self.weight_spec, self.activations = shape, spec, activations
+        self.weight_shape, self.weight_spec, self.activations, self.transforms = shape, spec, activations, transforms
         rows, columns = shape[0], sum(spec.segments(shape))
         self.qweight = _bytes_parameter((rows, packed_size(columns, spec.fmt.bits)), torch.uint8, device)
         self.scale = _bytes_parameter(spec.scale_shape(shape), STORES[spec.store].dtype, device)
@@ -52,7 +61,32 @@ class _QuantizedLayer(nn.Module):
         self.input_scale, self.timestep_ranges = None, None
         if self.is_static:
             self.input_scale = _bytes_parameter(activations.scale_shape(channels), torch.float32, device)
+        for transform in transforms:
+            for name, part in transform.parts().items():
+                setattr(self, f"{transform.name}_{name}", _bytes_parameter(part.shape, part.dtype, device))
         self.bias = nn.Parameter(torch.empty(rows, device=device, dtype=dtype)) if bias else None
+
+    @property
+    def part_names(self) -> tuple[str, ...]:
+        """Names of the parameters that transforms store."""
+        return tuple(f"{transform.name}_{name}" for transform in self.transforms for name in transform.parts())
+
+    def parts(self, transform: Transform) -> dict[str, Tensor]:
+        """What one of its transforms stored, in its dtypes."""
+        stored = {name: getattr(self, f"{transform.name}_{name}") for name in transform.parts()}
+        return {name: stored[name].view(part.dtype) for name, part in transform.parts().items()}
+
+    def load_parts(self, parts: dict[str, dict[str, Tensor]]) -> None:
+        """Take over parts of transforms, by the name of the transform and of the part."""
+        for method, tensors in parts.items():
+            for name, tensor in tensors.items():
+                setattr(self, f"{method}_{name}", _as_bytes(tensor))
+
+    @property
+    def timestep_counts(self) -> set[int]:
+        """The numbers of timestep ranges that what it computes differs by."""
+        own = self.activations.ranges if self.is_static else 1
+        return {own, *(transform.ranges() for transform in self.transforms)} - {1}
 
     @property
     def is_static(self) -> bool:
@@ -80,17 +114,45 @@ class _QuantizedLayer(nn.Module):
         return Scales(stored, base, spec.store)
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
-        """The weight in the float layer's shape."""
+        """The weight that the input meets, in the float layer's shape."""
         kernel = kernels.select(self.qweight.device)
-        return kernel.dequantize(self.qweight, self.scales.decode(), self.weight_spec, self.weight_shape, dtype)
+        weight = kernel.dequantize(self.qweight, self.scales.decode(), self.weight_spec, self.weight_shape, dtype)
+        return self.complete(weight)
+
+    def complete(self, weight: Tensor) -> Tensor:
+        """The weight that the input meets, from what the codes stand for."""
+        for transform in self.transforms:
+            weight = transform.complete(weight, self.parts(transform))
+        return weight
+
+    def float_weight(self) -> Tensor:
+        """What stands for the float layer's weight, in float32: transforms of the input are undone."""
+        weight = self.dequantize(torch.float32)
+        for transform in reversed(self.transforms):
+            weight = transform.undo(weight, self.parts(transform))
+        return weight
 
     @property
     def weight(self) -> Tensor:
         dtype = torch.get_default_dtype() if self.bias is None else self.bias.dtype
-        return self.dequantize(dtype).as_subclass(DequantizedWeight)
+        weight = self.float_weight().to(dtype) if self.transforms else self.dequantize(dtype)
+        return weight.as_subclass(DequantizedWeight)
+
+    def transform_input(self, x: Tensor) -> Tensor:
+        """`x` before it is quantized: changed as the transforms say, same dtype and shape."""
+        for transform in self.transforms:
+            x = transform.input(x, self.parts(transform), self.channel_dim)
+        return x
+
+    def complete_output(self, y: Tensor, x: Tensor) -> Tensor:
+        """The output, from what the weight gave and the transformed input."""
+        for transform in self.transforms:
+            added = transform.added(self, x, self.parts(transform))
+            y = y if added is None else y + added
+        return y
 
     def quantize_input(self, x: Tensor) -> Tensor:
-        """`x` as the layer's weight meets it: rounded as `activations` says, same dtype and shape."""
+        """A transformed input as the weight meets it: rounded as `activations` says, same dtype and shape."""
         if self.activations is None:
             return x
         scale = None
@@ -102,7 +164,10 @@ class _QuantizedLayer(nn.Module):
     def _specs_repr(self) -> str:
         spec = self.weight_spec
         split = "" if spec.split is None else f", split={spec.split}"
-        return f", weights={spec.fmt.name}/{spec.granularity}, activations={self.activations or 'none'}{split}"
+        transforms = f", transforms={'+'.join(map(str, self.transforms))}" if self.transforms else ""
+        return (
+            f", weights={spec.fmt.name}/{spec.granularity}, activations={self.activations or 'none'}{split}{transforms}"
+        )
 
 
 class QuantLinear(_QuantizedLayer, nn.Linear):
@@ -119,20 +184,31 @@ class QuantLinear(_QuantizedLayer, nn.Linear):
         activations: ActivationSpec | None = None,
         device=None,
         dtype: torch.dtype | None = None,
+        transforms: tuple[Transform, ...] = (),
     ):
         nn.Module.__init__(self)
         self.in_features, self.out_features = in_features, out_features
-        self._setup((out_features, in_features), in_features, bias, spec, activations, device, dtype)
+        self._setup((out_features, in_features), in_features, bias, spec, activations, transforms, device, dtype)
 
     @classmethod
-    def like(cls, layer: nn.Linear, spec: WeightSpec, activations: ActivationSpec | None, device=None) -> "QuantLinear":
+    def like(
+        cls,
+        layer: nn.Linear,
+        spec: WeightSpec,
+        activations: ActivationSpec | None,
+        device=None,
+        transforms: tuple[Transform, ...] = (),
+    ) -> "QuantLinear":
         """An empty quantized layer of the same shape, to be filled by `load_quantized` or from a checkpoint."""
         bias = layer.bias
         dtype = None if bias is None else bias.dtype
-        return cls(layer.in_features, layer.out_features, bias is not None, spec, activations, device, dtype)
+        return cls(
+            layer.in_features, layer.out_features, bias is not None, spec, activations, device, dtype, transforms
+        )
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(self.quantize_input(x), self.dequantize(x.dtype), self.bias)
+        x = self.transform_input(x)
+        return self.complete_output(F.linear(self.quantize_input(x), self.dequantize(x.dtype), self.bias), x)
 
     def extra_repr(self) -> str:
         return nn.Linear.extra_repr(self) + self._specs_repr()
@@ -160,16 +236,24 @@ class QuantConv2d(_QuantizedLayer, nn.Conv2d):
         activations: ActivationSpec | None = None,
         device=None,
         dtype: torch.dtype | None = None,
+        transforms: tuple[Transform, ...] = (),
         **geometry,
     ):
         # The float layer works out paddings and checks arguments; made on meta, it costs no memory.
         nn.Conv2d.__init__(self, in_channels, out_channels, kernel_size, bias=bias, device="meta", **geometry)
         del self._parameters["weight"]
         shape = (out_channels, in_channels // self.groups, *self.kernel_size)
-        self._setup(shape, in_channels, bias, spec, activations, device, dtype)
+        self._setup(shape, in_channels, bias, spec, activations, transforms, device, dtype)
 
     @classmethod
-    def like(cls, layer: nn.Conv2d, spec: WeightSpec, activations: ActivationSpec | None, device=None) -> "QuantConv2d":
+    def like(
+        cls,
+        layer: nn.Conv2d,
+        spec: WeightSpec,
+        activations: ActivationSpec | None,
+        device=None,
+        transforms: tuple[Transform, ...] = (),
+    ) -> "QuantConv2d":
         """An empty quantized layer of the same shape, to be filled by `load_quantized` or from a checkpoint."""
         return cls(
             layer.in_channels,
@@ -180,6 +264,7 @@ class QuantConv2d(_QuantizedLayer, nn.Conv2d):
             activations=activations,
             device=device,
             dtype=None if layer.bias is None else layer.bias.dtype,
+            transforms=transforms,
             stride=layer.stride,
             padding=layer.padding,
             dilation=layer.dilation,
@@ -188,7 +273,9 @@ class QuantConv2d(_QuantizedLayer, nn.Conv2d):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._conv_forward(self.quantize_input(x), self.dequantize(x.dtype), self.bias)
+        x = self.transform_input(x)
+        y = self._conv_forward(self.quantize_input(x), self.dequantize(x.dtype), self.bias)
+        return self.complete_output(y, x)
 
     def extra_repr(self) -> str:
         return nn.Conv2d.extra_repr(self) + self._specs_repr()
@@ -203,26 +290,31 @@ def quantize_layer(
     activations: ActivationSpec | None,
     weight: Tensor | None = None,
     input_scale: Tensor | None = None,
+    transforms: tuple[Transform, ...] = (),
 ) -> QuantLinear | QuantConv2d:
     """A quantized layer with the scales and nearest codes of `weight` (default: the layer's own).
 
     `input_scale` is what calibration fitted for static activations (calib.ranges); without it they are a UsageError.
+    `transforms` are fitted without data.
     """
     weight = layer.weight if weight is None else weight
-    quantized = QUANTIZED[type(layer)].like(layer, spec, activations, device="meta")
+    quantized = QUANTIZED[type(layer)].like(layer, spec, activations, "meta", transforms)
     if quantized.is_static and input_scale is None:
         raise UsageError("static activation scales are fitted to calibration data: use `dmquant run` or `quantize`")
+    if transforms:
+        check_finite(weight)
+        parts, weight = next(chains(transforms, weight.detach().float(), None))
+        quantized.load_parts(parts)
     quantized.load_quantized(quantize(weight, spec), layer.bias, input_scale)
     return quantized.train(layer.training)
 
 
 def share_timesteps(module: nn.Module) -> TimestepRanges | None:
-    """One `TimestepRanges` for the layers of `module` that have several static scales; None where there are none."""
-    layers = [layer for layer in module.modules() if isinstance(layer, _QuantizedLayer) and layer.is_static]
-    layers = [layer for layer in layers if layer.activations.ranges > 1]
+    """One `TimestepRanges` for the layers of `module` that differ by timestep; None where there are none."""
+    layers = [layer for layer in module.modules() if isinstance(layer, _QuantizedLayer) and layer.timestep_counts]
     if not layers:
         return None
-    shared = TimestepRanges(layer.activations.ranges for layer in layers)
+    shared = TimestepRanges(count for layer in layers for count in layer.timestep_counts)
     for layer in layers:
         layer.timestep_ranges = shared
     return shared

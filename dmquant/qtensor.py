@@ -163,8 +163,7 @@ def quantize(weight: Tensor, spec: WeightSpec) -> QuantizedTensor:
     codes = matrix.new_empty(rows, packed_size(columns, spec.fmt.bits), dtype=torch.uint8)
     stored = matrix.new_empty(spec.scale_shape(shape), dtype=store.dtype)
     amplitude = torch.cat([absmax(to_groups(matrix[part].float(), spec.granularity, segments)) for part in parts])
-    if not torch.isfinite(amplitude).all():
-        raise UsageError("the weights hold NaN or infinite values: they cannot be quantized")
+    check_finite(amplitude)
     base = store.base(amplitude, spec.fmt)
     for part in parts:
         exact = matrix[part].float()
@@ -172,6 +171,12 @@ def quantize(weight: Tensor, spec: WeightSpec) -> QuantizedTensor:
         scales = spec.rule(to_groups(exact, spec.granularity, segments), spec.fmt, spec.store, base_of_part)
         stored[part], codes[part] = scales.stored, encode(exact, scales.decode(), spec, segments)
     return QuantizedTensor(codes, Scales(stored, base, spec.store), spec, shape)
+
+
+def check_finite(values: Tensor) -> None:
+    """UsageError for NaN or infinity among weights."""
+    if not torch.isfinite(values).all():
+        raise UsageError("the weights hold NaN or infinite values: they cannot be quantized")
 
 
 def _parts(rows: int, columns: int, granularity: Granularity) -> list[slice]:

@@ -5,6 +5,7 @@ import importlib.resources
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Literal
 
 import yaml
@@ -16,6 +17,48 @@ NO_FORMAT = ("none", "bf16")  # leave alone
 ONLINE = "online"
 _BITS = re.compile(r"w(\d+)a(\d+)")
 _FLOAT_OF_BITS = {4: "fp4", 6: "fp6", 8: "fp8", 16: "none"}
+
+
+class Method(BaseModel):
+    """A method of a package by name, and that method's own options."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    method: str
+
+    @staticmethod
+    def module(name: str) -> ModuleType:
+        """The method of this name; UsageError where there is none."""
+        raise NotImplementedError
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_name(cls, given: Any) -> Any:
+        return {"method": given} if isinstance(given, str) else given
+
+    @model_validator(mode="after")
+    def _known_options(self) -> "Method":
+        method = self.module(self.method)
+        try:
+            method.Options.model_validate(self.options)
+        except ValidationError as error:
+            raise UsageError(_in_words(error.errors()[0], method.Options)) from None
+        return self
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What was set of the method's own options."""
+        return dict(self.model_extra or {})
+
+
+class Transformation(Method):
+    """A method of dmquant.transforms."""
+
+    @staticmethod
+    def module(name: str) -> ModuleType:
+        from dmquant.transforms import get_method
+
+        return get_method(name)
 
 
 class Settings(BaseModel):
@@ -35,6 +78,8 @@ class Settings(BaseModel):
     """Formats of one size: calibration takes for each layer the one of least output error."""
     split: int | None = None
     """The input is a concatenation: its first `split` channels and the others get scales of their own; 0: it is not."""
+    transforms: list[Transformation] | None = None
+    """Exact changes before quantizing, in whatever order they are named; an empty list in a rule: none."""
 
     @field_validator("weights", "activations")
     @classmethod
@@ -87,6 +132,22 @@ class Settings(BaseModel):
 
         return name if name is None else check_choice("scale storage", name, STORES)
 
+    def check_transforms(self) -> list[tuple[str, dict[str, Any]]]:
+        """Names and options of the transforms; UsageError where these settings cannot go together."""
+        from dmquant.transforms import get_method
+
+        chosen = [(transform.method, transform.options) for transform in self.transforms or ()]
+        names = [name for name, _ in chosen]
+        for name in names:
+            if names.count(name) > 1:
+                raise UsageError(f"transform {name} is named twice for the same layers: set it once")
+            if get_method(name).METHOD.CHANGES_INPUT and self.activation_scale not in (None, ONLINE):
+                raise UsageError(
+                    f"transform {name} changes the input that is quantized, and static activation scales are observed "
+                    "on the input as it was: use activation_scale: online"
+                )
+        return chosen
+
 
 class Rule(Settings):
     """Settings for the layers whose module name matches a glob; `keep` leaves them in high precision."""
@@ -99,33 +160,16 @@ class Rule(Settings):
         return any(fnmatch.fnmatchcase(name, glob) for glob in globs)
 
 
-class Rounding(BaseModel):
-    """A rounding method of dmquant.rounding by name, and that method's own options."""
-
-    model_config = ConfigDict(extra="allow", frozen=True)
+class Rounding(Method):
+    """A method of dmquant.rounding."""
 
     method: str = "nearest"
 
-    @model_validator(mode="before")
-    @classmethod
-    def _from_name(cls, given: Any) -> Any:
-        return {"method": given} if isinstance(given, str) else given
-
-    @model_validator(mode="after")
-    def _known_options(self) -> "Rounding":
+    @staticmethod
+    def module(name: str) -> ModuleType:
         from dmquant.rounding import get_method
 
-        method = get_method(self.method)
-        try:
-            method.Options.model_validate(self.options)
-        except ValidationError as error:
-            raise UsageError(_in_words(error.errors()[0], method.Options)) from None
-        return self
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """What was set of the method's own options."""
-        return dict(self.model_extra or {})
+        return get_method(name)
 
 
 class Calibration(BaseModel):
@@ -179,7 +223,18 @@ class Recipe(Settings):
     rounding: Rounding = Rounding()
     calibration: Calibration = Calibration()
     learning: Learning = Learning()
+    transforms: list[Transformation] = Field(default_factory=list)
     rules: list[Rule] = Field(default_factory=list)
+
+    @model_validator(mode="after")
+    def _transforms_fit(self) -> "Recipe":
+        """Refuse what cannot go together, for all layers and for those of each rule alone."""
+        for rule in (None, *self.rules):
+            changed = {} if rule is None else {key: getattr(rule, key) for key in Settings.model_fields}
+            merged = {key: getattr(self, key) for key in Settings.model_fields}
+            merged |= {key: value for key, value in changed.items() if value is not None}
+            Settings.model_construct(**merged).check_transforms()
+        return self
 
     @property
     def calibrated(self) -> bool:
@@ -188,9 +243,14 @@ class Recipe(Settings):
         from dmquant.scaling import DATA_RULES
 
         everywhere = [self, *self.rules]
-        return get_method(self.rounding.method).LEARNS or any(
-            settings.scale in DATA_RULES or settings.candidates or settings.activation_scale not in (None, ONLINE)
-            for settings in everywhere
+        transforms = [transform for settings in everywhere for transform in settings.transforms or ()]
+        return (
+            get_method(self.rounding.method).LEARNS
+            or any(map(_takes_data, transforms))
+            or any(
+                settings.scale in DATA_RULES or settings.candidates or settings.activation_scale not in (None, ONLINE)
+                for settings in everywhere
+            )
         )
 
     @classmethod
@@ -302,6 +362,11 @@ def _line_of(node: yaml.Node | None, location: tuple[str | int, ...]) -> int:
             node = node.value[step]
             line = node.start_mark.line + 1
     return line
+
+
+def _takes_data(transform: Transformation) -> bool:
+    method = transform.module(transform.method)
+    return method.METHOD.takes_data(method.Options.model_validate(transform.options))
 
 
 def _float_of_bits(bits: str) -> str:

@@ -180,7 +180,10 @@ def _inspect_quantized(folder: Path, layers: bool, console: Console) -> None:
     backbone = skeleton(folder)
     plans = plan(backbone, recipe)
     sizes = _tensor_bytes(folder)
-    packed_of = {step.name: sum(sizes.get(f"{step.name}.{part}", 0) for part in PACKED) for step in plans}
+    packed_of = {}
+    for step in plans:
+        parts = [*PACKED, *(f"{one.name}_{part}" for one in step.transforms for part in one.parts())]
+        packed_of[step.name] = sum(sizes.get(f"{step.name}.{part}", 0) for part in parts)
     packed = sum(packed_of.values())
     weights = sum(backbone.get_submodule(step.name).weight.numel() for step in plans)
     console.say(

@@ -89,7 +89,7 @@ def packed(backbone) -> dict[str, torch.Tensor]:
     return {
         f"{name}.{part}": getattr(layer, part)
         for name, layer in quantized_layers(backbone).items()
-        for part in ("qweight", "scale", "scale_base", "input_scale")
+        for part in ("qweight", "scale", "scale_base", "input_scale", *layer.part_names)
         if getattr(layer, part) is not None
     }
 

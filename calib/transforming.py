@@ -1,0 +1,196 @@
+"""Fit the transforms of a layer to its data: before its scales are, and to what rounding left wrong, after it."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from dmquant.activations import TimestepRanges
+from dmquant.calib.learn import COMPUTE, Learner
+from dmquant.calib.moments import fit_grid
+from dmquant.convert import LayerPlan
+from dmquant.layers import QuantConv2d, QuantLinear
+from dmquant.rounding import nearest
+from dmquant.transforms import InputStatistics, Residuals, Transform, chains
+
+SAMPLES = 8  # calls of a layer whose inputs are kept, spread over the schedule
+TOKENS, SIDE = 256, 16  # of each row of these at most so many tokens, or pixels in each direction
+
+
+class InputObserver:
+    """Collects `InputStatistics` of one layer over `calls` calls."""
+
+    def __init__(self, quantized: QuantLinear | QuantConv2d, calls: int):
+        self.dim, self.every, self.calls = quantized.channel_dim, -(-calls // SAMPLES), 0
+        self.absmax: Tensor | None = None
+        self.sample: list[Tensor] = []
+
+    def add(self, x: Tensor) -> None:
+        """Count one input; of every few of them, the first row of each branch of the guidance is kept."""
+        largest = x.movedim(self.dim, -1).flatten(0, -2).abs().amax(0).float()
+        self.absmax = largest if self.absmax is None else self.absmax.maximum(largest)
+        if self.calls % self.every == 0:
+            rows = x[:: max(1, len(x) // 2)][:2]
+            if self.dim != -1:
+                rows = rows[..., :SIDE, :SIDE]
+            elif rows.ndim > 2:
+                rows = rows[..., :TOKENS, :]
+            self.sample.append(rows.clone())
+        self.calls += 1
+
+    def statistics(self) -> InputStatistics | None:
+        """None where no sample reached the layer."""
+        return None if self.absmax is None else InputStatistics(self.absmax, self.sample)
+
+
+@torch.no_grad()
+def fit_transforms(
+    layer: nn.Linear | nn.Conv2d,
+    step: LayerPlan,
+    quantized: QuantLinear | QuantConv2d,
+    statistics: InputStatistics | None,
+) -> Tensor:
+    """Load the parts of a layer's transforms into `quantized`; returns the weight that is to be quantized, float32.
+
+    Where a method has candidates, those of the least squared error of the output on the sample are taken, at nearest
+    rounding with scales of least weight error.
+    """
+    best, least = None, float("inf")
+    simple = replace(step, weights=replace(step.weights, scale="mse"), candidates=())
+    for parts, weight in chains(step.transforms, layer.weight.detach().float(), statistics):
+        error = 0.0
+        if statistics is not None:
+            quantized.load_parts(parts)
+            error = _output_error(layer, simple, quantized, weight, statistics.sample)
+        if best is None or error < least:
+            best, least = (parts, weight), error
+    parts, weight = best
+    quantized.load_parts(parts)
+    return weight
+
+
+def _output_error(
+    layer: nn.Linear | nn.Conv2d,
+    step: LayerPlan,
+    quantized: QuantLinear | QuantConv2d,
+    weight: Tensor,
+    sample: Sequence[Tensor],
+) -> float:
+    """Squared error of the output with the nearest codes of `weight`."""
+    if quantized.timestep_ranges is not None:
+        quantized.timestep_ranges.set(0.0)  # corrections by timestep are still zero, so any will do
+    grid = fit_grid(weight, step, None)
+    learner = Learner(step.name, layer, grid, nearest.start(grid, nearest.Options()), quantized)
+    return sum((learner.forward(x).float() - layer(x).float()).square().sum().item() for x in sample)
+
+
+class _Observed:
+    """A forward pre-hook on a learning layer: means of its transformed input and of what its output will lack.
+
+    Not a forward hook: a replay ends inside the layer whose output it is run for.
+    """
+
+    def __init__(self, learner: Learner, transform: Transform, timesteps: TimestepRanges):
+        self.learner, self.count, self.timesteps = learner, transform.ranges(), timesteps
+        self.inputs: Tensor | float = 0.0
+        self.outputs = torch.zeros(self.count, transform.shape[0], dtype=torch.float64)
+        self.rows = torch.zeros(self.count, dtype=torch.int64)
+
+    def __call__(self, layer: nn.Module, args: tuple[Tensor, ...]) -> None:
+        x, quantized = args[0].to(layer.weight.dtype), self.learner.quantized
+        lacking = COMPUTE[type(layer)](layer, x, layer.weight).float() - self.learner.forward(x).float()
+        of_rows = self.timesteps.of_rows[self.count].cpu() if self.count > 1 else torch.zeros(len(x), dtype=torch.int64)
+        magnitude = quantized.transform_input(x).abs().float()
+        self.inputs = self.inputs + _row_means(magnitude, quantized.channel_dim, len(of_rows)).sum(0)
+        self.outputs.index_add_(0, of_rows, _row_means(lacking, quantized.channel_dim, len(of_rows)))
+        self.rows += torch.bincount(of_rows, minlength=self.count)
+
+    def residuals(self, values: Tensor) -> Residuals | None:
+        """None where no sample reached the layer; a range without samples takes the means of the nearest that has."""
+        seen = self.rows.nonzero().flatten()
+        if not len(seen):
+            return None
+        nearest_seen = seen[(torch.arange(self.count).unsqueeze(-1) - seen).abs().argmin(-1)]
+        means = (self.outputs / self.rows.clamp(min=1).unsqueeze(-1))[nearest_seen]
+        grid = self.learner.grid
+        lost = grid.as_weight(grid.weight - values)
+        inputs = self.inputs / self.rows.sum()
+        return Residuals(lost, inputs.float().to(lost.device), means.float().to(lost.device))
+
+
+def _row_means(x: Tensor, dim: int, rows: int) -> Tensor:
+    """Means over the positions of each of the call's rows, (rows, channels), float64."""
+    channels_last = x.movedim(dim, -1)
+    return channels_last.reshape(rows, -1, channels_last.shape[-1]).mean(1, dtype=torch.float64).cpu()
+
+
+def correct(
+    learners: Sequence[Learner],
+    values: dict[str, Tensor],
+    error: float,
+    timesteps: TimestepRanges,
+    run_all: Callable[[], None],
+    held_out_error: Callable[[], float],
+) -> float:
+    """Fit the correcting transforms of a task's layers to its decided `values`; returns the error on held-out samples.
+
+    `run_all` runs the task over all samples to learn from. One method after another, all layers of a method at once;
+    if that makes the held-out error worse, each layer alone, and only where it does not.
+    """
+    pairs = [
+        (learner, one) for learner in learners for one in learner.quantized.transforms if one.corrects(one.options)
+    ]
+    for stage in sorted({transform.STAGE for _, transform in pairs}):
+        observed = {
+            learner.name: (learner, transform, _Observed(learner, transform, timesteps))
+            for learner, transform in pairs
+            if stage == transform.STAGE
+        }
+        handles = [learner.layer.register_forward_pre_hook(hook) for learner, _, hook in observed.values()]
+        try:
+            for learner in learners:
+                learner.values = values[learner.name]
+            with torch.no_grad():
+                run_all()
+        finally:
+            for learner in learners:
+                learner.values = None
+            for handle in handles:
+                handle.remove()
+        error = _keep_what_helps(observed, values, error, held_out_error)
+    return error
+
+
+def _keep_what_helps(
+    observed: dict[str, tuple[Learner, Transform, _Observed]],
+    values: dict[str, Tensor],
+    error: float,
+    held_out_error: Callable[[], float],
+) -> float:
+    before, after = {}, {}
+    for name, (learner, transform, hook) in observed.items():
+        if residuals := hook.residuals(values[name]):
+            before[name] = {
+                transform.name: {part: each.clone() for part, each in learner.quantized.parts(transform).items()}
+            }
+            after[name] = {transform.name: transform.correct(residuals)}
+
+    def load(name: str, parts: dict[str, dict[str, Tensor]]) -> None:
+        observed[name][0].quantized.load_parts(parts)
+
+    for name, parts in after.items():
+        load(name, parts)
+    together = held_out_error()
+    if together <= error:
+        return together
+    for name, parts in before.items():
+        load(name, parts)
+    for name, parts in after.items():
+        load(name, parts)
+        alone = held_out_error()
+        if alone <= error:
+            error = alone
+        else:
+            load(name, before[name])
+    return error

@@ -1,0 +1,93 @@
+"""Low rank: a branch of rank r in 16 bits beside the codes, which takes the input before it is quantized.
+
+`of: weight`: the branch is the largest part of the weight, the rest is quantized (SVDQuant, arXiv 2411.05007).
+`of: error`: the branch is the largest part of what rounding lost, input channels weighed by the mean magnitude of their
+activations (L2QER, arXiv 2402.02446).
+"""
+
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+
+from dmquant.transforms.base import InputStatistics, Part, Residuals, Transform, per_channel, refuse_groups
+
+
+class Options(BaseModel):
+    """What a recipe may set."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    rank: int = Field(default=16, ge=1)
+    """At most the smaller side of the weight's matrix."""
+    of: Literal["weight", "error"] = "weight"
+
+
+class LowRank(Transform):
+    """y = W^ x^ + up (down x)."""
+
+    STAGE = 30
+
+    @classmethod
+    def takes_data(cls, options: Options) -> bool:
+        return options.of == "error"
+
+    @classmethod
+    def corrects(cls, options: Options) -> bool:
+        return options.of == "error"
+
+    def check(self, layer: nn.Linear | nn.Conv2d) -> None:
+        refuse_groups(self, layer)
+
+    @property
+    def rank(self) -> int:
+        return min(self.options.rank, self.shape[0], self._columns)
+
+    @property
+    def _columns(self) -> int:
+        return torch.Size(self.shape[1:]).numel()
+
+    def parts(self) -> dict[str, Part]:
+        up, down = (self.shape[0], self.rank), (self.rank, self._columns)
+        return {"up": Part(up, torch.bfloat16), "down": Part(down, torch.bfloat16)}
+
+    def fit(self, weight: Tensor, statistics: InputStatistics | None) -> list[dict[str, Tensor]]:
+        if self.options.of == "weight":
+            return [self._factors(weight.flatten(1))]
+        return [{name: weight.new_zeros(part.shape, dtype=part.dtype) for name, part in self.parts().items()}]
+
+    def correct(self, residuals: Residuals) -> dict[str, Tensor]:
+        """SVD of E S, with S the diagonal of the channels' mean magnitudes; S is then taken out of the right factor."""
+        importance = residuals.inputs.clamp(min=1e-6 * residuals.inputs.amax().clamp(min=1e-30))
+        columns = per_channel(importance, residuals.weight).expand(1, *self.shape[1:]).flatten(1)
+        return self._factors(residuals.weight.flatten(1), columns)
+
+    def _factors(self, matrix: Tensor, importance: Tensor | float = 1.0) -> dict[str, Tensor]:
+        left, values, right = torch.linalg.svd(matrix * importance, full_matrices=False)
+        root = values[: self.rank].sqrt()
+        up, down = left[:, : self.rank] * root, root.unsqueeze(1) * right[: self.rank] / importance
+        return {"up": up.bfloat16(), "down": down.bfloat16()}
+
+    def to_quantize(self, weight: Tensor, parts: dict[str, Tensor]) -> Tensor:
+        return weight - self._branch(parts) if self.options.of == "weight" else weight
+
+    def undo(self, weight: Tensor, parts: dict[str, Tensor]) -> Tensor:
+        return weight + self._branch(parts)
+
+    def _branch(self, parts: dict[str, Tensor]) -> Tensor:
+        return (parts["up"].float() @ parts["down"].float()).view(self.shape)
+
+    def added(self, layer: nn.Module, x: Tensor, parts: dict[str, Tensor]) -> Tensor:
+        up, down = parts["up"].to(x.dtype), parts["down"].to(x.dtype)
+        if len(self.shape) == 2:
+            return F.linear(F.linear(x, down), up)
+        hidden: Any = layer._conv_forward(x, down.view(-1, *self.shape[1:]), None)
+        return F.conv2d(hidden, up[:, :, None, None])
+
+    def __str__(self) -> str:
+        return f"lowrank:{self.rank}"
+
+
+METHOD = LowRank

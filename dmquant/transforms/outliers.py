@@ -1,0 +1,79 @@
+"""Outliers: the few weights farthest from the mean stay in 16 bits with their place, the rest is quantized.
+
+EasyQuant, Tang et al., arXiv 2403.02775. There a threshold of 3 standard deviations decides how many,
+which gives 0.3 to 0.8 % of a weight; here the share is fixed, so that the shape alone says how many there are.
+"""
+
+import math
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from dmquant.transforms.base import InputStatistics, Part, Transform
+
+
+class Options(BaseModel):
+    """What a recipe may set."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    share: float = Field(default=0.005, gt=0, le=1)
+    """Of a layer's weights."""
+
+
+class Outliers(Transform):
+    """Sparse rows of the weight's matrix (rows, input channels * kernel): how many in each, their columns and values.
+
+    What bfloat16 leaves of an outlier is quantized with the rest, so that nothing is lost before quantization.
+    """
+
+    STAGE = 20
+
+    @property
+    def count(self) -> int:
+        return math.ceil(self.options.share * math.prod(self.shape))
+
+    @property
+    def _index_dtype(self) -> torch.dtype:
+        return torch.int16 if math.prod(self.shape[1:]) < 1 << 15 else torch.int32
+
+    def parts(self) -> dict[str, Part]:
+        return {
+            "counts": Part((self.shape[0], 1), self._index_dtype),
+            "columns": Part((1, self.count), self._index_dtype),
+            "values": Part((1, self.count), torch.bfloat16),
+        }
+
+    def fit(self, weight: Tensor, statistics: InputStatistics | None) -> list[dict[str, Tensor]]:
+        distance = (weight - weight.mean()).abs().flatten()
+        chosen = distance.topk(self.count).indices.sort().values
+        columns = math.prod(self.shape[1:])
+        counts = torch.bincount(chosen // columns, minlength=self.shape[0])
+        return [
+            {
+                "counts": counts.to(self._index_dtype).view(-1, 1),
+                "columns": (chosen % columns).to(self._index_dtype).view(1, -1),
+                "values": weight.flatten()[chosen].bfloat16().view(1, -1),
+            }
+        ]
+
+    def to_quantize(self, weight: Tensor, parts: dict[str, Tensor]) -> Tensor:
+        flat = weight.flatten().scatter_add(0, self._places(parts), -parts["values"].flatten().to(weight.dtype))
+        return flat.view(self.shape)
+
+    def complete(self, weight: Tensor, parts: dict[str, Tensor]) -> Tensor:
+        flat = weight.flatten().scatter_add(0, self._places(parts), parts["values"].flatten().to(weight.dtype))
+        return flat.view(self.shape)
+
+    def _places(self, parts: dict[str, Tensor]) -> Tensor:
+        """In the flattened weight; int64."""
+        rows = torch.arange(self.shape[0], device=parts["counts"].device)
+        rows = rows.repeat_interleave(parts["counts"].flatten().long(), output_size=self.count)
+        return rows * math.prod(self.shape[1:]) + parts["columns"].flatten().long()
+
+    def __str__(self) -> str:
+        return f"outliers:{self.options.share:g}"
+
+
+METHOD = Outliers

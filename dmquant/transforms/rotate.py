@@ -1,0 +1,67 @@
+"""Rotate: a Hadamard rotation of blocks of input channels, which spreads an outlier over all channels of its block.
+
+y = (W R^T) (R x) with R = diag(H_n, H_n, ...) / sqrt(n), H_n of Sylvester (QuaRot, arXiv 2404.00456, online rotations).
+Blocks keep the rotation inside the groups that share a scale.
+"""
+
+import math
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+from torch import Tensor
+
+from dmquant.errors import UsageError
+from dmquant.transforms.base import Transform
+
+
+class Options(BaseModel):
+    """What a recipe may set."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    size: int = Field(default=64, ge=2)
+    """Channels of a block, a power of two; where it does not divide a layer's channels, the largest that does."""
+
+    @field_validator("size")
+    @classmethod
+    def _power_of_two(cls, size: int) -> int:
+        if size & (size - 1):
+            raise UsageError(f"a Hadamard block has a power of two channels, not {size}")
+        return size
+
+
+class Rotate(Transform):
+    """Nothing is stored: the rotation is its own inverse, and computed where it is needed."""
+
+    STAGE = 15
+    CHANGES_INPUT = True
+
+    @property
+    def size(self) -> int:
+        """Channels of a block; it lies inside a half of a split input and inside a group of a convolution."""
+        return math.gcd(self.options.size, self.shape[1], self.split or 0)
+
+    def to_quantize(self, weight: Tensor, parts: dict[str, Tensor]) -> Tensor:
+        return hadamard(weight, self.size, 1)
+
+    undo = to_quantize
+
+    def input(self, x: Tensor, parts: dict[str, Tensor], dim: int) -> Tensor:
+        return hadamard(x.float(), self.size, dim).to(x.dtype)
+
+    def __str__(self) -> str:
+        return f"rotate:{self.size}"
+
+
+def hadamard(x: Tensor, size: int, dim: int) -> Tensor:
+    """Every `size` consecutive elements along `dim` times the orthogonal Hadamard matrix of that size."""
+    last = x.movedim(dim, -1)
+    rotated, step = last, 1
+    while step < size:
+        upper, lower = rotated.unflatten(-1, (-1, 2, step)).unbind(-2)
+        rotated = torch.stack((upper + lower, upper - lower), -2).flatten(-3)
+        step *= 2
+    return (rotated * size**-0.5).movedim(-1, dim)
+
+
+METHOD = Rotate

@@ -1,0 +1,62 @@
+"""Smooth: divide each input channel by a factor and multiply its weights by it, so that both are easier to quantize.
+
+SmoothQuant, Xiao et al., arXiv 2211.10438, eq. 4: s = max|X|^alpha / max|W|^(1 - alpha), with alpha chosen for each
+layer by the error of its output on calibration data, over all timesteps.
+"""
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+
+from dmquant.transforms.base import InputStatistics, Part, Transform, per_channel, refuse_groups
+
+_NO_RANGE = 1e-9
+
+
+class Options(BaseModel):
+    """What a recipe may set."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    alpha: list[float] = Field(default=[0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9], min_length=1)
+    """What to choose from, beside no smoothing. 1: all of the difficulty moves from the input to the weight."""
+
+
+class Smooth(Transform):
+    """y = (W / f) (f x), with f = 1 / s stored in bfloat16."""
+
+    STAGE = 10
+    CHANGES_INPUT = True
+
+    @classmethod
+    def takes_data(cls, options: Options) -> bool:
+        return True
+
+    def check(self, layer: nn.Linear | nn.Conv2d) -> None:
+        refuse_groups(self, layer)
+
+    def parts(self) -> dict[str, Part]:
+        return {"factor": Part((1, self.shape[1]), torch.bfloat16)}
+
+    def fit(self, weight: Tensor, statistics: InputStatistics | None) -> list[dict[str, Tensor]]:
+        factors = [weight.new_ones(1, self.shape[1])]
+        if statistics is not None:
+            largest = weight.abs().transpose(0, 1).flatten(1).amax(1)
+            x = statistics.absmax.to(largest)
+            moved = (x > _NO_RANGE) & (largest > _NO_RANGE)
+            for alpha in self.options.alpha:
+                factor = largest ** (1 - alpha) / x.clamp(min=_NO_RANGE) ** alpha
+                factors.append(torch.where(moved, factor, 1.0).view(1, -1))
+        return [{"factor": factor.bfloat16()} for factor in factors]
+
+    def to_quantize(self, weight: Tensor, parts: dict[str, Tensor]) -> Tensor:
+        return weight / per_channel(parts["factor"].float(), weight)
+
+    def undo(self, weight: Tensor, parts: dict[str, Tensor]) -> Tensor:
+        return weight * per_channel(parts["factor"].float(), weight)
+
+    def input(self, x: Tensor, parts: dict[str, Tensor], dim: int) -> Tensor:
+        return x * parts["factor"].to(x.dtype).view(-1, *[1] * (-1 - dim))
+
+
+METHOD = Smooth
