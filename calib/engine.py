@@ -23,8 +23,8 @@ import dmquant
 from dmquant.activations import TimestepRanges
 from dmquant.calib.codes import CodesFolder
 from dmquant.calib.learn import DTYPES, Learned, Learner, UnitData, computing_in, learn, learning_layers
-from dmquant.calib.memory import check_budget, default_budget, return_freed_memory
-from dmquant.calib.moments import Moments, columns_of, fit_grid
+from dmquant.calib.memory import STATE, check_budget, default_budget, passes, return_freed_memory
+from dmquant.calib.moments import Moments, alike, columns_of, fit_grid, moments_for
 from dmquant.calib.outputs import Budget
 from dmquant.calib.ranges import observe_ranges
 from dmquant.calib.replay import replaced_forward, trace
@@ -133,8 +133,9 @@ class _Engine:
         one = self.store.batch([self.learning[0]], self.device)
         self.blocks = find_blocks(self.names, self.plans, lambda names: trace(backbone, one, names))
         total = default_budget() if self.memory_budget is None else self.memory_budget
-        needed = check_budget(total, backbone, self.blocks, self.options)
-        budget = Budget(total - needed, self.spill)
+        self.moments_bytes = self._bytes_of_moments()
+        self.needed = check_budget(total, backbone, self.blocks, self.options, self.moments_bytes)
+        budget = Budget(total - self.needed, self.spill)
         self._observe_static_ranges()
         self.streams = Streams(backbone, self.blocks, self.store, self.ranges, budget, self.options)
         facts, learned_seconds = [], []
@@ -232,31 +233,54 @@ class _Engine:
 
     def _learners(self, number: int, task: Task, title: str, bar: Bar) -> list[Learner]:
         """The layers of a task with their scales fitted and formats chosen."""
-        layers = {name: self.backbone.get_submodule(name) for name in task.layers}
-        inputs = {name: self._quantized_layer(name) for name in layers}
-        moments = self._moments(number, task, inputs, title, bar)
-        options = self.method.Options.model_validate(self.recipe.rounding.options)
-        learners = []
-        for name, layer in layers.items():
-            grid = fit_grid(layer.weight, self._called(self.plans[name], name in moments), moments.get(name))
-            learners.append(Learner(name, layer, grid, self.method.start(grid, options), inputs[name]))
-        return learners
+        inputs = {name: self._quantized_layer(name) for name in task.layers}
+        weights = sum(self.backbone.get_submodule(name).weight.numel() for name in task.layers)
+        learners = {}
+        sizes = {name: self.moments_bytes.get(name, 0) for name in task.layers}
+        for names in passes(sizes, self.needed - STATE * weights):
+            moments = self._moments(number, task, {name: inputs[name] for name in names}, title, bar)
+            for name in names:
+                learners[name] = self._learner(name, inputs[name], moments.pop(name, None))
+        return [learners[name] for name in task.layers]
+
+    def _learner(self, name: str, quantized: nn.Module, moments: Moments | None) -> Learner:
+        """A layer with its grid fitted and its rounding started, or solved."""
+        layer, method = self.backbone.get_submodule(name), self.method
+        grid = fit_grid(layer.weight, self._called(self.plans[name], moments is not None), moments)
+        options = method.Options.model_validate(self.recipe.rounding.options)
+        if not method.NEEDS_MOMENTS:
+            rounding = method.start(grid, options)
+        elif moments is None or not moments.in_full:
+            rounding = get_method("nearest").start(grid, None)
+        else:
+            rounding = method.start(grid, options, moments.matrix(grid.spec, grid.shape))
+        return Learner(name, layer, grid, rounding, quantized)
+
+    def _bytes_of_moments(self) -> dict[str, int]:
+        """Of the layers whose moments are collected in full."""
+        found = {}
+        for name, step in self.plans.items():
+            moments = moments_for(self.backbone.get_submodule(name), step, self.method, torch.device("meta"))
+            if moments is not None and moments.in_full:
+                found[name] = moments.sums.nbytes
+        return found
 
     def _moments(
         self, number: int, task: Task, inputs: dict[str, nn.Module], title: str, bar: Bar
     ) -> dict[str, Moments]:
-        """Second moments of the inputs of those layers whose scales or formats are chosen by output error."""
-        wanted = {
-            name: Moments(self.backbone.get_submodule(name).weight[0].numel(), self.plans[name].weights, self.device)
-            for name in task.layers
-            if self.plans[name].weights.scale == "hessian" or self.plans[name].candidates
+        """Second moments of the inputs of those of these layers for which something is decided by output error."""
+        found = {
+            name: moments_for(self.backbone.get_submodule(name), self.plans[name], self.method, self.device)
+            for name in inputs
         }
+        wanted = {name: moments for name, moments in found.items() if moments is not None}
         if not wanted:
             return {}
 
         def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
             def add(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
-                wanted[name].add(columns_of(layer, inputs[name].quantize_input(args[0])))
+                x = inputs[name].quantize_input(args[0])
+                wanted[name].add(columns_of(layer, alike(x) if wanted[name].in_full else x))
 
             return add
 

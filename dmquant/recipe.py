@@ -188,9 +188,14 @@ class Recipe(Settings):
         from dmquant.scaling import DATA_RULES
 
         everywhere = [self, *self.rules]
-        return get_method(self.rounding.method).LEARNS or any(
-            settings.scale in DATA_RULES or settings.candidates or settings.activation_scale not in (None, ONLINE)
-            for settings in everywhere
+        method = get_method(self.rounding.method)
+        return (
+            method.LEARNS
+            or method.NEEDS_MOMENTS
+            or any(
+                settings.scale in DATA_RULES or settings.candidates or settings.activation_scale not in (None, ONLINE)
+                for settings in everywhere
+            )
         )
 
     @classmethod

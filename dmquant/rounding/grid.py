@@ -36,6 +36,11 @@ class Grid:
         """Distance between the two values around each weight: it differs from weight to weight in a float format."""
         return self._unscaled(self.spec.fmt.step(self._scaled))
 
+    def round_column(self, values: Tensor, column: int) -> Tensor:
+        """The nearest values (rows,) of the grid in one column to any others, such as weights that were moved."""
+        scale = self._scale_of_columns[column]
+        return self.spec.fmt.round(values / scale) * scale
+
     def quantized(self, values: Tensor) -> QuantizedTensor:
         """Codes of `values`, which must be values of this grid."""
         codes = encode(values, self._scale, self.spec, self._segments)
@@ -52,6 +57,13 @@ class Grid:
     @cached_property
     def _scale(self) -> Tensor:
         return self.scales.decode()
+
+    @cached_property
+    def _scale_of_columns(self) -> Tensor:
+        """The scale of every weight, (columns, rows)."""
+        groups = to_groups(torch.empty_like(self.weight), self.spec.granularity, self._segments)
+        scale = self._scale.unsqueeze(-1).expand_as(groups)
+        return from_groups(scale, self.spec.granularity, self._segments).T.contiguous()
 
     @property
     def _scaled(self) -> Tensor:
