@@ -24,7 +24,7 @@ from dmquant.activations import TimestepRanges
 from dmquant.calib.codes import CodesFolder
 from dmquant.calib.learn import DTYPES, Learned, Learner, UnitData, computing_in, learn, learning_layers
 from dmquant.calib.memory import STATE, check_budget, default_budget, passes, return_freed_memory
-from dmquant.calib.moments import Moments, alike, columns_of, fit_grid, moments_for
+from dmquant.calib.moments import Moments, alike, columns_of, fit_grid, moments_for, needs_moments
 from dmquant.calib.outputs import Budget
 from dmquant.calib.ranges import observe_ranges
 from dmquant.calib.replay import replaced_forward, trace
@@ -246,8 +246,8 @@ class _Engine:
     def _learner(self, name: str, quantized: nn.Module, moments: Moments | None) -> Learner:
         """A layer with its grid fitted and its rounding started, or solved."""
         layer, method = self.backbone.get_submodule(name), self.method
-        grid = fit_grid(layer.weight, self._called(self.plans[name], moments is not None), moments)
         options = method.Options.model_validate(self.recipe.rounding.options)
+        grid = fit_grid(layer.weight, self._called(self.plans[name], moments is not None), moments, options)
         if not method.NEEDS_MOMENTS:
             rounding = method.start(grid, options)
         elif moments is None or not moments.in_full:
@@ -328,9 +328,8 @@ class _Engine:
         return QuantizedTensor(parts["codes"], Scales(parts["scale"], parts["base"], spec.store), spec, shape)
 
     def _called(self, step: LayerPlan, seen: bool) -> LayerPlan:
-        """The plan of a layer that no sample reached: by weight error, in the recipe's own format."""
-        needs_data = step.weights.scale == "hessian" or step.candidates
-        if seen or not needs_data:
+        """The plan of a layer that has no moments: by weight error, in the recipe's own format."""
+        if seen or not needs_moments(step):
             return step
         return replace(step, weights=replace(step.weights, scale="mse"), candidates=())
 

@@ -4,13 +4,15 @@ from types import ModuleType
 
 import torch
 import torch.nn.functional as F
+from pydantic import BaseModel
 from torch import Tensor, nn
 
 from dmquant.convert import LayerPlan
 from dmquant.errors import UsageError
-from dmquant.qtensor import WeightSpec, from_matrix, to_matrix
+from dmquant.lean import fit_lean
+from dmquant.qtensor import WeightSpec, fit, from_matrix, to_matrix
 from dmquant.rounding.grid import Grid
-from dmquant.scaling import Scales, fit_hessian, to_groups
+from dmquant.scaling import DATA_RULES, Scales, fit_hessian, to_groups
 
 LARGEST = (
     8192  # columns of a layer whose moments are kept in full if nothing demands it; beyond, those inside its groups
@@ -70,7 +72,7 @@ def moments_for(layer: nn.Module, plan: LayerPlan, method: ModuleType, device: t
     In full where the rounding `method` needs them; a convolution without columns of its own is then left to nearest.
     """
     in_full = method.NEEDS_MOMENTS and has_columns(layer)
-    if not in_full and plan.weights.scale != "hessian" and not plan.candidates:
+    if not in_full and (plan.weights.scale == "lean" or not needs_moments(plan)):
         return None
     return Moments(layer.weight[0].numel(), plan.weights, device, in_full)
 
@@ -125,18 +127,30 @@ def _chosen(count: int, device: torch.device) -> Tensor:
     return torch.randperm(count, generator=torch.Generator().manual_seed(0))[:POSITIONS].to(device)
 
 
-def fit_grid(weight: Tensor, plan: LayerPlan, moments: Moments | None) -> Grid:
-    """The grid of a layer's weight: its scales fitted, and of its candidate formats the one of least output error."""
+def fit_grid(weight: Tensor, plan: LayerPlan, moments: Moments | None, options: BaseModel | None = None) -> Grid:
+    """The grid of a layer's weight: its scales fitted, and of its candidate formats the one of least output error.
+
+    `options` are those of the rounding method, which scales that are fitted for it look at.
+    """
     matrix, shape = to_matrix(weight.detach().float(), plan.weights.split), tuple(weight.shape)
     specs = [plan.weights.with_format(fmt) for fmt in plan.candidates] or [plan.weights]
-    grids = [Grid(matrix, spec, _fit_scales(matrix, spec, shape, moments), shape) for spec in specs]
+    grids = [Grid(matrix, spec, _fit_scales(matrix, spec, shape, moments, options), shape) for spec in specs]
     if len(grids) == 1:
         return grids[0]
     return min(grids, key=lambda grid: moments.output_error(to_matrix(grid.as_weight(grid.nearest - matrix))))
 
 
-def _fit_scales(matrix: Tensor, spec: WeightSpec, shape: tuple[int, ...], moments: Moments | None) -> Scales:
-    groups = to_groups(matrix, spec.granularity, spec.segments(shape))
-    if spec.scale != "hessian":
-        return spec.rule(groups, spec.fmt, spec.store)
-    return fit_hessian(groups, spec.fmt, spec.store, moments.inside_groups(spec, shape))
+def needs_moments(plan: LayerPlan) -> bool:
+    """Whether its scales or its format cannot be fitted without them."""
+    return plan.weights.scale in DATA_RULES or bool(plan.candidates)
+
+
+def _fit_scales(
+    matrix: Tensor, spec: WeightSpec, shape: tuple[int, ...], moments: Moments | None, options: BaseModel | None
+) -> Scales:
+    if spec.scale == "lean":
+        return fit_lean(matrix, spec, shape, moments.matrix(spec, shape), options)
+    if spec.scale == "hessian":
+        groups = to_groups(matrix, spec.granularity, spec.segments(shape))
+        return fit_hessian(groups, spec.fmt, spec.store, moments.inside_groups(spec, shape))
+    return fit(matrix, spec, spec.segments(shape))

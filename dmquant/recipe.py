@@ -83,9 +83,9 @@ class Settings(BaseModel):
     @field_validator("store")
     @classmethod
     def _known_store(cls, name: str | None) -> str | None:
-        from dmquant.scaling import STORES, check_choice
+        from dmquant.scaling import STORES, TABLE, check_choice
 
-        return name if name is None else check_choice("scale storage", name, STORES)
+        return name if name is None else check_choice("scale storage", name, (*STORES, TABLE))
 
 
 class Rule(Settings):
@@ -180,6 +180,23 @@ class Recipe(Settings):
     calibration: Calibration = Calibration()
     learning: Learning = Learning()
     rules: list[Rule] = Field(default_factory=list)
+
+    @model_validator(mode="after")
+    def _goes_together(self) -> "Recipe":
+        from dmquant.qtensor import check_table
+        from dmquant.rounding import get_method
+        from dmquant.scaling import BLOCK_FORMATS
+
+        for rule in (self, *self.rules):
+            set_by_rule = {key: value for key in Settings.model_fields if (value := getattr(rule, key)) is not None}
+            merged = {key: getattr(self, key) for key in Settings.model_fields} | set_by_rule
+            if merged["scale"] == "lean" and not get_method(self.rounding.method).NEEDS_MOMENTS:
+                raise UsageError("scale: lean is fitted to the errors of rounding: gptq, and there is no other here")
+            if merged["weights"] not in NO_FORMAT and merged["weights"].lower() not in BLOCK_FORMATS:
+                check_table(merged["weights"], merged["granularity"], merged["scale"], merged["store"])
+            if merged["store"] == "table" and merged["candidates"]:
+                raise UsageError("a table is no format to choose: leave out candidates, or store: table")
+        return self
 
     @property
     def calibrated(self) -> bool:
