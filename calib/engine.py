@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 import dmquant
 from dmquant.activations import TimestepRanges
+from dmquant.calib.activation_formats import choose_activation_formats
 from dmquant.calib.codes import CodesFolder
 from dmquant.calib.learn import DTYPES, Learned, Learner, UnitData, computing_in, learn, learning_layers
 from dmquant.calib.memory import STATE, check_budget, default_budget, passes, return_freed_memory
@@ -114,6 +115,7 @@ class _Engine:
             step.activations.ranges for step in self.plans.values() if step.activations and step.activations.ranges
         )
         self.input_scales: dict[str, Tensor] = {}
+        self.input_formats: dict[str, str] = {}
         self.reports: list[LayerReport] = []
         depends_on = {
             "recipe": recipe.to_dict(),
@@ -136,6 +138,7 @@ class _Engine:
         self.moments_bytes = self._bytes_of_moments()
         self.needed = check_budget(total, backbone, self.blocks, self.options, self.moments_bytes)
         budget = Budget(total - self.needed, self.spill)
+        self._choose_activation_formats()
         self._observe_static_ranges()
         self.streams = Streams(backbone, self.blocks, self.store, self.ranges, budget, self.options)
         facts, learned_seconds = [], []
@@ -294,6 +297,17 @@ class _Engine:
 
     # Layers
 
+    def _choose_activation_formats(self) -> None:
+        open_ = {name: step for name, step in self.plans.items() if step.activation_candidates}
+        if not open_:
+            return
+        with self.bar("activation formats") as bar:
+            chosen = choose_activation_formats(self.backbone, open_, self.store, self.options.batch_size, bar)
+        self.input_formats = {name: fmt.name for name, fmt in chosen.items()}
+        for name, step in open_.items():
+            activations = replace(step.activations, fmt=chosen[name])
+            self.plans[name] = replace(step, activations=activations, activation_candidates=())
+
     def _observe_static_ranges(self) -> None:
         specs = {name: step.activations for name, step in self.plans.items() if step.activations}
         if any(spec.ranges for spec in specs.values()):
@@ -342,14 +356,23 @@ class _Engine:
 
     def _resolved_recipe(self) -> Recipe:
         """The recipe with the format of every layer named, so that it alone rebuilds the model."""
-        if not any(settings.candidates for settings in (self.recipe, *self.recipe.rules)):
-            return self.recipe
-        chosen: dict[str, list[str]] = {}
-        for report in self.reports:
-            chosen.setdefault(report.plan.weights.fmt.name, []).append(report.plan.name)
-        rules = [rule.model_copy(update={"candidates": None}) for rule in self.recipe.rules]
-        rules += [Rule(match=names, weights=name) for name, names in sorted(chosen.items())]
-        return self.recipe.model_copy(update={"candidates": None, "rules": rules})
+        everywhere, decided, named = (self.recipe, *self.recipe.rules), {}, []
+        if any(settings.candidates for settings in everywhere):
+            decided["candidates"] = None
+            named += _rules("weights", {report.plan.name: report.plan.weights.fmt.name for report in self.reports})
+        if any(settings.activation_candidates for settings in everywhere):
+            decided["activation_candidates"] = None
+            named += _rules("activations", self.input_formats)
+        rules = [rule.model_copy(update=decided) for rule in self.recipe.rules]
+        return self.recipe.model_copy(update=decided | {"rules": [*rules, *named]}) if decided else self.recipe
+
+
+def _rules(key: str, values: Mapping[str, str]) -> list[Rule]:
+    """Rules that give each of these layers its value of a setting."""
+    layers: dict[str, list[str]] = {}
+    for name, value in values.items():
+        layers.setdefault(value, []).append(name)
+    return [Rule(match=names, **{key: value}) for value, names in sorted(layers.items())]
 
 
 def _tensors_of(values: dict[str, QuantizedTensor]) -> dict[str, Tensor]:

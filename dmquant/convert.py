@@ -24,6 +24,8 @@ class LayerPlan:
     note: str | None = None
     candidates: tuple[Format, ...] = ()
     """Formats to choose from by output error; empty where the recipe names one."""
+    activation_candidates: tuple[Format, ...] = ()
+    """Likewise for the input."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,8 @@ def plan(module: nn.Module, recipe: Recipe) -> list[LayerPlan]:
                 split=split,
             )
         candidates = tuple(map(get_format, settings.candidates or ()))
-        plans.append(LayerPlan(name, weights, activations, _remainder(layer, weights), candidates))
+        of_input = tuple(map(get_format, settings.activation_candidates or ())) if activations else ()
+        plans.append(LayerPlan(name, weights, activations, _remainder(layer, weights), candidates, of_input))
     return plans
 
 

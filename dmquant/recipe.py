@@ -33,6 +33,8 @@ class Settings(BaseModel):
     store: str | None = None
     candidates: list[str] | None = None
     """Formats of one size: calibration takes for each layer the one of least output error."""
+    activation_candidates: list[str] | None = None
+    """Likewise for the layer's input."""
     split: int | None = None
     """The input is a concatenation: its first `split` channels and the others get scales of their own; 0: it is not."""
 
@@ -47,7 +49,7 @@ class Settings(BaseModel):
             get_format(name)
         return name
 
-    @field_validator("candidates")
+    @field_validator("candidates", "activation_candidates")
     @classmethod
     def _known_formats(cls, names: list[str] | None) -> list[str] | None:
         from dmquant.formats import get_format
@@ -210,7 +212,10 @@ class Recipe(Settings):
             method.LEARNS
             or method.NEEDS_MOMENTS
             or any(
-                settings.scale in DATA_RULES or settings.candidates or settings.activation_scale not in (None, ONLINE)
+                settings.scale in DATA_RULES
+                or settings.candidates
+                or settings.activation_candidates
+                or settings.activation_scale not in (None, ONLINE)
                 for settings in everywhere
             )
         )
@@ -232,6 +237,8 @@ class Recipe(Settings):
         changed = {key: name for key, name in formats.items() if name is not None and name != getattr(recipe, key)}
         if "weights" in changed:  # the candidates stood for the recipe's own format
             changed["candidates"] = None
+        if "activations" in changed:
+            changed["activation_candidates"] = None
         return recipe.with_settings(**changed)
 
     def with_settings(self, **settings: Any) -> "Recipe":

@@ -15,7 +15,7 @@ def fit_table(matrix: Tensor, weights: Tensor | None = None) -> Scales:
 
     `weights` (columns,), by default all the same. Lloyd's algorithm in one dimension: values belong to the nearest
     entry, entries move to the weighted mean of their values; on sorted rows both are sums between two places. From
-    evenly spaced entries and from quantiles, of which each row keeps the better.
+    three starts, of which each row keeps the best.
     """
     columns = matrix.shape[1]
     weights = torch.ones(columns, device=matrix.device) if weights is None else weights
@@ -57,15 +57,23 @@ def _fit(matrix: Tensor, weights: Tensor) -> Tensor:
     zero = values.new_zeros(len(values), 1)
     mass = weights.expand_as(values).gather(1, order)
     sums = [torch.cat([zero, (mass * values**power).cumsum(1)], 1) for power in range(3)]
-    steps = torch.linspace(0, 1, SIZE, dtype=torch.float64, device=values.device)
-    even = torch.lerp(values[:, :1], values[:, -1:], steps)
-    quantiles = torch.searchsorted(
-        sums[0][:, 1:].contiguous(), ((steps * (SIZE - 1) + 0.5) / SIZE).expand(len(values), -1).contiguous()
+    # Evenly spaced; quantiles; and in proportion to the cube root of the density, which is best for many entries.
+    even = torch.lerp(
+        values[:, :1], values[:, -1:], torch.linspace(0, 1, SIZE, dtype=values.dtype, device=values.device)
     )
-    starts = [even, values.gather(1, quantiles.clamp(max=values.shape[1] - 1))]
+    gaps = torch.cat([zero, values.diff(dim=1)], 1)
+    cube_root = (mass * gaps.square()).pow(1 / 3).cumsum(1)
+    starts = [even, _quantiles(values, sums[0][:, 1:]), _quantiles(values, cube_root)]
     results = [_lloyd(values, sums, start) for start in starts]
-    errors = torch.stack([error for _, error in results])
-    return torch.where((errors[1] < errors[0]).unsqueeze(1), results[1][0], results[0][0])
+    best = torch.stack([error for _, error in results]).argmin(0)
+    return torch.stack([tables for tables, _ in results], 1)[torch.arange(len(values), device=values.device), best]
+
+
+def _quantiles(values: Tensor, mass: Tensor) -> Tensor:
+    """Of sorted values (rows, columns), those in the middle of SIZE equal parts of a cumulative mass."""
+    parts = (torch.arange(SIZE, dtype=mass.dtype, device=mass.device) + 0.5) / SIZE
+    found = torch.searchsorted(mass.contiguous(), (parts * mass[:, -1:]).contiguous())
+    return values.gather(1, found.clamp(max=values.shape[1] - 1))
 
 
 def _lloyd(values: Tensor, sums: list[Tensor], tables: Tensor) -> tuple[Tensor, Tensor]:
