@@ -54,17 +54,14 @@ class WeightSpec:
             format, granularity, store = block.format, block.granularity, block.store
         if granularity == "token":
             raise UsageError("granularity 'token' is for activations: use tensor, channel or group:N for weights")
+        check_table(format, granularity, scale, store)
         return cls(
             get_format(format),
             Granularity.parse(granularity),
             check_choice("scale rule", scale, (*RULES, *DATA_RULES)),
             check_choice("scale storage", store, (*STORES, TABLE)),
             split,
-        )._checked()
-
-    def _checked(self) -> "WeightSpec":
-        check_table(self.fmt.name, str(self.granularity), self.scale, self.store)
-        return self
+        )
 
     @property
     def has_table(self) -> bool:
@@ -107,7 +104,7 @@ def check_table(fmt: str, granularity: str, scale: str, store: str) -> None:
     """UsageError for a table for other than 4-bit codes of whole rows, or that nothing fits."""
     if store != TABLE:
         return
-    if fmt != NF4.name or granularity != "channel":
+    if fmt.lower() != NF4.name or granularity != "channel":
         raise UsageError(
             f"store: table is 16 values of each output channel: it goes with weights: lut4 and granularity: channel, "
             f"not {fmt} and {granularity}"
