@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 import dmquant
 from dmquant.activations import TimestepRanges
+from dmquant.calib.activation_formats import choose_activation_formats
 from dmquant.calib.codes import CodesFolder
 from dmquant.calib.learn import (
     DTYPES,
@@ -32,8 +33,8 @@ from dmquant.calib.learn import (
     learn,
     learning_layers,
 )
-from dmquant.calib.memory import check_budget, default_budget, return_freed_memory
-from dmquant.calib.moments import Moments, columns_of, fit_grid
+from dmquant.calib.memory import STATE, check_budget, default_budget, passes, return_freed_memory
+from dmquant.calib.moments import Moments, alike, columns_of, fit_grid, moments_for, needs_moments
 from dmquant.calib.outputs import Budget
 from dmquant.calib.ranges import check_timesteps, observe_ranges
 from dmquant.calib.replay import replaced_forward, trace
@@ -130,6 +131,7 @@ class _Engine:
             check_timesteps(store)
         self.parts: dict[str, dict[str, dict[str, Tensor]]] = {}  # of layers, by transform
         self.input_scales: dict[str, Tensor] = {}
+        self.input_formats: dict[str, str] = {}
         self.reports: list[LayerReport] = []
         depends_on = {
             "recipe": recipe.to_dict(),
@@ -149,9 +151,11 @@ class _Engine:
         one = self.store.batch([self.learning[0]], self.device)
         self.blocks = find_blocks(self.names, self.plans, lambda names: trace(backbone, one, names))
         total = default_budget() if self.memory_budget is None else self.memory_budget
-        needed = check_budget(total, backbone, self.blocks, self.options)
-        budget = Budget(total - needed, self.spill)
+        self.moments_bytes = self._bytes_of_moments()
+        self.needed = check_budget(total, backbone, self.blocks, self.options, self.moments_bytes)
+        budget = Budget(total - self.needed, self.spill)
         prepare_(backbone, {name: step.transforms for name, step in self.plans.items()})
+        self._choose_activation_formats()
         self._observe_static_ranges()
         self.streams = Streams(backbone, self.blocks, self.store, self.ranges, budget, self.options)
         facts, learned_seconds = [], []
@@ -270,30 +274,52 @@ class _Engine:
             name: fit_transforms(layer, self.plans[name], inputs[name], statistics.get(name))
             for name, layer in layers.items()
         }
-        moments = self._moments(number, task, inputs, title, bar)
-        options = self.method.Options.model_validate(self.recipe.rounding.options)
-        learners = []
-        for name, layer in layers.items():
-            grid = fit_grid(weights[name], self._called(self.plans[name], name in moments), moments.get(name))
-            learners.append(Learner(name, layer, grid, self.method.start(grid, options), inputs[name]))
-        return learners
+        learners = {}
+        sizes = {name: self.moments_bytes.get(name, 0) for name in layers}
+        for names in passes(sizes, self.needed - STATE * sum(weight.numel() for weight in weights.values())):
+            moments = self._moments(number, task, {name: inputs[name] for name in names}, title, bar)
+            for name in names:
+                learners[name] = self._learner(name, weights[name], inputs[name], moments.pop(name, None))
+        return [learners[name] for name in task.layers]
+
+    def _learner(self, name: str, weight: Tensor, quantized: nn.Module, moments: Moments | None) -> Learner:
+        """A layer with the grid of its (transformed) weight fitted and its rounding started, or solved."""
+        method = self.method
+        options = method.Options.model_validate(self.recipe.rounding.options)
+        grid = fit_grid(weight, self._called(self.plans[name], moments is not None), moments, options)
+        if not method.NEEDS_MOMENTS:
+            rounding = method.start(grid, options)
+        elif moments is None or not moments.in_full:
+            rounding = get_method("nearest").start(grid, None)
+        else:
+            rounding = method.start(grid, options, moments.matrix(grid.spec, grid.shape))
+        return Learner(name, self.backbone.get_submodule(name), grid, rounding, quantized)
+
+    def _bytes_of_moments(self) -> dict[str, int]:
+        """Of the layers whose moments are collected in full."""
+        found = {}
+        for name, step in self.plans.items():
+            moments = moments_for(self.backbone.get_submodule(name), step, self.method, torch.device("meta"))
+            if moments is not None and moments.in_full:
+                found[name] = moments.sums.nbytes
+        return found
 
     def _moments(
         self, number: int, task: Task, inputs: dict[str, nn.Module], title: str, bar: Bar
     ) -> dict[str, Moments]:
-        """Second moments of the inputs of those layers whose scales or formats are chosen by output error."""
-        wanted = {
-            name: Moments(self.backbone.get_submodule(name).weight[0].numel(), self.plans[name].weights, self.device)
-            for name in task.layers
-            if self.plans[name].weights.scale == "hessian" or self.plans[name].candidates
+        """Second moments of the inputs of those of these layers for which something is decided by output error."""
+        found = {
+            name: moments_for(self.backbone.get_submodule(name), self.plans[name], self.method, self.device)
+            for name in inputs
         }
+        wanted = {name: moments for name, moments in found.items() if moments is not None}
         if not wanted:
             return {}
 
         def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
             def add(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
-                x = inputs[name].transform_input(args[0])
-                wanted[name].add(columns_of(layer, inputs[name].quantize_input(x)))
+                x = inputs[name].quantize_input(inputs[name].transform_input(args[0]))
+                wanted[name].add(columns_of(layer, alike(x) if wanted[name].in_full else x))
 
             return add
 
@@ -332,6 +358,17 @@ class _Engine:
             self.streams.run(self.streams.quantized, number, task.output, batch)
 
     # Layers
+
+    def _choose_activation_formats(self) -> None:
+        open_ = {name: step for name, step in self.plans.items() if step.activation_candidates}
+        if not open_:
+            return
+        with self.bar("activation formats") as bar:
+            chosen = choose_activation_formats(self.backbone, open_, self.store, self.options.batch_size, bar)
+        self.input_formats = {name: fmt.name for name, fmt in chosen.items()}
+        for name, step in open_.items():
+            activations = replace(step.activations, fmt=chosen[name])
+            self.plans[name] = replace(step, activations=activations, activation_candidates=())
 
     def _observe_static_ranges(self) -> None:
         specs = {name: step.activations for name, step in self.plans.items() if step.activations}
@@ -379,9 +416,8 @@ class _Engine:
         }
 
     def _called(self, step: LayerPlan, seen: bool) -> LayerPlan:
-        """The plan of a layer that no sample reached: by weight error, in the recipe's own format."""
-        needs_data = step.weights.scale == "hessian" or step.candidates
-        if seen or not needs_data:
+        """The plan of a layer that has no moments: by weight error, in the recipe's own format."""
+        if seen or not needs_moments(step):
             return step
         return replace(step, weights=replace(step.weights, scale="mse"), candidates=())
 
@@ -397,14 +433,23 @@ class _Engine:
 
     def _resolved_recipe(self) -> Recipe:
         """The recipe with the format of every layer named, so that it alone rebuilds the model."""
-        if not any(settings.candidates for settings in (self.recipe, *self.recipe.rules)):
-            return self.recipe
-        chosen: dict[str, list[str]] = {}
-        for report in self.reports:
-            chosen.setdefault(report.plan.weights.fmt.name, []).append(report.plan.name)
-        rules = [rule.model_copy(update={"candidates": None}) for rule in self.recipe.rules]
-        rules += [Rule(match=names, weights=name) for name, names in sorted(chosen.items())]
-        return self.recipe.model_copy(update={"candidates": None, "rules": rules})
+        everywhere, decided, named = (self.recipe, *self.recipe.rules), {}, []
+        if any(settings.candidates for settings in everywhere):
+            decided["candidates"] = None
+            named += _rules("weights", {report.plan.name: report.plan.weights.fmt.name for report in self.reports})
+        if any(settings.activation_candidates for settings in everywhere):
+            decided["activation_candidates"] = None
+            named += _rules("activations", self.input_formats)
+        rules = [rule.model_copy(update=decided) for rule in self.recipe.rules]
+        return self.recipe.model_copy(update=decided | {"rules": [*rules, *named]}) if decided else self.recipe
+
+
+def _rules(key: str, values: Mapping[str, str]) -> list[Rule]:
+    """Rules that give each of these layers its value of a setting."""
+    layers: dict[str, list[str]] = {}
+    for name, value in values.items():
+        layers.setdefault(value, []).append(name)
+    return [Rule(match=names, **{key: value}) for value, names in sorted(layers.items())]
 
 
 def _tensors_of(values: dict[str, QuantizedTensor]) -> dict[str, Tensor]:

@@ -62,6 +62,8 @@ class Learned:
     """Step whose hard roundings were kept; 0 is nearest rounding."""
     undecided: float
     """Share of the weights that were between two values when the last step ended."""
+    solved: bool = False
+    """Whether what was kept are roundings that a method found without steps."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,8 @@ def learn(
     The loss is the mean squared error of the unit's output over that of nearest rounding, plus the roundings'
     penalties averaged over all weights, so one setting serves units of all sizes. Adam, constant rate. Mini-batches
     hold samples from all over the schedule. At `options.checks` points the hard roundings are tried on held-out
-    samples; what is kept is the best of these and nearest rounding. `report(step, loss)` is called now and then.
+    samples; what is kept is the best of these and nearest rounding. Roundings without parameters are tried once, as
+    they are. `report(step, loss)` is called now and then.
     Raises UserError for a loss that is not finite.
     """
     generator = torch.Generator().manual_seed(options.seed)
@@ -92,7 +95,14 @@ def learn(
     if not math.isfinite(nearest_error):
         raise UserError(f"the error of {unit} is {nearest_error}: its activations hold NaN or infinity")
     parameters = [parameter for learner in learners for parameter in learner.rounding.parameters()]
-    if not parameters or not options.iterations:
+    if not parameters:
+        hard = {learner.name: learner.rounding.hard() for learner in learners}
+        if all(torch.equal(hard[name], nearest) for name, nearest in kept.items()):
+            return Learned(nearest_error, nearest_error, 0, 0.0), kept
+        error = held_out_error(learners, data, hard, options)
+        solved = error < nearest_error
+        return Learned(nearest_error, min(error, nearest_error), 0, 0.0, solved), hard if solved else kept
+    if not options.iterations:
         return Learned(nearest_error, nearest_error, 0, 0.0), kept
     weights, best_step = sum(learner.grid.weight.numel() for learner in learners), 0
     optimizer = torch.optim.Adam(parameters, lr=options.learning_rate, fused=True)

@@ -4,8 +4,9 @@ import ctypes
 import gc
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 from torch import nn
 
@@ -16,6 +17,8 @@ from dmquant.recipe import Learning
 
 STATE = 80
 """Bytes a weight while its rounding is learned, measured: grid, bounds, V with gradient and moments, the graph."""
+SOLVING = 7
+"""Times the size of its moments that solving a layer takes beside them: three matrices in float64, one in float32."""
 FALLBACK = 4_000_000_000
 BACKWARD = 2  # what autograd keeps, and gradients of about the same size
 
@@ -36,9 +39,18 @@ def return_freed_memory() -> None:
         libc.malloc_trim(0)
 
 
-def check_budget(total: int, backbone: nn.Module, blocks: Sequence[Block], learning: Learning) -> int:
-    """Bytes that learning the largest unit takes; UsageError where that is more than `total`."""
-    needed = {block.name: _needed(backbone, blocks, number, learning) for number, block in enumerate(blocks)}
+def check_budget(
+    total: int,
+    backbone: nn.Module,
+    blocks: Sequence[Block],
+    learning: Learning,
+    moments: Mapping[str, int] = MappingProxyType({}),
+) -> int:
+    """Bytes that learning the largest unit takes; UsageError where that is more than `total`.
+
+    `moments`: bytes of the second moments of those layers that are solved by them, of which one at a time has to fit.
+    """
+    needed = {block.name: _needed(backbone, blocks, number, learning, moments) for number, block in enumerate(blocks)}
     largest = max(needed, key=needed.get)
     if needed[largest] > total:
         least = _megabytes(needed[largest])
@@ -49,14 +61,28 @@ def check_budget(total: int, backbone: nn.Module, blocks: Sequence[Block], learn
     return needed[largest]
 
 
-def _needed(backbone: nn.Module, blocks: Sequence[Block], number: int, learning: Learning) -> int:
+def passes(moments: Mapping[str, int], budget: int) -> list[list[str]]:
+    """Layers in their order, as many together as the moments of all and solving one of them take of `budget` bytes."""
+    together: list[list[str]] = [[]]
+    for name, size in moments.items():
+        sizes = [*(moments[other] for other in together[-1]), size]
+        if together[-1] and sum(sizes) + SOLVING * max(sizes) > budget:
+            together.append([])
+        together[-1].append(name)
+    return together
+
+
+def _needed(
+    backbone: nn.Module, blocks: Sequence[Block], number: int, learning: Learning, moments: Mapping[str, int]
+) -> int:
     by_name = {block.name: block for block in blocks}
     most = 0
     for task in tasks_of(blocks, number, learning):
         weights = sum(backbone.get_submodule(name).weight.numel() for name in task.layers)
         members = [by_name[name] for name in task.blocks]
         activations = sum(block.saved_bytes * BACKWARD + 2 * nbytes(block.output) for block in members)
-        most = max(most, STATE * weights + activations * learning.batch_size)
+        solving = (1 + SOLVING) * max((moments.get(name, 0) for name in task.layers), default=0)
+        most = max(most, STATE * weights + max(activations * learning.batch_size, solving))
     return most
 
 

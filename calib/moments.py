@@ -1,16 +1,22 @@
 """Second moments of a layer's inputs, H = mean x x^T: what they say of the error of its output."""
 
+from types import ModuleType
+
 import torch
 import torch.nn.functional as F
+from pydantic import BaseModel
 from torch import Tensor, nn
 
 from dmquant.convert import LayerPlan
 from dmquant.errors import UsageError
-from dmquant.qtensor import WeightSpec, from_matrix, to_matrix
+from dmquant.lean import fit_lean
+from dmquant.qtensor import WeightSpec, fit, from_matrix, to_matrix
 from dmquant.rounding.grid import Grid
-from dmquant.scaling import Scales, fit_hessian, to_groups
+from dmquant.scaling import DATA_RULES, Scales, fit_hessian, to_groups
 
-LARGEST = 8192  # columns of a layer whose moments are kept in full; beyond, only those inside its groups
+LARGEST = (
+    8192  # columns of a layer whose moments are kept in full if nothing demands it; beyond, those inside its groups
+)
 POSITIONS = 256  # of a row of the batch
 
 
@@ -20,10 +26,11 @@ class Moments:
     Columns are in the order of the weight's matrix form without a split.
     """
 
-    def __init__(self, columns: int, spec: WeightSpec, device: torch.device):
-        self.columns = columns
-        in_full = columns <= LARGEST or spec.split is not None  # groups of a split weight are no blocks in this order
-        self.size = columns if in_full else spec.granularity.size or columns
+    def __init__(self, columns: int, spec: WeightSpec, device: torch.device, in_full: bool = False):
+        self.columns, self.in_full = columns, in_full
+        # Groups of a split weight are no blocks in this order.
+        whole = in_full or columns <= LARGEST or spec.split is not None
+        self.size = columns if whole else spec.granularity.size or columns
         blocks = -(-columns // self.size)
         self.sums = torch.zeros(blocks, self.size, self.size, device=device)
         self.tokens = 0
@@ -33,6 +40,14 @@ class Moments:
         blocks = F.pad(x.float(), (0, -self.columns % self.size)).view(len(x), -1, self.size).transpose(0, 1)
         self.sums.baddbmm_(blocks.transpose(1, 2), blocks)
         self.tokens += len(x)
+
+    def matrix(self, spec: WeightSpec, shape: tuple[int, ...]) -> Tensor:
+        """All of them (columns, columns), in the order of the matrix form of a weight of this shape, split and all."""
+        mean = self.sums[0] / max(self.tokens, 1)
+        if spec.split is None:
+            return mean
+        order = to_matrix(from_matrix(torch.arange(self.columns).view(1, -1), (1, *shape[1:])), spec.split)[0]
+        return mean[order[:, None], order]
 
     def inside_groups(self, spec: WeightSpec, shape: tuple[int, ...]) -> Tensor:
         """What matters of them within the groups of a weight of this shape: (groups, size, size), padded with 0."""
@@ -49,6 +64,33 @@ class Moments:
         """Mean squared output, summed over rows, that the error of a weight (rows, columns) makes."""
         parts = F.pad(error, (0, -self.columns % self.size)).view(len(error), -1, self.size).transpose(0, 1)
         return float((torch.bmm(parts, self.sums) * parts).sum() / max(self.tokens, 1))
+
+
+def moments_for(layer: nn.Module, plan: LayerPlan, method: ModuleType, device: torch.device) -> Moments | None:
+    """Where the moments of a layer's inputs are to be collected; None where nothing asks for them.
+
+    In full where the rounding `method` needs them; a convolution without columns of its own is then left to nearest.
+    """
+    in_full = method.NEEDS_MOMENTS and has_columns(layer)
+    if not in_full and (plan.weights.scale == "lean" or not needs_moments(plan)):
+        return None
+    return Moments(layer.weight[0].numel(), plan.weights, device, in_full)
+
+
+def has_columns(layer: nn.Module) -> bool:
+    """Whether all output channels meet the same inputs, and those can be listed."""
+    return isinstance(layer, nn.Linear) or (
+        layer.groups == 1 and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
+    )
+
+
+def alike(x: Tensor) -> Tensor:
+    """`x` with each row of the batch over its RMS, in float32: no timestep weighs more for its size.
+
+    Rows, because the rows of a backbone call have timesteps of their own; their mean square is all that is taken off.
+    """
+    rms = x.float().flatten(1).square().mean(1).sqrt().clamp(min=1e-30)
+    return x.float() / rms.view(-1, *(1,) * (x.ndim - 1))
 
 
 def columns_of(layer: nn.Linear | nn.Conv2d, x: Tensor) -> Tensor:
@@ -85,18 +127,30 @@ def _chosen(count: int, device: torch.device) -> Tensor:
     return torch.randperm(count, generator=torch.Generator().manual_seed(0))[:POSITIONS].to(device)
 
 
-def fit_grid(weight: Tensor, plan: LayerPlan, moments: Moments | None) -> Grid:
-    """The grid of a layer's weight: its scales fitted, and of its candidate formats the one of least output error."""
+def fit_grid(weight: Tensor, plan: LayerPlan, moments: Moments | None, options: BaseModel | None = None) -> Grid:
+    """The grid of a layer's weight: its scales fitted, and of its candidate formats the one of least output error.
+
+    `options` are those of the rounding method, which scales that are fitted for it look at.
+    """
     matrix, shape = to_matrix(weight.detach().float(), plan.weights.split), tuple(weight.shape)
     specs = [plan.weights.with_format(fmt) for fmt in plan.candidates] or [plan.weights]
-    grids = [Grid(matrix, spec, _fit_scales(matrix, spec, shape, moments), shape) for spec in specs]
+    grids = [Grid(matrix, spec, _fit_scales(matrix, spec, shape, moments, options), shape) for spec in specs]
     if len(grids) == 1:
         return grids[0]
     return min(grids, key=lambda grid: moments.output_error(to_matrix(grid.as_weight(grid.nearest - matrix))))
 
 
-def _fit_scales(matrix: Tensor, spec: WeightSpec, shape: tuple[int, ...], moments: Moments | None) -> Scales:
-    groups = to_groups(matrix, spec.granularity, spec.segments(shape))
-    if spec.scale != "hessian":
-        return spec.rule(groups, spec.fmt, spec.store)
-    return fit_hessian(groups, spec.fmt, spec.store, moments.inside_groups(spec, shape))
+def needs_moments(plan: LayerPlan) -> bool:
+    """Whether its scales or its format cannot be fitted without them."""
+    return plan.weights.scale in DATA_RULES or bool(plan.candidates)
+
+
+def _fit_scales(
+    matrix: Tensor, spec: WeightSpec, shape: tuple[int, ...], moments: Moments | None, options: BaseModel | None
+) -> Scales:
+    if spec.scale == "lean":
+        return fit_lean(matrix, spec, shape, moments.matrix(spec, shape), options)
+    if spec.scale == "hessian":
+        groups = to_groups(matrix, spec.granularity, spec.segments(shape))
+        return fit_hessian(groups, spec.fmt, spec.store, moments.inside_groups(spec, shape))
+    return fit(matrix, spec, spec.segments(shape))

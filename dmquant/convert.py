@@ -25,6 +25,8 @@ class LayerPlan:
     note: str | None = None
     candidates: tuple[Format, ...] = ()
     """Formats to choose from by output error; empty where the recipe names one."""
+    activation_candidates: tuple[Format, ...] = ()
+    """Likewise for the input."""
     transforms: tuple[Transform, ...] = ()
     """In the order in which they apply."""
 
@@ -78,8 +80,10 @@ def plan(module: nn.Module, recipe: Recipe) -> list[LayerPlan]:
                 split=split,
             )
         candidates = tuple(map(get_format, settings.candidates or ()))
+        of_input = tuple(map(get_format, settings.activation_candidates or ())) if activations else ()
         transforms = _transforms(name, layer, settings, split)
-        plans.append(LayerPlan(name, weights, activations, _remainder(layer, weights), candidates, transforms))
+        note = _remainder(layer, weights)
+        plans.append(LayerPlan(name, weights, activations, note, candidates, of_input, transforms))
     return plans
 
 

@@ -14,7 +14,7 @@ from dmquant.activations import ActivationSpec, TimestepRanges, static_scale
 from dmquant.errors import UsageError
 from dmquant.packing import packed_size
 from dmquant.qtensor import QuantizedTensor, WeightSpec, check_finite, quantize
-from dmquant.scaling import STORES, Scales
+from dmquant.scaling import Scales, stored_dtype
 from dmquant.transforms import Transform, chains
 
 
@@ -55,7 +55,7 @@ class _QuantizedLayer(nn.Module):
         self.weight_shape, self.weight_spec, self.activations, self.transforms = shape, spec, activations, transforms
         rows, columns = shape[0], sum(spec.segments(shape))
         self.qweight = _bytes_parameter((rows, packed_size(columns, spec.fmt.bits)), torch.uint8, device)
-        self.scale = _bytes_parameter(spec.scale_shape(shape), STORES[spec.store].dtype, device)
+        self.scale = _bytes_parameter(spec.scale_shape(shape), stored_dtype(spec.store), device)
         base = spec.base_shape(shape)
         self.scale_base = None if base is None else _bytes_parameter(base, torch.float32, device)
         self.input_scale, self.timestep_ranges = None, None
@@ -109,7 +109,7 @@ class _QuantizedLayer(nn.Module):
     @property
     def scales(self) -> Scales:
         spec = self.weight_spec
-        stored = self.scale.view(STORES[spec.store].dtype)
+        stored = self.scale.view(stored_dtype(spec.store))
         base = None if self.scale_base is None else self.scale_base.view(torch.float32)
         return Scales(stored, base, spec.store)
 

@@ -7,19 +7,22 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from dmquant import tables
 from dmquant.errors import UsageError
-from dmquant.formats import Format, get_format
+from dmquant.formats import NF4, Format, get_format
 from dmquant.packing import pack, packed_size, unpack
 from dmquant.scaling import (
     BLOCK_FORMATS,
     DATA_RULES,
     RULES,
     STORES,
+    TABLE,
     Granularity,
     Scales,
     absmax,
     check_choice,
     from_groups,
+    stored_dtype,
     to_groups,
 )
 
@@ -51,13 +54,19 @@ class WeightSpec:
             format, granularity, store = block.format, block.granularity, block.store
         if granularity == "token":
             raise UsageError("granularity 'token' is for activations: use tensor, channel or group:N for weights")
+        check_table(format, granularity, scale, store)
         return cls(
             get_format(format),
             Granularity.parse(granularity),
             check_choice("scale rule", scale, (*RULES, *DATA_RULES)),
-            check_choice("scale storage", store, STORES),
+            check_choice("scale storage", store, (*STORES, TABLE)),
             split,
         )
+
+    @property
+    def has_table(self) -> bool:
+        """Whether every row has values of its own, and codes are their indices; there are no scales then."""
+        return self.store == TABLE
 
     @property
     def rule(self) -> Callable[..., Scales]:
@@ -77,7 +86,9 @@ class WeightSpec:
         return first, columns - first
 
     def scale_shape(self, shape: tuple[int, ...]) -> tuple[int, int]:
-        """Scale rows and scale columns of a weight of this shape."""
+        """Scale rows and scale columns of a weight of this shape; of its tables rows and values."""
+        if self.has_table:
+            return shape[0], tables.SIZE
         columns = sum(math.ceil(part / (self.granularity.size or part)) for part in self.segments(shape))
         return 1 if self.granularity.kind == "tensor" else shape[0], columns
 
@@ -87,6 +98,19 @@ class WeightSpec:
         It is one for both halves of a split weight, so that a kernel can apply it to the sum of their products.
         """
         return {"pow2": (self.scale_shape(shape)[0], 1), "e4m3": (1, 1)}.get(self.store)
+
+
+def check_table(fmt: str, granularity: str, scale: str, store: str) -> None:
+    """UsageError for a table for other than 4-bit codes of whole rows, or that nothing fits."""
+    if store != TABLE:
+        return
+    if fmt.lower() != NF4.name or granularity != "channel":
+        raise UsageError(
+            f"store: table is 16 values of each output channel: it goes with weights: lut4 and granularity: channel, "
+            f"not {fmt} and {granularity}"
+        )
+    if scale not in ("mse", "lean"):
+        raise UsageError(f"a table is fitted by scale: mse or lean, not {scale}")
 
 
 @dataclass(frozen=True)
@@ -158,17 +182,17 @@ def quantize(weight: Tensor, spec: WeightSpec) -> QuantizedTensor:
     shape = tuple(weight.shape)
     matrix, segments = to_matrix(weight.detach(), spec.split), spec.segments(shape)
     rows, columns = matrix.shape
-    parts, store = _parts(rows, columns, spec.granularity), STORES[spec.store]
+    parts = _parts(rows, columns, spec.granularity)
     # The results first, then what a part needs for a while: so that memory peaks near the size of the results.
     codes = matrix.new_empty(rows, packed_size(columns, spec.fmt.bits), dtype=torch.uint8)
-    stored = matrix.new_empty(spec.scale_shape(shape), dtype=store.dtype)
+    stored = matrix.new_empty(spec.scale_shape(shape), dtype=stored_dtype(spec.store))
     amplitude = torch.cat([absmax(to_groups(matrix[part].float(), spec.granularity, segments)) for part in parts])
     check_finite(amplitude)
-    base = store.base(amplitude, spec.fmt)
+    base = None if spec.has_table else STORES[spec.store].base(amplitude, spec.fmt)
     for part in parts:
         exact = matrix[part].float()
         base_of_part = base if base is None or len(base) == 1 else base[part]
-        scales = spec.rule(to_groups(exact, spec.granularity, segments), spec.fmt, spec.store, base_of_part)
+        scales = fit(exact, spec, segments, base_of_part)
         stored[part], codes[part] = scales.stored, encode(exact, scales.decode(), spec, segments)
     return QuantizedTensor(codes, Scales(stored, base, spec.store), spec, shape)
 
@@ -185,8 +209,17 @@ def _parts(rows: int, columns: int, granularity: Granularity) -> list[slice]:
     return [slice(start, start + size) for start in range(0, rows, size)]
 
 
+def fit(matrix: Tensor, spec: WeightSpec, segments: tuple[int, ...], base: Tensor | None = None) -> Scales:
+    """Scales or tables of a float32 matrix by the rule of its specification, without data."""
+    if spec.has_table:
+        return tables.fit_table(matrix)
+    return spec.rule(to_groups(matrix, spec.granularity, segments), spec.fmt, spec.store, base)
+
+
 def encode(matrix: Tensor, scale: Tensor, spec: WeightSpec, segments: tuple[int, ...]) -> Tensor:
-    """Packed nearest codes (rows x bytes) of a float32 matrix under float32 scales."""
+    """Packed nearest codes (rows x bytes) of a float32 matrix under float32 scales or tables."""
+    if spec.has_table:
+        return pack(tables.nearest_entries(matrix, scale).to(torch.uint8), spec.fmt.bits)
     groups = to_groups(matrix, spec.granularity, segments)
     codes = spec.fmt.encode(groups / scale.unsqueeze(-1))
     return pack(from_groups(codes, spec.granularity, segments), spec.fmt.bits)
@@ -195,6 +228,9 @@ def encode(matrix: Tensor, scale: Tensor, spec: WeightSpec, segments: tuple[int,
 def dequantize(codes: Tensor, scale: Tensor, spec: WeightSpec, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """What packed codes and float32 scales stand for; this defines the meaning of a quantized weight."""
     segments = spec.segments(shape)
+    if spec.has_table:
+        indices = unpack(codes, spec.fmt.bits, sum(segments))
+        return from_matrix(tables.look_up(indices, scale), shape, spec.split).to(dtype)
     values = spec.fmt.decode(unpack(codes, spec.fmt.bits, sum(segments)))
     groups = to_groups(values, spec.granularity, segments) * scale.unsqueeze(-1)
     return from_matrix(from_groups(groups, spec.granularity, segments), shape, spec.split).to(dtype)

@@ -76,6 +76,8 @@ class Settings(BaseModel):
     store: str | None = None
     candidates: list[str] | None = None
     """Formats of one size: calibration takes for each layer the one of least output error."""
+    activation_candidates: list[str] | None = None
+    """Likewise for the layer's input."""
     split: int | None = None
     """The input is a concatenation: its first `split` channels and the others get scales of their own; 0: it is not."""
     transforms: list[Transformation] | None = None
@@ -92,7 +94,7 @@ class Settings(BaseModel):
             get_format(name)
         return name
 
-    @field_validator("candidates")
+    @field_validator("candidates", "activation_candidates")
     @classmethod
     def _known_formats(cls, names: list[str] | None) -> list[str] | None:
         from dmquant.formats import get_format
@@ -128,9 +130,9 @@ class Settings(BaseModel):
     @field_validator("store")
     @classmethod
     def _known_store(cls, name: str | None) -> str | None:
-        from dmquant.scaling import STORES, check_choice
+        from dmquant.scaling import STORES, TABLE, check_choice
 
-        return name if name is None else check_choice("scale storage", name, STORES)
+        return name if name is None else check_choice("scale storage", name, (*STORES, TABLE))
 
     def check_transforms(self) -> list[tuple[str, dict[str, Any]]]:
         """Names and options of the transforms; UsageError where these settings cannot go together."""
@@ -141,10 +143,17 @@ class Settings(BaseModel):
         for name in names:
             if names.count(name) > 1:
                 raise UsageError(f"transform {name} is named twice for the same layers: set it once")
-            if get_method(name).METHOD.CHANGES_INPUT and self.activation_scale not in (None, ONLINE):
+            if not get_method(name).METHOD.CHANGES_INPUT:
+                continue
+            if self.activation_scale not in (None, ONLINE):
                 raise UsageError(
                     f"transform {name} changes the input that is quantized, and static activation scales are observed "
                     "on the input as it was: use activation_scale: online"
+                )
+            if self.activation_candidates:
+                raise UsageError(
+                    f"transform {name} changes the input that is quantized, and activation_candidates are tried on the "
+                    "input as it was: name one format in activations"
                 )
         return chosen
 
@@ -227,12 +236,21 @@ class Recipe(Settings):
     rules: list[Rule] = Field(default_factory=list)
 
     @model_validator(mode="after")
-    def _transforms_fit(self) -> "Recipe":
+    def _goes_together(self) -> "Recipe":
         """Refuse what cannot go together, for all layers and for those of each rule alone."""
-        for rule in (None, *self.rules):
-            changed = {} if rule is None else {key: getattr(rule, key) for key in Settings.model_fields}
-            merged = {key: getattr(self, key) for key in Settings.model_fields}
-            merged |= {key: value for key, value in changed.items() if value is not None}
+        from dmquant.qtensor import check_table
+        from dmquant.rounding import get_method
+        from dmquant.scaling import BLOCK_FORMATS
+
+        for rule in (self, *self.rules):
+            set_by_rule = {key: value for key in Settings.model_fields if (value := getattr(rule, key)) is not None}
+            merged = {key: getattr(self, key) for key in Settings.model_fields} | set_by_rule
+            if merged["scale"] == "lean" and not get_method(self.rounding.method).NEEDS_MOMENTS:
+                raise UsageError("scale: lean is fitted to the errors of rounding: gptq, and there is no other here")
+            if merged["weights"] not in NO_FORMAT and merged["weights"].lower() not in BLOCK_FORMATS:
+                check_table(merged["weights"], merged["granularity"], merged["scale"], merged["store"])
+            if merged["store"] == "table" and merged["candidates"]:
+                raise UsageError("a table is no format to choose: leave out candidates, or store: table")
             Settings.model_construct(**merged).check_transforms()
         return self
 
@@ -243,12 +261,17 @@ class Recipe(Settings):
         from dmquant.scaling import DATA_RULES
 
         everywhere = [self, *self.rules]
+        method = get_method(self.rounding.method)
         transforms = [transform for settings in everywhere for transform in settings.transforms or ()]
         return (
-            get_method(self.rounding.method).LEARNS
+            method.LEARNS
+            or method.NEEDS_MOMENTS
             or any(map(_takes_data, transforms))
             or any(
-                settings.scale in DATA_RULES or settings.candidates or settings.activation_scale not in (None, ONLINE)
+                settings.scale in DATA_RULES
+                or settings.candidates
+                or settings.activation_candidates
+                or settings.activation_scale not in (None, ONLINE)
                 for settings in everywhere
             )
         )
@@ -270,6 +293,8 @@ class Recipe(Settings):
         changed = {key: name for key, name in formats.items() if name is not None and name != getattr(recipe, key)}
         if "weights" in changed:  # the candidates stood for the recipe's own format
             changed["candidates"] = None
+        if "activations" in changed:
+            changed["activation_candidates"] = None
         return recipe.with_settings(**changed)
 
     def with_settings(self, **settings: Any) -> "Recipe":

@@ -16,6 +16,7 @@ from dmquant.formats import Format, get_format
 
 _SMALLEST = 2.0**-126  # the smallest normal float32: below it a quotient could overflow
 _LARGEST = 3.38e38  # a little under the largest bfloat16: a scale rounded up must not overflow when multiplied
+GRADIENT_STEPS, GRADIENT_RATE = 100, 0.03
 _EXAMPLES = ("tensor", "channel", "token", "group:32", "group:64", "group:128")
 
 
@@ -192,17 +193,25 @@ STORES = {
 }
 
 
+TABLE = "table"  # instead of scales: the values themselves (dmquant.tables)
+
+
+def stored_dtype(store: str) -> torch.dtype:
+    """Of the scales, or of the tables, as they are stored."""
+    return torch.bfloat16 if store == TABLE else STORES[store].dtype
+
+
 @dataclass(frozen=True)
 class Scales:
-    """Fitted scales as stored, and the float32 base that they are relative to, if any."""
+    """Fitted scales as stored, and the float32 base that they are relative to, if any; or the tables of all rows."""
 
     stored: Tensor
     base: Tensor | None
     store: str
 
     def decode(self) -> Tensor:
-        """Float32 scales, (scale rows, scale columns)."""
-        return STORES[self.store].decode(self.stored, self.base)
+        """Float32 scales, (scale rows, scale columns), or tables."""
+        return self.stored.float() if self.store == TABLE else STORES[self.store].decode(self.stored, self.base)
 
 
 def absmax(groups: Tensor) -> Tensor:
@@ -242,13 +251,56 @@ def fit_hessian(groups: Tensor, fmt: Format, store: str, moments: Tensor) -> Sca
     return _search(groups, fmt, store, None, output_error)
 
 
+def fit_weighted(groups: Tensor, fmt: Format, store: str, weights: Tensor) -> Scales:
+    """The multiple of absmax with the least squared weight error, every element counting by its weight.
+
+    `weights` broadcast to `groups`. The weights of a few may exceed all others, so multiples are tried that clip more.
+    """
+    further = (0.125,) if STORES[store].search == _OCTAVES else (0.3, 0.35, 0.4, 0.45, 0.5, 0.55)
+    return _search(groups, fmt, store, None, lambda error: error.square_().mul_(weights).sum(-1), further)
+
+
+def fit_gradient(groups: Tensor, fmt: Format, store: str, base: Tensor | None = None) -> Scales:
+    """The scale of least squared weight error, found by its gradient from absmax (EasyQuant, arXiv 2403.02775).
+
+    With the codes c = Q(x / s) held, d sum (s c - x)^2 / ds = 2 sum (s c - x) c: exact but where a code changes. Adam
+    on log s, with a scale at hand as it is stored; the best one so far of every group is kept.
+    """
+    kind, best = STORES[store], fit_absmax(groups, fmt, store, base)
+    amplitude, chosen = absmax(groups), best.stored
+    largest, smallest = (torch.full_like(amplitude, limit) for limit in (_LARGEST, _SMALLEST))
+    shift, mean, square = (torch.zeros_like(amplitude) for _ in range(3))
+    least = torch.full_like(amplitude, math.inf)
+    for step in range(1, GRADIENT_STEPS + 1):
+        tried = (amplitude * shift.exp()).minimum(largest).maximum(smallest)
+        stored = best.stored if step == 1 else kind.encode(tried, fmt, best.base)
+        scale = kind.decode(stored, best.base).unsqueeze(-1)
+        values = fmt.round(groups / scale).mul_(scale)
+        lost = values - groups
+        error = lost.square().sum(-1)
+        better = error < least
+        chosen, least = torch.where(better, stored, chosen), torch.where(better, error, least)
+        # Of log s, over the squared weights: s c is the value itself.
+        slope = 2 * values.mul_(lost).sum(-1) / groups.square().sum(-1).clamp(min=_SMALLEST)
+        mean.lerp_(slope, 0.1)
+        square.lerp_(slope.square(), 0.001)
+        unbiased = mean / (1 - 0.9**step), (square / (1 - 0.999**step)).sqrt() + 1e-12
+        shift -= GRADIENT_RATE * unbiased[0] / unbiased[1]
+    return Scales(chosen, best.base, store)
+
+
 def _search(
-    groups: Tensor, fmt: Format, store: str, base: Tensor | None, measure: Callable[[Tensor], Tensor]
+    groups: Tensor,
+    fmt: Format,
+    store: str,
+    base: Tensor | None,
+    measure: Callable[[Tensor], Tensor],
+    further: tuple[float, ...] = (),
 ) -> Scales:
-    """Of absmax and the multiples of it in the store's list, the scale of each group that `measure` finds best."""
+    """Of absmax and the multiples of it in the store's list and `further` ones, what `measure` finds best by group."""
     amplitude, kind, best = absmax(groups), STORES[store], fit_absmax(groups, fmt, store, base)
     chosen, least = best.stored, measure(_rounding_error(groups, best.decode(), fmt))
-    for multiple in kind.search:
+    for multiple in (*kind.search, *further):
         candidate = kind.encode(amplitude * multiple, fmt, best.base)
         error = measure(_rounding_error(groups, kind.decode(candidate, best.base), fmt))
         better = error < least
@@ -261,8 +313,12 @@ def _rounding_error(groups: Tensor, scale: Tensor, fmt: Format) -> Tensor:
     return fmt.round(groups / scale).mul_(scale).sub_(groups)
 
 
-RULES: dict[str, Callable[[Tensor, Format, str, Tensor | None], Scales]] = {"absmax": fit_absmax, "mse": fit_mse}
-DATA_RULES = ("hessian",)  # fitted where calibration data is at hand
+RULES: dict[str, Callable[[Tensor, Format, str, Tensor | None], Scales]] = {
+    "absmax": fit_absmax,
+    "mse": fit_mse,
+    "gradient": fit_gradient,
+}
+DATA_RULES = ("hessian", "lean")  # fitted where calibration data is at hand
 
 
 def check_choice(kind: str, name: str, choices: Iterable[str]) -> str:

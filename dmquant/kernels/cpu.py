@@ -44,7 +44,7 @@ def _pair_table(fmt: Format, dtype: torch.dtype) -> Tensor | None:
 
 def dequantize(codes: Tensor, scale: Tensor, spec: WeightSpec, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """The weight in `dtype`."""
-    if torch.compiler.is_compiling():  # which fuses the reference better than it looks up tables
+    if spec.has_table or torch.compiler.is_compiling():  # which fuses the reference better than it looks up tables
         return reference.dequantize(codes, scale, spec, shape, dtype)
     segments, size = spec.segments(shape), spec.granularity.size
     table = _pair_table(spec.fmt, dtype)

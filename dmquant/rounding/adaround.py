@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from dmquant.rounding.grid import Grid
 
 LEARNS = True
+NEEDS_MOMENTS = False
 ZETA, GAMMA = 1.1, -0.1  # the stretch of the sigmoid, arXiv 2004.10568, eq. 23
 
 

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from dmquant.rounding.grid import Grid
 
 LEARNS = False
+NEEDS_MOMENTS = False
 
 
 class Options(BaseModel):

@@ -1,0 +1,47 @@
+"""LeanQuant: a grid fitted where the error of GPTQ will be dearest.
+
+Zhang and Shrivastava, "LeanQuant: Accurate and Scalable Large Language Model Quantization with Loss-error-aware Grid",
+arXiv 2407.10032, section 3: with h_j the variance of input j given those rounded after it (the squared diagonal of the
+Cholesky factor of the inverse moments), an error in column j costs its square over h_j.
+"""
+
+import torch
+from torch import Tensor
+
+from dmquant.qtensor import WeightSpec
+from dmquant.rounding.gptq import Factor, Options, factorize, solve
+from dmquant.rounding.grid import Grid
+from dmquant.scaling import Scales, fit_weighted, to_groups
+from dmquant.tables import fit_table
+
+POWERS = (0, 1, 2, 4)
+
+
+def fit_lean(matrix: Tensor, spec: WeightSpec, shape: tuple[int, ...], moments: Tensor, options: Options) -> Scales:
+    """Scales, or tables, of least error under the weights h^-p, with the p of POWERS that gives GPTQ the least loss.
+
+    `moments` (columns, columns) and `matrix` (rows, columns) are in the order of the matrix form of a weight of this
+    `shape`; `options` are GPTQ's.
+    """
+    factor = factorize(moments, options)
+    by_power = [scales_of(matrix, spec, shape, factor, power) for power in POWERS]
+    return min(by_power, key=lambda scales: solve(Grid(matrix, spec, scales, shape), factor)[1])
+
+
+def scales_of(matrix: Tensor, spec: WeightSpec, shape: tuple[int, ...], factor: Factor, power: float) -> Scales:
+    """Scales, or tables, of least error under the weights h^-power."""
+    weights = column_weights(factor, power)
+    if spec.has_table:
+        return fit_table(matrix, weights)
+    segments = spec.segments(shape)
+    rows = len(matrix) if spec.granularity.kind == "tensor" else 1
+    of_groups = to_groups(weights.expand(rows, -1), spec.granularity, segments)
+    of_groups = of_groups / of_groups.amax(-1, keepdim=True)  # in float64, so that no group's all become 0
+    return fit_weighted(to_groups(matrix, spec.granularity, segments), spec.fmt, spec.store, of_groups.float())
+
+
+def column_weights(factor: Factor, power: float) -> Tensor:
+    """h^-power of every column in the order of the moments, (columns,) float64; their geometric mean is 1."""
+    logarithm = torch.empty_like(factor.upper.diagonal(), dtype=torch.float64)
+    logarithm[factor.order] = 2 * factor.upper.diagonal().double().log()
+    return torch.exp(-power * (logarithm - logarithm.mean()))

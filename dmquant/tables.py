@@ -1,0 +1,95 @@
+"""Tables: a grid without structure, 16 values of their own for every row of a weight, fitted by weighted k-means."""
+
+import torch
+from torch import Tensor
+
+from dmquant.scaling import TABLE, Scales
+
+SIZE = 16  # values of a table
+ITERATIONS = 100
+_PART = 1 << 20  # weights at once
+
+
+def fit_table(matrix: Tensor, weights: Tensor | None = None) -> Scales:
+    """The table of every row (rows, SIZE) of least squared error, each column counting by its weight; bfloat16.
+
+    `weights` (columns,), by default all the same. Lloyd's algorithm in one dimension: values belong to the nearest
+    entry, entries move to the weighted mean of their values; on sorted rows both are sums between two places. From
+    three starts, of which each row keeps the best.
+    """
+    columns = matrix.shape[1]
+    weights = torch.ones(columns, device=matrix.device) if weights is None else weights
+    weights = weights.double() / weights.double().sum()
+    parts = matrix.split(max(1, _PART // columns))
+    return Scales(torch.cat([_fit(part.double(), weights).bfloat16() for part in parts]), None, TABLE)
+
+
+def nearest_entries(matrix: Tensor, tables: Tensor) -> Tensor:
+    """Index of the entry nearest to each element of (rows, columns), among ascending `tables` (rows, SIZE); int64."""
+    return torch.searchsorted(_midpoints(tables), matrix.contiguous())
+
+
+def look_up(indices: Tensor, tables: Tensor) -> Tensor:
+    """The entries (rows, columns) that the indices (rows, columns) of each row stand for."""
+    return tables.gather(1, indices.to(torch.int64))
+
+
+def neighbours(matrix: Tensor, tables: Tensor) -> tuple[Tensor, Tensor]:
+    """The adjacent entries below and above each element; equal where it is one, or beyond the last."""
+    matrix = matrix.contiguous()
+    lower = torch.searchsorted(tables, matrix, right=True).sub_(1).clamp_(min=0)
+    upper = torch.searchsorted(tables, matrix).clamp_(max=SIZE - 1)
+    return look_up(lower, tables), look_up(upper, tables)
+
+
+def step(matrix: Tensor, tables: Tensor) -> Tensor:
+    """Distance between the two entries around each element, or between the two at the end that it is beyond."""
+    upper = torch.searchsorted(tables, matrix.contiguous(), right=True).clamp_(1, SIZE - 1)
+    return look_up(upper, tables) - look_up(upper - 1, tables)
+
+
+def _midpoints(tables: Tensor) -> Tensor:
+    return ((tables[:, :-1] + tables[:, 1:]) / 2).contiguous()
+
+
+def _fit(matrix: Tensor, weights: Tensor) -> Tensor:
+    values, order = matrix.sort(1)
+    zero = values.new_zeros(len(values), 1)
+    mass = weights.expand_as(values).gather(1, order)
+    sums = [torch.cat([zero, (mass * values**power).cumsum(1)], 1) for power in range(3)]
+    # Evenly spaced; quantiles; and in proportion to the cube root of the density, which is best for many entries.
+    even = torch.lerp(
+        values[:, :1], values[:, -1:], torch.linspace(0, 1, SIZE, dtype=values.dtype, device=values.device)
+    )
+    gaps = torch.cat([zero, values.diff(dim=1)], 1)
+    cube_root = (mass * gaps.square()).pow(1 / 3).cumsum(1)
+    starts = [even, _quantiles(values, sums[0][:, 1:]), _quantiles(values, cube_root)]
+    results = [_lloyd(values, sums, start) for start in starts]
+    best = torch.stack([error for _, error in results]).argmin(0)
+    return torch.stack([tables for tables, _ in results], 1)[torch.arange(len(values), device=values.device), best]
+
+
+def _quantiles(values: Tensor, mass: Tensor) -> Tensor:
+    """Of sorted values (rows, columns), those in the middle of SIZE equal parts of a cumulative mass."""
+    parts = (torch.arange(SIZE, dtype=mass.dtype, device=mass.device) + 0.5) / SIZE
+    found = torch.searchsorted(mass.contiguous(), (parts * mass[:, -1:]).contiguous())
+    return values.gather(1, found.clamp(max=values.shape[1] - 1))
+
+
+def _lloyd(values: Tensor, sums: list[Tensor], tables: Tensor) -> tuple[Tensor, Tensor]:
+    """Tables (rows, SIZE), ascending, and their weighted squared errors (rows,)."""
+    for _ in range(ITERATIONS):
+        mass, first, _ = _between(values, sums, tables)
+        moved = torch.where(mass > 0, first / mass.clamp(min=torch.finfo(mass.dtype).tiny), tables).sort(1)[0]
+        if torch.equal(moved, tables):
+            break
+        tables = moved
+    mass, first, second = _between(values, sums, tables)
+    return tables, (second - 2 * tables * first + tables.square() * mass).sum(1)
+
+
+def _between(values: Tensor, sums: list[Tensor], tables: Tensor) -> list[Tensor]:
+    """Weighted counts, sums and sums of squares of the values that belong to each entry."""
+    ends = torch.searchsorted(values, _midpoints(tables), right=True)
+    ends = torch.cat([torch.zeros_like(ends[:, :1]), ends, torch.full_like(ends[:, :1], values.shape[1])], 1)
+    return [sum_.gather(1, ends).diff(dim=1) for sum_ in sums]

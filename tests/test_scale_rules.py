@@ -1,0 +1,211 @@
+"""Scale rules that search: by gradient, over what a store can hold, and weighted by what GPTQ's errors cost."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dmquant.errors import UsageError
+from dmquant.formats import get_format
+from dmquant.lean import POWERS, column_weights, fit_lean, scales_of
+from dmquant.qtensor import WeightSpec, quantize, quantize_tensor, to_matrix
+from dmquant.recipe import Recipe
+from dmquant.rounding import Grid, gptq
+from dmquant.scaling import STORES, absmax, fit_absmax, fit_gradient, fit_mse, fit_weighted
+
+FORMATS = ["fp4", "fp4_e3m0", "fp6", "fp8", "int4"]
+
+
+def groups_of(groups=40, size=64, seed=0):
+    return torch.randn(groups, 1, size, generator=torch.Generator().manual_seed(seed))
+
+
+def errors(groups, scale, fmt):
+    """Squared, by group, with the values of the format searched one by one."""
+    values, x = fmt.values.double().numpy(), groups.double().numpy()
+    scale = np.broadcast_to(scale.double().numpy()[..., None], x.shape)
+    nearest = np.abs(x[..., None] / scale[..., None] - values).min(-1) * scale
+    return (nearest**2).sum(-1)
+
+
+def exhaustive(groups, fmt):
+    """The least squared error of every group over 500 multiples of absmax."""
+    tried = [errors(groups, absmax(groups) * float(m) / fmt.max, fmt) for m in np.linspace(0.2, 1.6, 500)]
+    return np.min(tried, axis=0)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_the_gradient_finds_the_best_scale_of_a_channel(format):
+    groups, fmt = groups_of(4, 4096), get_format(format)
+    found = errors(groups, fit_gradient(groups, fmt, "fp32").decode(), fmt)
+    assert found.sum() <= 1.05 * exhaustive(groups, fmt).sum()
+    assert found.sum() < 0.99 * errors(groups, fit_absmax(groups, fmt, "fp32").decode(), fmt).sum()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    format=st.sampled_from(FORMATS),
+    store=st.sampled_from(list(STORES)),
+    size=st.integers(1, 64),
+    exponent=st.integers(-60, 60),
+    seed=st.integers(0, 1000),
+)
+def test_the_gradient_never_loses_to_absmax(format, store, size, exponent, seed):
+    groups, fmt = groups_of(6, size, seed) * 2.0**exponent, get_format(format)
+    groups[0] = 0
+    found, start = fit_gradient(groups, fmt, store), fit_absmax(groups, fmt, store)
+    assert found.stored.dtype == start.stored.dtype
+    lost = [fmt.round(groups / s.decode()[..., None]) * s.decode()[..., None] - groups for s in (found, start)]
+    assert (lost[0].square().sum(-1) <= lost[1].square().sum(-1)).all()
+
+
+@pytest.mark.parametrize("format", ["fp4", "fp6", "int4"])
+def test_its_gradient_is_that_of_finite_differences(format):
+    """2 sum (Q[x] - x) c, in float64, where no code changes."""
+    fmt, x, scale, h = get_format(format), torch.randn(500, generator=torch.Generator().manual_seed(0)), 0.31, 1e-6
+    codes = fmt.round(x / scale).double()
+    formula = 2 * ((codes * scale - x.double()) * codes).sum().item()
+
+    def error(s):
+        return (codes * s - x.double()).square().sum().item()
+
+    assert formula == pytest.approx((error(scale + h) - error(scale - h)) / (2 * h), rel=1e-6)
+
+
+def test_it_is_a_rule_without_data():
+    weight = groups_of(24, 96).squeeze(1)
+    by_gradient, by_absmax = (quantize_tensor(weight, "fp4", "channel", rule) for rule in ("gradient", "absmax"))
+    lost = [(one.dequantize() - weight).square().sum() for one in (by_gradient, by_absmax)]
+    assert lost[0] < 0.97 * lost[1]
+    assert not Recipe.load("rtn").with_settings(scale="gradient").calibrated
+
+
+@pytest.mark.parametrize("block", ["mxfp4", "nvfp4"])
+def test_scales_of_block_formats_by_weight_error_are_as_good_as_any_they_can_store(block):
+    """Every code of the group's scale is tried; the base of nvfp4 is that of its largest weight."""
+    spec = WeightSpec.parse(block)
+    size = spec.granularity.size
+    groups = groups_of(60, size) * torch.logspace(-1, 1, 60).view(-1, 1, 1)
+    found = fit_mse(groups, spec.fmt, spec.store)
+    codes = torch.arange(1, 127 if spec.store == "e4m3" else 255, dtype=torch.uint8)
+    tried = []
+    for code in codes:
+        scale = STORES[spec.store].decode(torch.full_like(found.stored, int(code)), found.base)
+        if (scale * spec.fmt.max / absmax(groups)).max() > 0.1 and (scale > 0).all():
+            tried.append(errors(groups, scale, spec.fmt))
+    assert errors(groups, found.decode(), spec.fmt).sum() <= 1.01 * np.min(tried, axis=0).sum()
+
+
+@pytest.mark.parametrize("store", STORES)
+def test_weighted_scales_without_differences_are_those_of_least_weight_error(store):
+    groups, fmt = groups_of(), get_format("fp4")
+    found = errors(groups, fit_weighted(groups, fmt, store, torch.ones(1, 1, 64)).decode(), fmt)
+    assert (found <= errors(groups, fit_mse(groups, fmt, store).decode(), fmt) * (1 + 1e-6)).all()
+
+
+def test_weighted_scales_hold_those_that_count():
+    groups, fmt = groups_of(), get_format("fp4")
+    weights = torch.ones(1, 1, 64)
+    weights[..., :4] = 1e4
+    found, plain = fit_weighted(groups, fmt, "fp32", weights), fit_mse(groups, fmt, "fp32")
+    of_few = [errors(groups[..., :4], scales.decode(), fmt).sum() for scales in (found, plain)]
+    assert of_few[0] < 0.7 * of_few[1]
+
+
+def inputs(kind, columns=96, tokens=4096, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(tokens, columns, generator=generator)
+    if kind == "outliers":
+        x[:, torch.randperm(columns, generator=generator)[:4]] *= 30
+    else:
+        for column in range(1, columns):
+            x[:, column] = 0.95 * x[:, column - 1] + (1 - 0.95**2) ** 0.5 * x[:, column]
+    return x.T @ x / tokens
+
+
+def lean_case(kind="outliers", format="fp4", granularity="channel", store="bf16", rows=32):
+    spec = WeightSpec.parse(format, granularity, "lean", store)
+    return groups_of(rows, 96, 3).squeeze(1), spec, inputs(kind)
+
+
+@pytest.mark.parametrize("order", ["activation", "given"])
+def test_column_weights_are_conditional_variances(order):
+    """h_j = 1 / (the diagonal of the inverse of the inverse), by numpy: the variance given the columns after j."""
+    moments = inputs("correlated", 12).double()
+    factor = gptq.factorize(moments, gptq.Options(order=order))
+    damped = moments.numpy() + 0.01 * np.diag(moments.numpy()).mean() * np.eye(12)
+    columns = factor.order.tolist()
+    expected = np.empty(12)
+    for place, column in enumerate(columns):
+        inverse = np.linalg.inv(damped[np.ix_(columns[place:], columns[place:])])
+        expected[column] = inverse[0, 0]
+    found = column_weights(factor, 2).numpy()
+    assert np.allclose(found / found[0], (expected / expected[0]) ** -2, rtol=1e-6)
+    assert np.log(found).mean() == pytest.approx(0, abs=1e-9)
+    assert torch.equal(column_weights(factor, 0), torch.ones(12, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("kind", ["outliers", "correlated"])
+@pytest.mark.parametrize(
+    ("format", "granularity", "store"),
+    [("fp4", "channel", "bf16"), ("fp4", "group:32", "bf16"), ("int4", "tensor", "fp32"), ("lut4", "channel", "table")],
+)
+def test_the_power_of_least_loss_is_taken(kind, format, granularity, store):
+    matrix, spec, moments = lean_case(kind, format, granularity, store)
+    factor = gptq.factorize(moments, gptq.Options())
+    by_power = [scales_of(matrix, spec, (32, 96), factor, power) for power in POWERS]
+    losses = [gptq.solve(Grid(matrix, spec, scales, (32, 96)), factor)[1] for scales in by_power]
+    chosen = fit_lean(matrix, spec, (32, 96), moments, gptq.Options())
+    assert gptq.solve(Grid(matrix, spec, chosen, (32, 96)), factor)[1] == min(losses)
+
+
+def test_with_outlier_inputs_lean_scales_halve_the_error_of_those_by_weight_error():
+    matrix, spec, moments = lean_case()
+    factor = gptq.factorize(moments, gptq.Options())
+    plain = fit_mse(matrix.unsqueeze(1), spec.fmt, spec.store)
+    lean = fit_lean(matrix, spec, (32, 96), moments, gptq.Options())
+    losses = [gptq.solve(Grid(matrix, spec, scales, (32, 96)), factor)[1] for scales in (lean, plain)]
+    assert losses[0] <= 0.5 * losses[1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"scale": "lean"}, "scale: lean is fitted to the errors of rounding: gptq"),
+        ({"rules": [{"match": "x", "scale": "lean"}]}, "scale: lean is fitted to the errors of rounding: gptq"),
+        ({"store": "table", "scale": "mse"}, "it goes with weights: lut4 and granularity: channel"),
+        ({"store": "table", "weights": "lut4", "scale": "mse"}, "not lut4 and group:64"),
+        (
+            {"store": "table", "weights": "lut4", "granularity": "channel", "scale": "absmax"},
+            "a table is fitted by scale: mse or lean, not absmax",
+        ),
+        (
+            {"store": "table", "weights": "lut4", "granularity": "channel", "scale": "mse", "candidates": ["lut4"]},
+            "a table is no format to choose",
+        ),
+    ],
+)
+def test_what_does_not_go_together_is_refused_when_read(changes, message):
+    with pytest.raises(UsageError, match=message) as caught:
+        Recipe.load("rtn").with_settings(**changes)
+    assert "\n" not in str(caught.value)
+
+
+def test_lean_scales_without_data_are_refused():
+    with pytest.raises(UsageError, match="scale rule 'lean' needs calibration data"):
+        quantize(torch.ones(4, 4), WeightSpec.parse("fp4", "channel", "lean"))
+
+
+def test_groups_of_a_split_convolution_are_weighted_by_their_own_columns():
+    generator, shape = torch.Generator().manual_seed(0), (6, 10, 3, 3)
+    spec, moments = WeightSpec.parse("fp4", "group:16", "lean", split=4), inputs("outliers", 90)
+    matrix = to_matrix(torch.randn(shape, generator=generator), 4)
+    factor = gptq.factorize(moments, gptq.Options())
+    found = scales_of(matrix, spec, shape, factor, 1)
+    weights = column_weights(factor, 1)
+    for part, start, width in ((0, 0, 16), (2, 32, 4), (3, 36, 16), (6, 84, 6)):
+        own = weights[start : start + width]
+        group = matrix[:, None, start : start + width]
+        alone = fit_weighted(group, spec.fmt, spec.store, (own / own.max()).float())
+        assert torch.equal(found.stored[:, part], alone.stored[:, 0])
