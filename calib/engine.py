@@ -363,11 +363,16 @@ class _Engine:
         open_ = {name: step for name, step in self.plans.items() if step.activation_candidates}
         if not open_:
             return
-        with self.bar("activation formats") as bar:
-            chosen = choose_activation_formats(self.backbone, open_, self.store, self.options.batch_size, bar)
-        self.input_formats = {name: fmt.name for name, fmt in chosen.items()}
+        place = len(self.blocks), "activation formats"  # behind the blocks: a continued calibration has the same ones
+        if found := self.codes.load(*place):
+            self.input_formats = found[1]
+        else:
+            with self.bar(place[1]) as bar:
+                chosen = choose_activation_formats(self.backbone, open_, self.store, self.options.batch_size, bar)
+            self.input_formats = {name: fmt.name for name, fmt in chosen.items()}
+            self.codes.save(*place, {}, self.input_formats)
         for name, step in open_.items():
-            activations = replace(step.activations, fmt=chosen[name])
+            activations = replace(step.activations, fmt=dmquant.get_format(self.input_formats[name]))
             self.plans[name] = replace(step, activations=activations, activation_candidates=())
 
     def _observe_static_ranges(self) -> None:
