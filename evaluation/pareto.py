@@ -32,7 +32,7 @@ class Point:
     group: str
     kind: str
     label: str
-    costs: Mapping[str, float | None]
+    costs: Mapping[str, float]
     quality: Metric
 
 
@@ -43,9 +43,7 @@ def draw_pareto(title: str, points: Sequence[Point], costs: Mapping[str, str], m
     without points. Returns whether there was anything to draw; where not, an older picture at `out` is removed.
     """
     points = [point for point in points if point.quality.value is not None]
-    panels = {
-        cost: known for cost in costs if (known := [point for point in points if point.costs.get(cost) is not None])
-    }
+    panels = {cost: known for cost in costs if (known := [point for point in points if cost in point.costs])}
     if not panels:
         out.unlink(missing_ok=True)
         return False
@@ -92,9 +90,14 @@ def _panel(axis: Axes, points: Sequence[Point], cost: str, title: str, colours: 
     front = pareto_front(xs, [sign * point.quality.value for point in points])
     steps = [(xs[index], points[index].quality.value) for index in front]
     axis.plot(*zip(*steps, strict=True), color=FRONT, linewidth=1.1, drawstyle="steps-post", zorder=2)
+    middle = sum(axis.transData.transform((x, steps[0][1]))[0] for x in (min(xs), max(xs))) / 2
     for index in front[:: -(-len(front) // NAMED)]:
-        place = {"xytext": (3, 4), "textcoords": "offset points", "fontsize": 6.5, "color": FRONT, "zorder": 4}
-        axis.annotate(points[index].label, (xs[index], points[index].quality.value), **place)
+        x, value = xs[index], points[index].quality.value
+        right = axis.transData.transform((x, value))[0] > middle
+        place = {"xytext": (-3, 4), "ha": "right"} if right else {"xytext": (3, 4), "ha": "left"}
+        axis.annotate(
+            points[index].label, (x, value), textcoords="offset points", fontsize=6.5, color=FRONT, zorder=4, **place
+        )
 
 
 def _legend(points: Sequence[Point], colours: Mapping[str, str]) -> list[Line2D]:

@@ -36,9 +36,10 @@ if TYPE_CHECKING:
 
 AXES = {
     BITS: "bits a weight, scales included",
-    "bit_operations": "bit operations a backbone call",
+    "bit_operations": "billion bit operations a backbone call",
     "area": "area of a multiply-accumulate, full adders",
 }
+UNITS = {"bit_operations": 1e9}
 
 
 class Sweep:
@@ -264,6 +265,7 @@ def _points(rows: Sequence[Row], metric: str) -> list[Point]:
     for row in rows:
         if not row.failed:
             label = " / ".join(name.rpartition("_")[2] for name in row.trial.settings.formats)
-            costs = {name: row.cost(name) for name in AXES}
+            known = {name: cost for name in AXES if (cost := row.cost(name)) is not None}
+            costs = {name: cost / UNITS.get(name, 1) for name, cost in known.items()}
             points.append(Point(row.trial.technique, row.trial.kind, label, costs, row.metric(metric)))
     return points

@@ -21,17 +21,20 @@ HEADER = ("technique", "weights", "activations", "bits", "Gbitops", "area")
 
 
 def terminal_table(title: str, rows: Sequence[dict[str, Any]], metrics: Sequence[str]) -> Table:
-    """The rows of sweep.json; a star marks those that no other beats at some cost, which the last column names."""
+    """The rows of sweep.json; a star marks those that no other beats at some cost, which the last column names.
+
+    Intervals are left to sweep.md: here they would take a second line of every row.
+    """
     shown = rows if len(rows) <= SHOWN else [row for row in rows if row["pareto"] or row["error"]]
     left = "" if len(shown) == len(rows) else f": the {len(shown)} best at their cost of {len(rows)} trials"
     table = Table(title=title + left, title_justify="left")
     for column in ("", *HEADER):
         table.add_column(column, no_wrap=True)
-    titles = {name: metric_title(name) for name in metrics}
-    for column in (*titles.values(), "took", "best at its"):
+    for column in (*(metric_title(name) for name in metrics), "took", "best at its"):
         table.add_column(column)
     for row in shown:
-        table.add_row(FRONT if row["pareto"] else "", *_cells(row, metrics), " ".join(row["pareto"]))
+        star = FRONT if row["pareto"] else ""
+        table.add_row(star, *_cells(row, metrics, with_interval=False), " ".join(row["pareto"]))
     return table
 
 
@@ -69,7 +72,7 @@ def _markdown(rows: Sequence[dict[str, Any]], metrics: Sequence[str], with_front
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
-def _cells(row: dict[str, Any], metrics: Sequence[str]) -> list[str]:
+def _cells(row: dict[str, Any], metrics: Sequence[str], with_interval: bool = True) -> list[str]:
     bits = row["bits_per_quantized_weight"]
     area = row["area"]
     cells = [
@@ -82,12 +85,13 @@ def _cells(row: dict[str, Any], metrics: Sequence[str]) -> list[str]:
     ]
     if row["error"]:
         return [*cells, f"failed: {row['error']}", *[""] * (len(metrics) - 1), ""]
-    return [*cells, *(_quality(name, row["metrics"][name]) for name in metrics), time_text(row["seconds"]["trial"])]
+    qualities = (_quality(name, row["metrics"][name], with_interval) for name in metrics)
+    return [*cells, *qualities, time_text(row["seconds"]["trial"])]
 
 
-def _quality(name: str, stored: dict[str, Any]) -> str:
+def _quality(name: str, stored: dict[str, Any], with_interval: bool) -> str:
     metric = Metric.from_json(stored)
-    interval = metric_interval(name, metric)
+    interval = metric_interval(name, metric) if with_interval else ""
     return metric_short(name, metric) + (f" ({interval})" if interval else "")
 
 
