@@ -22,6 +22,7 @@ PANEL_WIDTH, LEGEND_WIDTH, HEIGHT = 4.0, 2.0, 4.6  # inches
 CROWD = 40  # points; of more, intervals would hide one another
 SIZE, SMALL = 26, 14  # of markers, in points squared
 NAMED = 8  # points of a front that have room for their names
+MARGIN = 0.08  # share of the axis on both sides
 LOG_COST_FROM = 4  # a cost whose values span this factor gets a logarithmic axis
 
 
@@ -72,13 +73,17 @@ def _panel(axis: Axes, points: Sequence[Point], cost: str, title: str, colours: 
     axis.grid(color="#e4e4ea", linewidth=0.8)
     axis.set_axisbelow(True)
     axis.spines[["top", "right"]].set_visible(False)
-    axis.margins(x=0.08, y=0.08)
+    axis.margins(y=0.08)
     if max(xs) / min(xs) > LOG_COST_FROM:
         axis.set_xscale("log")
+        beyond = (max(xs) / min(xs)) ** MARGIN
+        axis.set_xlim(min(xs) / beyond, max(xs) * beyond)
         axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.xaxis.set_major_formatter(FuncFormatter(lambda x, position: f"{x:g}"))
         axis.xaxis.set_minor_formatter(NullFormatter())
     else:
+        beyond = MARGIN * (max(xs) - min(xs) or max(xs))
+        axis.set_xlim(min(xs) - beyond, max(xs) + beyond)
         axis.xaxis.set_major_locator(MaxNLocator(nbins=6))
     crowded = len(points) > CROWD
     for x, point in zip(xs, points, strict=True):
@@ -90,10 +95,10 @@ def _panel(axis: Axes, points: Sequence[Point], cost: str, title: str, colours: 
     front = pareto_front(xs, [sign * point.quality.value for point in points])
     steps = [(xs[index], points[index].quality.value) for index in front]
     axis.plot(*zip(*steps, strict=True), color=FRONT, linewidth=1.1, drawstyle="steps-post", zorder=2)
-    middle = sum(axis.transData.transform((x, steps[0][1]))[0] for x in (min(xs), max(xs))) / 2
+    to_axes = axis.transData + axis.transAxes.inverted()
     for index in front[:: -(-len(front) // NAMED)]:
         x, value = xs[index], points[index].quality.value
-        right = axis.transData.transform((x, value))[0] > middle
+        right = to_axes.transform((x, value))[0] > 0.5
         place = {"xytext": (-3, 4), "ha": "right"} if right else {"xytext": (3, 4), "ha": "left"}
         axis.annotate(
             points[index].label, (x, value), textcoords="offset points", fontsize=6.5, color=FRONT, zorder=4, **place

@@ -1,6 +1,7 @@
 """sweep.png: what is drawn."""
 
 import pytest
+from matplotlib.collections import PathCollection
 from PIL import Image
 
 from dmquant.evaluation import pareto
@@ -50,14 +51,14 @@ def test_every_point_of_a_panel_is_drawn_and_the_front_joins_the_best(tmp_path, 
     def watching(axis, known, cost, *args, **kwargs):
         real(axis, known, cost, *args, **kwargs)
         (front,) = [line for line in axis.lines if line.get_drawstyle() == "steps-post"]
-        marks = [tuple(mark.get_offsets()[0]) for mark in axis.collections if len(mark.get_offsets())]
+        marks = [mark.get_offsets()[0].tolist() for mark in axis.collections if isinstance(mark, PathCollection)]
         drawn[cost] = marks, list(zip(*front.get_data(), strict=True))
 
     monkeypatch.setattr(pareto, "_panel", watching)
     given = points(6, values=[5.0, 0.5, 4.0, 3.0, 1.0, 2.0])
     assert draw_pareto("m", given, COSTS, "latent_mse", tmp_path / "sweep.png")
     marks, front = drawn["bits"]
-    assert {(3.0, 5.0), (4.0, 0.5), (8.0, 2.0)} <= set(marks)
+    assert marks == [[3.0 + index, point.quality.value] for index, point in enumerate(given)]
     assert front == [(3.0, 5.0), (4.0, 0.5)]
     marks, _ = drawn["area"]
     assert {x for x, _ in marks} == {10.0, 20.0, 40.0, 50.0}
