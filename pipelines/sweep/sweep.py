@@ -24,6 +24,7 @@ from dmquant.pipelines.console import Console
 from dmquant.pipelines.run import FullPrecision, images_line, save_settings
 from dmquant.pipelines.runfolder import RunFolder
 from dmquant.pipelines.settings import Settings
+from dmquant.pipelines.skeleton import skeleton
 from dmquant.pipelines.sweep.engines import ENGINES, Crew, check_alone
 from dmquant.pipelines.sweep.results import BITS, VERSION, Row, as_csv, pareto_fronts, sorted_rows
 from dmquant.pipelines.sweep.space import Space, Trial
@@ -103,10 +104,10 @@ class Sweep:
         """What the arithmetic of every trial costs, by its name."""
         key = self.reference.requests[0].key  # stands for weights and call
         counted = self.folder.finished("costs", key)
-        backbone = getattr(self.reference.load(), self.common.family.component)
         if counted is None:
             counts = first_call(self.reference.load(), self.common)
             counted = self.folder.finish("costs", key, multiply_accumulates=counts)
+        backbone = skeleton(self.source / self.common.family.component)  # names and shapes are all that is needed
         fan_in, split = fans_in(backbone), self.common.family.concatenations(backbone)
         return {
             trial.name: model_costs(

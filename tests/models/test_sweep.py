@@ -176,6 +176,7 @@ def refuse(*args, **kwargs):
 def test_the_same_sweep_again_does_nothing_again(options, again, monkeypatch, capsys):
     before, content = when_written(again), data(again)
     monkeypatch.setitem(engines.ENGINES, "here", refuse)
+    monkeypatch.setattr(run_module, "load_full_precision", refuse)
     sweep(options, again)
     assert when_written(again) == before
     assert data(again) == content
