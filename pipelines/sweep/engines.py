@@ -114,17 +114,22 @@ def on_ray(work: Work, items: Sequence[Item], crew: Crew) -> Outcomes:
     needs = {"num_cpus": crew.threads, "num_gpus": 1 if crew.gpus else 0, "max_retries": 0}
     remote = ray.remote(**needs)(_with_threads)
     waiting, running = deque(items), {}
-    while waiting or running:
-        while waiting and len(running) < crew.workers:
-            item = waiting.popleft()
-            running[remote.remote(work, item, crew.threads)] = item
-        done, _ = ray.wait(list(running))
-        for reference in done:
-            item = running.pop(reference)
-            try:
-                yield item, ray.get(reference)
-            except ray.exceptions.RayError as error:
-                yield item, UserError(f"Ray could not finish it: {str(error).strip().splitlines()[0]}")
+    try:
+        while waiting or running:
+            while waiting and len(running) < crew.workers:
+                item = waiting.popleft()
+                running[remote.remote(work, item, crew.threads)] = item
+            done, _ = ray.wait(list(running))
+            for reference in done:
+                item = running.pop(reference)
+                try:
+                    result = ray.get(reference)
+                except ray.exceptions.RayError as error:
+                    result = UserError(f"Ray could not finish it: {str(error).strip().splitlines()[0]}")
+                yield item, result
+    finally:
+        for reference in running:
+            ray.cancel(reference, force=True)
 
 
 def _with_threads(work: Work, item: Item, threads: int) -> Result:

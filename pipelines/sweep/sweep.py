@@ -22,7 +22,7 @@ from dmquant.pipelines import runfolder
 from dmquant.pipelines.calibrating import calibration_data
 from dmquant.pipelines.console import Console
 from dmquant.pipelines.run import FullPrecision, images_line, save_settings
-from dmquant.pipelines.runfolder import RunFolder
+from dmquant.pipelines.runfolder import RunFolder, is_full_disk
 from dmquant.pipelines.settings import Settings
 from dmquant.pipelines.skeleton import skeleton
 from dmquant.pipelines.sweep.engines import ENGINES, Crew, check_alone
@@ -117,10 +117,15 @@ class Sweep:
         }
 
     def _capture(self, waiting: Sequence[Task]) -> None:
-        """Make the calibration data that trials share before they start."""
+        """Make the calibration data that trials share before they start; where that fails, each of them says so."""
         needed = {task.settings.calibration_data: task.settings for task in waiting if task.settings.recipe.calibrated}
         for settings in needed.values():
-            calibration_data(self.reference.load(), settings, self.folder.path, self.console)
+            try:
+                calibration_data(self.reference.load(), settings, self.folder.path, self.console)
+            except UserError as error:
+                if is_full_disk(error):
+                    raise
+                self.console.say(f"note: no calibration data for {settings.recipe.name} and others like it: {error}")
 
     def _run(
         self, waiting: Sequence[Task], trials: dict[str, Trial], done: dict[str, dict[str, Any]]

@@ -154,6 +154,10 @@ class FakeRay(types.ModuleType):
     def get(self, reference):
         return self.open.pop(reference)()
 
+    def cancel(self, reference, force):
+        assert force
+        del self.open[reference]
+
 
 def fail_at_two(number):
     if number == 2:
@@ -170,3 +174,14 @@ def test_ray_is_given_no_more_items_at_once_than_there_are_workers(monkeypatch):
     assert outcomes == {1: 1, 3: 3, 4: 4}
     assert (ray.most, ray.started) == (2, 1)
     assert ray.options == {"num_cpus": 1, "num_gpus": 1, "max_retries": 0}
+    assert not ray.open
+
+
+def test_what_still_runs_on_ray_is_cancelled_when_nobody_waits_for_it(monkeypatch):
+    ray = FakeRay()
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    running = on_ray(fail_at_two, [1, 3, 4], Crew(3, 1))
+    assert next(running) == (1, 1)
+    assert len(ray.open) == 2
+    running.close()
+    assert not ray.open
