@@ -265,6 +265,19 @@ def test_a_failing_trial_is_a_line_of_the_tables_and_the_others_are_there(option
     assert all(trial["error"] is None for trial in trials(tmp_path / "run").values())
 
 
+def test_calibration_data_of_something_else_fails_only_the_trials_that_need_it(options, tmp_path):
+    small = str(Path(options.prompts).with_name("small.yaml"))
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "photo.png").write_bytes(b"")
+    given = replace(options, calibration_data=tmp_path / "data")
+    with pytest.raises(UserError, match="1 of 2 trials failed"):
+        sweep(given, tmp_path / "run", formats="int8", techniques=f"rtn,{small}")
+    found = trials(tmp_path / "run")
+    assert "holds something else than calibration data" in found["small-int8-int8"]["error"]
+    assert found["rtn-int8-int8"]["error"] is None
+    assert [row["name"] for row in data(tmp_path / "run")["trials"]] == ["rtn-int8-int8", "small-int8-int8"]
+
+
 def test_a_full_disk_stops_the_sweep(options, tmp_path, monkeypatch):
     monkeypatch.setattr(sweep_module, "run_trial", lambda task: Failure("No space left on device", disk_is_full=True))
     with pytest.raises(UserError, match="is full: make room and run the same command"):
