@@ -15,7 +15,7 @@ from dmquant.pipelines.sweep.trial import Failure
 
 VERSION = 1
 BITS = "bits_per_quantized_weight"
-COSTS = {BITS: "bits", "bit_operations": "operations", "area": "area"}
+COSTS = {BITS: "bits", "bit_operations": "ops", "area": "area"}
 """The costs that quality is held against, and a word for each."""
 
 

@@ -141,7 +141,7 @@ def test_rows_are_sorted_by_cost_and_the_front_is_what_no_other_beats(finished):
     rows = data(finished)["trials"]
     costs = [(row["bits_per_quantized_weight"], row["bit_operations"]) for row in rows]
     assert costs == sorted(costs)
-    fields = {"bits": "bits_per_quantized_weight", "operations": "bit_operations", "area": "area"}
+    fields = {"bits": "bits_per_quantized_weight", "ops": "bit_operations", "area": "area"}
     for word, field in fields.items():
         points = {row["name"]: (row[field], row["metrics"]["psnr"]["value"]) for row in rows}
         best = {
