@@ -14,7 +14,7 @@ import argparse
 import copy
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from statistics import fmean
@@ -34,7 +34,6 @@ from dmquant.pipelines.console import Console, quiet_libraries
 from dmquant.pipelines.loading import load_full_precision
 from dmquant.pipelines.runfolder import fingerprint
 from dmquant.pipelines.settings import Options, Settings, resolve, resolve_all
-from dmquant.recipe import Recipe
 
 MODEL = "emoji-pixart"
 FORMATS = {"W4A16": ("fp4", "none"), "W4A6": ("fp4", "fp6")}
@@ -68,13 +67,14 @@ class Measured:
 class Bench:
     """The full-precision model, what quantized ones are measured on, and the folder where all of it is kept."""
 
-    def __init__(self, out: Path, images: int):
+    def __init__(self, out: Path, images: int, model: str = MODEL):
         quiet_libraries()
         self.out, self.console = out, Console()
-        self.options = Options(model=MODEL, recipe="rtn", num_prompts=images, device="cpu")
+        self.options = Options(model=model, recipe="rtn", num_prompts=images, device="cpu")
         self.settings = resolve(self.options)
         self.pipeline = load_full_precision(self.settings.model, self.settings.dtype, self.settings.device)
-        self.full = self.pipeline.transformer.requires_grad_(False)
+        self.full = getattr(self.pipeline, self.settings.family.component).requires_grad_(False)
+        self.blocks = self.settings.family.blocks(self.full)
         self.made_for = {"backbone": weights_hash(self.full), "dtype": self.settings.dtype_name}
 
     def capture(
@@ -95,6 +95,7 @@ class Bench:
             batch_size=BATCH,
             folder=self.out / "data" / key[:8],
             made_for=self.made_for,
+            shared=self.settings.family.shared,
         )
 
     @cached_property
@@ -118,8 +119,10 @@ class Bench:
         latents = self._latents(self.full)
         return [self._block_outputs(self.full, batch) for batch in self.batches()], latents, self._decode(latents)
 
-    def measure(self, backbone: nn.Module, seconds: float = 0.0) -> Measured:
-        """How far `backbone` is from full precision."""
+    def measure(
+        self, backbone: nn.Module, seconds: float = 0.0, on_images: Callable[[Tensor], None] = lambda images: None
+    ) -> Measured:
+        """How far `backbone` is from full precision; `on_images` is given its images, as they are in `reference`."""
         outputs, latents, images = self.reference
         batches = self.batches()
         errors = [
@@ -133,6 +136,7 @@ class Bench:
         blocks = (torch.tensor(errors, dtype=torch.float64) * sizes[:, None]).sum(0) / sizes.sum()
         its_latents = self._latents(backbone)
         its_images = self._decode(its_latents)
+        on_images(its_images)
         psnr = -10 * (its_images - images).square().mean((1, 2, 3)).log10()
         return Measured(blocks.tolist(), float((its_latents - latents).square().mean()), float(psnr.mean()), seconds)
 
@@ -140,7 +144,7 @@ class Bench:
         """The measurement of the model that a recipe makes, from OUT where it is there."""
         recipe = settings.recipe
         key = fingerprint(recipe=recipe.to_dict(), dmquant=dmquant.__version__, images=len(settings.prompts))
-        return self.kept(f"{recipe.name}-{key[:8]}", lambda: self.measure(*self._quantized(settings)))
+        return self.kept(f"{recipe.name}-{key[:8]}", lambda: self.measure(*self.quantized(settings)))
 
     def kept(self, name: str, work: Callable[[], Measured]) -> Measured:
         """What OUT/rows holds under `name`, or what `work()` returns, which is then kept there."""
@@ -153,20 +157,29 @@ class Bench:
         """The backbone in full precision, to be quantized in place."""
         return copy.deepcopy(self.full)
 
-    def _quantized(self, settings: Settings) -> tuple[nn.Module, float]:
-        backbone = self.pipeline.transformer = self.copy()
-        if not settings.recipe.calibrated:
-            quantize_(backbone, settings.recipe)
+    def quantized(self, settings: Settings) -> tuple[nn.Module, float]:
+        """The backbone that a recipe makes, and the seconds that its blocks took to calibrate."""
+        backbone, family = self.copy(), self.settings.family
+        self._install(backbone)
+        recipe = settings.recipe.splitting(family.concatenations(backbone))
+        if not recipe.calibrated:
+            quantize_(backbone, recipe)
             return backbone, 0.0
-        calibrated = calibrate(self.pipeline, settings, self.out / "calibration", self.console)
+        calibrated = calibrate(self.pipeline, replace(settings, recipe=recipe), self.out / "calibration", self.console)
         return backbone, sum(block["seconds"] for block in calibrated.blocks)
+
+    def _install(self, backbone: nn.Module) -> None:
+        """Put `backbone` into the pipeline."""
+        setattr(self.pipeline, self.settings.family.component, backbone)
 
     def _block_outputs(self, backbone: nn.Module, batch: Sequence[int]) -> list[Tensor]:
         store, _ = self.held_out
         outputs: list[Tensor] = []
         handles = [
-            block.register_forward_hook(lambda block, args, output: outputs.append(output))
-            for block in backbone.transformer_blocks
+            backbone.get_submodule(name).register_forward_hook(
+                lambda block, args, output: outputs.append(output if isinstance(output, Tensor) else output[0])
+            )
+            for name in self.blocks
         ]
         args, kwargs = store.batch(batch)
         with torch.inference_mode():
@@ -177,7 +190,7 @@ class Bench:
 
     def _latents(self, backbone: nn.Module) -> Tensor:
         """Final latents for the prompts of the images, seeds 0, 1, ..."""
-        self.pipeline.transformer = backbone
+        self._install(backbone)
         prompts = self.settings.prompts
         batches = [
             final_latents(self.pipeline, prompts[start : start + BATCH], start, self.settings.call)
@@ -205,15 +218,11 @@ def settings_of(bench: Bench, entries: Sequence[str], weights: str, activations:
 
 def baselines(bench: Bench, weights: str, activations: str) -> dict[str, Settings]:
     """Round to nearest, by the name of its row."""
-    base = resolve(Options(model=MODEL, recipe="rtn", w=weights, a=activations, num_prompts=bench.options.num_prompts))
+    base = resolve(replace(bench.options, w=weights, a=activations))
     return {
-        name: _with_recipe(base, base.recipe.with_settings(name=f"rtn-{scale}-{weights}-{activations}", scale=scale))
+        name: replace(base, recipe=base.recipe.with_settings(name=f"rtn-{scale}-{weights}-{activations}", scale=scale))
         for scale, name in BASELINES.items()
     }
-
-
-def _with_recipe(settings: Settings, recipe: Recipe) -> Settings:
-    return Settings(**vars(settings) | {"recipe": recipe})
 
 
 def table(rows: dict[str, Measured]) -> str:

@@ -261,7 +261,7 @@ def whole_model(bench: Bench, name: str, prompts: int, sampler: str) -> Measured
         backbone,
         recipe,
         store,
-        blocks=bench.settings.family.blocks,
+        blocks=bench.blocks,
         folder=bench.out / "calibration" / name,
         made_for=bench.made_for,
         bar=bench.console.bar,

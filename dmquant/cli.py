@@ -18,6 +18,7 @@ from dmquant.cli_options import (
     GENERATE,
     QUANTIZE,
     RUN,
+    SWEEP,
     Clip,
     Device,
     Metrics,
@@ -160,6 +161,129 @@ def compare(
     )
     common = next(iter(resolved.values()))
     stages.compare(resolved, out or Path("runs") / f"{common.model.name}-compare", overwrite)
+
+
+@command(
+    "dmquant sweep emoji-pixart --dry-run    (how many trials are there?)",
+    "dmquant sweep emoji-pixart --bits 4-6 --num-prompts 16",
+    "dmquant sweep emoji-pixart --bits 4 --a-bits 4-8,16 --techniques rtn,default",
+    "dmquant sweep emoji-sd --formats fp4_e2m1,fp6,fp8,int4,int8 --all --workers 2 --metrics psnr,latent_mse,fid_fp",
+    "dmquant sweep pixart-sigma --bits 4,8 --engine ray --workers 16 --device cuda --out /shared/sweep",
+)
+@takes(SWEEP)
+def sweep(
+    model: Model,
+    *,
+    bits: Annotated[
+        str,
+        typer.Option(
+            metavar="BITS", help="Bits of weights and activations: 3-8, 4 or 4,6,8.", rich_help_panel="Design space"
+        ),
+    ] = "3-8",
+    w_bits: Annotated[
+        str | None,
+        typer.Option(
+            metavar="BITS", help="Bits of the weights, where they differ from --bits.", rich_help_panel="Design space"
+        ),
+    ] = None,
+    a_bits: Annotated[
+        str | None,
+        typer.Option(
+            metavar="BITS",
+            help="Bits of the activations, where they differ from --bits; 16 leaves them alone.",
+            rich_help_panel="Design space",
+        ),
+    ] = None,
+    formats: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LIST",
+            help="Formats of these bits to take, comma separated: fp, int, or names such as fp4_e2m1,int4. "
+            "Default: every split of exponent and mantissa, and INT.",
+            rich_help_panel="Design space",
+        ),
+    ] = None,
+    techniques: Annotated[
+        str,
+        typer.Option(
+            metavar="LIST",
+            help="Recipes to try each pair of formats with, comma separated: names (see: dmquant recipes) or YAML "
+            "files. rtn is without any technique.",
+            rich_help_panel="Design space",
+        ),
+    ] = "rtn",
+    everything: Annotated[
+        bool,
+        typer.Option(
+            "--all",
+            help="Every format of the weights with every one of the activations. By default only those of one kind "
+            "meet, FP or INT, and activations have no fewer bits than weights.",
+            rich_help_panel="Design space",
+        ),
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="List the trials, and do none.", rich_help_panel="Design space")
+    ] = False,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Trials at once. Default: one a GPU, one on a CPU.",
+            rich_help_panel="Machine",
+            show_default=False,
+        ),
+    ] = None,
+    threads: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Threads of a trial. Default: those of this machine, shared out. With equal threads results are equal "
+            "to the bit, whatever the engine and the number of workers.",
+            rich_help_panel="Machine",
+            show_default=False,
+        ),
+    ] = None,
+    engine: Annotated[
+        str,
+        typer.Option(
+            metavar="local|ray",
+            help="Processes of this machine, or a Ray cluster whose machines all see --out under one path "
+            "(pip install 'dmquant\\[ray]').",
+            rich_help_panel="Machine",
+        ),
+    ] = "local",
+    keep_images: Annotated[
+        bool,
+        typer.Option("--keep-images", help="Keep the images of every trial.", rich_help_panel="Output"),
+    ] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="The folder of the sweep. Default: runs/MODEL-sweep.",
+            rich_help_panel="Output",
+            show_default=False,
+        ),
+    ] = None,
+    overwrite: Overwrite = False,
+    **given: Any,
+) -> None:
+    """Try MODEL in many formats of weights and activations, with and without techniques: quality against cost.
+
+    Cost is bits a weight, bit operations, and the area of a multiply-accumulate by a gate-count model. The same command
+    on the same folder resumes; with a wider space only what is new is done.
+    """
+    from dmquant.pipelines import settings, stages
+    from dmquant.pipelines.sweep import engines, space
+
+    engines.check_engine(engine)
+    chosen = space.Choice(bits, w_bits, a_bits, formats, techniques, everything)
+    trials = space.design_space(settings.Options(model=model, command=_typed(), **given), chosen)
+    if dry_run:
+        stages.list_trials(trials)
+        return
+    folder = out or Path("runs") / f"{trials.trials[0].settings.model.name}-sweep"
+    stages.sweep(trials, folder, overwrite, engine, workers, threads, keep_images)
 
 
 @command(

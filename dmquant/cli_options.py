@@ -128,15 +128,22 @@ BatchSize = Annotated[
         min=1, help="Images made at once. Default: by size, 16 at 64x64 and 1 at 1024x1024.", rich_help_panel="Images"
     ),
 ]
+_METRICS = (
+    "Metrics, comma separated, or all: psnr, ssim, ms_ssim, lpips, lpips_vgg, latent_mse, fid_fp, kid_fp, "
+    "cmmd_fp, clip_score, hpsv2, hpsv21, and with --real fid_real, kid_real, cmmd_real."
+)
 Metrics = Annotated[
     str | None,
     typer.Option(
         metavar="LIST",
-        help="Metrics, comma separated, or all: psnr, ssim, ms_ssim, lpips, lpips_vgg, latent_mse, fid_fp, kid_fp, "
-        "cmmd_fp, clip_score, hpsv2, hpsv21, and with --real fid_real, kid_real, cmmd_real. Default: psnr, ssim, "
-        "latent_mse, fid_fp; clip_score where the model comes with a CLIP model; fid_real with --real.",
+        help=f"{_METRICS} Default: psnr, ssim, latent_mse, fid_fp; clip_score where the model comes with a CLIP model; "
+        "fid_real with --real.",
         rich_help_panel="Scores",
     ),
+]
+SweepMetrics = Annotated[
+    str,
+    typer.Option(metavar="LIST", help=f"{_METRICS} The first is drawn against the costs.", rich_help_panel="Scores"),
 ]
 Clip = Annotated[
     str | None,
@@ -189,6 +196,8 @@ _MACHINE = {"device": (Device, "auto"), "dtype": (Dtype, None)}
 GENERATE = _MODEL | _PROMPTS | _SAMPLING | _NOISE | _MACHINE
 COMPARE = _MODEL | _FORMATS | _CALIBRATION | _PROMPTS | _SAMPLING | _NOISE | _SCORES | _MACHINE
 RUN = _MODEL | _RECIPE | COMPARE
+SWEEP = _MODEL | _CALIBRATION | _PROMPTS | _SAMPLING | _NOISE | _SCORES | _MACHINE
+SWEEP["metrics"] = (SweepMetrics, "psnr,latent_mse")
 QUANTIZE = _MODEL | _RECIPE | _FORMATS | _CALIBRATION | _SAMPLING | _MACHINE
 
 

@@ -56,7 +56,7 @@ def draw_comparison(report: Report, out: Path, metric: str | None = None) -> boo
         axes[0].set_yscale("log")
     for axis, (title, scale, xs) in zip(axes, panels, strict=True):
         _panel(axis, title, scale, xs, measured)
-    front = _front(bits, [value if style.better == "higher" else -value for value in values])
+    front = pareto_front(bits, [value if style.better == "higher" else -value for value in values])
     xs = panels[0][2]
     line = {"color": FRONT, "linewidth": 1.2, "zorder": 1, "drawstyle": "steps-post"}
     axes[0].plot([xs[i] for i in front], [values[i] for i in front], **line)
@@ -73,7 +73,7 @@ def draw_comparison(report: Report, out: Path, metric: str | None = None) -> boo
     return True
 
 
-def _front(costs: list[float], qualities: list[float]) -> list[int]:
+def pareto_front(costs: list[float], qualities: list[float]) -> list[int]:
     """The points than which none of lower or equal cost is better, in the order of their cost."""
     front: list[int] = []
     for index in sorted(range(len(costs)), key=lambda index: (costs[index], -qualities[index])):

@@ -42,18 +42,29 @@ TITLES = {FP: "full-precision images", QUANTIZED: "quantized images"}
 
 
 class FullPrecision:
-    """The full-precision side: its weights' hashes, its images, and its pipeline for as long as it is needed."""
+    """The full-precision side: its weights' hashes, its images, and its pipeline for as long as it is needed.
 
-    def __init__(self, settings: Settings, source: Path, folder: RunFolder, console: Console):
+    `source_hashes` are those of the weights where they are known already.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        source: Path,
+        folder: RunFolder,
+        console: Console,
+        source_hashes: dict[str, str] | None = None,
+    ):
         self.settings, self.folder, self.console = settings, folder, console
-        with console.bar("hash of the weights") as bar:
-            self.source_hashes = processes.current().on_main(
-                lambda: pipeline_hashes(source, settings.family.component, bar)
-            )
+        self.source_hashes = self._hashes(source) if source_hashes is None else source_hashes
         self.source_key = fingerprint(files=self.source_hashes)
         self.requests = settings.requests(self.source_key)
         self.networks = Networks(settings.device, settings.clip, folder.path / runfolder.FEATURES, console.say)
         self._pipeline: DiffusionPipeline | None = None
+
+    def _hashes(self, source: Path) -> dict[str, str]:
+        with self.console.bar("hash of the weights") as bar:
+            return processes.current().on_main(lambda: pipeline_hashes(source, self.settings.family.component, bar))
 
     def images(self) -> None:
         """Make the images that are missing."""
@@ -91,11 +102,20 @@ class FullPrecision:
 class Quantized:
     """The quantized side of one recipe: its model, its images, and how these compare with full precision.
 
-    Calibration data, and the codes of units that are finished, are kept in `workspace`.
+    Calibration data, and the codes of units that are finished, are kept in `workspace`. The error of each layer is
+    left out unless `compares_layers`.
     """
 
-    def __init__(self, settings: Settings, reference: FullPrecision, folder: RunFolder, workspace: Path):
+    def __init__(
+        self,
+        settings: Settings,
+        reference: FullPrecision,
+        folder: RunFolder,
+        workspace: Path,
+        compares_layers: bool = True,
+    ):
         self.settings, self.reference, self.folder, self.workspace = settings, reference, folder, workspace
+        self.compares_layers = compares_layers
         self.console = reference.console
         self.model_key = settings.model_key(reference.source_key)
         self.requests = settings.requests(self.model_key)
@@ -105,7 +125,8 @@ class Quantized:
         """Model, images and the error of each layer, from where an earlier run stopped."""
         self._model()
         _complete_images(QUANTIZED, self.requests, self._load, self.folder, self.settings, self.console)
-        processes.current().on_main(self._layers)
+        if self.compares_layers:
+            processes.current().on_main(self._layers)
         self._pipeline = None
         self.reference.release()
 
@@ -144,7 +165,8 @@ class Quantized:
             self.reference.release()
             return
         self.folder.forget("model")
-        processes.current().on_main(self._probe_reference)  # quantizing takes place in the same pipeline
+        if self.compares_layers:
+            processes.current().on_main(self._probe_reference)  # quantizing takes place in the same pipeline
         try:
             with peak_memory(self.settings.device) as peak:
                 facts = make_model_together(self.reference.load, self.settings, path, self.console, self.workspace)
@@ -164,12 +186,14 @@ class Quantized:
 
     def score(self) -> None:
         """The scores that are missing."""
-        reference, folder = self.reference, self.folder
-        sides = {
-            reference.folder.images(FP): [request.key for request in reference.requests],
-            folder.images(QUANTIZED): [request.key for request in self.requests],
+        complete_scores(self.folder, self.sides(), self.settings, self.reference.networks, self.console)
+
+    def sides(self) -> dict[Path, list[str]]:
+        """The folders of images that are compared, full precision first, with the keys of their images."""
+        return {
+            self.reference.folder.images(FP): [request.key for request in self.reference.requests],
+            self.folder.images(QUANTIZED): [request.key for request in self.requests],
         }
-        complete_scores(folder, sides, self.settings, reference.networks, self.console)
 
 
 class Run:

@@ -34,10 +34,13 @@ GRID, PLOT = "grid.png", "compare.png"
 SCORES, FEATURES, PROBE = "scores.csv", "features", "probe"
 LAYERS, CUT_PROMPTS = "layers", "cut_prompts"  # a stage, and a kind of notes
 IMAGES, MODEL, PARTIAL_MODEL, CALIBRATION, RECIPES = "images", "model", "model.part", "calibration", "recipes"
+TRIALS = "trials"
+SWEEP_TABLE, SWEEP_PLOT, SWEEP_PAGE, SWEEP_DATA = "sweep.csv", "sweep.png", "sweep.md", "sweep.json"
 REPORTS = ("report.md", "report.html", "report.json")
 ENTRIES = (
     *(STATE, SETTINGS, LOG, LOCK, GRID, PLOT, SCORES, FEATURES, PROBE),
-    *(IMAGES, MODEL, PARTIAL_MODEL, CALIBRATION, RECIPES),
+    *(IMAGES, MODEL, PARTIAL_MODEL, CALIBRATION, RECIPES, TRIALS),
+    *(SWEEP_TABLE, SWEEP_PLOT, SWEEP_PAGE, SWEEP_DATA),
     *REPORTS,
 )
 
@@ -46,6 +49,11 @@ def fingerprint(**settings: Any) -> str:
     """A short hash of settings that JSON can hold; equal settings in any order give equal hashes."""
     text = json.dumps(settings, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def folder_name(name: str) -> str:
+    """A recipe's name as any file system takes it."""
+    return re.sub(r"[^\w.+-]", "_", name)
 
 
 def is_run(folder: Path) -> bool:
@@ -81,7 +89,7 @@ class RunFolder:
 
     def recipe(self, name: str) -> Path:
         """The run folder of one recipe of a comparison."""
-        return self.path / RECIPES / re.sub(r"[^\w.+-]", "_", name)
+        return self.path / RECIPES / folder_name(name)
 
     def record(self, stage: str) -> dict[str, Any] | None:
         """What was stored when `stage` was finished, or None."""

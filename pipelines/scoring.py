@@ -27,11 +27,8 @@ def complete_scores(
 
     `sides` are the image folders, full precision first, with the keys of the images that are in them.
     """
-    (fp, _), (quantized, _) = sides.items()
-    key = fingerprint(
-        images={path.name: keys for path, keys in sides.items()},
-        real=None if settings.real is None else _listing(settings.real),
-    )
+    fp, quantized = sides
+    key = scores_key({path.name: keys for path, keys in sides.items()}, settings)
     record = processes.current().on_main(lambda: _kept(folder, key, generated_names(quantized), settings))
     wanted = [name for name in settings.metrics if name not in record["metrics"]]
     if not wanted:
@@ -54,6 +51,11 @@ def complete_scores(
         clip=settings.clip,
     )
     console.say(f"scores: {', '.join(wanted)} in {seconds:.1f} s; of each image: {folder.path / SCORES}")
+
+
+def scores_key(images: Mapping[str, list[str]], settings: Settings) -> str:
+    """Fingerprint of what scores depend on: the keys of the images of both sides, and the real images."""
+    return fingerprint(images=images, real=None if settings.real is None else _listing(settings.real))
 
 
 def write_table(

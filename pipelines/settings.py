@@ -256,6 +256,12 @@ def resolve_all(options: Options, recipes: str) -> dict[str, Settings]:
     return settings
 
 
+def with_recipe(settings: Settings, source: str, w: str, a: str) -> Settings:
+    """The same with another recipe in these formats, which is called RECIPE-W-A; raises as `resolve` does."""
+    recipe = _recipe(settings.model, source, w, a)
+    return replace(settings, recipe=recipe.with_settings(name=f"{recipe.name}-{w}-{a}"))
+
+
 def parse_size(text: str, option: str) -> int:
     """Bytes of a size such as 8GB, 512MB or 1.5GiB; UsageError, naming the option, for anything else."""
     match = _SIZE.fullmatch(text.strip())

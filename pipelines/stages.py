@@ -36,6 +36,8 @@ from dmquant.pipelines.work import load_quantized, make_images, make_scores
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
+    from dmquant.pipelines.sweep.space import Space
+
 
 def run(settings: Settings, out: Path, overwrite: bool) -> None:
     """Take a model from full precision to a quantized, compared and scored folder, or from where that stopped."""
@@ -64,6 +66,36 @@ def compare(settings: Mapping[str, Settings], out: Path, overwrite: bool) -> Non
         _explaining_a_full_disk(out),
     ):
         Comparison(settings, source, folder, console).finish()
+
+
+def sweep(
+    space: "Space", out: Path, overwrite: bool, engine: str, workers: int | None, threads: int | None, keep_images: bool
+) -> None:
+    """Do every trial of a design space and set quality against cost, or from where that stopped."""
+    from dmquant.pipelines.sweep.engines import Crew
+    from dmquant.pipelines.sweep.sweep import Sweep  # brings matplotlib
+
+    quiet_libraries()
+    console, common = Console(), space.trials[0].settings
+    source = checked_folder(common.model, console.say)
+    with (
+        claim(out, common.model.name, overwrite) as folder,
+        console.logging_to(out / runfolder.LOG),
+        _explaining_a_full_disk(out),
+    ):
+        crew = Crew.of(workers, threads, common.device)
+        Sweep(space, source, folder, console, engine, crew, keep_images).finish()
+
+
+def list_trials(space: "Space") -> None:
+    """Print the trials of a design space, and how many there are."""
+    from dmquant.pipelines.sweep.sweep import count_line, left_out_line
+
+    console = Console()
+    for trial in space.trials:
+        console.say("  ".join((trial.technique, *trial.settings.formats)))
+    for line in filter(None, (left_out_line(space), count_line(space))):
+        console.say(line)
 
 
 def quantize(settings: Settings, out: Path, overwrite: bool) -> None:
@@ -174,6 +206,8 @@ def report(folder: Path) -> None:
     """Write the reports of a finished run again."""
     run_folder = RunFolder(folder)
     settings = yaml.safe_load((folder / runfolder.SETTINGS).read_text(encoding="utf-8"))
+    if runfolder.TRIALS in settings:
+        raise UserError(f"{folder} holds a sweep: its own command, given again, writes its tables again")
     absent = unfinished(run_folder, settings)
     if absent:
         raise UserError(f"{folder} is not finished ({', '.join(absent)} not done); run its command again to resume")

@@ -1,5 +1,6 @@
 """The command line: instant help, and one clear line with the right exit code for everything that can be wrong."""
 
+import importlib.util
 import shutil
 import subprocess
 import sys
@@ -118,6 +119,41 @@ def test_a_wrong_list_of_recipes_is_one_line_exits_with_2_and_writes_nothing(cap
     Path("mine.yaml").write_text("name: rtn\nweights: fp4\n")
     _fails(dmquant(capsys, "compare", model, "--recipes", recipes, "--out", "run"), 2, says)
     assert not Path("run").exists()
+
+
+WRONG_SWEEPS = {
+    "bits": (["--bits", "3-9"], 2, "write bits from 2 to 8"),
+    "16 bits of weights": (["--w-bits", "16"], 2, "write bits from 2 to 8"),
+    "no bits": (["--a-bits", ","], 2, "--a-bits is empty"),
+    "no pair": (["--w-bits", "8", "--a-bits", "4"], 2, "no pair of formats is left"),
+    "no formats": (["--formats", ","], 2, "--formats is empty"),
+    "unknown format": (["--formats", "fp44"], 2, "did you mean 'fp4'?"),
+    "unknown technique": (["--techniques", "rtn,defalt"], 2, "did you mean 'default'?"),
+    "no technique": (["--techniques", ","], 2, "--techniques is empty"),
+    "two of one name": (["--techniques", "rtn,./mine.yaml"], 2, "two of the techniques are called 'rtn'"),
+    "unknown metric": (["--metrics", "pnsr"], 2, "did you mean 'psnr'?"),
+    "unknown engine": (["--engine", "dask"], 2, "the engines are local, ray"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "code", "says"), WRONG_SWEEPS.values(), ids=WRONG_SWEEPS)
+def test_a_wrong_sweep_is_one_line_and_writes_nothing(capsys, model, arguments, code, says):
+    Path("mine.yaml").write_text("name: rtn\nweights: fp4\n")
+    _fails(dmquant(capsys, "sweep", model, *arguments, "--out", "run"), code, says)
+    assert not Path("run").exists()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("ray") is not None, reason="Ray is installed here")
+def test_a_sweep_on_ray_where_it_is_missing(capsys, model):
+    _fails(dmquant(capsys, "sweep", model, "--engine", "ray", "--out", "run"), 1, "pip install 'dmquant[ray]'")
+    assert not Path("run").exists()
+
+
+def test_the_trials_of_a_sweep_can_be_listed_before(capsys, model):
+    code, out, err = dmquant(capsys, "sweep", model, "--bits", "4", "--a-bits", "8,16", "--formats", "int", "--dry-run")
+    assert (code, err) == (0, "")
+    assert out.splitlines() == ["rtn  int4  int8", "rtn  int4  none", "2 trials (2 INT) with rtn"]
+    assert not Path("runs").exists()
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from dmquant.evaluation.plot import STEP, _front, _looks, _side_by_side, _spread, draw_comparison
+from dmquant.evaluation.plot import STEP, _looks, _side_by_side, _spread, draw_comparison, pareto_front
 from dmquant.evaluation.result import Metric, RecipeResult, Reference, Report
 
 
@@ -82,7 +82,7 @@ def test_points_that_coincide_stand_side_by_side_around_their_place_and_others_s
 @given(st.lists(st.tuples(st.integers(2, 9), st.integers(20, 40)), min_size=1, max_size=20))
 def test_the_front_is_what_nothing_of_fewer_bits_matches(points):
     costs, qualities = [list(column) for column in zip(*points, strict=True)]
-    front = {points[index] for index in _front(costs, qualities)}
+    front = {points[index] for index in pareto_front(costs, qualities)}
     beaten = {
         (cost, quality)
         for cost, quality in points

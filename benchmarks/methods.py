@@ -1,0 +1,154 @@
+"""Recipes side by side on both embedded models, at W4A16 and W4A6: one markdown table a model and pair of formats.
+
+    python benchmarks/methods.py [--recipes rtn,default,mine.yaml] [--models emoji-pixart,emoji-sd] [--images 64]
+
+Round to nearest with absmax scales is always the first row. Block outputs, final latents and PSNR are measured as in
+benchmarks/calibration.py, on prompts and timesteps that calibration does not have; the error of blocks is the mean over
+blocks of each one's squared error over that of the first row. FID is between the images and those of full precision, of
+8 bits, through Inception. Seconds are those of quantizing, without capturing the data, which the recipes of a model
+share, and of blocks that an interrupted benchmark had finished. Peak memory is that of a process of its own, libraries
+included, while it quantizes. Every row is kept in OUT: what is there is not done again; a recipe that fails is a line.
+"""
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from calibration import FORMATS, Bench
+from PIL import Image
+from torch import Tensor
+
+import dmquant
+from dmquant.errors import UserError
+from dmquant.evaluation.networks import Networks
+from dmquant.evaluation.score import score_pairs
+from dmquant.files import write_text
+from dmquant.pipelines.calibrating import calibration_data
+from dmquant.pipelines.memory import peak_memory
+from dmquant.pipelines.runfolder import fingerprint
+from dmquant.pipelines.settings import Options, Settings, resolve, with_recipe
+from dmquant.pipelines.sweep.engines import Crew, local
+
+MODELS = "emoji-pixart,emoji-sd"
+NEAREST = "rtn"
+HEADER = [
+    *("recipe", "block error, of nearest", "final latents", "latents, of nearest", "PSNR, dB", "dB over nearest"),
+    *("FID to full precision", "seconds", "peak MB"),
+]
+
+
+@dataclass(frozen=True)
+class Task:
+    """A row to be measured by a process of its own, and the folder of its model."""
+
+    settings: Settings
+    out: Path
+
+    @property
+    def path(self) -> Path:
+        """Where the row is kept."""
+        recipe, images = self.settings.recipe, len(self.settings.prompts)
+        key = fingerprint(recipe=recipe.to_dict(), dmquant=dmquant.__version__, images=images)
+        return self.out / "methods" / f"{recipe.name}-{key[:8]}.json"
+
+
+def measure(task: Task) -> dict[str, Any]:
+    """What the recipe makes of the model; kept in the row's file."""
+    bench, settings = Bench(task.out, len(task.settings.prompts), task.settings.model.name), task.settings
+    if settings.recipe.calibrated:
+        calibration_data(bench.pipeline, settings, task.out / "calibration", bench.console)
+    began = time.perf_counter()
+    with peak_memory(settings.device) as peak:
+        backbone, of_blocks = bench.quantized(settings)
+    seconds = max(time.perf_counter() - began, of_blocks)
+    with tempfile.TemporaryDirectory() as folder:
+        scratch = Path(folder)
+        measured = bench.measure(backbone, seconds, lambda images: save(images, scratch / "quantized"))
+        _, _, images = bench.reference
+        save(images, scratch / "fp")
+        networks = Networks(settings.device, features=task.out / "features")
+        fid = score_pairs(scratch / "fp", scratch / "quantized", ["fid_fp"], networks=networks)["fid_fp"]
+    row = vars(measured) | {"fid": fid.value, "fid_missing": fid.reason, "peak_memory_bytes": peak.bytes}
+    write_text(task.path, json.dumps(row))
+    return row
+
+
+def save(images: Tensor, folder: Path) -> None:
+    """Write images in [0, 1] as PNG files of 8 bits."""
+    folder.mkdir()
+    for index, image in enumerate((images * 255).round().to(torch.uint8).permute(0, 2, 3, 1)):
+        Image.fromarray(image.numpy()).save(folder / f"{index:05d}.png")
+
+
+def rows_of(tasks: dict[str, Task], threads: int) -> dict[str, dict[str, Any] | str]:
+    """Every row by the name of its recipe, from OUT where it is there; why not, for one that failed."""
+    rows: dict[str, dict[str, Any] | str] = {}
+    for name, task in tasks.items():
+        if task.path.exists():
+            rows[name] = json.loads(task.path.read_text())
+            continue
+        try:
+            [(_, rows[name])] = local(measure, [task], Crew(1, threads))
+        except UserError as error:
+            rows[name] = str(error)
+        if isinstance(rows[name], UserError):
+            rows[name] = str(rows[name])
+    return rows
+
+
+def table(rows: dict[str, dict[str, Any] | str]) -> str:
+    """Markdown; the first row is what the others are compared with."""
+    nearest = next(iter(rows.values()))
+    lines = [HEADER, ["---"] * len(HEADER)]
+    for name, row in rows.items():
+        if isinstance(row, str) or isinstance(nearest, str):
+            lines.append([name, f"failed: {row}" if isinstance(row, str) else "", *[""] * (len(HEADER) - 2)])
+            continue
+        blocks = fmean(own / other for own, other in zip(row["blocks"], nearest["blocks"], strict=True))
+        fid = f"{row['fid']:.1f}" if row["fid"] is not None else f"not computed: {row['fid_missing']}"
+        over = f"{row['psnr'] - nearest['psnr']:+.2f}"
+        latents = [f"{row['latents']:.5f}", f"{row['latents'] / nearest['latents']:.3f}"]
+        memory = f"{row['peak_memory_bytes'] / 1e6:.0f}"
+        lines.append(
+            [name, f"{blocks:.3f}", *latents, f"{row['psnr']:.2f}", over, fid, f"{row['seconds']:.0f}", memory]
+        )
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def tasks_of(model: str, recipes: Sequence[str], images: int, weights: str, activations: str, out: Path):
+    """The rows of one table by name, round to nearest first."""
+    base = resolve(Options(model=model, recipe=NEAREST, num_prompts=images, device="cpu"))
+    tasks = {}
+    for source in dict.fromkeys([NEAREST, *recipes]):
+        settings = with_recipe(base, source, weights, activations)
+        name = settings.recipe.name.removesuffix(f"-{weights}-{activations}")
+        tasks[name] = Task(settings, out / model)
+    return tasks
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipes", default="rtn,default", help="names or YAML files, with commas")
+    parser.add_argument("--models", default=MODELS, help="with commas")
+    parser.add_argument("--images", type=int, default=64)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--out", type=Path, default=Path("runs/methods"))
+    options = parser.parse_args()
+    recipes = [source.strip() for source in options.recipes.split(",") if source.strip()]
+    for model in options.models.split(","):
+        for title, (weights, activations) in FORMATS.items():
+            tasks = tasks_of(model, recipes, options.images, weights, activations, options.out.resolve())
+            print(
+                f"\n{model}, {title}, {options.images} images\n\n{table(rows_of(tasks, options.threads))}", flush=True
+            )
+
+
+if __name__ == "__main__":
+    main()

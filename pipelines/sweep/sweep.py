@@ -1,0 +1,277 @@
+"""A sweep: every trial of a design space against one set of full-precision images, side by side, in one folder."""
+
+import contextlib
+import json
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dmquant import processes
+from dmquant.calib.latents import final_latents
+from dmquant.calib.memory import default_budget
+from dmquant.convert import plan
+from dmquant.costs import Costs, counting, fans_in, model_costs
+from dmquant.errors import UserError
+from dmquant.evaluation.pareto import Point, draw_pareto
+from dmquant.evaluation.report_tables import time_text, value_text
+from dmquant.files import write_text
+from dmquant.pipelines import runfolder
+from dmquant.pipelines.calibrating import calibration_data
+from dmquant.pipelines.console import Console
+from dmquant.pipelines.run import FullPrecision, images_line, save_settings
+from dmquant.pipelines.runfolder import RunFolder, is_full_disk
+from dmquant.pipelines.settings import Settings
+from dmquant.pipelines.skeleton import skeleton
+from dmquant.pipelines.sweep.engines import ENGINES, Crew, check_alone
+from dmquant.pipelines.sweep.results import BITS, VERSION, Row, as_csv, pareto_fronts, sorted_rows
+from dmquant.pipelines.sweep.space import Space, Trial
+from dmquant.pipelines.sweep.tables import memory_line, page, terminal_table
+from dmquant.pipelines.sweep.trial import Failure, Task, run_trial, with_shared_data
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+    from torch import nn
+
+AXES = {
+    BITS: "bits a weight, scales included",
+    "bit_operations": "billion bit operations a backbone call",
+    "area": "area of a multiply-accumulate, full adders",
+}
+UNITS = {"bit_operations": 1e9}
+
+
+class Sweep:
+    """The trials of `space` in a run folder; `keep_images` keeps the images of each as well."""
+
+    def __init__(
+        self,
+        space: Space,
+        source: Path,
+        folder: RunFolder,
+        console: Console,
+        engine: str,
+        crew: Crew,
+        keep_images: bool,
+    ):
+        check_alone(processes.current().count)
+        self.space, self.folder, self.console = space, folder, console
+        self.engine, self.crew, self.keep_images = engine, crew, keep_images
+        self.common, self.source = space.trials[0].settings, source
+        self.reference = FullPrecision(self.common, source, folder, console)
+
+    def finish(self) -> None:
+        """Every trial, from where an earlier sweep stopped; one that fails does not stop the others.
+
+        Raises UserError at the end if any failed.
+        """
+        trials = {trial.name: trial for trial in self.space.trials}
+        tasks = {name: self._task(trial) for name, trial in trials.items()}
+        done = {name: record for name, task in tasks.items() if (record := task.done())}
+        waiting = [task for name, task in tasks.items() if name not in done]
+        recipes = {name: trial.settings.recipe.to_dict() for name, trial in trials.items()}
+        record = save_settings(self.folder, self.common.to_dict(self.reference.source_hashes, {"trials": recipes}))
+        self.console.say(f"{self.common.model.name}: {count_line(self.space)}; {images_line(self.common)}")
+        for name in done:
+            if tasks[name].folder.exists():  # a sweep may have been killed before this
+                tasks[name].tidy()
+        self.reference.images()
+        costs = self._costs()
+        if waiting:
+            self._capture(waiting)
+        self.reference.release()
+        outcomes = done | self._run(waiting, trials, done)
+        rows = [Row(trial, costs[name], outcomes[name]) for name, trial in trials.items()]
+        self._report(rows, record)
+        if failed := [row.trial.name for row in rows if row.failed]:
+            shown = ", ".join(failed[:3]) + (", ..." if len(failed) > 3 else "")
+            raise UserError(
+                f"{len(failed)} of {len(rows)} trials failed ({shown}); "
+                "the same command tries them again and keeps what is done"
+            )
+
+    def _task(self, trial: Trial) -> Task:
+        out = self.folder.path.resolve()
+        given = with_shared_data(trial.settings, out)
+        paths = {name: path.resolve() for name in ("calibration_data", "real") if (path := getattr(given, name))}
+        if given.memory_budget is None and self.crew.workers > 1:
+            paths["memory_budget"] = default_budget() // self.crew.workers
+        return Task(replace(given, **paths), self.source, self.reference.source_hashes, out, self.keep_images)
+
+    def _costs(self) -> dict[str, Costs]:
+        """What the arithmetic of every trial costs, by its name."""
+        key = self.reference.requests[0].key  # stands for weights and call
+        counted = self.folder.finished("costs", key)
+        if counted is None:
+            counts = first_call(self.reference.load(), self.common)
+            counted = self.folder.finish("costs", key, multiply_accumulates=counts)
+        backbone = skeleton(self.source / self.common.family.component)  # names and shapes are all that is needed
+        fan_in, split = fans_in(backbone), self.common.family.concatenations(backbone)
+        return {
+            trial.name: model_costs(
+                plan(backbone, trial.settings.recipe.splitting(split)), counted["multiply_accumulates"], fan_in
+            )
+            for trial in self.space.trials
+        }
+
+    def _capture(self, waiting: Sequence[Task]) -> None:
+        """Make the calibration data that trials share before they start; where that fails, each of them says so."""
+        needed = {task.settings.calibration_data: task.settings for task in waiting if task.settings.recipe.calibrated}
+        for settings in needed.values():
+            try:
+                calibration_data(self.reference.load(), settings, self.folder.path, self.console)
+            except UserError as error:
+                if is_full_disk(error):
+                    raise
+                self.console.say(f"note: no calibration data for {settings.recipe.name} and others like it: {error}")
+
+    def _run(
+        self, waiting: Sequence[Task], trials: dict[str, Trial], done: dict[str, dict[str, Any]]
+    ) -> dict[str, dict[str, Any] | Failure]:
+        """What became of each trial that was not done; told one by one, with the time to go."""
+        if not waiting:
+            self.console.say("trials: all are done")
+            return {}
+        left = Counter(trials[task.name].technique for task in waiting)
+        clock = _Clock(left, self.crew.workers)
+        for name, record in done.items():
+            clock.know(trials[name].technique, record["seconds"]["trial"])
+        there = f"{len(done)} are done, " if done else ""
+        self.console.say(
+            f"trials: {there}{len(waiting)} to do, {self.crew.workers} at once with {self.crew.threads} "
+            f"thread{'s' if self.crew.threads > 1 else ''} each; {clock.to_go()}"
+        )
+        outcomes: dict[str, dict[str, Any] | Failure] = {}
+        running = ENGINES[self.engine](run_trial, waiting, self.crew)
+        with self.console.bar("trials") as bar, contextlib.closing(running):
+            bar(0, len(waiting))
+            for task, outcome in running:
+                if isinstance(outcome, UserError):
+                    outcome = Failure(str(outcome))
+                outcomes[task.name] = outcome
+                clock.end(trials[task.name].technique, outcome)
+                self._tell(task, outcome, f"{len(outcomes)} of {len(waiting)}", clock.to_go())
+                bar(len(outcomes), len(waiting))
+        return outcomes
+
+    def _tell(self, task: Task, outcome: dict[str, Any] | Failure, count: str, to_go: str) -> None:
+        if isinstance(outcome, Failure):
+            self.console.say(f"{count}: {task.name} failed: {outcome.reason}")
+            if outcome.disk_is_full:
+                raise UserError(
+                    f"the disk that holds {task.sweep} is full: make room and run the same command to resume; "
+                    "what is done stays"
+                )
+            return
+        name = self.common.metrics[0]
+        value = outcome["metrics"][name]["value"]
+        quality = f"{name} {'not computed' if value is None else value_text(name, value)}"
+        seconds = time_text(outcome["seconds"]["trial"])
+        self.console.say(f"{count}: {task.name}: {quality}, {outcome[BITS]:.2f} bits a weight, in {seconds}; {to_go}")
+
+    def _report(self, rows: Sequence[Row], record: dict[str, Any]) -> None:
+        """Table, page, picture and data; without a single trial that was done, none of an earlier sweep either."""
+        path, metric = self.folder.path, self.common.metrics[0]
+        files = (runfolder.SWEEP_DATA, runfolder.SWEEP_TABLE, runfolder.SWEEP_PAGE, runfolder.SWEEP_PLOT)
+        if all(row.failed for row in rows):
+            for name in files:
+                (path / name).unlink(missing_ok=True)
+            return
+        fronts = pareto_fronts(rows, metric)
+        data = {
+            "version": VERSION,
+            "model": self.common.model.name,
+            "metrics": list(self.common.metrics),
+            "trials": [row.to_json(fronts) for row in sorted_rows(rows, metric)],
+            "left_out": self.space.left_out,
+            "settings": {name: value for name, value in record.items() if name != "trials"},
+        }
+        write_text(path / runfolder.SWEEP_DATA, json.dumps(data, indent=1) + "\n")
+        write_text(path / runfolder.SWEEP_TABLE, as_csv(data["trials"], data["metrics"]))
+        write_text(path / runfolder.SWEEP_PAGE, page(data, self.common.command))
+        images = f"{len(self.common.prompts)} images, {len(rows)} trials"
+        drawn = draw_pareto(f"{data['model']}: {images}", _points(rows, metric), AXES, metric, path / files[-1])
+        self.console.show(terminal_table(data["model"], data["trials"], data["metrics"]))
+        for line in filter(None, (memory_line(data["trials"]), left_out_line(self.space))):
+            self.console.say(line)
+        shown = files if drawn else files[:-1]
+        self.console.say("   ".join(f"{name.partition('.')[2]}: {path / name}" for name in shown))
+
+
+class _Clock:
+    """How long what is left will take: by technique, from the trials of it that are done, else from all."""
+
+    def __init__(self, left: Counter[str], workers: int):
+        self._left, self._workers = left, workers
+        self._seconds: dict[str, list[float]] = {}
+
+    def know(self, technique: str, seconds: float) -> None:
+        self._seconds.setdefault(technique, []).append(seconds)
+
+    def end(self, technique: str, outcome: dict[str, Any] | Failure) -> None:
+        """One trial fewer."""
+        self._left[technique] -= 1
+        if not isinstance(outcome, Failure):
+            self.know(technique, outcome["seconds"]["trial"])
+
+    def to_go(self) -> str:
+        """For people."""
+        unknown = [technique for technique, count in self._left.items() if count and technique not in self._seconds]
+        if unknown:
+            return f"time to go not known before a trial of {', '.join(unknown)} is done"
+        means = {technique: sum(seconds) / len(seconds) for technique, seconds in self._seconds.items()}
+        seconds = sum(count * means[technique] for technique, count in self._left.items() if count) / self._workers
+        ends = time.strftime("%H:%M", time.localtime(time.time() + seconds))
+        return f"about {time_text(seconds)} to go, until {ends}" if seconds else "none to go"
+
+
+def first_call(pipeline: "DiffusionPipeline", settings: Settings) -> dict[str, int]:
+    """Multiply-accumulates of every layer in the first backbone call for one image, both guidance branches included."""
+    backbone = getattr(pipeline, settings.family.component)
+
+    def stop(module: "nn.Module", args: tuple, output: Any) -> None:
+        raise _Counted
+
+    handle = None
+    with counting(backbone) as counts, contextlib.suppress(_Counted):
+        handle = backbone.register_forward_hook(stop)
+        try:
+            final_latents(settings.family.prompted(pipeline), settings.prompts[:1], settings.seed, settings.call)
+        finally:
+            handle.remove()
+    return counts
+
+
+class _Counted(Exception):  # noqa: N818, it is no error
+    """The call that counts has been made."""
+
+
+def count_line(space: Space) -> str:
+    """How many trials there are of what, for people."""
+    trials = space.trials
+    techniques = list(dict.fromkeys(trial.technique for trial in trials))
+    kinds = Counter(trial.kind for trial in trials)
+    of_kinds = ", ".join(f"{count} {kind.upper() if kind != 'mixed' else kind}" for kind, count in kinds.items())
+    return f"{len(trials)} trials ({of_kinds}) with {', '.join(techniques)}"
+
+
+def left_out_line(space: Space) -> str:
+    """Which combinations no recipe allows, for people; "" where there are none."""
+    if not space.left_out:
+        return ""
+    name, reason = next(iter(space.left_out.items()))
+    more = f", and {len(space.left_out) - 1} more" if len(space.left_out) > 1 else ""
+    return f"left out: {name}: {reason}{more}"
+
+
+def _points(rows: Sequence[Row], metric: str) -> list[Point]:
+    points = []
+    for row in rows:
+        if not row.failed:
+            label = " / ".join(name.rpartition("_")[2] for name in row.trial.settings.formats)
+            known = {name: cost for name in AXES if (cost := row.cost(name)) is not None}
+            costs = {name: cost / UNITS.get(name, 1) for name, cost in known.items()}
+            points.append(Point(row.trial.technique, row.trial.kind, label, costs, row.metric(metric)))
+    return points
