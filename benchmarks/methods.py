@@ -2,12 +2,13 @@
 
     python benchmarks/methods.py [--recipes rtn,default,mine.yaml] [--models emoji-pixart,emoji-sd] [--images 64]
 
-Round to nearest with absmax scales is always the first row. Block outputs, final latents and PSNR are measured as in
-benchmarks/calibration.py, on prompts and timesteps that calibration does not have; the error of blocks is the mean over
-blocks of each one's squared error over that of the first row. FID is between the images and those of full precision, of
-8 bits, through Inception. Seconds are those of quantizing, without capturing the data, which the recipes of a model
-share, and of blocks that an interrupted benchmark had finished. Peak memory is that of a process of its own, libraries
-included, while it quantizes. Every row is kept in OUT: what is there is not done again; a recipe that fails is a line.
+Round to nearest (the recipe rtn) is always the first row. Formats are the recipes' own. Block outputs, final latents and
+PSNR are measured as in benchmarks/calibration.py, on prompts and timesteps that calibration does not have; the error of
+blocks is the mean over blocks of each one's squared error over that of the first row. FID is between the images and those
+of full precision, of 8 bits, through Inception. Seconds are those of quantizing, without capturing the data, which the
+recipes of a model share, and of blocks that an interrupted benchmark had finished. Peak memory is that of a process of its
+own, libraries included, while it quantizes. Every row is kept in OUT: what is there is not done again; a recipe that fails
+is a line.
 """
 
 import argparse
@@ -21,11 +22,12 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from calibration import FORMATS, Bench
+from calibration import Bench
 from PIL import Image
 from torch import Tensor
 
 import dmquant
+from dmquant.convert import footprint
 from dmquant.errors import UserError
 from dmquant.evaluation.networks import Networks
 from dmquant.evaluation.score import score_pairs
@@ -37,10 +39,11 @@ from dmquant.pipelines.settings import Options, Settings, resolve, with_recipe
 from dmquant.pipelines.sweep.engines import Crew, local
 
 MODELS = "emoji-pixart,emoji-sd"
+ACTIVATIONS = {"W4A16": "none", "W4A6": None}  # None: the recipe's own
 NEAREST = "rtn"
 HEADER = [
-    *("recipe", "block error, of nearest", "final latents", "latents, of nearest", "PSNR, dB", "dB over nearest"),
-    *("FID to full precision", "seconds", "peak MB"),
+    *("recipe", "bits a quantized weight", "block error, of nearest", "final latents", "latents, of nearest"),
+    *("PSNR, dB", "dB over nearest", "FID to full precision", "seconds", "peak MB"),
 ]
 
 
@@ -76,6 +79,7 @@ def measure(task: Task) -> dict[str, Any]:
         networks = Networks(settings.device, features=task.out / "features")
         fid = score_pairs(scratch / "fp", scratch / "quantized", ["fid_fp"], networks=networks)["fid_fp"]
     row = vars(measured) | {"fid": fid.value, "fid_missing": fid.reason, "peak_memory_bytes": peak.bytes}
+    row["bits"] = footprint(backbone).bits_per_weight
     write_text(task.path, json.dumps(row))
     return row
 
@@ -115,21 +119,18 @@ def table(rows: dict[str, dict[str, Any] | str]) -> str:
         fid = f"{row['fid']:.1f}" if row["fid"] is not None else f"not computed: {row['fid_missing']}"
         over = f"{row['psnr'] - nearest['psnr']:+.2f}"
         latents = [f"{row['latents']:.5f}", f"{row['latents'] / nearest['latents']:.3f}"]
-        memory = f"{row['peak_memory_bytes'] / 1e6:.0f}"
-        lines.append(
-            [name, f"{blocks:.3f}", *latents, f"{row['psnr']:.2f}", over, fid, f"{row['seconds']:.0f}", memory]
-        )
+        cost = [f"{row['seconds']:.0f}", f"{row['peak_memory_bytes'] / 1e6:.0f}"]
+        lines.append([name, f"{row['bits']:.3f}", f"{blocks:.3f}", *latents, f"{row['psnr']:.2f}", over, fid, *cost])
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
-def tasks_of(model: str, recipes: Sequence[str], images: int, weights: str, activations: str, out: Path):
+def tasks_of(model: str, recipes: Sequence[str], images: int, activations: str | None, out: Path) -> dict[str, Task]:
     """The rows of one table by name, round to nearest first."""
     base = resolve(Options(model=model, recipe=NEAREST, num_prompts=images, device="cpu"))
     tasks = {}
     for source in dict.fromkeys([NEAREST, *recipes]):
-        settings = with_recipe(base, source, weights, activations)
-        name = settings.recipe.name.removesuffix(f"-{weights}-{activations}")
-        tasks[name] = Task(settings, out / model)
+        settings = with_recipe(base, source, None, activations)
+        tasks[settings.recipe.name.removesuffix(f"-{activations}" if activations else "")] = Task(settings, out / model)
     return tasks
 
 
@@ -143,8 +144,8 @@ def main() -> None:
     options = parser.parse_args()
     recipes = [source.strip() for source in options.recipes.split(",") if source.strip()]
     for model in options.models.split(","):
-        for title, (weights, activations) in FORMATS.items():
-            tasks = tasks_of(model, recipes, options.images, weights, activations, options.out.resolve())
+        for title, activations in ACTIVATIONS.items():
+            tasks = tasks_of(model, recipes, options.images, activations, options.out.resolve())
             print(
                 f"\n{model}, {title}, {options.images} images\n\n{table(rows_of(tasks, options.threads))}", flush=True
             )

@@ -256,10 +256,10 @@ def resolve_all(options: Options, recipes: str) -> dict[str, Settings]:
     return settings
 
 
-def with_recipe(settings: Settings, source: str, w: str, a: str) -> Settings:
-    """The same with another recipe in these formats, which is called RECIPE-W-A; raises as `resolve` does."""
+def with_recipe(settings: Settings, source: str, w: str | None, a: str | None) -> Settings:
+    """The same with another recipe in these formats or its own, called RECIPE-W-A; raises as `resolve` does."""
     recipe = _recipe(settings.model, source, w, a)
-    return replace(settings, recipe=recipe.with_settings(name=f"{recipe.name}-{w}-{a}"))
+    return replace(settings, recipe=recipe.with_settings(name="-".join(filter(None, (recipe.name, w, a)))))
 
 
 def parse_size(text: str, option: str) -> int:
