@@ -2,13 +2,13 @@
 
     python benchmarks/methods.py [--recipes rtn,default,mine.yaml] [--models emoji-pixart,emoji-sd] [--images 64]
 
-Round to nearest (the recipe rtn) is always the first row. Formats are the recipes' own. Block outputs, final latents and
-PSNR are measured as in benchmarks/calibration.py, on prompts and timesteps that calibration does not have; the error of
-blocks is the mean over blocks of each one's squared error over that of the first row. FID is between the images and those
-of full precision, of 8 bits, through Inception. Seconds are those of quantizing, without capturing the data, which the
-recipes of a model share, and of blocks that an interrupted benchmark had finished. Peak memory is that of a process of its
-own, libraries included, while it quantizes. Every row is kept in OUT: what is there is not done again; a recipe that fails
-is a line.
+Round to nearest (the recipe rtn) is always the first row. Formats are the recipes' own. Block outputs, final latents
+and PSNR are measured as in benchmarks/calibration.py, on prompts and timesteps that calibration does not have; the
+error of blocks is the mean over blocks of each one's squared error over that of the first row. FID is between the
+images and those of full precision, of 8 bits, through Inception. Seconds are those of quantizing, without capturing the
+data, which the recipes of a model share, and of blocks that an interrupted benchmark had finished. Peak memory is that
+of a process of its own, libraries included, while it quantizes. Every row is kept in OUT: what is there is not done
+again; a recipe that fails is a line.
 """
 
 import argparse
