@@ -1,6 +1,6 @@
 """Recipes side by side on both embedded models, at W4A16 and W4A6: one markdown table a model and pair of formats.
 
-    python benchmarks/methods.py [--recipes rtn,default,mine.yaml] [--models emoji-pixart,emoji-sd] [--images 64]
+    python benchmarks/methods.py [--recipes rtn,default,mine.yaml] [--models emoji-pixart,emoji-sd] [--bits W4A16,W4A6]
 
 Round to nearest (the recipe rtn) is always the first row. Formats are the recipes' own. Block outputs, final latents
 and PSNR are measured as in benchmarks/calibration.py, on prompts and timesteps that calibration does not have; the
@@ -138,13 +138,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipes", default="rtn,default", help="names or YAML files, with commas")
     parser.add_argument("--models", default=MODELS, help="with commas")
+    parser.add_argument("--bits", default=",".join(ACTIVATIONS), help="W4A16, W4A6, or both")
     parser.add_argument("--images", type=int, default=64)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path, default=Path("runs/methods"))
     options = parser.parse_args()
     recipes = [source.strip() for source in options.recipes.split(",") if source.strip()]
     for model in options.models.split(","):
-        for title, activations in ACTIVATIONS.items():
+        for title in options.bits.split(","):
+            activations = ACTIVATIONS[title]
             tasks = tasks_of(model, recipes, options.images, activations, options.out.resolve())
             print(
                 f"\n{model}, {title}, {options.images} images\n\n{table(rows_of(tasks, options.threads))}", flush=True
