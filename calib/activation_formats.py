@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from dmquant.activations import ActivationSpec, TimestepRanges
 from dmquant.calib.ranges import observe_ranges
+from dmquant.calib.watching import run_watched
 from dmquant.convert import LayerPlan
 from dmquant.formats import Format
 from dmquant.layers import QUANTIZED
@@ -54,20 +55,9 @@ def choose_activation_formats(
 
         return add
 
-    learning = [index for index, sample in enumerate(store.samples) if not sample.held_out]
     device = next(backbone.parameters()).device
-    hooks = [backbone.get_submodule(name).register_forward_pre_hook(watch(name)) for name in inputs]
-    try:
-        for start in range(0, len(learning), batch_size):
-            batch = learning[start : start + batch_size]
-            timesteps = torch.tensor([store.timesteps[store.samples[index].step] for index in batch])
-            ranges.set(timesteps.repeat_interleave(store.rows).to(device))
-            args, kwargs = store.batch(batch, device)
-            backbone(*args, **kwargs)
-            progress(start + len(batch), len(learning))
-    finally:
-        for hook in hooks:
-            hook.remove()
+    watchers = {name: watch(name) for name in inputs}
+    run_watched(backbone, watchers, store, batch_size, lambda rows: ranges.set(rows.to(device)), progress)
     return {name: plan.activation_candidates[int(errors[name].argmin())] for name, plan in plans.items()}
 
 

@@ -1,6 +1,7 @@
 """The codes of finished units on disk, so that a killed calibration continues where it was."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dmquant.files import replacing, sha256, write_text
+from dmquant.qtensor import QuantizedTensor
 
 
 @dataclass(frozen=True)
@@ -41,3 +43,13 @@ class CodesFolder:
 
     def _files(self, number: int) -> tuple[Path, Path]:
         return self.path / f"{number:03d}.safetensors", self.path / f"{number:03d}.json"
+
+
+def tensors_of(values: Mapping[str, QuantizedTensor]) -> dict[str, Tensor]:
+    """Codes, scales and bases of quantized weights, named after their layers, to be saved."""
+    tensors = {}
+    for name, value in values.items():
+        tensors[f"{name}.codes"], tensors[f"{name}.scale"] = value.codes, value.scales.stored
+        if value.scales.base is not None:
+            tensors[f"{name}.base"] = value.scales.base
+    return tensors

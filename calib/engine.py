@@ -22,7 +22,7 @@ from torch import Tensor, nn
 import dmquant
 from dmquant.activations import TimestepRanges
 from dmquant.calib.activation_formats import choose_activation_formats
-from dmquant.calib.codes import CodesFolder
+from dmquant.calib.codes import CodesFolder, tensors_of
 from dmquant.calib.learn import (
     DTYPES,
     Learned,
@@ -38,6 +38,7 @@ from dmquant.calib.moments import Moments, alike, columns_of, fit_grid, moments_
 from dmquant.calib.outputs import Budget
 from dmquant.calib.ranges import check_timesteps, observe_ranges
 from dmquant.calib.replay import replaced_forward, trace
+from dmquant.calib.resolved import resolved_recipe
 from dmquant.calib.store import CalibrationStore
 from dmquant.calib.streams import Bar, Streams
 from dmquant.calib.transforming import InputObserver, correct, fit_transforms
@@ -46,7 +47,7 @@ from dmquant.convert import LayerPlan, LayerReport, plan, relative_error
 from dmquant.errors import UsageError
 from dmquant.layers import QUANTIZED
 from dmquant.qtensor import QuantizedTensor
-from dmquant.recipe import Recipe, Rule
+from dmquant.recipe import Recipe
 from dmquant.rounding import get_method
 from dmquant.scaling import Scales
 from dmquant.transforms import InputStatistics, prepare_
@@ -175,7 +176,7 @@ class _Engine:
             to_go = f"; about {left * sum(learned_seconds) / len(learned_seconds):.0f} s to go" if left else ""
             self.say(f"{title}: {_in_words(done['tasks'])} in {seconds:.0f} s{to_go}")
         self._never_called()
-        return Calibrated(self._resolved_recipe(), self.reports, facts)
+        return Calibrated(resolved_recipe(self.recipe, self.reports, self.input_formats), self.reports, facts)
 
     # One block
 
@@ -201,7 +202,7 @@ class _Engine:
             formats = {name: values[name].spec.fmt.name for name in block.layers}
             facts = {"name": block.name, "formats": formats, "tasks": tasks, "seconds": time.perf_counter() - began}
             parts = {f"{name}.{key}": tensor for name in block.layers for key, tensor in self._part_tensors(name)}
-            self.codes.save(number, block.name, _tensors_of(values) | parts, facts)
+            self.codes.save(number, block.name, tensors_of(values) | parts, facts)
         streams.carry(streams.quantized, number, title, bar)
         streams.drop(number)
         return facts
@@ -435,35 +436,6 @@ class _Engine:
             self.parts[name] = {one.name: quantized.parts(one) for one in quantized.transforms}
             grid = fit_grid(weight, self._called(self.plans[name], False), None)
             self._swap(grid.quantized(grid.nearest), name)
-
-    def _resolved_recipe(self) -> Recipe:
-        """The recipe with the format of every layer named, so that it alone rebuilds the model."""
-        everywhere, decided, named = (self.recipe, *self.recipe.rules), {}, []
-        if any(settings.candidates for settings in everywhere):
-            decided["candidates"] = None
-            named += _rules("weights", {report.plan.name: report.plan.weights.fmt.name for report in self.reports})
-        if any(settings.activation_candidates for settings in everywhere):
-            decided["activation_candidates"] = None
-            named += _rules("activations", self.input_formats)
-        rules = [rule.model_copy(update=decided) for rule in self.recipe.rules]
-        return self.recipe.model_copy(update=decided | {"rules": [*rules, *named]}) if decided else self.recipe
-
-
-def _rules(key: str, values: Mapping[str, str]) -> list[Rule]:
-    """Rules that give each of these layers its value of a setting."""
-    layers: dict[str, list[str]] = {}
-    for name, value in values.items():
-        layers.setdefault(value, []).append(name)
-    return [Rule(match=names, **{key: value}) for value, names in sorted(layers.items())]
-
-
-def _tensors_of(values: dict[str, QuantizedTensor]) -> dict[str, Tensor]:
-    tensors = {}
-    for name, value in values.items():
-        tensors[f"{name}.codes"], tensors[f"{name}.scale"] = value.codes, value.scales.stored
-        if value.scales.base is not None:
-            tensors[f"{name}.base"] = value.scales.base
-    return tensors
 
 
 def _in_words(tasks: list[dict[str, Any]]) -> str:

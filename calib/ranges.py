@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from dmquant.activations import SCHEDULE, ActivationSpec, ranges_of
+from dmquant.calib.watching import run_watched
 from dmquant.errors import UserError
 from dmquant.formats import Format
 from dmquant.layers import QuantConv2d, QuantLinear
@@ -43,26 +44,17 @@ def observe_ranges(
     those of a schedule 0..SCHEDULE.
     """
     static = {name: spec for name, spec in layers.items() if spec.ranges is not None}
-    learning = [index for index, sample in enumerate(store.samples) if not sample.held_out]
-    if not learning:
+    if all(sample.held_out for sample in store.samples):
         raise UserError("the calibration data has no samples to learn from: calibrate with more prompts")
     if any(spec.ranges > 1 for spec in static.values()):
         check_timesteps(store)
-    device = next(backbone.parameters()).device
     observers = {name: _Observer(name, spec, backbone.get_submodule(name), clip) for name, spec in static.items()}
-    hooks = [backbone.get_submodule(name).register_forward_pre_hook(observer) for name, observer in observers.items()]
-    try:
-        for start in range(0, len(learning), batch_size):
-            batch = learning[start : start + batch_size]
-            timesteps = torch.tensor([store.timesteps[store.samples[index].step] for index in batch])
-            for observer in observers.values():
-                observer.timesteps = timesteps.repeat_interleave(store.rows)
-            args, kwargs = store.batch(batch, device)
-            backbone(*args, **kwargs)
-            progress(start + len(batch), len(learning))
-    finally:
-        for hook in hooks:
-            hook.remove()
+
+    def tell(timesteps: Tensor) -> None:
+        for observer in observers.values():
+            observer.timesteps = timesteps
+
+    run_watched(backbone, observers, store, batch_size, tell, progress)
     return {name: observer.scale() for name, observer in observers.items()}
 
 

@@ -19,13 +19,24 @@ from dmquant.cli_options import (
     QUANTIZE,
     RUN,
     SWEEP,
+    ActivationBits,
+    Bits,
     Clip,
     Device,
+    DryRun,
+    Engine,
+    Everything,
+    Formats,
+    KeepImages,
     Metrics,
     Model,
     Overwrite,
     Prompts,
     Real,
+    Techniques,
+    Threads,
+    WeightBits,
+    Workers,
     takes,
 )
 from dmquant.errors import UserError
@@ -174,88 +185,17 @@ def compare(
 def sweep(
     model: Model,
     *,
-    bits: Annotated[
-        str,
-        typer.Option(
-            metavar="BITS", help="Bits of weights and activations: 3-8, 4 or 4,6,8.", rich_help_panel="Design space"
-        ),
-    ] = "3-8",
-    w_bits: Annotated[
-        str | None,
-        typer.Option(
-            metavar="BITS", help="Bits of the weights, where they differ from --bits.", rich_help_panel="Design space"
-        ),
-    ] = None,
-    a_bits: Annotated[
-        str | None,
-        typer.Option(
-            metavar="BITS",
-            help="Bits of the activations, where they differ from --bits; 16 leaves them alone.",
-            rich_help_panel="Design space",
-        ),
-    ] = None,
-    formats: Annotated[
-        str | None,
-        typer.Option(
-            metavar="LIST",
-            help="Formats of these bits to take, comma separated: fp, int, or names such as fp4_e2m1,int4. "
-            "Default: every split of exponent and mantissa, and INT.",
-            rich_help_panel="Design space",
-        ),
-    ] = None,
-    techniques: Annotated[
-        str,
-        typer.Option(
-            metavar="LIST",
-            help="Recipes to try each pair of formats with, comma separated: names (see: dmquant recipes) or YAML "
-            "files. rtn is without any technique.",
-            rich_help_panel="Design space",
-        ),
-    ] = "rtn",
-    everything: Annotated[
-        bool,
-        typer.Option(
-            "--all",
-            help="Every format of the weights with every one of the activations. By default only those of one kind "
-            "meet, FP or INT, and activations have no fewer bits than weights.",
-            rich_help_panel="Design space",
-        ),
-    ] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="List the trials, and do none.", rich_help_panel="Design space")
-    ] = False,
-    workers: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="Trials at once. Default: one a GPU, one on a CPU.",
-            rich_help_panel="Machine",
-            show_default=False,
-        ),
-    ] = None,
-    threads: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="Threads of a trial. Default: those of this machine, shared out. With equal threads results are equal "
-            "to the bit, whatever the engine and the number of workers.",
-            rich_help_panel="Machine",
-            show_default=False,
-        ),
-    ] = None,
-    engine: Annotated[
-        str,
-        typer.Option(
-            metavar="local|ray",
-            help="Processes of this machine, or a Ray cluster whose machines all see --out under one path "
-            "(pip install 'dmquant\\[ray]').",
-            rich_help_panel="Machine",
-        ),
-    ] = "local",
-    keep_images: Annotated[
-        bool,
-        typer.Option("--keep-images", help="Keep the images of every trial.", rich_help_panel="Output"),
-    ] = False,
+    bits: Bits = "3-8",
+    w_bits: WeightBits = None,
+    a_bits: ActivationBits = None,
+    formats: Formats = None,
+    techniques: Techniques = "rtn",
+    everything: Everything = False,
+    dry_run: DryRun = False,
+    workers: Workers = None,
+    threads: Threads = None,
+    engine: Engine = "local",
+    keep_images: KeepImages = False,
     out: Annotated[
         Path | None,
         typer.Option(

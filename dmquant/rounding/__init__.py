@@ -23,7 +23,7 @@ from dmquant.rounding.grid import Grid
 
 __all__ = ["Grid", "Rounding", "get_method", "method_names"]
 
-_PARTS = ("grid",)  # modules here that are no methods
+_PARTS = ("fixed", "grid")  # modules here that are no methods
 
 
 class Rounding(Protocol):

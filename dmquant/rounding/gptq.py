@@ -8,9 +8,10 @@ from typing import Literal, NamedTuple
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from dmquant.errors import UserError
+from dmquant.rounding.fixed import Fixed
 from dmquant.rounding.grid import Grid
 
 LEARNS = False
@@ -40,29 +41,9 @@ class Factor(NamedTuple):
     upper: Tensor
 
 
-class Solved(nn.Module):
-    """A rounding without parameters."""
-
-    def __init__(self, values: Tensor):
-        super().__init__()
-        self.register_buffer("values", values)
-
-    def forward(self) -> Tensor:
-        return self.values
-
-    def penalty(self, progress: float) -> None:
-        return None
-
-    def hard(self) -> Tensor:
-        return self.values
-
-    def undecided(self) -> int:
-        return 0
-
-
-def start(grid: Grid, options: Options, moments: Tensor) -> Solved:
+def start(grid: Grid, options: Options, moments: Tensor) -> Fixed:
     """The solution for inputs of these second `moments` (columns, columns), which are in the order of the grid."""
-    return Solved(solve(grid, factorize(moments, options))[0])
+    return Fixed(solve(grid, factorize(moments, options))[0])
 
 
 def factorize(moments: Tensor, options: Options) -> Factor:

@@ -15,7 +15,8 @@ from dmquant.layers import QUANTIZED
 from dmquant.pipelines.families import families
 from dmquant.qtensor import WeightSpec
 from dmquant.recipe import Learning
-from dmquant.rounding import get_method, gptq
+from dmquant.rounding import get_method
+from dmquant.rounding.fixed import Fixed
 from tests.calib.runs import calibrated, captured, is_same, packed, quantized_layers, recipe_of
 from tests.tiny import TINY
 
@@ -105,9 +106,7 @@ def other(grid):
 
 @pytest.mark.parametrize("better", [True, False])
 def test_of_the_solved_roundings_and_nearest_those_better_on_held_out_data_are_kept(better):
-    learner, (done, kept) = case_of(
-        lambda grid: gptq.Solved(other(grid)), other if better else lambda grid: grid.weight
-    )
+    learner, (done, kept) = case_of(lambda grid: Fixed(other(grid)), other if better else lambda grid: grid.weight)
     assert torch.equal(kept["layer"], learner.rounding.hard() if better else learner.grid.nearest)
     assert done.solved == better
     assert done.error == (0 if better else done.nearest_error)
