@@ -33,7 +33,7 @@ from dmquant.calib.learn import (
     learn,
     learning_layers,
 )
-from dmquant.calib.memory import STATE, check_budget, default_budget, passes, return_freed_memory
+from dmquant.calib.memory import STATE, Held, check_budget, default_budget, passes, return_freed_memory
 from dmquant.calib.moments import Moments, alike, columns_of, fit_grid, moments_for, needs_moments
 from dmquant.calib.outputs import Budget
 from dmquant.calib.ranges import check_timesteps, observe_ranges
@@ -111,6 +111,7 @@ class _Engine:
         self.backbone, self.recipe, self.store, self.bar, self.say = backbone, recipe, store, bar, say
         self.options = recipe.learning
         self.method = get_method(recipe.rounding.method)
+        self.rounding_options = self.method.Options.model_validate(recipe.rounding.options)
         self.device = next(backbone.parameters()).device
         by_step = sorted(range(len(store.samples)), key=lambda index: store.samples[index].step)
         self.learning = [index for index in by_step if not store.samples[index].held_out]
@@ -276,7 +277,7 @@ class _Engine:
             for name, layer in layers.items()
         }
         learners = {}
-        sizes = {name: self.moments_bytes.get(name, 0) for name in layers}
+        sizes = {name: self.moments_bytes.get(name, Held(0, 0)) for name in layers}
         for names in passes(sizes, self.needed - STATE * sum(weight.numel() for weight in weights.values())):
             moments = self._moments(number, task, {name: inputs[name] for name in names}, title, bar)
             for name in names:
@@ -285,34 +286,34 @@ class _Engine:
 
     def _learner(self, name: str, weight: Tensor, quantized: nn.Module, moments: Moments | None) -> Learner:
         """A layer with the grid of its (transformed) weight fitted and its rounding started, or solved."""
-        method = self.method
-        options = method.Options.model_validate(self.recipe.rounding.options)
+        method, options = self.method, self.rounding_options
         grid = fit_grid(weight, self._called(self.plans[name], moments is not None), moments, options)
         if not method.NEEDS_MOMENTS:
             rounding = method.start(grid, options)
         elif moments is None or not moments.in_full:
             rounding = get_method("nearest").start(grid, None)
         else:
-            rounding = method.start(grid, options, moments.matrix(grid.spec, grid.shape))
+            rounding = method.start(grid, options, moments.blocks())
         return Learner(name, self.backbone.get_submodule(name), grid, rounding, quantized)
 
-    def _bytes_of_moments(self) -> dict[str, int]:
-        """Of the layers whose moments are collected in full."""
-        found = {}
-        for name, step in self.plans.items():
-            moments = moments_for(self.backbone.get_submodule(name), step, self.method, torch.device("meta"))
-            if moments is not None and moments.in_full:
-                found[name] = moments.sums.nbytes
-        return found
+    def _moments_for(self, name: str, device: torch.device) -> Moments | None:
+        layer = self.backbone.get_submodule(name)
+        return moments_for(layer, self.plans[name], self.method, self.rounding_options, device)
+
+    def _bytes_of_moments(self) -> dict[str, Held]:
+        """Of the layers that are solved by their moments."""
+        found = {name: self._moments_for(name, torch.device("meta")) for name in self.plans}
+        return {
+            name: Held(moments.sums.nbytes, moments.sums[0].nbytes)
+            for name, moments in found.items()
+            if moments is not None and moments.in_full
+        }
 
     def _moments(
         self, number: int, task: Task, inputs: dict[str, nn.Module], title: str, bar: Bar
     ) -> dict[str, Moments]:
         """Second moments of the inputs of those of these layers for which something is decided by output error."""
-        found = {
-            name: moments_for(self.backbone.get_submodule(name), self.plans[name], self.method, self.device)
-            for name in inputs
-        }
+        found = {name: self._moments_for(name, self.device) for name in inputs}
         wanted = {name: moments for name, moments in found.items() if moments is not None}
         if not wanted:
             return {}

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
+from typing import NamedTuple
 
 from torch import nn
 
@@ -18,9 +19,16 @@ from dmquant.recipe import Learning
 STATE = 80
 """Bytes a weight while its rounding is learned, measured: grid, bounds, V with gradient and moments, the graph."""
 SOLVING = 7
-"""Times the size of its moments that solving a layer takes beside them: three matrices in float64, one in float32."""
+"""Times the size of a block of moments that solving it takes beside them: three matrices in float64, one in float32."""
 FALLBACK = 4_000_000_000
 BACKWARD = 2  # what autograd keeps, and gradients of about the same size
+
+
+class Held(NamedTuple):
+    """Bytes of the second moments of one layer, and of the largest block of columns that is solved at once."""
+
+    moments: int
+    block: int
 
 
 def default_budget() -> int:
@@ -44,7 +52,7 @@ def check_budget(
     backbone: nn.Module,
     blocks: Sequence[Block],
     learning: Learning,
-    moments: Mapping[str, int] = MappingProxyType({}),
+    moments: Mapping[str, Held] = MappingProxyType({}),
 ) -> int:
     """Bytes that learning the largest unit takes; UsageError where that is more than `total`.
 
@@ -61,19 +69,25 @@ def check_budget(
     return needed[largest]
 
 
-def passes(moments: Mapping[str, int], budget: int) -> list[list[str]]:
+def passes(moments: Mapping[str, Held], budget: int) -> list[list[str]]:
     """Layers in their order, as many together as the moments of all and solving one of them take of `budget` bytes."""
     together: list[list[str]] = [[]]
-    for name, size in moments.items():
-        sizes = [*(moments[other] for other in together[-1]), size]
-        if together[-1] and sum(sizes) + SOLVING * max(sizes) > budget:
+    for name in moments:
+        held = [moments[each] for each in (*together[-1], name)]
+        if together[-1] and _solving(held) > budget:
             together.append([])
         together[-1].append(name)
     return together
 
 
+def _solving(held: Sequence[Held]) -> int:
+    """Bytes of the moments of these layers and of solving one after another: its other blocks' factors stay."""
+    solving = [each.moments - each.block + SOLVING * each.block for each in held]
+    return sum(each.moments for each in held) + max(solving, default=0)
+
+
 def _needed(
-    backbone: nn.Module, blocks: Sequence[Block], number: int, learning: Learning, moments: Mapping[str, int]
+    backbone: nn.Module, blocks: Sequence[Block], number: int, learning: Learning, moments: Mapping[str, Held]
 ) -> int:
     by_name = {block.name: block for block in blocks}
     most = 0
@@ -81,7 +95,7 @@ def _needed(
         weights = sum(backbone.get_submodule(name).weight.numel() for name in task.layers)
         members = [by_name[name] for name in task.blocks]
         activations = sum(block.saved_bytes * BACKWARD + 2 * nbytes(block.output) for block in members)
-        solving = (1 + SOLVING) * max((moments.get(name, 0) for name in task.layers), default=0)
+        solving = max((_solving([moments[name]]) for name in task.layers if name in moments), default=0)
         most = max(most, STATE * weights + max(activations * learning.batch_size, solving))
     return most
 

@@ -1,5 +1,6 @@
 """Second moments of a layer's inputs, H = mean x x^T: what they say of the error of its output."""
 
+import math
 from types import ModuleType
 
 import torch
@@ -23,58 +24,70 @@ POSITIONS = 256  # of a row of the batch
 class Moments:
     """Sums of x x^T over inputs (tokens, columns), in full or in blocks along the diagonal; float32.
 
-    Columns are in the order of the weight's matrix form without a split.
+    `sums` (blocks, size, size) are in the order of the columns of the weight's matrix form, split and all; the last
+    block is padded with zeros. `together` is how many columns at most a block of moments that are demanded has; without
+    it they are for scales and formats alone, and wide layers are looked at group by group.
     """
 
-    def __init__(self, columns: int, spec: WeightSpec, device: torch.device, in_full: bool = False):
-        self.columns, self.in_full = columns, in_full
-        # Groups of a split weight are no blocks in this order.
-        whole = in_full or columns <= LARGEST or spec.split is not None
-        self.size = columns if whole else spec.granularity.size or columns
-        blocks = -(-columns // self.size)
+    def __init__(self, shape: tuple[int, ...], spec: WeightSpec, device: torch.device, together: int | None = None):
+        """`shape` is that of the weight, (rows, input channels, ...)."""
+        self.columns, self.in_full = math.prod(shape[1:]), together is not None
+        self.order, group = None, spec.granularity.size or 1
+        if spec.split is not None:
+            numbers = from_matrix(torch.arange(self.columns).view(1, -1), (1, *shape[1:]))
+            self.order = to_matrix(numbers, spec.split)[0].to(device)
+        self.size = self.columns
+        if self.in_full:
+            blocks = -(-self.columns // together)
+            self.size = min(-(-self.columns // (blocks * group)) * group, self.columns)
+        elif self.columns > LARGEST and (spec.split is None or not spec.segments(shape)[0] % group):
+            self.size = spec.granularity.size or self.columns  # groups are blocks, but for a split amid one
+        blocks = -(-self.columns // self.size)
         self.sums = torch.zeros(blocks, self.size, self.size, device=device)
         self.tokens = 0
 
     def add(self, x: Tensor) -> None:
-        """Count the inputs `x` (tokens, columns)."""
-        blocks = F.pad(x.float(), (0, -self.columns % self.size)).view(len(x), -1, self.size).transpose(0, 1)
+        """Count the inputs `x` (tokens, columns), in the order of the matrix form without a split."""
+        x = x.float() if self.order is None else x[:, self.order].float()
+        blocks = F.pad(x, (0, -self.columns % self.size)).view(len(x), -1, self.size).transpose(0, 1)
         self.sums.baddbmm_(blocks.transpose(1, 2), blocks)
         self.tokens += len(x)
 
-    def matrix(self, spec: WeightSpec, shape: tuple[int, ...]) -> Tensor:
-        """All of them (columns, columns), in the order of the matrix form of a weight of this shape, split and all."""
-        mean = self.sums[0] / max(self.tokens, 1)
-        if spec.split is None:
-            return mean
-        order = to_matrix(from_matrix(torch.arange(self.columns).view(1, -1), (1, *shape[1:])), spec.split)[0]
-        return mean[order[:, None], order]
+    def blocks(self) -> list[Tensor]:
+        """The sums of one block of columns after another, each (its columns, its columns), without padding."""
+        widths = [min(self.size, self.columns - first) for first in range(0, self.columns, self.size)]
+        return [sums[:width, :width] for sums, width in zip(self.sums, widths, strict=True)]
 
     def inside_groups(self, spec: WeightSpec, shape: tuple[int, ...]) -> Tensor:
-        """What matters of them within the groups of a weight of this shape: (groups, size, size), padded with 0."""
+        """What matters of them within the groups of a weight of this shape: (groups, n, n), padded with 0."""
+        numbers = torch.arange(1, self.columns + 1, device=self.sums.device).view(1, -1)
+        groups = to_groups(numbers, spec.granularity, spec.segments(shape)).squeeze(0)
         sums = self.sums / max(self.tokens, 1)
-        one_row = (1, *shape[1:])
-        numbers = from_matrix(torch.arange(1, self.columns + 1).view(1, -1), one_row)
-        groups = to_groups(to_matrix(numbers, spec.split), spec.granularity, spec.segments(shape)).squeeze(0)
-        if groups.shape == sums.shape[:2]:
+        if spec.split is None and groups.shape == sums.shape[:2]:
             return sums
-        padded, groups = F.pad(sums[0], (1, 0, 1, 0)), groups.to(sums.device)
-        return padded[groups.unsqueeze(2), groups.unsqueeze(1)]
+        block, place = (groups - 1).clamp(min=0) // self.size, (groups - 1).clamp(min=0) % self.size
+        one, other = groups.unsqueeze(2), groups.unsqueeze(1)
+        known = (one > 0) & (other > 0) & (block.unsqueeze(2) == block.unsqueeze(1))
+        return sums[block.unsqueeze(2), place.unsqueeze(2), place.unsqueeze(1)].where(known, 0.0)
 
     def output_error(self, error: Tensor) -> float:
-        """Mean squared output, summed over rows, that the error of a weight (rows, columns) makes."""
+        """Mean squared output, summed over rows, that the error of a weight's matrix form (rows, columns) makes."""
         parts = F.pad(error, (0, -self.columns % self.size)).view(len(error), -1, self.size).transpose(0, 1)
         return float((torch.bmm(parts, self.sums) * parts).sum() / max(self.tokens, 1))
 
 
-def moments_for(layer: nn.Module, plan: LayerPlan, method: ModuleType, device: torch.device) -> Moments | None:
+def moments_for(
+    layer: nn.Module, plan: LayerPlan, method: ModuleType, options: BaseModel, device: torch.device
+) -> Moments | None:
     """Where the moments of a layer's inputs are to be collected; None where nothing asks for them.
 
-    In full where the rounding `method` needs them; a convolution without columns of its own is then left to nearest.
+    In full where the rounding `method` needs them, in blocks of as many columns as its `options` say; a convolution
+    without columns of its own is then left to nearest.
     """
-    in_full = method.NEEDS_MOMENTS and has_columns(layer)
-    if not in_full and (plan.weights.scale == "lean" or not needs_moments(plan)):
+    demanded = method.NEEDS_MOMENTS and has_columns(layer)
+    if not demanded and (plan.weights.scale == "lean" or not needs_moments(plan)):
         return None
-    return Moments(layer.weight[0].numel(), plan.weights, device, in_full)
+    return Moments(tuple(layer.weight.shape), plan.weights, device, options.columns if demanded else None)
 
 
 def has_columns(layer: nn.Module) -> bool:
@@ -137,7 +150,7 @@ def fit_grid(weight: Tensor, plan: LayerPlan, moments: Moments | None, options: 
     grids = [Grid(matrix, spec, _fit_scales(matrix, spec, shape, moments, options), shape) for spec in specs]
     if len(grids) == 1:
         return grids[0]
-    return min(grids, key=lambda grid: moments.output_error(to_matrix(grid.as_weight(grid.nearest - matrix))))
+    return min(grids, key=lambda grid: moments.output_error(grid.nearest - matrix))
 
 
 def needs_moments(plan: LayerPlan) -> bool:
@@ -149,7 +162,7 @@ def _fit_scales(
     matrix: Tensor, spec: WeightSpec, shape: tuple[int, ...], moments: Moments | None, options: BaseModel | None
 ) -> Scales:
     if spec.scale == "lean":
-        return fit_lean(matrix, spec, shape, moments.matrix(spec, shape), options)
+        return fit_lean(matrix, spec, shape, moments.blocks(), options)
     if spec.scale == "hessian":
         groups = to_groups(matrix, spec.granularity, spec.segments(shape))
         return fit_hessian(groups, spec.fmt, spec.store, moments.inside_groups(spec, shape))

@@ -5,6 +5,8 @@ arXiv 2407.10032, section 3: with h_j the variance of input j given those rounde
 Cholesky factor of the inverse moments), an error in column j costs its square over h_j.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -17,20 +19,24 @@ from dmquant.tables import fit_table
 POWERS = (0, 1, 2, 4)
 
 
-def fit_lean(matrix: Tensor, spec: WeightSpec, shape: tuple[int, ...], moments: Tensor, options: Options) -> Scales:
+def fit_lean(
+    matrix: Tensor, spec: WeightSpec, shape: tuple[int, ...], moments: Sequence[Tensor], options: Options
+) -> Scales:
     """Scales, or tables, of least error under the weights h^-p, with the p of POWERS that gives GPTQ the least loss.
 
-    `moments` (columns, columns) and `matrix` (rows, columns) are in the order of the matrix form of a weight of this
-    `shape`; `options` are GPTQ's.
+    `moments` are those of one block of columns after another and `matrix` is (rows, columns), both in the order of the
+    matrix form of a weight of this `shape`; `options` are GPTQ's.
     """
-    factor = factorize(moments, options)
-    by_power = [scales_of(matrix, spec, shape, factor, power) for power in POWERS]
-    return min(by_power, key=lambda scales: solve(Grid(matrix, spec, scales, shape), factor)[1])
+    factors = factorize(moments, options)
+    by_power = [scales_of(matrix, spec, shape, factors, power) for power in POWERS]
+    return min(by_power, key=lambda scales: solve(Grid(matrix, spec, scales, shape), factors)[1])
 
 
-def scales_of(matrix: Tensor, spec: WeightSpec, shape: tuple[int, ...], factor: Factor, power: float) -> Scales:
+def scales_of(
+    matrix: Tensor, spec: WeightSpec, shape: tuple[int, ...], factors: Sequence[Factor], power: float
+) -> Scales:
     """Scales, or tables, of least error under the weights h^-power."""
-    weights = column_weights(factor, power)
+    weights = column_weights(factors, power)
     if spec.has_table:
         return fit_table(matrix, weights)
     segments = spec.segments(shape)
@@ -40,8 +46,12 @@ def scales_of(matrix: Tensor, spec: WeightSpec, shape: tuple[int, ...], factor: 
     return fit_weighted(to_groups(matrix, spec.granularity, segments), spec.fmt, spec.store, of_groups.float())
 
 
-def column_weights(factor: Factor, power: float) -> Tensor:
+def column_weights(factors: Sequence[Factor], power: float) -> Tensor:
     """h^-power of every column in the order of the moments, (columns,) float64; their geometric mean is 1."""
-    logarithm = torch.empty_like(factor.upper.diagonal(), dtype=torch.float64)
-    logarithm[factor.order] = 2 * factor.upper.diagonal().double().log()
+    logarithms = []
+    for factor in factors:
+        logarithm = torch.empty_like(factor.upper.diagonal(), dtype=torch.float64)
+        logarithm[factor.order] = 2 * factor.upper.diagonal().double().log()
+        logarithms.append(logarithm)
+    logarithm = torch.cat(logarithms)
     return torch.exp(-power * (logarithm - logarithm.mean()))

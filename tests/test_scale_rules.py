@@ -133,17 +133,17 @@ def lean_case(kind="outliers", format="fp4", granularity="channel", store="bf16"
 def test_column_weights_are_conditional_variances(order):
     """h_j = 1 / (the diagonal of the inverse of the inverse), by numpy: the variance given the columns after j."""
     moments = inputs("correlated", 12).double()
-    factor = gptq.factorize(moments, gptq.Options(order=order))
+    factors = gptq.factorize([moments], gptq.Options(order=order))
     damped = moments.numpy() + 0.01 * np.diag(moments.numpy()).mean() * np.eye(12)
-    columns = factor.order.tolist()
+    columns = factors[0].order.tolist()
     expected = np.empty(12)
     for place, column in enumerate(columns):
         inverse = np.linalg.inv(damped[np.ix_(columns[place:], columns[place:])])
         expected[column] = inverse[0, 0]
-    found = column_weights(factor, 2).numpy()
+    found = column_weights(factors, 2).numpy()
     assert np.allclose(found / found[0], (expected / expected[0]) ** -2, rtol=1e-6)
     assert np.log(found).mean() == pytest.approx(0, abs=1e-9)
-    assert torch.equal(column_weights(factor, 0), torch.ones(12, dtype=torch.float64))
+    assert torch.equal(column_weights(factors, 0), torch.ones(12, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("kind", ["outliers", "correlated"])
@@ -153,19 +153,19 @@ def test_column_weights_are_conditional_variances(order):
 )
 def test_the_power_of_least_loss_is_taken(kind, format, granularity, store):
     matrix, spec, moments = lean_case(kind, format, granularity, store)
-    factor = gptq.factorize(moments, gptq.Options())
-    by_power = [scales_of(matrix, spec, (32, 96), factor, power) for power in POWERS]
-    losses = [gptq.solve(Grid(matrix, spec, scales, (32, 96)), factor)[1] for scales in by_power]
-    chosen = fit_lean(matrix, spec, (32, 96), moments, gptq.Options())
-    assert gptq.solve(Grid(matrix, spec, chosen, (32, 96)), factor)[1] == min(losses)
+    factors = gptq.factorize([moments], gptq.Options())
+    by_power = [scales_of(matrix, spec, (32, 96), factors, power) for power in POWERS]
+    losses = [gptq.solve(Grid(matrix, spec, scales, (32, 96)), factors)[1] for scales in by_power]
+    chosen = fit_lean(matrix, spec, (32, 96), [moments], gptq.Options())
+    assert gptq.solve(Grid(matrix, spec, chosen, (32, 96)), factors)[1] == min(losses)
 
 
 def test_with_outlier_inputs_lean_scales_halve_the_error_of_those_by_weight_error():
     matrix, spec, moments = lean_case()
-    factor = gptq.factorize(moments, gptq.Options())
+    factors = gptq.factorize([moments], gptq.Options())
     plain = fit_mse(matrix.unsqueeze(1), spec.fmt, spec.store)
-    lean = fit_lean(matrix, spec, (32, 96), moments, gptq.Options())
-    losses = [gptq.solve(Grid(matrix, spec, scales, (32, 96)), factor)[1] for scales in (lean, plain)]
+    lean = fit_lean(matrix, spec, (32, 96), [moments], gptq.Options())
+    losses = [gptq.solve(Grid(matrix, spec, scales, (32, 96)), factors)[1] for scales in (lean, plain)]
     assert losses[0] <= 0.5 * losses[1]
 
 
@@ -201,9 +201,9 @@ def test_groups_of_a_split_convolution_are_weighted_by_their_own_columns():
     generator, shape = torch.Generator().manual_seed(0), (6, 10, 3, 3)
     spec, moments = WeightSpec.parse("fp4", "group:16", "lean", split=4), inputs("outliers", 90)
     matrix = to_matrix(torch.randn(shape, generator=generator), 4)
-    factor = gptq.factorize(moments, gptq.Options())
-    found = scales_of(matrix, spec, shape, factor, 1)
-    weights = column_weights(factor, 1)
+    factors = gptq.factorize([moments], gptq.Options())
+    found = scales_of(matrix, spec, shape, factors, 1)
+    weights = column_weights(factors, 1)
     for part, start, width in ((0, 0, 16), (2, 32, 4), (3, 36, 16), (6, 84, 6)):
         own = weights[start : start + width]
         group = matrix[:, None, start : start + width]

@@ -64,26 +64,26 @@ def test_weights_that_are_all_alike_change_nothing():
     matrix = matrix_of()
     plain = fit_table(matrix).stored
     assert torch.equal(fit_table(matrix, torch.full((200,), 7.0)).stored, plain)
-    factor = gptq.factorize(torch.eye(200), gptq.Options())
+    factors = gptq.factorize([torch.eye(200)], gptq.Options())
     for power in (0, 1, 4):
-        found = scales_of(matrix, WeightSpec.parse("lut4", "channel", "lean", "table"), (12, 200), factor, power)
+        found = scales_of(matrix, WeightSpec.parse("lut4", "channel", "lean", "table"), (12, 200), factors, power)
         assert torch.equal(found.stored, plain)
 
 
 def test_power_zero_is_plain_k_means_whatever_the_inputs():
-    matrix, factor = matrix_of(columns=96), gptq.factorize(inputs("outliers"), gptq.Options())
+    matrix, factors = matrix_of(columns=96), gptq.factorize([inputs("outliers")], gptq.Options())
     spec = WeightSpec.parse("lut4", "channel", "lean", "table")
-    assert torch.equal(scales_of(matrix, spec, (12, 96), factor, 0).stored, fit_table(matrix).stored)
+    assert torch.equal(scales_of(matrix, spec, (12, 96), factors, 0).stored, fit_table(matrix).stored)
 
 
 def test_with_outlier_inputs_power_four_has_half_the_error_of_power_zero_at_most():
     matrix, moments = matrix_of(64, 128), inputs("outliers", 128)
     spec = WeightSpec.parse("lut4", "channel", "lean", "table")
-    factor = gptq.factorize(moments, gptq.Options())
+    factors = gptq.factorize([moments], gptq.Options())
     error = {}
     for power in (0, 1, 2, 4):
-        grid = Grid(matrix, spec, scales_of(matrix, spec, (64, 128), factor, power), (64, 128))
-        lost = (gptq.solve(grid, factor)[0] - matrix).double()
+        grid = Grid(matrix, spec, scales_of(matrix, spec, (64, 128), factors, power), (64, 128))
+        lost = (gptq.solve(grid, factors)[0] - matrix).double()
         error[power] = ((lost @ moments.double()) * lost).sum().item()
     assert error[4] <= 0.5 * error[0]
 

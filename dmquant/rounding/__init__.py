@@ -4,10 +4,10 @@ A method is a module with
 
 - `Options`: a pydantic model of the method's own settings in a recipe;
 - `LEARNS`: whether it learns from data (then it needs the loop of `dmquant.calib.engine`);
-- `NEEDS_MOMENTS`: whether it needs the second moments of the layer's inputs, in full;
+- `NEEDS_MOMENTS`: whether it needs the second moments of the layer's inputs, in blocks of `Options.columns` columns;
 - `start(grid, options)`: a `Rounding` of one weight. What it starts with is exactly the float weight or exactly
-  nearest rounding. Where it needs moments, `start(grid, options, moments)`, with moments (columns, columns) in the
-  order of the grid's columns: then a method that does not learn starts with its solution.
+  nearest rounding. Where it needs moments, `start(grid, options, moments)`, with the sums (n, n) of one block of n
+  columns after another, in the order of the grid's columns: a method that does not learn starts with its solution.
 """
 
 import functools

@@ -29,8 +29,8 @@ def weight(rows=24, columns=40, seed=1):
     return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
 
 
-def moments_of(x, spec, parts=3):
-    collected = Moments(x.shape[1], spec, CPU)
+def moments_of(x, spec, parts=3, shape=None):
+    collected = Moments(shape or (1, x.shape[1]), spec, CPU)
     for part in x.chunk(parts):
         collected.add(part)
     return collected
@@ -77,7 +77,7 @@ def test_of_a_split_weight_the_moments_inside_groups_are_those_of_its_halves(gra
     """The first 7 of 10 channels, each with 6 positions of the kernel; columns are channels last."""
     monkeypatch.setattr(module, "LARGEST", largest)
     x, spec = correlated(columns=60), WeightSpec.parse("fp4", granularity, "hessian", split=7)
-    inside = moments_of(x, spec).inside_groups(spec, (5, 10, 3, 2))
+    inside = moments_of(x, spec, shape=(5, 10, 3, 2)).inside_groups(spec, (5, 10, 3, 2))
     channels_last = x.view(-1, 6, 10)
     for part in (channels_last[..., :7], channels_last[..., 7:]):
         half = part.flatten(1).double()
@@ -131,14 +131,14 @@ def test_a_convolutions_scales_by_output_error_have_the_least_of_it(granularity,
 
     def error(scale):
         spec = WeightSpec.parse("fp4", granularity, scale, "fp32", split)
-        collected = Moments(72, spec, CPU)
+        collected = Moments(tuple(layer.weight.shape), spec, CPU)
         for part in alone:
             collected.add(columns_of(layer, part))
         grid = fit_grid(layer.weight, LayerPlan("conv", spec, None), collected)
         lost = grid.as_weight(grid.nearest) - layer.weight
         outputs = torch.cat([F.conv2d(part, lost, padding=1) for part in alone])
         measured = outputs.square().sum(1).mean().item()
-        told = collected.output_error(to_matrix(lost))
+        told = collected.output_error(to_matrix(lost, split))
         assert told == pytest.approx(measured, rel=1e-3)
         return measured
 
@@ -156,7 +156,7 @@ def test_the_format_chosen_for_a_split_convolution_is_that_of_least_output_error
         layer.weight.data = torch.randn(8, 6, 3, 3, generator=generator)
         layer.weight.data[:, ::4, 0, 0] = outlier
         spec = WeightSpec.parse("fp4", "channel", "absmax", split=4)
-        collected = Moments(54, spec, CPU)
+        collected = Moments((8, 6, 3, 3), spec, CPU)
         collected.add(columns_of(layer, x))
 
         def error(fmt, spec=spec):

@@ -6,7 +6,7 @@ from torch import nn
 
 from dmquant.calib import engine, moments
 from dmquant.calib.learn import Learner, UnitData, learn
-from dmquant.calib.memory import SOLVING, STATE, check_budget, passes
+from dmquant.calib.memory import SOLVING, STATE, Held, check_budget, passes
 from dmquant.calib.moments import Moments, alike, fit_grid, moments_for
 from dmquant.calib.units import Block
 from dmquant.convert import LayerPlan
@@ -126,11 +126,14 @@ def test_every_row_of_a_batch_weighs_the_same():
 def test_moments_in_the_order_of_a_split_convolutions_codes():
     generator, shape = torch.Generator().manual_seed(0), (1, 10, 3, 2)
     spec = WeightSpec.parse("fp4", "group:16", split=7)
-    x, collected = torch.randn(50, 60, generator=generator), Moments(60, spec, torch.device("cpu"), in_full=True)
+    x, collected = torch.randn(50, 60, generator=generator), Moments(shape, spec, torch.device("cpu"), together=25)
     collected.add(x)
     positions = x.view(50, 6, 10)
     expected = torch.cat([positions[..., :7].flatten(1), positions[..., 7:].flatten(1)], 1)
-    assert torch.allclose(collected.matrix(spec, shape), expected.T @ expected / 50, atol=1e-5)
+    blocks = collected.blocks()
+    assert [len(block) for block in blocks] == [32, 28]  # whole groups of 16, and no more than two blocks
+    for block, part in zip(blocks, expected.split([32, 28], 1), strict=True):
+        assert torch.allclose(block, part.T @ part, atol=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -143,13 +146,14 @@ def test_moments_in_the_order_of_a_split_convolutions_codes():
     ],
 )
 def test_what_has_no_one_matrix_of_moments_is_left_to_nearest(layer, in_full):
-    found = moments_for(layer, LayerPlan("x", WeightSpec.parse("fp4"), None), get_method("gptq"), torch.device("cpu"))
+    method, plan = get_method("gptq"), LayerPlan("x", WeightSpec.parse("fp4"), None)
+    found = moments_for(layer, plan, method, method.Options(), torch.device("cpu"))
     assert (found and found.in_full) == in_full
 
 
 def test_layers_are_collected_together_as_far_as_the_budget_goes():
-    sizes = {"a": 100, "b": 100, "c": 10, "d": 0, "e": 300}
-    alone = (1 + SOLVING) * 300
+    sizes = {"a": Held(100, 100), "b": Held(100, 100), "c": Held(10, 10), "d": Held(0, 0), "e": Held(600, 300)}
+    alone = 600 + 300 + SOLVING * 300  # with the factor of the other block
     assert passes(sizes, alone + 210) == [["a", "b", "c", "d", "e"]]
     assert passes(sizes, alone) == [["a", "b", "c", "d"], ["e"]]
     assert passes(sizes, (1 + SOLVING) * 100) == [["a"], ["b"], ["c", "d"], ["e"]]
@@ -158,12 +162,13 @@ def test_layers_are_collected_together_as_far_as_the_budget_goes():
         assert [name for part in parts for name in part] == list(sizes)
         for part in parts:
             held = [sizes[name] for name in part]
-            assert len(part) == 1 or sum(held) + SOLVING * max(held) <= budget
+            solving = max(each.moments - each.block + SOLVING * each.block for each in held)
+            assert len(part) == 1 or sum(each.moments for each in held) + solving <= budget
 
 
 def test_the_budget_has_to_hold_the_moments_of_the_widest_layer():
     model = nn.Sequential(nn.Sequential(nn.Linear(32, 8)))
     blocks = [Block("0", ("0.0",), False, torch.zeros(2, 8), 1, 0)]
     size = 4 * 32 * 32
-    needed = check_budget(1 << 30, model, blocks, Learning(batch_size=1), {"0.0": size})
+    needed = check_budget(1 << 30, model, blocks, Learning(batch_size=1), {"0.0": Held(size, size)})
     assert needed == STATE * 32 * 8 + (1 + SOLVING) * size

@@ -1,5 +1,7 @@
 """GPTQ against the algorithm in numpy and against what its loss has to be; what it gains on correlated inputs."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -67,7 +69,7 @@ def problem(inputs, seed=0):
 def test_on_correlated_inputs_a_quarter_of_the_error_of_nearest_is_left_at_most(inputs, format, order):
     weight, moments = problem(inputs)
     grid = grid_of(weight, format)
-    values = gptq.start(grid, Options(order=order), moments).hard()
+    values = gptq.start(grid, Options(order=order), [moments]).hard()
     assert error_of(values, weight, moments) <= 0.25 * error_of(grid.nearest, weight, moments)
 
 
@@ -75,7 +77,7 @@ def test_on_correlated_inputs_a_quarter_of_the_error_of_nearest_is_left_at_most(
 def test_on_independent_inputs_there_is_little_to_gain(format):
     weight, moments = problem(iid)
     grid = grid_of(weight, format)
-    ratio = error_of(gptq.start(grid, Options(), moments).hard(), weight, moments)
+    ratio = error_of(gptq.start(grid, Options(), [moments]).hard(), weight, moments)
     assert 0.85 <= ratio / error_of(grid.nearest, weight, moments) <= 1.0
 
 
@@ -87,7 +89,7 @@ def test_a_diagonal_gives_nearest_rounding_bit_for_bit(format, granularity):
     moments = torch.rand(200, generator=generator).square() * 100
     moments[::7] = 0
     for diagonal in (torch.ones(200), moments):
-        assert torch.equal(gptq.start(grid, Options(), diagonal.diag()).hard(), grid.nearest)
+        assert torch.equal(gptq.start(grid, Options(), [diagonal.diag()]).hard(), grid.nearest)
 
 
 @pytest.mark.parametrize("order", ["activation", "given"])
@@ -95,7 +97,7 @@ def test_a_diagonal_gives_nearest_rounding_bit_for_bit(format, granularity):
 def test_the_loss_is_the_output_error_with_damping(inputs, order):
     weight, moments = problem(inputs)
     moments = moments.double()
-    factor = gptq.factorize(moments, Options(order=order, damping=0.02))
+    factor = gptq.factorize([moments], Options(order=order, damping=0.02))
     values, loss = gptq.solve(grid_of(weight), factor)
     damped = moments + 0.02 * moments.diagonal().mean() * torch.eye(COLUMNS)
     assert loss == pytest.approx(error_of(values, weight, damped), rel=1e-6)
@@ -110,7 +112,7 @@ def test_it_is_the_published_algorithm(granularity, order):
     x, weight = low_rank(generator, 150), weight_of(generator, 20, 150)
     moments = (x.T @ x / len(x)).double()
     grid = grid_of(weight, "int4", granularity)
-    values, _ = gptq.solve(grid, gptq.factorize(moments, Options(order=order)))
+    values, _ = gptq.solve(grid, gptq.factorize([moments], Options(order=order)))
 
     hessian = moments.numpy() + 0.01 * np.diag(moments.numpy()).mean() * np.eye(150)
     order_of = np.argsort(-np.diag(hessian), kind="stable") if order == "activation" else np.arange(150)
@@ -130,7 +132,7 @@ def test_it_is_the_published_algorithm(granularity, order):
 def test_values_survive_their_codes_bit_for_bit(format):
     weight, moments = problem(ar)
     grid = grid_of(weight, format, "group:48", "bf16")
-    values = gptq.start(grid, Options(), moments).hard()
+    values = gptq.start(grid, Options(), [moments]).hard()
     assert torch.equal(grid.quantized(values).dequantize(), values)
 
 
@@ -142,7 +144,7 @@ def test_singular_moments_and_dead_columns_are_solved(order):
     dead = torch.arange(0, COLUMNS, 5)
     x[:, dead] = 0
     moments, grid = x.T @ x / len(x), grid_of(weight)
-    values = gptq.start(grid, Options(order=order, damping=1e-9), moments).hard()
+    values = gptq.start(grid, Options(order=order, damping=1e-9), [moments]).hard()
     assert torch.isfinite(values).all()
     assert torch.equal(values[:, dead], grid.nearest[:, dead])
     assert error_of(values, weight, moments) < 0.5 * error_of(grid.nearest, weight, moments)
@@ -150,7 +152,7 @@ def test_singular_moments_and_dead_columns_are_solved(order):
 
 def test_damping_grows_until_the_moments_can_be_factorized():
     moments = torch.ones(8, 8) - 1e-3 * torch.eye(8)  # has a negative eigenvalue
-    order, upper = gptq.factorize(moments, Options(damping=1e-6, order="given"))
+    [(order, upper)] = gptq.factorize([moments], Options(damping=1e-6, order="given"))
     damped = torch.linalg.inv(upper.double().T @ upper.double())
     added = (damped - moments).diagonal()
     assert (added > 1e-3).all()
@@ -160,7 +162,7 @@ def test_damping_grows_until_the_moments_can_be_factorized():
 
 def test_moments_that_are_not_finite_are_an_error():
     with pytest.raises(UserError, match="NaN or infinity"):
-        gptq.factorize(torch.eye(4) * torch.tensor([1, 1, float("nan"), 1]), Options())
+        gptq.factorize([torch.eye(4) * torch.tensor([1, 1, float("nan"), 1])], Options())
 
 
 @pytest.mark.parametrize("split", [None, 5])
@@ -172,10 +174,10 @@ def test_convolutions_are_solved_in_the_order_of_their_codes(format, split):
     layer.weight.data = torch.randn(16, 8, 3, 3, generator=generator)
     x = torch.nn.functional.avg_pool2d(torch.randn(24, 8, 20, 20, generator=generator), 5, 1, 2) + 0.5
     grid = grid_of(layer.weight, format, "group:16", "bf16", split)
-    collected = Moments(72, grid.spec, torch.device("cpu"), in_full=True)
+    collected = Moments(grid.shape, grid.spec, torch.device("cpu"), together=72)
     collected.add(columns_of(layer, x))
-    moments = collected.matrix(grid.spec, grid.shape)
-    values = gptq.start(grid, Options(), moments).hard()
+    moments = collected.blocks()[0] / collected.tokens
+    values = gptq.start(grid, Options(), [moments]).hard()
 
     def output(weight):
         return torch.nn.functional.conv2d(x, weight, padding=1, stride=2)
@@ -194,3 +196,65 @@ def test_convolutions_are_solved_in_the_order_of_their_codes(format, split):
     by_autograd = to_matrix(torch.cat(hessian), split) / 2
     order = to_matrix(torch.arange(72).view(1, 8, 3, 3), split)[0]
     assert torch.allclose(by_autograd[order], moments, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("columns", [100, 256, 1000])
+def test_wide_weights_are_solved_in_blocks_of_columns_as_if_the_others_were_exact(columns):
+    weight, moments = problem(ar)
+    grid = grid_of(weight, "fp4", "group:32", "bf16")
+    spec = grid.spec
+    collected = Moments((ROWS, COLUMNS), spec, torch.device("cpu"), together=columns)
+    collected.add(ar(torch.Generator().manual_seed(0)))
+    blocks = collected.blocks()
+    assert max(map(len, blocks)) <= max(columns, 96)
+    assert sum(map(len, blocks)) == COLUMNS
+    values, first = gptq.start(grid, Options(), blocks).hard(), 0
+    for block in blocks:
+        part = slice(first, first + len(block))
+        alone = grid_of(weight[:, part], "fp4", "group:32", "bf16")
+        assert torch.equal(gptq.start(alone, Options(), [block]).hard(), values[:, part])
+        first += len(block)
+    assert error_of(values, weight, moments) <= 0.3 * error_of(grid.nearest, weight, moments)
+
+
+@pytest.mark.parametrize("format", [*FORMATS, "lut4"])
+@pytest.mark.parametrize("inputs", [ar, low_rank, outliers, iid])
+def test_every_sweep_lowers_the_error_until_nothing_changes(inputs, format):
+    weight, moments = problem(inputs)
+    weight = weight[:32]
+    grid = grid_of(weight, format, "channel" if format == "lut4" else "group:48", "bf16")
+    damped = moments + 0.01 * moments.diagonal().mean() * torch.eye(COLUMNS)
+    errors, values = [], None
+    for sweeps in (0, 1, 2, 4, 500, 501):
+        before, values = values, gptq.start(grid, Options(sweeps=sweeps), [moments]).hard()
+        errors.append(error_of(values, weight, damped))
+    assert errors[1] < errors[0]
+    assert all(later <= earlier * (1 + 1e-6) for earlier, later in itertools.pairwise(errors))
+    assert torch.equal(values, before)
+    assert torch.equal(grid.quantized(values).dequantize(), values)
+
+
+def test_after_the_last_sweep_no_single_weight_can_do_better():
+    """By brute force: every weight in turn takes each of the format's values."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight = low_rank(generator, 40), weight_of(generator, 3, 40)
+    moments = x.T @ x / len(x)
+    grid = grid_of(weight, "fp4", "group:8", "fp32")
+    values = gptq.start(grid, Options(sweeps=1000), [moments]).hard()
+    damped = moments + 0.01 * moments.diagonal().mean() * torch.eye(40)
+    least = error_of(values, weight, damped)
+    scales = grid.scales.decode().repeat_interleave(8, 1)
+    for row in range(3):
+        for column in range(40):
+            for value in grid.spec.fmt.values:
+                tried = values.clone()
+                tried[row, column] = value * scales[row, column]
+                assert error_of(tried, weight, damped) >= least * (1 - 1e-5)
+
+
+def test_a_sweep_over_a_diagonal_changes_nothing():
+    weight, _ = problem(iid)
+    grid = grid_of(weight, "fp4", "group:48", "bf16")
+    moments = torch.rand(COLUMNS, generator=torch.Generator().manual_seed(0))
+    moments[::7] = 0
+    assert torch.equal(gptq.start(grid, Options(sweeps=3), [moments.diag()]).hard(), grid.nearest)

@@ -48,7 +48,7 @@ def test_every_method_is_complete(name):
     method, grid = get_method(name), grid_of()
     assert isinstance(method.LEARNS, bool)
     assert isinstance(method.NEEDS_MOMENTS, bool)
-    moments = (torch.eye(grid.weight.shape[1]),) if method.NEEDS_MOMENTS else ()
+    moments = ([torch.eye(grid.weight.shape[1])],) if method.NEEDS_MOMENTS else ()
     rounding = method.start(grid, method.Options(), *moments)
     learnable = bool(list(rounding.parameters()))
     assert learnable == method.LEARNS
