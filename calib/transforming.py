@@ -77,12 +77,17 @@ def _output_error(
     weight: Tensor,
     sample: Sequence[Tensor],
 ) -> float:
-    """Squared error of the output with the nearest codes of `weight`."""
+    """Squared error of the output with the nearest codes of `weight`, every call's over the square of its output."""
     if quantized.timestep_ranges is not None:
         quantized.timestep_ranges.set(0.0)  # corrections by timestep are still zero, so any will do
     grid = fit_grid(weight, step, None)
     learner = Learner(step.name, layer, grid, nearest.start(grid, nearest.Options()), quantized)
-    return sum((learner.forward(x).float() - layer(x).float()).square().sum().item() for x in sample)
+    error = 0.0
+    for x in sample:
+        output = layer(x).float()
+        power = output.square().mean().clamp(min=1e-30)
+        error += ((learner.forward(x).float() - output).square().mean() / power).item()
+    return error
 
 
 class _Observed:
