@@ -3,7 +3,7 @@
     python benchmarks/convolutions.py --model emoji-sd --out runs/convolutions
 
 Leaving convolutions at 8 bit is what most tools do. That model, with everything else at FP4, is also compared at equal
-average bits: the same bits spread over all layers. All three are calibrated as the recipe `default` says. Writes
+average bits: the same bits spread over all layers. All three are calibrated as the recipe `adaround` says. Writes
 the recipes to OUT and runs `dmquant compare` on them; the table here says the bits of the quantized layers.
 """
 
@@ -19,8 +19,8 @@ CONVOLUTIONS = ["*.resnets.*.conv*", "*.downsamplers.*", "*.upsamplers.*", "*.pr
 
 
 def recipe_of(name: str, linear: str, convolutions: str) -> Recipe:
-    """`default` with one format for convolutions, whose inputs are INT8, and one for everything else."""
-    base = Recipe.load("default", w=linear)
+    """`adaround` with one format for convolutions, whose inputs are INT8, and one for everything else."""
+    base = Recipe.load("adaround", w=linear)
     candidates = None if base.candidates is None else [convolutions]
     rule = Rule(match=CONVOLUTIONS, weights=convolutions, activations="int8", candidates=candidates)
     return base.with_settings(name=name, rules=[rule, *base.rules])
@@ -37,7 +37,7 @@ def main() -> None:
     files = [options.out / f"{recipe.name}.yaml" for recipe in recipes]
     for recipe, file in zip(recipes, files, strict=True):
         recipe.save(file)
-    entries = ",".join(["default", *map(str, files)])
+    entries = ",".join(["adaround", *map(str, files)])
     command = [sys.executable, "-m", "dmquant", "compare", options.model, "--recipes", entries]
     command += ["--num-prompts", str(options.num_prompts), "--metrics", "psnr,ssim,latent_mse"]
     subprocess.run([*command, "--out", str(options.out / "compare")], check=True)
