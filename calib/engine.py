@@ -125,10 +125,9 @@ class _Engine:
             raise UsageError(f"recipe '{recipe.name}' quantizes none of the layers of {type(backbone).__name__}")
         specs = [step.activations for step in self.plans.values() if step.activations]
         transforms = [transform for step in self.plans.values() for transform in step.transforms]
-        self.ranges = TimestepRanges(
-            {spec.ranges for spec in specs if spec.ranges} | {transform.ranges() for transform in transforms}
-        )
-        if any(transform.ranges() > 1 for transform in transforms):
+        counts = {count for one in transforms for count in (one.ranges(), one.observed_ranges())}
+        self.ranges = TimestepRanges({spec.ranges for spec in specs if spec.ranges} | counts)
+        if any(count > 1 for count in counts):
             check_timesteps(store)
         self.parts: dict[str, dict[str, dict[str, Tensor]]] = {}  # of layers, by transform
         self.input_scales: dict[str, Tensor] = {}
