@@ -72,12 +72,11 @@ def fit_transforms(
     rounding with scales of least weight error.
     """
     best, least = None, float("inf")
-    simple = replace(step, weights=replace(step.weights, scale="mse"), candidates=())
     for parts, weight in chains(step.transforms, layer.weight.detach().float(), statistics):
         error = 0.0
         if statistics is not None:
             quantized.load_parts(parts)
-            error = _output_error(layer, simple, quantized, weight, statistics.sample)
+            error = output_error(layer, step, quantized, weight, statistics.sample)
         if best is None or error < least:
             best, least = (parts, weight), error
     parts, weight = best
@@ -85,17 +84,20 @@ def fit_transforms(
     return weight
 
 
-def _output_error(
+def output_error(
     layer: nn.Linear | nn.Conv2d,
     step: LayerPlan,
     quantized: QuantLinear | QuantConv2d,
     weight: Tensor,
     sample: Sequence[Tensor],
 ) -> float:
-    """Squared error of the output with the nearest codes of `weight`."""
+    """Squared error of the output on a sample of inputs, with the nearest codes of `weight`, the transformed weight.
+
+    The parts of transforms are those that `quantized` has; scales are those of least weight error.
+    """
     if quantized.timestep_ranges is not None:
         quantized.timestep_ranges.set(0.0)  # corrections by timestep are still zero, so any will do
-    grid = fit_grid(weight, step, None)
+    grid = fit_grid(weight, replace(step, weights=replace(step.weights, scale="mse"), candidates=()), None)
     learner = Learner(step.name, layer, grid, nearest.start(grid, nearest.Options()), quantized)
     return sum((learner.forward(x).float() - layer(x).float()).square().sum().item() for x in sample)
 

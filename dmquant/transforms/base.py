@@ -129,6 +129,10 @@ class Transform:
         """Timestep ranges that the statistics it is fitted to tell apart."""
         return 1
 
+    def folds(self) -> bool:
+        """Whether calibration may let the layer before take it over: all it does is to multiply by a part `factor`."""
+        return False
+
     def __str__(self) -> str:
         return self.name
 

@@ -23,10 +23,12 @@ class Options(BaseModel):
     """What to choose from, beside no smoothing. 1: all of the difficulty moves from the input to the weight."""
     ranges: int = Field(default=1, ge=1)
     """Timestep ranges whose maxima of the input are tried too, each range's own and their geometric mean."""
+    fold: bool = True
+    """Whether the layer before takes the factor over where that is exact."""
 
 
 class Smooth(Transform):
-    """y = (W / f) (f x), with f = 1 / s stored in bfloat16."""
+    """y = (W / f) (f x), with f = 1 / s stored in bfloat16, or folded into the layer before (calib.folding)."""
 
     STAGE = 10
     CHANGES_INPUT = True
@@ -40,6 +42,9 @@ class Smooth(Transform):
 
     def observed_ranges(self) -> int:
         return self.options.ranges
+
+    def folds(self) -> bool:
+        return self.options.fold
 
     def parts(self) -> dict[str, Part]:
         return {"factor": Part((1, self.shape[1]), torch.bfloat16)}

@@ -184,6 +184,7 @@ class TestRecipe:
             ("transforms: [rotate, {method: rotate, size: 8}]", "transform rotate is named twice"),
             ("transforms: [{method: smooth, ranges: 0}]", "greater than or equal to 1"),
             ("transforms: [{method: smooth, ranges: 2.5}]", "valid integer"),
+            ("transforms: [{method: smooth, fold: 3}]", "valid boolean"),
             (
                 "transforms: [smooth]\nactivation_scale: static:2\nactivation_granularity: tensor",
                 "transform smooth changes the input that is quantized, and static activation scales",
