@@ -1,7 +1,7 @@
 """The codes of finished units on disk, so that a killed calibration continues where it was."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dmquant.files import replacing, sha256, write_text
-from dmquant.qtensor import QuantizedTensor
+from dmquant.qtensor import QuantizedTensor, WeightSpec
+from dmquant.scaling import Scales
+from dmquant.transforms import Transform
 
 
 @dataclass(frozen=True)
@@ -45,11 +47,31 @@ class CodesFolder:
         return self.path / f"{number:03d}.safetensors", self.path / f"{number:03d}.json"
 
 
-def tensors_of(values: Mapping[str, QuantizedTensor]) -> dict[str, Tensor]:
-    """Codes, scales and bases of quantized weights, named after their layers, to be saved."""
-    tensors = {}
+Parts = dict[str, dict[str, Tensor]]
+"""What a layer's transforms store, by transform and part."""
+
+
+def tensors_of(values: Mapping[str, QuantizedTensor], parts: Mapping[str, Parts]) -> dict[str, Tensor]:
+    """Codes, scales and bases of quantized weights, and parts of transforms, named after their layers, to be saved."""
+    tensors = {
+        f"{name}.{method}_{part}": tensor
+        for name in values
+        for method, stored in parts[name].items()
+        for part, tensor in stored.items()
+    }
     for name, value in values.items():
         tensors[f"{name}.codes"], tensors[f"{name}.scale"] = value.codes, value.scales.stored
         if value.scales.base is not None:
             tensors[f"{name}.base"] = value.scales.base
     return tensors
+
+
+def weight_of(tensors: Mapping[str, Tensor], name: str, spec: WeightSpec, shape: tuple[int, ...]) -> QuantizedTensor:
+    """The quantized weight of a layer, read back."""
+    scales = Scales(tensors[f"{name}.scale"], tensors.get(f"{name}.base"), spec.store)
+    return QuantizedTensor(tensors[f"{name}.codes"], scales, spec, shape)
+
+
+def parts_of(tensors: Mapping[str, Tensor], name: str, transforms: Iterable[Transform]) -> Parts:
+    """The parts of a layer's transforms, read back."""
+    return {one.name: {part: tensors[f"{name}.{one.name}_{part}"] for part in one.parts()} for one in transforms}

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 import dmquant
 from dmquant.activations import TimestepRanges
 from dmquant.calib.activation_formats import choose_activation_formats
-from dmquant.calib.codes import CodesFolder, tensors_of
+from dmquant.calib.codes import CodesFolder, Parts, parts_of, tensors_of, weight_of
+from dmquant.calib.folding import folds_of, shared_factor
 from dmquant.calib.learn import (
     DTYPES,
     Learned,
@@ -49,7 +50,6 @@ from dmquant.layers import QUANTIZED
 from dmquant.qtensor import QuantizedTensor
 from dmquant.recipe import Recipe
 from dmquant.rounding import get_method
-from dmquant.scaling import Scales
 from dmquant.transforms import InputStatistics, prepare_
 
 
@@ -126,12 +126,11 @@ class _Engine:
             raise UsageError(f"recipe '{recipe.name}' quantizes none of the layers of {type(backbone).__name__}")
         specs = [step.activations for step in self.plans.values() if step.activations]
         transforms = [transform for step in self.plans.values() for transform in step.transforms]
-        self.ranges = TimestepRanges(
-            {spec.ranges for spec in specs if spec.ranges} | {transform.ranges() for transform in transforms}
-        )
-        if any(transform.ranges() > 1 for transform in transforms):
+        counts = {count for one in transforms for count in (one.ranges(), one.observed_ranges())}
+        self.ranges = TimestepRanges({spec.ranges for spec in specs if spec.ranges} | counts)
+        if any(count > 1 for count in counts):
             check_timesteps(store)
-        self.parts: dict[str, dict[str, dict[str, Tensor]]] = {}  # of layers, by transform
+        self.parts: dict[str, Parts] = {}
         self.input_scales: dict[str, Tensor] = {}
         self.input_formats: dict[str, str] = {}
         self.reports: list[LayerReport] = []
@@ -184,13 +183,16 @@ class _Engine:
     def _block(self, number: int, block: Block, title: str, bar: Bar) -> dict[str, Any]:
         """Quantize one block in place and carry both streams past it."""
         began, streams = time.perf_counter(), self.streams
+        tensors, facts = self.codes.load(number, block.name) or ({}, None)
+        tensors = {key: tensor.to(self.device) for key, tensor in tensors.items()}
+        folded = self._fold(number, block, tensors, title, bar)
         streams.carry(streams.full, number, title, bar)
-        found = self.codes.load(number, block.name)
-        if found:
-            tensors, facts = found
+        if facts:
             for name in block.layers:
-                self.parts[name] = self._parts_from_disk(name, tensors)
-                self._swap(self._from_disk(name, tensors, facts["formats"][name]), name)
+                step, shape = self.plans[name], tuple(self.backbone.get_submodule(name).weight.shape)
+                self.parts[name] = parts_of(tensors, name, step.transforms)
+                spec = step.weights.with_format(dmquant.get_format(facts["formats"][name]))
+                self._swap(weight_of(tensors, name, spec, shape), name)
             facts["from_disk"] = True
         else:
             tasks, values = [], {}
@@ -202,11 +204,27 @@ class _Engine:
                 self._swap(values[name], name)
             formats = {name: values[name].spec.fmt.name for name in block.layers}
             facts = {"name": block.name, "formats": formats, "tasks": tasks, "seconds": time.perf_counter() - began}
-            parts = {f"{name}.{key}": tensor for name in block.layers for key, tensor in self._part_tensors(name)}
-            self.codes.save(number, block.name, tensors_of(values) | parts, facts)
+            self.codes.save(number, block.name, tensors_of(values, self.parts) | folded, facts)
         streams.carry(streams.quantized, number, title, bar)
         streams.drop(number)
         return facts
+
+    def _fold(
+        self, number: int, block: Block, tensors: Mapping[str, Tensor], title: str, bar: Bar
+    ) -> dict[str, Tensor]:
+        """Fold the smoothing of a block's layers by the factors among its `tensors` on disk, or else by its inputs.
+
+        Returns the factors by their keys.
+        """
+        folds = folds_of(self.backbone, block.name, self.plans)
+        if not tensors:
+            readers = tuple(name for fold in folds for name in fold.readers)
+            inputs = {name: self._quantized_layer(name) for name in readers}
+            statistics = self._statistics(number, Task(block.name, readers, (block.name,)), inputs, title, bar)
+            tensors = {fold.key: shared_factor(fold, self.plans, inputs, statistics) for fold in folds}
+        for fold in folds:
+            fold.apply_(tensors[fold.key], self.plans)
+        return {fold.key: tensors[fold.key] for fold in folds}
 
     def _task(
         self, number: int, task: Task, finished: dict[str, QuantizedTensor], title: str, bar: Bar
@@ -403,24 +421,6 @@ class _Engine:
         self.plans[name] = replace(self.plans[name], weights=weight.spec, candidates=())
         self.reports.append(LayerReport(self.plans[name], relative_error(layer.weight, quantized)))
         self.backbone.set_submodule(name, quantized)
-
-    def _from_disk(self, name: str, tensors: dict[str, Tensor], fmt: str) -> QuantizedTensor:
-        spec = self.plans[name].weights.with_format(dmquant.get_format(fmt))
-        parts = {part: tensors.get(f"{name}.{part}") for part in ("codes", "scale", "base")}
-        parts = {part: None if tensor is None else tensor.to(self.device) for part, tensor in parts.items()}
-        shape = tuple(self.backbone.get_submodule(name).weight.shape)
-        return QuantizedTensor(parts["codes"], Scales(parts["scale"], parts["base"], spec.store), spec, shape)
-
-    def _part_tensors(self, name: str) -> list[tuple[str, Tensor]]:
-        """The parts of a layer's transforms with their names."""
-        parts = self.parts[name]
-        return [(f"{method}_{part}", parts[method][part]) for method in parts for part in parts[method]]
-
-    def _parts_from_disk(self, name: str, tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-        return {
-            one.name: {part: tensors[f"{name}.{one.name}_{part}"].to(self.device) for part in one.parts()}
-            for one in self.plans[name].transforms
-        }
 
     def _called(self, step: LayerPlan, seen: bool) -> LayerPlan:
         """The plan of a layer that has no moments: by weight error, in the recipe's own format."""

@@ -90,17 +90,24 @@ class _Observer:
 
     def scale(self) -> Tensor:
         """Scales of all ranges, those not seen included."""
-        seen = self.seen.nonzero().flatten()
-        if not len(seen):
+        if not self.seen.any():
             raise UserError(f"no calibration sample reached layer {self.name}: it cannot have static activation scales")
         amplitude = self.absmax
         if self.histograms is not None:
             flat = least_error_amplitude(self.histograms.flatten(0, 1), amplitude.view(-1, 1), self.spec.fmt)
             amplitude = flat.view_as(amplitude)
-        distance = (torch.arange(self.spec.ranges).unsqueeze(-1) - seen).abs()
-        amplitude = amplitude[seen[distance.argmin(-1)]]
+        amplitude = amplitude[nearest_seen(self.seen)]
         amplitude = torch.where(amplitude > 0, amplitude, amplitude.amax(-1, keepdim=True))
         return STORES["fp32"].encode(amplitude, self.spec.fmt, None)
+
+
+def nearest_seen(seen: Tensor) -> Tensor:
+    """For each range the number of the nearest one that has samples: int64 (ranges,), on the CPU.
+
+    `seen` is bool (ranges,), at least one True; of two at the same distance the lower is taken.
+    """
+    numbers = seen.cpu().nonzero().flatten()
+    return numbers[(torch.arange(len(seen)).unsqueeze(-1) - numbers).abs().argmin(-1)]
 
 
 def histogram(magnitudes: Tensor) -> Tensor:
@@ -130,5 +137,5 @@ def check_timesteps(store: "CalibrationStore") -> None:
     if not 1 < latest <= SCHEDULE:
         raise UserError(
             f"this model's timesteps go up to {latest:g} and not {SCHEDULE:g}, so they cannot be cut into ranges: "
-            "use activation scales online or static:1, and bias with ranges: 1"
+            "use activation scales online or static:1, and bias and smooth with ranges: 1"
         )

@@ -1,13 +1,17 @@
 """The recipe of a calibrated model, with every choice that calibration made written out."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from dmquant.convert import LayerReport
-from dmquant.recipe import Recipe, Rule
+from dmquant.recipe import Recipe, Rule, Transformation
 
 
 def resolved_recipe(recipe: Recipe, reports: Sequence[LayerReport], input_formats: Mapping[str, str]) -> Recipe:
-    """The recipe with the format of every layer, and of its input, named, so that it alone rebuilds the model."""
+    """The recipe with the format of every layer, and of its input, named, so that it alone rebuilds the model.
+
+    Layers whose smoothing was folded have no such transform in it.
+    """
     everywhere, decided, named = (recipe, *recipe.rules), {}, []
     if any(settings.candidates for settings in everywhere):
         decided["candidates"] = None
@@ -15,13 +19,24 @@ def resolved_recipe(recipe: Recipe, reports: Sequence[LayerReport], input_format
     if any(settings.activation_candidates for settings in everywhere):
         decided["activation_candidates"] = None
         named += _rules("activations", input_formats)
+    named += _rules("transforms", _after_folding(recipe, reports))
     rules = [rule.model_copy(update=decided) for rule in recipe.rules]
-    return recipe.model_copy(update=decided | {"rules": [*rules, *named]}) if decided else recipe
+    return recipe.model_copy(update=decided | {"rules": [*rules, *named]}) if decided or named else recipe
 
 
-def _rules(key: str, values: Mapping[str, str]) -> list[Rule]:
+def _after_folding(recipe: Recipe, reports: Sequence[LayerReport]) -> dict[str, list[Transformation]]:
+    """The transforms that layers have left of which others were folded into the layer before."""
+    left = {}
+    for report in reports:
+        kept, asked = {one.name for one in report.plan.transforms}, recipe.settings_for(report.plan.name).transforms
+        if any(one.method not in kept for one in asked):
+            left[report.plan.name] = [one for one in asked if one.method in kept]
+    return left
+
+
+def _rules(key: str, values: Mapping[str, Any]) -> list[Rule]:
     """Rules that give each of these layers its value of a setting."""
     layers: dict[str, list[str]] = {}
     for name, value in values.items():
-        layers.setdefault(value, []).append(name)
-    return [Rule(match=names, **{key: value}) for value, names in sorted(layers.items())]
+        layers.setdefault(repr(value), []).append(name)
+    return [Rule(match=names, **{key: values[names[0]]}) for _, names in sorted(layers.items())]

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from dmquant.activations import TimestepRanges
 from dmquant.calib.learn import COMPUTE, Learner
 from dmquant.calib.moments import fit_grid
+from dmquant.calib.ranges import nearest_seen
 from dmquant.convert import LayerPlan
 from dmquant.layers import QuantConv2d, QuantLinear
 from dmquant.rounding import nearest
@@ -19,17 +20,29 @@ TOKENS, SIDE = 256, 16  # of each row of these at most so many tokens, or pixels
 
 
 class InputObserver:
-    """Collects `InputStatistics` of one layer over `calls` calls."""
+    """Collects `InputStatistics` of one layer over `calls` calls, told apart by timestep as its transforms want.
+
+    The timesteps are those that `quantized.timestep_ranges` was told last.
+    """
 
     def __init__(self, quantized: QuantLinear | QuantConv2d, calls: int):
         self.dim, self.every, self.calls = quantized.channel_dim, -(-calls // SAMPLES), 0
+        self.timesteps = quantized.timestep_ranges
+        self.count = max(transform.observed_ranges() for transform in quantized.transforms)
         self.absmax: Tensor | None = None
+        self.seen = torch.zeros(self.count, dtype=torch.bool)
         self.sample: list[Tensor] = []
 
     def add(self, x: Tensor) -> None:
         """Count one input; of every few of them, the first row of each branch of the guidance is kept."""
-        largest = x.movedim(self.dim, -1).flatten(0, -2).abs().amax(0).float()
-        self.absmax = largest if self.absmax is None else self.absmax.maximum(largest)
+        of_rows = self.timesteps.of_rows[self.count] if self.count > 1 else torch.zeros(1, dtype=torch.int64)
+        channels_last = x.movedim(self.dim, -1)
+        largest = channels_last.reshape(len(of_rows), -1, channels_last.shape[-1]).abs().amax(1).float()
+        if self.absmax is None:
+            self.absmax = largest.new_zeros(self.count, largest.shape[1])
+        for number in of_rows.unique().tolist():
+            self.seen[number] = True
+            self.absmax[number] = self.absmax[number].maximum(largest[(of_rows == number).to(x.device)].amax(0))
         if self.calls % self.every == 0:
             rows = x[:: max(1, len(x) // 2)][:2]
             if self.dim != -1:
@@ -41,7 +54,9 @@ class InputObserver:
 
     def statistics(self) -> InputStatistics | None:
         """None where no sample reached the layer."""
-        return None if self.absmax is None else InputStatistics(self.absmax, self.sample)
+        if self.absmax is None:
+            return None
+        return InputStatistics(self.absmax[nearest_seen(self.seen).to(self.absmax.device)], self.sample)
 
 
 @torch.no_grad()
@@ -57,12 +72,11 @@ def fit_transforms(
     rounding with scales of least weight error.
     """
     best, least = None, float("inf")
-    simple = replace(step, weights=replace(step.weights, scale="mse"), candidates=())
     for parts, weight in chains(step.transforms, layer.weight.detach().float(), statistics):
         error = 0.0
         if statistics is not None:
             quantized.load_parts(parts)
-            error = _output_error(layer, simple, quantized, weight, statistics.sample)
+            error = output_error(layer, step, quantized, weight, statistics.sample)
         if best is None or error < least:
             best, least = (parts, weight), error
     parts, weight = best
@@ -70,17 +84,21 @@ def fit_transforms(
     return weight
 
 
-def _output_error(
+def output_error(
     layer: nn.Linear | nn.Conv2d,
     step: LayerPlan,
     quantized: QuantLinear | QuantConv2d,
     weight: Tensor,
     sample: Sequence[Tensor],
 ) -> float:
-    """Squared error of the output with the nearest codes of `weight`, every call's over the square of its output."""
+    """Squared error of the output with the nearest codes of `weight`, the transformed weight, over a sample of inputs.
+
+    Every input's counts over the square of its output, so that no timestep weighs more for its size. The parts of
+    transforms are those that `quantized` has; scales are those of least weight error.
+    """
     if quantized.timestep_ranges is not None:
         quantized.timestep_ranges.set(0.0)  # corrections by timestep are still zero, so any will do
-    grid = fit_grid(weight, step, None)
+    grid = fit_grid(weight, replace(step, weights=replace(step.weights, scale="mse"), candidates=()), None)
     learner = Learner(step.name, layer, grid, nearest.start(grid, nearest.Options()), quantized)
     error = 0.0
     for x in sample:
@@ -113,11 +131,9 @@ class _Observed:
 
     def residuals(self, values: Tensor) -> Residuals | None:
         """None where no sample reached the layer; a range without samples takes the means of the nearest that has."""
-        seen = self.rows.nonzero().flatten()
-        if not len(seen):
+        if not self.rows.any():
             return None
-        nearest_seen = seen[(torch.arange(self.count).unsqueeze(-1) - seen).abs().argmin(-1)]
-        means = (self.outputs / self.rows.clamp(min=1).unsqueeze(-1))[nearest_seen]
+        means = (self.outputs / self.rows.clamp(min=1).unsqueeze(-1))[nearest_seen(self.rows > 0)]
         grid = self.learner.grid
         lost = grid.as_weight(grid.weight - values)
         inputs = self.inputs / self.rows.sum()

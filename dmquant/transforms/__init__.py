@@ -30,7 +30,7 @@ __all__ = [
     "prepare_",
 ]
 
-_PARTS = ("base",)  # modules here that are no methods
+_PARTS = ("base", "pairs")  # modules here that are no methods
 
 
 @functools.cache

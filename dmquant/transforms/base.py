@@ -20,8 +20,11 @@ class Part:
 
 @dataclass(frozen=True)
 class InputStatistics:
-    """What calibration saw of a layer's input: the largest magnitude of each channel over all timesteps, and some of
-    the inputs themselves, as the layer gets them."""
+    """What calibration saw of a layer's input.
+
+    `absmax`: the largest magnitude of each channel in each of the ranges of timesteps that the layer's transforms want
+    told apart, float32 (ranges, channels). `sample`: some of the inputs themselves, as the layer gets them.
+    """
 
     absmax: Tensor
     sample: Sequence[Tensor]
@@ -121,6 +124,14 @@ class Transform:
     def ranges(self) -> int:
         """Timestep ranges that its parts differ by."""
         return 1
+
+    def observed_ranges(self) -> int:
+        """Timestep ranges that the statistics it is fitted to tell apart."""
+        return 1
+
+    def folds(self) -> bool:
+        """Whether calibration may let the layer before take it over: all it does is to multiply by a part `factor`."""
+        return False
 
     def __str__(self) -> str:
         return self.name

@@ -1,7 +1,8 @@
 """Smooth: divide each input channel by a factor and multiply its weights by it, so that both are easier to quantize.
 
-SmoothQuant, Xiao et al., arXiv 2211.10438, eq. 4: s = max|X|^alpha / max|W|^(1 - alpha), with alpha chosen for each
-layer by the error of its output on calibration data, over all timesteps.
+SmoothQuant, Xiao et al., arXiv 2211.10438, eq. 4: s = max|X|^alpha / max|W|^(1 - alpha). One weight serves all
+timesteps and so does its factor, but the maxima may be those of any range of timesteps. They and alpha are chosen for
+each layer by the error of its output on calibration data from the whole schedule.
 """
 
 import torch
@@ -20,10 +21,14 @@ class Options(BaseModel):
 
     alpha: list[float] = Field(default=[0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9], min_length=1)
     """What to choose from, beside no smoothing. 1: all of the difficulty moves from the input to the weight."""
+    ranges: int = Field(default=1, ge=1)
+    """Timestep ranges whose maxima of the input are tried too, each range's own and their geometric mean."""
+    fold: bool = True
+    """Whether the layer before takes the factor over where that is exact."""
 
 
 class Smooth(Transform):
-    """y = (W / f) (f x), with f = 1 / s stored in bfloat16."""
+    """y = (W / f) (f x), with f = 1 / s stored in bfloat16, or folded into the layer before (calib.folding)."""
 
     STAGE = 10
     CHANGES_INPUT = True
@@ -35,6 +40,12 @@ class Smooth(Transform):
     def check(self, layer: nn.Linear | nn.Conv2d) -> None:
         refuse_groups(self, layer)
 
+    def observed_ranges(self) -> int:
+        return self.options.ranges
+
+    def folds(self) -> bool:
+        return self.options.fold
+
     def parts(self) -> dict[str, Part]:
         return {"factor": Part((1, self.shape[1]), torch.bfloat16)}
 
@@ -42,12 +53,13 @@ class Smooth(Transform):
         factors = [weight.new_ones(1, self.shape[1])]
         if statistics is not None:
             largest = weight.abs().transpose(0, 1).flatten(1).amax(1)
-            x = statistics.absmax.to(largest)
-            moved = (x > _NO_RANGE) & (largest > _NO_RANGE)
-            for alpha in self.options.alpha:
-                factor = largest ** (1 - alpha) / x.clamp(min=_NO_RANGE) ** alpha
-                factors.append(torch.where(moved, factor, 1.0).view(1, -1))
-        return [{"factor": factor.bfloat16()} for factor in factors]
+            for x in _maxima(statistics.absmax.to(largest)):
+                moved = (x > _NO_RANGE) & (largest > _NO_RANGE)
+                for alpha in self.options.alpha:
+                    factor = largest ** (1 - alpha) / x.clamp(min=_NO_RANGE) ** alpha
+                    factors.append(torch.where(moved, factor, 1.0).view(1, -1))
+        distinct = {tuple(stored.view(-1).tolist()): stored for stored in map(Tensor.bfloat16, factors)}
+        return [{"factor": stored} for stored in distinct.values()]
 
     def to_quantize(self, weight: Tensor, parts: dict[str, Tensor]) -> Tensor:
         return weight / per_channel(parts["factor"].float(), weight)
@@ -57,6 +69,18 @@ class Smooth(Transform):
 
     def input(self, x: Tensor, parts: dict[str, Tensor], dim: int) -> Tensor:
         return x * parts["factor"].to(x.dtype).view(-1, *[1] * (-1 - dim))
+
+
+def _maxima(absmax: Tensor) -> list[Tensor]:
+    """What a factor may balance, each (channels,): the maxima over all ranges, those of each, their geometric mean.
+
+    The mean of a channel leaves out ranges in which it is zero.
+    """
+    overall = absmax.amax(0)
+    if len(absmax) == 1:
+        return [overall]
+    logarithms = torch.where(absmax > _NO_RANGE, absmax, torch.nan).log().nanmean(0)
+    return [overall, *absmax, logarithms.exp().nan_to_num(0.0)]
 
 
 METHOD = Smooth

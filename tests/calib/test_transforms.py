@@ -10,12 +10,13 @@ import pytest
 import torch
 from torch import nn
 
+from dmquant.activations import ActivationSpec, TimestepRanges
 from dmquant.calib.store import CalibrationStore
-from dmquant.calib.transforming import fit_transforms
+from dmquant.calib.transforming import InputObserver, fit_transforms
 from dmquant.convert import LayerPlan, footprint
 from dmquant.diffusers_backend import load_pipeline, mark_quantized, save_pipeline
-from dmquant.layers import QuantLinear
-from dmquant.qtensor import WeightSpec
+from dmquant.layers import QuantConv2d, QuantLinear, share_timesteps
+from dmquant.qtensor import WeightSpec, quantize_tensor
 from dmquant.transforms import InputStatistics, create
 from dmquant.transforms.bias import Bias
 from tests.calib.runs import calibrated, captured, is_same, packed, quantized_layers, recipe_of
@@ -169,9 +170,75 @@ class TestSmooth:
         step = LayerPlan("layer", WeightSpec.parse("int4", "channel"), None, transforms=transforms)
         quantized = QuantLinear.like(layer, step.weights, None, "meta", transforms)
         rare = x.abs().amax(0).index_fill(0, torch.tensor([7]), 1e4)
-        weight = fit_transforms(layer, step, quantized, InputStatistics(rare, [x]))
+        weight = fit_transforms(layer, step, quantized, InputStatistics(rare.unsqueeze(0), [x]))
         assert torch.equal(weight, layer.weight)
         assert (quantized.parts(transforms[0])["factor"] == 1).all()
+
+    def observed(self, kind, count, calls):
+        """Statistics of a layer of four channels over `calls`: pairs of timesteps of the rows and the input."""
+        layer = nn.Linear(4, 3) if kind is QuantLinear else nn.Conv2d(4, 3, 1)
+        transforms = create([("smooth", {"ranges": count})], layer, None)
+        quantized = kind.like(layer, WeightSpec.parse("int4", "channel"), None, "meta", transforms)
+        quantized.timestep_ranges = TimestepRanges({count})
+        observer = InputObserver(quantized, len(calls))
+        for timesteps, x in calls:
+            quantized.timestep_ranges.set(torch.tensor(timesteps))
+            observer.add(x)
+        return observer.statistics()
+
+    @pytest.mark.parametrize("kind", [QuantLinear, QuantConv2d])
+    def test_maxima_are_told_apart_by_the_timestep_of_each_row(self, kind):
+        torch.manual_seed(0)
+        x = torch.randn(4, 7, 4) if kind is QuantLinear else torch.randn(4, 4, 3, 3)
+        channels = x if kind is QuantLinear else x.flatten(2).mT
+        calls = [([10.0, 990.0], x[:2]), ([600.0, 20.0], x[2:])]
+        largest = channels.abs().amax(1)  # by row; ranges of four: 0 3 2 0
+        expected = torch.stack([largest[[0, 3]].amax(0), largest[0], largest[2], largest[1]])
+        expected[1] = expected[0]  # no sample: the nearest that has some, of two the lower
+        assert torch.equal(self.observed(kind, 4, calls).absmax, expected)
+        assert torch.equal(self.observed(kind, 1, calls).absmax, largest.amax(0, keepdim=True))
+
+    def test_an_outlier_of_one_range_alone_does_not_decide_for_the_others(self):
+        """Channel 9 is large at all times; channel 5 in one token of the first range, where it would spoil weights."""
+        torch.manual_seed(0)
+        layer, rows = nn.Linear(64, 32), torch.randn(8, 50, 64)
+        rows[..., 9] *= 30
+        rows[0, 0, 5] = 300
+        calls = [([timestep], rows[number : number + 1]) for number, timestep in enumerate((10.0, *[900.0] * 7))]
+        int4 = ActivationSpec.parse("int4", "token")
+        errors, maxima = {}, None
+        for ranges in (1, 2):
+            transforms = create([("smooth", {"ranges": ranges})], layer, None)
+            step = LayerPlan("layer", WeightSpec.parse("int4", "channel"), int4, transforms=transforms)
+            quantized = QuantLinear.like(layer, step.weights, int4, "meta", transforms)
+            quantized.timestep_ranges = TimestepRanges({ranges})
+            observer = InputObserver(quantized, len(calls))
+            for timesteps, x in calls:
+                quantized.timestep_ranges.set(torch.tensor(timesteps))
+                observer.add(x)
+            statistics = observer.statistics()
+            weight = fit_transforms(layer, step, quantized, statistics)
+            quantized.load_quantized(quantize_tensor(weight, "int4", "channel"), layer.bias)
+            with torch.no_grad():
+                errors[ranges] = sum((quantized(x) - layer(x)).square().sum().item() for _, x in calls)
+            maxima = statistics.absmax
+        assert maxima[0, 5] == 300
+        assert maxima[1, 5] < 10
+        assert errors[2] < 0.7 * errors[1]
+
+    def test_ranges_change_nothing_that_is_stored(self, pixart, tmp_path):
+        settings = {"activations": "fp6", "rounding": "nearest", "learning": FAST}
+        recipe = recipe_of(transforms=[{"method": "smooth", "ranges": 3}], **settings)
+        backbone, done = calibrated(pixart, recipe, tmp_path / "three")
+        plain, _ = calibrated(pixart, recipe_of(transforms=["smooth"], **settings), tmp_path / "one")
+        shapes = {name: (tensor.shape, tensor.dtype) for name, tensor in packed(backbone).items()}
+        assert shapes == {name: (tensor.shape, tensor.dtype) for name, tensor in packed(plain).items()}
+        assert not is_same(backbone, plain)
+        assert share_timesteps(backbone) is None
+        mark_quantized(backbone, done.recipe)
+        backbone.save_pretrained(tmp_path / "saved")
+        loaded = type(backbone).from_pretrained(tmp_path / "saved")
+        assert is_same(loaded, backbone)
 
 
 class TestBias:

@@ -12,7 +12,8 @@ from dmquant.pipelines.families import families
 from dmquant.qtensor import quantize_tensor
 from dmquant.recipe import Recipe
 from dmquant.transforms import prepare_
-from dmquant.transforms.equalize import Pair, pairs
+from dmquant.transforms.equalize import equalize_
+from dmquant.transforms.pairs import Pair, pairs
 from tests.tiny import TINY
 
 EQUALIZE = Recipe(name="x", transforms=["equalize"])
@@ -83,12 +84,12 @@ def test_ranges_become_equal_and_again_changes_nothing():
     first, second = two_layers()
     pair = Pair((first,), (second,), 12)
     expected = first.weight.abs().amax(1) * second.weight.abs().amax(0)
-    pair.equalize_()
+    equalize_(pair)
     ranges = first.weight.abs().amax(1), second.weight.abs().amax(0)
     assert torch.allclose(*ranges, rtol=1e-5)
     assert torch.allclose(ranges[0] * ranges[1], expected, rtol=1e-5)
     weights = first.weight.clone(), second.weight.clone()
-    pair.equalize_()
+    equalize_(pair)
     assert torch.allclose(first.weight, weights[0], rtol=1e-6)
     assert torch.allclose(second.weight, weights[1], rtol=1e-6)
 
@@ -97,7 +98,7 @@ def test_in_16_bits_not_a_bit_of_the_output_changes():
     first, second = two_layers(torch.bfloat16)
     x = torch.randn(5, 16).bfloat16()
     before, weight = second(first(x)), first.weight.clone()
-    Pair((first,), (second,), 12).equalize_()
+    equalize_(Pair((first,), (second,), 12))
     assert not torch.equal(first.weight, weight)
     assert torch.equal(second(first(x)), before)
 
@@ -112,7 +113,7 @@ def test_one_scale_for_all_of_a_weight_then_loses_less():
         x = torch.randn(200, 16, generator=torch.Generator().manual_seed(1))
         expected = second(first(x))
         if equalize:
-            Pair((first,), (second,), 12).equalize_()
+            equalize_(Pair((first,), (second,), 12))
         for layer in (first, second):
             layer.weight.data = quantize_tensor(layer.weight, "fp4", "tensor").dequantize()
         errors.append((second(first(x)) - expected).square().mean().item())
@@ -123,7 +124,7 @@ def test_channels_without_range_are_left_alone():
     first, second = two_layers()
     first.weight.data[3], second.weight.data[:, 5] = 0, 0
     row, column = first.weight[5].clone(), second.weight[:, 3].clone()
-    Pair((first,), (second,), 12).equalize_()
+    equalize_(Pair((first,), (second,), 12))
     assert torch.equal(first.weight[5], row)
     assert torch.equal(second.weight[:, 3], column)
 

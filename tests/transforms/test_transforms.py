@@ -55,7 +55,7 @@ def inputs(layer, rows=4, seed=1):
 
 def statistics_of(layer, x):
     dim = -1 if isinstance(layer, nn.Linear) else 1
-    return InputStatistics(x.movedim(dim, -1).flatten(0, -2).abs().amax(0), [x])
+    return InputStatistics(x.movedim(dim, -1).flatten(0, -2).abs().amax(0, keepdim=True), [x])
 
 
 def quantized_as(layer, settings, parts_of=lambda chains: chains[-1], split=None, activations=None, statistics=None):
@@ -182,6 +182,9 @@ class TestRecipe:
             ("transforms: [{method: lowrank, ranks: 3}]", "unknown key 'ranks': did you mean 'rank'"),
             ("transforms: [{method: rotate, size: 48}]", "a power of two channels, not 48"),
             ("transforms: [rotate, {method: rotate, size: 8}]", "transform rotate is named twice"),
+            ("transforms: [{method: smooth, ranges: 0}]", "greater than or equal to 1"),
+            ("transforms: [{method: smooth, ranges: 2.5}]", "valid integer"),
+            ("transforms: [{method: smooth, fold: 3}]", "valid boolean"),
             (
                 "transforms: [smooth]\nactivation_scale: static:2\nactivation_granularity: tensor",
                 "transform smooth changes the input that is quantized, and static activation scales",
@@ -201,7 +204,10 @@ class TestRecipe:
         assert "\n" not in str(caught.value)
 
     def test_it_round_trips(self, tmp_path):
-        recipe = Recipe(name="x", transforms=["equalize", {"method": "lowrank", "rank": 8}])
+        recipe = Recipe(
+            name="x",
+            transforms=["equalize", {"method": "smooth", "ranges": 4}, {"method": "lowrank", "rank": 8}],
+        )
         recipe.save(tmp_path / "x.yaml")
         assert Recipe.load(tmp_path / "x.yaml") == recipe
         assert Recipe.model_validate(recipe.to_dict()) == recipe
@@ -230,6 +236,53 @@ class TestSmooth:
             assert factor[3] == 1
             assert factor[5] == 1
             assert factor.isfinite().all()
+
+    def test_with_ranges_the_maxima_are_those_of_all_of_each_and_their_geometric_mean(self):
+        layer = nn.Linear(4, 3)
+        weight = layer.weight.detach()
+        absmax = torch.tensor([[1.0, 64.0, 1.0, 4.0], [4.0, 1.0, 1.0, 0.0]])
+        (transform,) = create([("smooth", {"alpha": [0.0, 0.5], "ranges": 2})], layer, None)
+        assert transform.ranges() == 1  # nothing that the layer stores or computes differs by timestep
+        assert transform.observed_ranges() == 2
+        found = [parts["factor"] for parts in transform.fit(weight, InputStatistics(absmax, []))]
+        column = weight.abs().amax(0)
+
+        def factor(alpha, x):
+            x = torch.tensor(x)
+            return torch.where(x > 0, column ** (1 - alpha) / x**alpha, 1.0).bfloat16().view(1, 4)
+
+        overall, first, second, mean = (
+            [4.0, 64.0, 1.0, 4.0],
+            [1.0, 64.0, 1.0, 4.0],
+            [4.0, 1.0, 1.0, 0.0],
+            [2.0, 8.0, 1.0, 4.0],
+        )
+        expected = [
+            torch.ones(1, 4).bfloat16(),
+            factor(0.0, overall),
+            factor(0.5, overall),
+            factor(0.5, first),  # at alpha 0 the same as overall
+            factor(0.0, second),  # its last channel is left alone
+            factor(0.5, second),
+            factor(0.5, mean),
+        ]
+        assert len(found) == len(expected)
+        assert all(
+            torch.allclose(one.float(), other.float(), rtol=2**-7) for one, other in zip(found, expected, strict=True)
+        )
+        assert len({tuple(one.flatten().tolist()) for one in found}) == len(found)
+
+    def test_ranges_that_are_all_alike_add_no_candidates(self):
+        layer = made("linear")
+        alone = statistics_of(layer, inputs(layer))
+        alike = InputStatistics(alone.absmax.bfloat16().float().expand(3, -1), alone.sample)
+        (one,), (three,) = (create([("smooth", {"ranges": ranges})], layer, None) for ranges in (1, 3))
+        weight = layer.weight.detach()
+        assert len(one.fit(weight, alone)) == 11
+        found = three.fit(weight, alike)
+        assert len(found) < 2 * 11  # but for the rounding of the mean
+        expected = one.fit(weight, InputStatistics(alike.absmax[:1], alone.sample))
+        assert all(torch.equal(a["factor"], b["factor"]) for a, b in zip(found, expected, strict=False))
 
     def test_outlier_channels_quantize_better_per_tensor(self):
         """methods.md section 9: INT8 at alpha 1/2 with two channels sixty times as large."""
