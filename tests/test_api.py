@@ -314,7 +314,7 @@ def test_attention_can_be_set_before_and_after(setting, recipe, plain_attention)
     ATTENTION[setting](before)
     dmquant.quantize_pipeline(before, recipe, calibration=PROMPTS, **CALL)
     ATTENTION[setting](after)
-    assert torch.nn.functional.mse_loss(images(after), plain) < 1e-4
+    assert torch.nn.functional.mse_loss(images(after), plain) < 1e-3  # of a variance of 0.03
     assert torch.nn.functional.mse_loss(images(before), plain) < 1e-3
     if recipe == "w4a6":
         assert same_weights(before.unet, after.unet)
