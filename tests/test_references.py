@@ -45,7 +45,8 @@ from dmquant.qtensor import WeightSpec, quantize, quantize_tensor, to_matrix
 from dmquant.rounding import Grid, gptq, nearest
 from dmquant.scaling import Scales, absmax, fit_mse, to_groups
 from dmquant.transforms import create
-from dmquant.transforms.equalize import Pair
+from dmquant.transforms.equalize import equalize_
+from dmquant.transforms.pairs import Pair
 from dmquant.transforms.rotate import hadamard
 
 ULP = 2.0**-23
@@ -164,7 +165,7 @@ class TestGPTQ:
         theirs, scale = self.solved(layer, quantizer, x, order)
         grid, columns = self.grid(layer, format, granularity, scale), x.flatten(0, 1)
         moments = columns.T @ columns / len(columns)
-        ours, _ = gptq.solve(grid, gptq.factorize(moments, gptq.Options(order=order)))
+        ours, _ = gptq.solve(grid, gptq.factorize([moments], gptq.Options(order=order)))
         assert torch.equal(self.codes(grid, ours, scale), self.codes(grid, theirs, scale))
         assert (ours != grid.nearest).float().mean() > 0.05
 
@@ -176,7 +177,7 @@ class TestGPTQ:
         theirs, scale = self.solved(layer, quantizer, x, order)
         grid, columns = self.grid(layer, format, "channel", scale), x.flatten(0, 1)
         moments = columns.T @ columns / len(columns)
-        ours, _ = gptq.solve(grid, gptq.factorize(moments, gptq.Options(order=order)))
+        ours, _ = gptq.solve(grid, gptq.factorize([moments], gptq.Options(order=order)))
         same = self.codes(grid, ours, scale) == self.codes(grid, theirs, scale)
         losses = [(((values - grid.weight) @ moments) * (values - grid.weight)).sum() for values in (ours, theirs)]
         assert same.float().mean() >= 0.99
@@ -191,7 +192,7 @@ class TestGPTQ:
         grid = self.grid(layer, format, "channel", scale)
         patches = F.unfold(x.flatten(0, 1), 3).transpose(1, 2).reshape(-1, 16, 3, 3)
         columns = to_matrix(patches)
-        ours, _ = gptq.solve(grid, gptq.factorize(columns.T @ columns / len(columns), gptq.Options()))
+        ours, _ = gptq.solve(grid, gptq.factorize([columns.T @ columns / len(columns)], gptq.Options()))
         assert torch.equal(self.codes(grid, ours, scale), self.codes(grid, theirs, scale))
         assert (ours != grid.nearest).float().mean() > 0.05
 
@@ -200,7 +201,7 @@ class TestGPTQ:
         x[..., ::5] = 0
         theirs, scale = self.solved(layer, Fp4, x, "activation")
         grid, columns = self.grid(layer, "fp4", "channel", scale), x.flatten(0, 1)
-        ours, _ = gptq.solve(grid, gptq.factorize(columns.T @ columns / len(columns), gptq.Options()))
+        ours, _ = gptq.solve(grid, gptq.factorize([columns.T @ columns / len(columns)], gptq.Options()))
         assert not theirs[:, ::5].any()
         assert torch.equal(ours[:, ::5], grid.nearest[:, ::5])
 
@@ -303,7 +304,7 @@ def test_equalized_weights_are_those_of_brevitas(first):
     theirs = torch.fx.symbolic_trace(copy.deepcopy(model))
     theirs = EqualizeGraph(iterations=1, merge_bias=False, scale_computation_type="maxabs").apply(theirs)
     expected, ours = theirs.state_dict(), copy.deepcopy(model)
-    Pair((ours[0],), (ours[1],), 16).equalize_()
+    equalize_(Pair((ours[0],), (ours[1],), 16))
     assert ours.state_dict().keys() == expected.keys()
     for name, parameter in ours.named_parameters():
         assert torch.allclose(parameter, expected[name], rtol=4 * ULP, atol=0), name
@@ -317,7 +318,8 @@ def test_smoothing_factors_are_those_of_torchao_and_brevitas(alpha):
     layer = layer_of(weight_of(24, 48) * torch.logspace(1, -1, 48))
     x = torch.randn(3, 4, 9, 48, generator=torch.Generator().manual_seed(0)) * torch.logspace(-1, 2, 48)
     (smooth,) = create([("smooth", {"alpha": [alpha]})], layer, None)
-    observed = InputObserver(QUANTIZED[nn.Linear].like(layer, WeightSpec.parse("fp4"), None, "meta"), len(x))
+    quantized = QUANTIZED[nn.Linear].like(layer, WeightSpec.parse("fp4"), None, "meta", (smooth,))
+    observed = InputObserver(quantized, len(x))
     observer = SmoothQuantObserver(layer.weight, alpha)
     model = nn.Sequential(copy.deepcopy(layer))
     with activation_equalization_mode(model, alpha, layerwise=True, add_mul_node=True):
