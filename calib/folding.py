@@ -71,8 +71,7 @@ def shared_factor(
     weights = [layer.weight.detach().float() for layer in fold.pair.seconds]
     best, least = None, float("inf")
     for parts in _smoothing(plans[fold.readers[0]]).fit(torch.cat(weights), together):
-        if fold.pair.needs_powers_of_two:
-            parts = {part: value.float().log2().round().exp2().to(value.dtype) for part, value in parts.items()}
+        parts = {part: fold.pair.allowed(value) for part, value in parts.items()}
         error = sum(
             _error(layer, plans[name], inputs[name], parts, statistics[name])
             for name, layer in zip(fold.readers, fold.pair.seconds, strict=True)

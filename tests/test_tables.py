@@ -6,17 +6,14 @@ import torch
 from torch import nn
 
 from dmquant.convert import footprint, quantize_
-from dmquant.diffusers_backend import load_pipeline, mark_quantized, save_pipeline
 from dmquant.layers import quantize_layer
 from dmquant.lean import scales_of
-from dmquant.pipelines.families import families
 from dmquant.qtensor import WeightSpec, quantize
 from dmquant.recipe import Recipe
 from dmquant.rounding import Grid, gptq
 from dmquant.tables import SIZE, fit_table, look_up, nearest_entries
-from tests.calib.runs import calibrated, captured, is_same, quantized_layers, recipe_of
+from tests.calib.runs import calibrated, captured, is_same, quantized_layers, recipe_of, saved_and_loaded
 from tests.test_scale_rules import inputs
-from tests.tiny import TINY
 
 SPEC = WeightSpec.parse("lut4", "channel", "mse", "table")
 LEAN = {"weights": "lut4", "granularity": "channel", "scale": "lean", "store": "table", "rounding": "gptq"}
@@ -148,9 +145,4 @@ def test_calibrated_models_are_saved_and_read_back_bit_for_bit(model, tmp_path):
     assert is_same(calibrated(case, recipe, tmp_path / "out")[0], backbone)  # from the blocks on disk
     assert any(task["solved"] for block in done.blocks for task in block["tasks"])
     assert all(layer.weight_spec.has_table for layer in quantized_layers(backbone).values())
-    mark_quantized(backbone, done.recipe)
-    tiny = TINY[model]
-    pipeline, component = tiny.build(), families()[tiny.family].component
-    setattr(pipeline, component, backbone)
-    save_pipeline(pipeline, tmp_path / "saved")
-    assert is_same(getattr(load_pipeline(tmp_path / "saved"), component), backbone)
+    assert is_same(saved_and_loaded(model, backbone, done.recipe, tmp_path / "saved"), backbone)

@@ -48,7 +48,7 @@ def equalize_(pair: Pair) -> None:
     second = torch.stack([layer.weight.abs().amax(0).float() for layer in pair.seconds]).amax(0)
     factor = second / (first * second).sqrt()
     factor = torch.where((first > _NO_RANGE) & (second > _NO_RANGE), factor, 1.0)
-    pair.scale_(factor.log2().round().exp2() if pair.needs_powers_of_two else factor)
+    pair.scale_(pair.allowed(factor))
 
 
 def _rows(layer: nn.Module) -> Tensor:

@@ -27,6 +27,10 @@ class Pair:
         """Whether other factors would round weights: in 16 bits, not in float32."""
         return self.seconds[0].weight.dtype.itemsize < 4
 
+    def allowed(self, factor: Tensor) -> Tensor:
+        """`factor` as it is, or each at the nearest power of two; same shape and dtype."""
+        return factor.float().log2().round().exp2().to(factor.dtype) if self.needs_powers_of_two else factor
+
     @torch.no_grad()
     def scale_(self, factor: Tensor) -> None:
         """Multiply each of the channels by a factor in the firsts and divide it out of the seconds' weights, in place.

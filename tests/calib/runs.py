@@ -10,6 +10,7 @@ import torch
 from dmquant.calib.capture import capture
 from dmquant.calib.engine import calibrate_
 from dmquant.calib.sampling import Sampling
+from dmquant.diffusers_backend import load_pipeline, mark_quantized, save_pipeline
 from dmquant.layers import QuantConv2d, QuantLinear
 from dmquant.pipelines.families import families
 from dmquant.recipe import Recipe
@@ -82,6 +83,16 @@ def calibrated(case, recipe: Recipe, folder: Path, **options):
 
 def quantized_layers(backbone) -> dict[str, QuantLinear | QuantConv2d]:
     return {name: layer for name, layer in backbone.named_modules() if isinstance(layer, (QuantLinear, QuantConv2d))}
+
+
+def saved_and_loaded(model: str, backbone, recipe: Recipe, folder: Path):
+    """The backbone of the tiny pipeline that was saved with `backbone`, quantized by `recipe`, and loaded back."""
+    tiny = TINY[model]
+    pipeline, component = tiny.build(), families()[tiny.family].component
+    setattr(pipeline, component, backbone)
+    mark_quantized(backbone, recipe)
+    save_pipeline(pipeline, folder)
+    return getattr(load_pipeline(folder), component)
 
 
 def packed(backbone) -> dict[str, torch.Tensor]:

@@ -10,15 +10,12 @@ from dmquant.activations import ActivationSpec, fake_quantize
 from dmquant.calib import engine
 from dmquant.calib.activation_formats import choose_activation_formats
 from dmquant.convert import LayerPlan, plan
-from dmquant.diffusers_backend import load_pipeline, mark_quantized, save_pipeline
 from dmquant.errors import UsageError
 from dmquant.formats import get_format
-from dmquant.pipelines.families import families
 from dmquant.qtensor import WeightSpec
 from dmquant.recipe import Recipe
-from tests.calib.runs import calibrated, captured, is_same, quantized_layers, recipe_of
+from tests.calib.runs import calibrated, captured, is_same, quantized_layers, recipe_of, saved_and_loaded
 from tests.calib.test_ranges import Backbone, Store
-from tests.tiny import TINY
 
 CANDIDATES = tuple(map(get_format, ("fp6_e2m3", "fp6_e3m2", "fp6_e4m1")))
 NAMES = [fmt.name for fmt in CANDIDATES]
@@ -89,12 +86,7 @@ def test_calibrated_models_name_the_formats_and_are_read_back(model, granularity
     planned = {step.name: step for step in plan(case[0], done.recipe)}
     assert {name: step.activations and step.activations.fmt.name for name, step in planned.items()} == chosen
     assert not any(step.candidates or step.activation_candidates for step in planned.values())
-    mark_quantized(backbone, done.recipe)
-    tiny = TINY[model]
-    pipeline, component = tiny.build(), families()[tiny.family].component
-    setattr(pipeline, component, backbone)
-    save_pipeline(pipeline, tmp_path / "saved")
-    read = getattr(load_pipeline(tmp_path / "saved"), component)
+    read = saved_and_loaded(model, backbone, done.recipe, tmp_path / "saved")
     assert is_same(read, backbone)
     for name, layer in quantized_layers(read).items():
         assert layer.activations == layers[name].activations

@@ -16,10 +16,9 @@ from dmquant.calib.outputs import Budget
 from dmquant.calib.sampling import Sample
 from dmquant.calib.store import CalibrationStore
 from dmquant.convert import plan, quantize_
-from dmquant.diffusers_backend import load_pipeline, mark_quantized, save_pipeline
 from dmquant.errors import UsageError, UserError
 from dmquant.kernels.cpu import can_compile
-from tests.calib.runs import calibrated, captured, is_same, packed, quantized_layers, recipe_of
+from tests.calib.runs import calibrated, captured, is_same, packed, quantized_layers, recipe_of, saved_and_loaded
 from tests.tiny import TINY
 
 CANDIDATES = ["fp4_e2m1", "fp4_e1m2", "fp4_e3m0"]
@@ -238,11 +237,7 @@ def test_formats_are_chosen_by_output_error_and_the_resolved_recipe_rebuilds_the
     }
     assert resolved == formats
     assert not done.recipe.candidates
-    pipeline = TINY["pixart-sigma"].build()
-    pipeline.transformer = backbone
-    mark_quantized(backbone, done.recipe)
-    save_pipeline(pipeline, tmp_path / "saved")
-    loaded = load_pipeline(tmp_path / "saved").transformer
+    loaded = saved_and_loaded("pixart-sigma", backbone, done.recipe, tmp_path / "saved")
     assert is_same(loaded, backbone)
     _, kwargs = pixart[2].batch([0])
     with torch.no_grad():
@@ -309,17 +304,14 @@ def test_static_activations_are_calibrated_and_survive_saving(pixart, tmp_path):
     backbone, done = calibrated(pixart, recipe, tmp_path)
     scales = [tensor for name, tensor in packed(backbone).items() if name.endswith("input_scale")]
     assert len(scales) == len(done.layers)
-    mark_quantized(backbone, done.recipe)
+    loaded = saved_and_loaded("pixart-sigma", backbone, done.recipe, tmp_path / "saved")
     _, kwargs = pixart[2].batch([0, 7])
     with torch.no_grad():
         output = backbone(**kwargs)[0]
         exact = pixart[0](**kwargs)[0]
     assert (output - exact).square().mean() < 0.5 * exact.var()
-    pipeline = TINY["pixart-sigma"].build()
-    pipeline.transformer = backbone
-    save_pipeline(pipeline, tmp_path / "saved")
     with torch.no_grad():
-        assert torch.equal(load_pipeline(tmp_path / "saved").transformer(**kwargs)[0], output)
+        assert torch.equal(loaded(**kwargs)[0], output)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

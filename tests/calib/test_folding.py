@@ -11,14 +11,12 @@ from dmquant.activations import ActivationSpec
 from dmquant.calib.folding import folds_of, shared_factor
 from dmquant.calib.transforming import InputObserver, output_error
 from dmquant.convert import footprint, plan
-from dmquant.diffusers_backend import load_pipeline, mark_quantized, save_pipeline
 from dmquant.layers import QuantLinear
 from dmquant.qtensor import WeightSpec, quantize
 from dmquant.recipe import Recipe
 from dmquant.transforms import chains, create
-from tests.calib.runs import calibrated, captured, is_same, quantized_layers, recipe_of
+from tests.calib.runs import calibrated, captured, is_same, quantized_layers, recipe_of, saved_and_loaded
 from tests.calib.test_transforms import stop_after_one
-from tests.tiny import TINY
 
 AFFINE = ["attn1.to_q", "attn2.to_q", "ff.net.0.proj"]  # first readers of norms
 LINEAR = ["attn1.to_out.0", "attn2.to_out.0", "ff.net.2"]
@@ -222,11 +220,7 @@ def test_calibrated_models_hold_the_changed_norms_and_no_factors(unet, tmp_path)
     assert changed == {f"{INSIDE}.norm{number}.{leaf}" for number in (1, 2, 3) for leaf in ("weight", "bias")}
     assert footprint(backbone).quantized_bytes < footprint(explicit).quantized_bytes
 
-    mark_quantized(backbone, done.recipe)
-    pipeline = TINY["sd15"].build()
-    pipeline.unet = backbone
-    save_pipeline(pipeline, tmp_path / "saved")
-    loaded = load_pipeline(tmp_path / "saved").unet
+    loaded = saved_and_loaded("sd15", backbone, done.recipe, tmp_path / "saved")
     assert is_same(loaded, backbone)
     args, kwargs = unet[2].batch([0, 1])
     with torch.no_grad():

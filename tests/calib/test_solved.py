@@ -10,15 +10,12 @@ from dmquant.calib.memory import SOLVING, STATE, Held, check_budget, passes
 from dmquant.calib.moments import Moments, alike, fit_grid, moments_for
 from dmquant.calib.units import Block
 from dmquant.convert import LayerPlan
-from dmquant.diffusers_backend import load_pipeline, mark_quantized, save_pipeline
 from dmquant.layers import QUANTIZED
-from dmquant.pipelines.families import families
 from dmquant.qtensor import WeightSpec
 from dmquant.recipe import Learning
 from dmquant.rounding import get_method
 from dmquant.rounding.fixed import Fixed
-from tests.calib.runs import calibrated, captured, is_same, packed, quantized_layers, recipe_of
-from tests.tiny import TINY
+from tests.calib.runs import calibrated, captured, is_same, packed, quantized_layers, recipe_of, saved_and_loaded
 
 GPTQ = {"rounding": "gptq", "scale": "mse", "activations": "fp6"}
 
@@ -75,13 +72,7 @@ def test_models_with_convolutions_are_solved_and_saved(model, tmp_path):
     case = captured(model, tmp_path / "data")
     backbone, done = calibrated(case, recipe_of(keep=False, **GPTQ), tmp_path / "out")
     assert any(task["solved"] for block in done.blocks for task in block["tasks"])
-    mark_quantized(backbone, done.recipe)
-    tiny = TINY[model]
-    pipeline = tiny.build()
-    component = families()[tiny.family].component
-    setattr(pipeline, component, backbone)
-    save_pipeline(pipeline, tmp_path / "saved")
-    assert is_same(getattr(load_pipeline(tmp_path / "saved"), component), backbone)
+    assert is_same(saved_and_loaded(model, backbone, done.recipe, tmp_path / "saved"), backbone)
     assert packed(backbone)
 
 

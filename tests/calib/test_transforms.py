@@ -14,13 +14,12 @@ from dmquant.activations import ActivationSpec, TimestepRanges
 from dmquant.calib.store import CalibrationStore
 from dmquant.calib.transforming import InputObserver, fit_transforms
 from dmquant.convert import LayerPlan, footprint
-from dmquant.diffusers_backend import load_pipeline, mark_quantized, save_pipeline
+from dmquant.diffusers_backend import mark_quantized
 from dmquant.layers import QuantConv2d, QuantLinear, share_timesteps
 from dmquant.qtensor import WeightSpec, quantize_tensor
 from dmquant.transforms import InputStatistics, create
 from dmquant.transforms.bias import Bias
-from tests.calib.runs import calibrated, captured, is_same, packed, quantized_layers, recipe_of
-from tests.tiny import TINY
+from tests.calib.runs import calibrated, captured, is_same, packed, quantized_layers, recipe_of, saved_and_loaded
 
 ALL = [
     "equalize",
@@ -66,11 +65,7 @@ def test_saved_models_compute_the_same_and_tell_their_size(pixart, tmp_path, nam
     for block in done.blocks:
         for task in block["tasks"]:
             assert 0 < task["error"] <= task["nearest_error"]
-    mark_quantized(backbone, done.recipe)
-    pipeline = TINY["pixart-sigma"].build()
-    pipeline.transformer = backbone
-    save_pipeline(pipeline, tmp_path / "saved")
-    loaded = load_pipeline(tmp_path / "saved").transformer
+    loaded = saved_and_loaded("pixart-sigma", backbone, done.recipe, tmp_path / "saved")
     assert is_same(loaded, backbone)
     kwargs = samples(pixart, held_out=True)
     with torch.no_grad():
@@ -95,11 +90,7 @@ def test_static_activations_go_with_what_leaves_the_input_alone(pixart, tmp_path
     recipe = recipe_of(transforms=transforms, activations="fp8", rounding="nearest", learning=FAST, **static)
     backbone, done = calibrated(pixart, recipe, tmp_path / "codes")
     assert any(block["tasks"][0]["error"] < block["tasks"][0]["nearest_error"] for block in done.blocks)
-    mark_quantized(backbone, done.recipe)
-    pipeline = TINY["pixart-sigma"].build()
-    pipeline.transformer = backbone
-    save_pipeline(pipeline, tmp_path / "saved")
-    loaded = load_pipeline(tmp_path / "saved").transformer
+    loaded = saved_and_loaded("pixart-sigma", backbone, done.recipe, tmp_path / "saved")
     kwargs = samples(pixart, held_out=True)
     with torch.no_grad():
         assert torch.equal(loaded(**kwargs)[0], backbone(**kwargs)[0])
