@@ -14,6 +14,8 @@ from dmquant.qtensor import QuantizedTensor, WeightSpec
 from dmquant.scaling import Scales
 from dmquant.transforms import Transform
 
+LAYOUT = 2  # of what the files of a unit hold; it belongs in their key
+
 
 @dataclass(frozen=True)
 class CodesFolder:

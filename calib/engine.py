@@ -9,7 +9,7 @@ import contextlib
 import hashlib
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -22,8 +22,8 @@ from torch import Tensor, nn
 import dmquant
 from dmquant.activations import TimestepRanges
 from dmquant.calib.activation_formats import choose_activation_formats
-from dmquant.calib.codes import CodesFolder, Parts, parts_of, tensors_of, weight_of
-from dmquant.calib.folding import folds_of, shared_factor
+from dmquant.calib.codes import LAYOUT, CodesFolder, Parts, parts_of, tensors_of, weight_of
+from dmquant.calib.folding import folded_methods, folds_of, shared_factor
 from dmquant.calib.learn import (
     DTYPES,
     Learned,
@@ -50,7 +50,7 @@ from dmquant.layers import QUANTIZED
 from dmquant.qtensor import QuantizedTensor
 from dmquant.recipe import Recipe
 from dmquant.rounding import get_method
-from dmquant.transforms import InputStatistics, prepare_
+from dmquant.transforms import InputStatistics, Transform, prepare_
 
 
 @dataclass(frozen=True)
@@ -139,6 +139,7 @@ class _Engine:
             "data": store.key,
             "made_for": made_for,
             "dmquant": dmquant.__version__,
+            "layout": LAYOUT,
             "counted": {name: channels.tolist() for name, channels in counted.items() if name in self.plans},
         }
         key = hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()
@@ -189,7 +190,8 @@ class _Engine:
         streams.carry(streams.full, number, title, bar)
         if facts:
             for name in block.layers:
-                step, shape = self.plans[name], tuple(self.backbone.get_submodule(name).weight.shape)
+                shape, left = tuple(self.backbone.get_submodule(name).weight.shape), facts["transforms"][name]
+                step = self._with_transforms(name, [one for one in self.plans[name].transforms if one.name in left])
                 self.parts[name] = parts_of(tensors, name, step.transforms)
                 spec = step.weights.with_format(dmquant.get_format(facts["formats"][name]))
                 self._swap(weight_of(tensors, name, spec, shape), name)
@@ -203,7 +205,9 @@ class _Engine:
             for name in block.layers:
                 self._swap(values[name], name)
             formats = {name: values[name].spec.fmt.name for name in block.layers}
-            facts = {"name": block.name, "formats": formats, "tasks": tasks, "seconds": time.perf_counter() - began}
+            left = {name: [one.name for one in self.plans[name].transforms] for name in block.layers}
+            facts = {"name": block.name, "formats": formats, "transforms": left, "tasks": tasks}
+            facts["seconds"] = time.perf_counter() - began
             self.codes.save(number, block.name, tensors_of(values, self.parts) | folded, facts)
         streams.carry(streams.quantized, number, title, bar)
         streams.drop(number)
@@ -212,19 +216,23 @@ class _Engine:
     def _fold(
         self, number: int, block: Block, tensors: Mapping[str, Tensor], title: str, bar: Bar
     ) -> dict[str, Tensor]:
-        """Fold the smoothing of a block's layers by the factors among its `tensors` on disk, or else by its inputs.
+        """Fold transforms of a block's layers by the factors among its `tensors` on disk, or else by its inputs.
 
         Returns the factors by their keys.
         """
-        folds = folds_of(self.backbone, block.name, self.plans)
-        if not tensors:
-            readers = tuple(name for fold in folds for name in fold.readers)
-            inputs = {name: self._quantized_layer(name) for name in readers}
-            statistics = self._statistics(number, Task(block.name, readers, (block.name,)), inputs, title, bar)
-            tensors = {fold.key: shared_factor(fold, self.plans, inputs, statistics) for fold in folds}
-        for fold in folds:
-            fold.apply_(tensors[fold.key], self.plans)
-        return {fold.key: tensors[fold.key] for fold in folds}
+        factors = {}
+        for method in folded_methods(self.plans):
+            folds = folds_of(self.backbone, block.name, self.plans, method)
+            if tensors:
+                factors |= {fold.key: tensors[fold.key] for fold in folds}
+            else:
+                readers = tuple(name for fold in folds for name in fold.readers)
+                inputs = {name: self._quantized_layer(name) for name in readers}
+                statistics = self._statistics(number, Task(block.name, readers, (block.name,)), inputs, title, bar)
+                factors |= {fold.key: shared_factor(fold, self.plans, inputs, statistics) for fold in folds}
+            for fold in folds:
+                fold.apply_(factors[fold.key], self.plans)
+        return factors
 
     def _task(
         self, number: int, task: Task, finished: dict[str, QuantizedTensor], title: str, bar: Bar
@@ -277,6 +285,8 @@ class _Engine:
         for learner in learners:
             quantized = learner.quantized
             self.parts[learner.name] = {one.name: quantized.parts(one) for one in quantized.transforms}
+            if learner.name in self.blocks[number].layers:  # what looks ahead is decided anew in its turn
+                self._with_transforms(learner.name, quantized.transforms)
         if own_targets:
             targets.close()
         return learned, {learner.name: learner.grid.quantized(kept[learner.name]) for learner in learners}
@@ -415,6 +425,11 @@ class _Engine:
         if weight is None and not self.options.quantize_activations:
             quantized.activations = None
         return quantized.train(layer.training)
+
+    def _with_transforms(self, name: str, transforms: Iterable[Transform]) -> LayerPlan:
+        """The plan of a layer, from now on with these transforms."""
+        self.plans[name] = replace(self.plans[name], transforms=tuple(transforms))
+        return self.plans[name]
 
     def _swap(self, weight: QuantizedTensor, name: str) -> None:
         layer, quantized = self.backbone.get_submodule(name), self._quantized_layer(name, weight)

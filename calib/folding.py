@@ -1,4 +1,4 @@
-"""Fold the smoothing of layers into those before them: no factor is stored then, and nothing multiplied at run time.
+"""Fold transforms of layers into those before them: no factor is stored then, and nothing multiplied at run time.
 
 Possible where only a linear function lies between two layers (transforms/pairs.py). It is done to the float layers of a
 block before anything else is computed with them, so that targets, scales and roundings are those of the folded block,
@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from dmquant.calib.transforming import output_error
+from dmquant.calib.transforming import output_error, with_outputs
 from dmquant.convert import LayerPlan
 from dmquant.layers import QuantLinear
 from dmquant.transforms import InputStatistics, Transform, chains
@@ -20,36 +20,43 @@ from dmquant.transforms.pairs import Pair, pairs
 
 @dataclass(frozen=True)
 class Fold:
-    """A pair of layers whose second ones, by name, leave their smoothing to the first ones."""
+    """A pair of layers whose second ones, by name, leave a transform to the first ones."""
 
+    method: str
     pair: Pair
     readers: tuple[str, ...]
 
     @property
     def key(self) -> str:
         """The name of its factor among a block's tensors on disk."""
-        return f"{self.readers[0]}.folded"
+        return f"{self.readers[0]}.{self.method}_folded"
 
     def apply_(self, factor: Tensor, plans: dict[str, LayerPlan]) -> None:
-        """Change the float layers and take the smoothing out of the readers' plans; `factor`: float32 (channels,)."""
+        """Change the float layers and take the transform out of the readers' plans; `factor`: float32 (channels,)."""
         self.pair.scale_(factor)
         for name in self.readers:
-            plans[name] = replace(plans[name], transforms=_others(plans[name]))
+            plans[name] = replace(plans[name], transforms=_others(plans[name], self.method))
 
 
-def folds_of(backbone: nn.Module, block: str, plans: Mapping[str, LayerPlan]) -> list[Fold]:
-    """What smoothing in the module `block` can be folded: where all readers of a layer have it, with one setting.
+def folded_methods(plans: Mapping[str, LayerPlan]) -> list[str]:
+    """The transforms that may be folded, by name, in the order in which they apply."""
+    found = {one.name: one.STAGE for step in plans.values() for one in step.transforms if one.folds()}
+    return sorted(found, key=found.get)
+
+
+def folds_of(backbone: nn.Module, block: str, plans: Mapping[str, LayerPlan], method: str) -> list[Fold]:
+    """Where one transform can be folded in the module `block`: all readers of a layer have it, with one setting.
 
     Not into a weight with one scale for all of it: its rows would be of unlike size then.
     """
     names = {layer: name for name, layer in backbone.named_modules()}
-    found = [Fold(pair, tuple(names[one] for one in pair.seconds)) for pair in pairs(backbone.get_submodule(block))]
+    found = [Fold(method, pair, tuple(map(names.get, pair.seconds))) for pair in pairs(backbone.get_submodule(block))]
     return [
         fold
         for fold in found
         if all(name in plans for name in fold.readers)
-        and all(_smoothing(plans[name]) for name in fold.readers)
-        and len({str(_smoothing(plans[name]).options) for name in fold.readers}) == 1
+        and all(_folding(plans[name], method) for name in fold.readers)
+        and len({str(_folding(plans[name], method).options) for name in fold.readers}) == 1
         and not any(_has_one_scale(plans.get(names[one])) for one in fold.pair.firsts)
     ]
 
@@ -63,48 +70,40 @@ def shared_factor(
 ) -> Tensor:
     """The factor, float32 (channels,), of the least error, summed over the readers.
 
-    Candidates are those of one layer with the weights of all readers. `inputs` are the readers as they quantize their
-    inputs; parts are loaded into them. In 16 bits factors are powers of two.
+    `inputs` are the readers as they quantize their inputs; they lose the transform that is folded, and get parts of
+    the others. In 16 bits factors are powers of two.
     """
     seen = [one.absmax for name in fold.readers if (one := statistics[name]) is not None]
     together = InputStatistics(torch.stack(seen).amax(0), []) if seen else None
-    weights = [layer.weight.detach().float() for layer in fold.pair.seconds]
-    best, least = None, float("inf")
-    for parts in _smoothing(plans[fold.readers[0]]).fit(torch.cat(weights), together):
-        parts = {part: fold.pair.allowed(value) for part, value in parts.items()}
-        error = sum(
-            _error(layer, plans[name], inputs[name], parts, statistics[name])
-            for name, layer in zip(fold.readers, fold.pair.seconds, strict=True)
-        )
-        if best is None or error < least:
-            best, least = parts, error
-    return best["factor"].float().view(-1)
+    transform = _folding(plans[fold.readers[0]], fold.method)
+    samples = {
+        name: with_outputs(layer, one.sample) if (one := statistics[name]) is not None else []
+        for name, layer in zip(fold.readers, fold.pair.seconds, strict=True)
+    }
+
+    def error(factor: Tensor) -> float:
+        """What `output_error` is of the readers once the factor is folded, summed."""
+        total = 0.0
+        for name, layer in zip(fold.readers, fold.pair.seconds, strict=True):
+            others = _others(plans[name], fold.method)
+            parts, weight = next(chains(others, layer.weight.detach().float() / factor, statistics[name]))
+            inputs[name].transforms = others
+            inputs[name].load_parts(parts)
+            scaled = [(x * factor.to(x.dtype), output) for x, output in samples[name]]
+            total += output_error(layer, plans[name], inputs[name], weight, scaled)
+        return total
+
+    candidates = map(fold.pair.allowed, transform.factors(fold.pair, together))
+    return min(candidates, key=error if seen else lambda factor: 0.0)
 
 
-def _error(
-    layer: nn.Linear,
-    step: LayerPlan,
-    quantized: QuantLinear,
-    parts: dict[str, Tensor],
-    statistics: InputStatistics | None,
-) -> float:
-    """What `output_error` is with these parts of the smoothing; 0 without samples."""
-    if statistics is None:
-        return 0.0
-    smoothing = _smoothing(step)
-    weight = smoothing.to_quantize(layer.weight.detach().float(), parts)
-    fitted, weight = next(chains(_others(step), weight, statistics))
-    quantized.load_parts({smoothing.name: parts, **fitted})
-    return output_error(layer, step, quantized, weight, statistics.sample)
+def _folding(step: LayerPlan, method: str) -> Transform | None:
+    """The transform of a layer by this name, if it may be folded."""
+    return next((one for one in step.transforms if one.folds() and one.name == method), None)
 
 
-def _smoothing(step: LayerPlan) -> Transform | None:
-    """The transform of a layer that may be folded."""
-    return next((one for one in step.transforms if one.folds()), None)
-
-
-def _others(step: LayerPlan) -> tuple[Transform, ...]:
-    return tuple(one for one in step.transforms if not one.folds())
+def _others(step: LayerPlan, method: str) -> tuple[Transform, ...]:
+    return tuple(one for one in step.transforms if one.name != method)
 
 
 def _has_one_scale(step: LayerPlan | None) -> bool:

@@ -10,7 +10,7 @@ from dmquant.recipe import Recipe, Rule, Transformation
 def resolved_recipe(recipe: Recipe, reports: Sequence[LayerReport], input_formats: Mapping[str, str]) -> Recipe:
     """The recipe with the format of every layer, and of its input, named, so that it alone rebuilds the model.
 
-    Layers whose smoothing was folded have no such transform in it.
+    Transforms that were folded into the layer before, or left out, are not in it.
     """
     everywhere, decided, named = (recipe, *recipe.rules), {}, []
     if any(settings.candidates for settings in everywhere):
@@ -19,13 +19,13 @@ def resolved_recipe(recipe: Recipe, reports: Sequence[LayerReport], input_format
     if any(settings.activation_candidates for settings in everywhere):
         decided["activation_candidates"] = None
         named += _rules("activations", input_formats)
-    named += _rules("transforms", _after_folding(recipe, reports))
+    named += _rules("transforms", _decided_transforms(recipe, reports))
     rules = [rule.model_copy(update=decided) for rule in recipe.rules]
     return recipe.model_copy(update=decided | {"rules": [*rules, *named]}) if decided or named else recipe
 
 
-def _after_folding(recipe: Recipe, reports: Sequence[LayerReport]) -> dict[str, list[Transformation]]:
-    """The transforms that layers have left of which others were folded into the layer before."""
+def _decided_transforms(recipe: Recipe, reports: Sequence[LayerReport]) -> dict[str, list[Transformation]]:
+    """The transforms of layers that lost one: it was folded into the layer before, or the layer is nearer without."""
     left = {}
     for report in reports:
         kept, asked = {one.name for one in report.plan.transforms}, recipe.settings_for(report.plan.name).transforms

@@ -1,6 +1,7 @@
 """Fit the transforms of a layer to its data: before its scales are, and to what rounding left wrong, after it."""
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -66,22 +67,35 @@ def fit_transforms(
     quantized: QuantLinear | QuantConv2d,
     statistics: InputStatistics | None,
 ) -> Tensor:
-    """Load the parts of a layer's transforms into `quantized`; returns the weight that is to be quantized, float32.
+    """Give `quantized` the transforms of a layer with their parts; returns the weight that is to be quantized, float32.
 
-    Where a method has candidates, those of the least squared error of the output on the sample are taken, at nearest
-    rounding with scales of least weight error.
+    Where a method has candidates, or is optional, what is taken has the least error of the output on the sample, at
+    nearest rounding with scales of least weight error.
     """
     best, least = None, float("inf")
-    for parts, weight in chains(step.transforms, layer.weight.detach().float(), statistics):
-        error = 0.0
-        if statistics is not None:
+    sample = [] if statistics is None else with_outputs(layer, statistics.sample)
+    for quantized.transforms in _choices(step.transforms):
+        for parts, weight in chains(quantized.transforms, layer.weight.detach().float(), statistics):
             quantized.load_parts(parts)
-            error = output_error(layer, step, quantized, weight, statistics.sample)
-        if best is None or error < least:
-            best, least = (parts, weight), error
-    parts, weight = best
+            error = output_error(layer, step, quantized, weight, sample)
+            if best is None or error < least:
+                best, least = (quantized.transforms, parts, weight), error
+    quantized.transforms, parts, weight = best
     quantized.load_parts(parts)
     return weight
+
+
+def _choices(transforms: tuple[Transform, ...]) -> Iterator[tuple[Transform, ...]]:
+    """All the transforms, then what is left without one optional one or more."""
+    optional = [transform for transform in transforms if transform.optional()]
+    for count in range(len(optional) + 1):
+        for left_out in itertools.combinations(optional, count):
+            yield tuple(transform for transform in transforms if transform not in left_out)
+
+
+def with_outputs(layer: nn.Linear | nn.Conv2d, sample: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """Inputs and what the float layer makes of them, the outputs in float32."""
+    return [(x, layer(x).float()) for x in sample]
 
 
 def output_error(
@@ -89,20 +103,22 @@ def output_error(
     step: LayerPlan,
     quantized: QuantLinear | QuantConv2d,
     weight: Tensor,
-    sample: Sequence[Tensor],
+    sample: Sequence[tuple[Tensor, Tensor]],
 ) -> float:
     """Squared error of the output with the nearest codes of `weight`, the transformed weight, over a sample of inputs.
 
-    Every input's counts over the square of its output, so that no timestep weighs more for its size. The parts of
-    transforms are those that `quantized` has; scales are those of least weight error.
+    The sample has the exact outputs with the inputs. Every input's error counts over the square of its output, so that
+    no timestep weighs more for its size. Transforms and their parts are those of `quantized`; scales are those of
+    least weight error.
     """
+    if not sample:
+        return 0.0
     if quantized.timestep_ranges is not None:
         quantized.timestep_ranges.set(0.0)  # corrections by timestep are still zero, so any will do
     grid = fit_grid(weight, replace(step, weights=replace(step.weights, scale="mse"), candidates=()), None)
     learner = Learner(step.name, layer, grid, nearest.start(grid, nearest.Options()), quantized)
     error = 0.0
-    for x in sample:
-        output = layer(x).float()
+    for x, output in sample:
         power = output.square().mean().clamp(min=1e-30)
         error += ((learner.forward(x).float() - output).square().mean() / power).item()
     return error

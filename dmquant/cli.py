@@ -5,6 +5,7 @@ Nothing heavy is imported at the top: torch and diffusers are imported inside th
 
 import functools
 import shlex
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -41,7 +42,7 @@ from dmquant.cli_options import (
 )
 from dmquant.errors import UserError
 
-STOPPED = 130  # what a shell expects of a program ended by Ctrl-C
+STOPPED = 130  # what a shell expects of a program ended by Ctrl-C; a batch system's SIGTERM is taken as one
 _debug = False
 
 app = typer.Typer(
@@ -392,4 +393,8 @@ def main() -> None:
     arguments = sys.argv[1:]
     if "--debug" in arguments:
         arguments = ["--debug", *(argument for argument in arguments if argument != "--debug")]
-    app(arguments, prog_name="dmquant")
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # half-written files are removed on the way out
+    try:
+        app(arguments, prog_name="dmquant")
+    finally:
+        signal.signal(signal.SIGTERM, before)

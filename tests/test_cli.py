@@ -2,6 +2,7 @@
 
 import importlib.util
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -254,14 +255,14 @@ def test_an_unexpected_error_is_one_line_and_debug_shows_the_traceback(capsys, m
     assert "in broken" in err
 
 
-def test_ctrl_c_is_one_line_and_exits_with_130(capsys, monkeypatch):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_and_sigterm_are_one_line_and_exit_with_130(capsys, monkeypatch, number):
     from dmquant.pipelines import listing
 
-    def stopped():
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(listing, "formats", stopped)
+    before = signal.getsignal(number)
+    monkeypatch.setattr(listing, "formats", lambda: signal.raise_signal(number))
     assert dmquant(capsys, "formats") == (130, "", "stopped; run the same command to resume\n")
+    assert signal.getsignal(number) == before
 
 
 def test_score_and_grid_work_on_any_two_folders_that_pair_up(capsys, tmp_path):

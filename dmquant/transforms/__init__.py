@@ -80,8 +80,14 @@ def chains(
 
 
 def prepare_(module: nn.Module, layers: dict[str, tuple[Transform, ...]]) -> None:
-    """Let the transforms of all `layers`, by name, change the float weights of `module` in place."""
-    methods = {type(transform) for transforms in layers.values() for transform in transforms}
-    for method in sorted(methods, key=lambda method: method.STAGE):
-        chosen = {name for name, transforms in layers.items() if any(type(one) is method for one in transforms)}
-        method.prepare_(module, chosen)
+    """Let the transforms of all `layers`, by name, change the float weights of `module` in place.
+
+    Those that calibration folds are left to it.
+    """
+    chosen: dict[type[Transform], set[str]] = {}
+    for name, transforms in layers.items():
+        for transform in transforms:
+            if not transform.folds():
+                chosen.setdefault(type(transform), set()).add(name)
+    for method in sorted(chosen, key=lambda method: method.STAGE):
+        method.prepare_(module, chosen[method])

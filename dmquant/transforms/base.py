@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dmquant.errors import UsageError
+from dmquant.transforms.pairs import Pair
 
 
 @dataclass(frozen=True)
@@ -129,9 +130,17 @@ class Transform:
         """Timestep ranges that the statistics it is fitted to tell apart."""
         return 1
 
-    def folds(self) -> bool:
-        """Whether calibration may let the layer before take it over: all it does is to multiply by a part `factor`."""
+    def optional(self) -> bool:
+        """Whether calibration may leave a layer without it, where its output is nearer then."""
         return False
+
+    def folds(self) -> bool:
+        """Whether calibration lets the layer before take it over, by one of `factors`, where that is exact."""
+        return False
+
+    def factors(self, pair: Pair, statistics: InputStatistics | None) -> list[Tensor]:
+        """What the channels of a pair may be multiplied by, each float32 (channels,); the first changes nothing."""
+        raise NotImplementedError
 
     def __str__(self) -> str:
         return self.name

@@ -11,16 +11,19 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
-from dmquant.transforms.base import Transform
+from dmquant.transforms.base import InputStatistics, Transform
 from dmquant.transforms.pairs import Pair, pairs
 
 _NO_RANGE = 1e-9
 
 
 class Options(BaseModel):
-    """There is nothing to set."""
+    """What a recipe may set."""
 
     model_config = ConfigDict(extra="forbid")
+
+    choose: bool = False
+    """Whether calibration evens out those pairs alone whose second layers' outputs are nearer for it."""
 
 
 class Equalize(Transform):
@@ -28,6 +31,17 @@ class Equalize(Transform):
 
     STAGE = 0
     WHOLE_MODEL = True
+
+    @classmethod
+    def takes_data(cls, options: Options) -> bool:
+        return options.choose
+
+    def folds(self) -> bool:
+        return self.options.choose
+
+    def factors(self, pair: Pair, statistics: InputStatistics | None) -> list[Tensor]:
+        factor = equalizing(pair)
+        return [torch.ones_like(factor), factor]
 
     @classmethod
     def prepare_(cls, module: nn.Module, layers: Collection[str]) -> None:
@@ -41,14 +55,18 @@ class Equalize(Transform):
 METHOD = Equalize
 
 
-@torch.no_grad()
 def equalize_(pair: Pair) -> None:
     """In float32 the ranges become equal; in 16 bits factors are powers of two, which round no weight."""
+    pair.scale_(pair.allowed(equalizing(pair)))
+
+
+@torch.no_grad()
+def equalizing(pair: Pair) -> Tensor:
+    """What the first layers are to be multiplied by, 1/s, float32 (channels,)."""
     first = torch.stack([_rows(layer)[: pair.channels] for layer in pair.firsts]).amax(0)
     second = torch.stack([layer.weight.abs().amax(0).float() for layer in pair.seconds]).amax(0)
     factor = second / (first * second).sqrt()
-    factor = torch.where((first > _NO_RANGE) & (second > _NO_RANGE), factor, 1.0)
-    pair.scale_(pair.allowed(factor))
+    return torch.where((first > _NO_RANGE) & (second > _NO_RANGE), factor, 1.0)
 
 
 def _rows(layer: nn.Module) -> Tensor:

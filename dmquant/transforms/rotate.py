@@ -21,6 +21,8 @@ class Options(BaseModel):
 
     size: int = Field(default=64, ge=2)
     """Channels of a block, a power of two; where it does not divide a layer's channels, the largest that does."""
+    choose: bool = False
+    """Whether calibration rotates those layers alone whose output is nearer for it."""
 
     @field_validator("size")
     @classmethod
@@ -35,6 +37,13 @@ class Rotate(Transform):
 
     STAGE = 15
     CHANGES_INPUT = True
+
+    @classmethod
+    def takes_data(cls, options: Options) -> bool:
+        return options.choose
+
+    def optional(self) -> bool:
+        return self.options.choose
 
     @property
     def size(self) -> int:

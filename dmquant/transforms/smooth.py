@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from dmquant.transforms.base import InputStatistics, Part, Transform, per_channel, refuse_groups
+from dmquant.transforms.pairs import Pair
 
 _NO_RANGE = 1e-9
 
@@ -45,6 +46,11 @@ class Smooth(Transform):
 
     def folds(self) -> bool:
         return self.options.fold
+
+    def factors(self, pair: Pair, statistics: InputStatistics | None) -> list[Tensor]:
+        """Those of one layer with the weights of all that read."""
+        weights = torch.cat([layer.weight.detach().float() for layer in pair.seconds])
+        return [parts["factor"].float().view(-1) for parts in self.fit(weights, statistics)]
 
     def parts(self) -> dict[str, Part]:
         return {"factor": Part((1, self.shape[1]), torch.bfloat16)}

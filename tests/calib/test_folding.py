@@ -9,7 +9,7 @@ from torch import nn
 
 from dmquant.activations import ActivationSpec
 from dmquant.calib.folding import folds_of, shared_factor
-from dmquant.calib.transforming import InputObserver, output_error
+from dmquant.calib.transforming import InputObserver, output_error, with_outputs
 from dmquant.convert import footprint, plan
 from dmquant.layers import QuantLinear
 from dmquant.qtensor import WeightSpec, quantize
@@ -76,7 +76,7 @@ def factor_of(channels, powers_of_two=False):
 def test_the_float_block_computes_the_same_and_its_readers_need_no_smoothing():
     block = transformer_block()
     plans, before, expected = plans_of(block), copy.deepcopy(block), called(block)
-    folds = folds_of(block, "", plans)
+    folds = folds_of(block, "", plans, "smooth")
     assert [fold.readers[0] for fold in folds] == [*AFFINE, *LINEAR]
     assert folds[0].readers == ("attn1.to_q", "attn1.to_k", "attn1.to_v")
     for fold in folds:
@@ -91,7 +91,7 @@ def test_the_float_block_computes_the_same_and_its_readers_need_no_smoothing():
 def test_in_16_bits_not_a_bit_of_the_output_changes():
     block = transformer_block(torch.bfloat16)
     plans, expected = plans_of(block), called(block)
-    for fold in folds_of(block, "", plans):
+    for fold in folds_of(block, "", plans, "smooth"):
         assert fold.pair.needs_powers_of_two
         fold.apply_(factor_of(fold.pair.channels, powers_of_two=True), plans)
     assert torch.equal(called(block), expected)
@@ -111,7 +111,7 @@ def test_in_16_bits_not_a_bit_of_the_output_changes():
 )
 def test_only_where_every_reader_would_and_the_layer_before_can(settings, left):
     block = transformer_block()
-    assert [fold.readers[0] for fold in folds_of(block, "", plans_of(block, **settings))] == left
+    assert [fold.readers[0] for fold in folds_of(block, "", plans_of(block, **settings), "smooth")] == left
 
 
 def observed(block, plans, names):
@@ -138,7 +138,7 @@ def test_readers_of_one_norm_share_the_factor_of_least_summed_relative_error(dty
     block.attn1.to_v.weight.mul_(50)  # its error is the largest by far, but not relative to its output
     transforms = [smoothing(alpha=[0.3, 0.5, 0.7]), {"method": "rotate", "size": 8}]
     plans = plans_of(block, transforms=transforms, activations="int8", activation_granularity="tensor", weights="int8")
-    (fold, *_) = folds_of(block, "", plans)
+    (fold, *_) = folds_of(block, "", plans, "smooth")
     inputs, statistics = observed(block, plans, fold.readers)
     found = shared_factor(fold, plans, inputs, statistics)
 
@@ -156,9 +156,10 @@ def test_readers_of_one_norm_share_the_factor_of_least_summed_relative_error(dty
             layer, step = block.get_submodule(name), plans[name]
             rotate = step.transforms[1]
             parts, rotated = next(chains((rotate,), weight / factor, statistics[name]))
+            inputs[name].transforms = step.transforms
             inputs[name].load_parts({"smooth": {"factor": factor.bfloat16().view(1, -1)}, **parts})
-            error = output_error(layer, step, inputs[name], rotated, statistics[name].sample)
-            total += error / sum(layer(x).float().square().sum().item() for x in statistics[name].sample)
+            sample = with_outputs(layer, statistics[name].sample)
+            total += output_error(layer, step, inputs[name], rotated, sample)
         errors.append(total)
     assert errors.index(min(errors)) > 0
     assert torch.equal(found, candidates[errors.index(min(errors))])
@@ -168,7 +169,7 @@ def test_readers_of_one_norm_share_the_factor_of_least_summed_relative_error(dty
 def test_without_samples_nothing_is_smoothed():
     block = transformer_block()
     plans = plans_of(block)
-    (fold, *_) = folds_of(block, "", plans)
+    (fold, *_) = folds_of(block, "", plans, "smooth")
     nothing = dict.fromkeys(fold.readers)
     assert torch.equal(shared_factor(fold, plans, nothing, nothing), torch.ones(32))
 

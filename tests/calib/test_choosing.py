@@ -1,0 +1,144 @@
+"""Transforms that calibration gives to those layers alone whose output is nearer for them."""
+
+import pytest
+import torch
+from torch import nn
+
+from dmquant.activations import ActivationSpec
+from dmquant.calib.folding import folds_of, shared_factor
+from dmquant.calib.transforming import fit_transforms
+from dmquant.convert import LayerPlan, quantize_
+from dmquant.errors import UsageError
+from dmquant.formats import get_format
+from dmquant.layers import QuantLinear, quantize_layer
+from dmquant.qtensor import WeightSpec
+from dmquant.recipe import Recipe
+from dmquant.transforms import InputStatistics, create
+from tests.calib.runs import calibrated, captured, quantized_layers, recipe_of, saved_and_loaded
+from tests.calib.test_folding import observed, plans_of, transformer_block, unet_recipe
+from tests.calib.test_transforms import stop_after_one
+
+FAST = {"iterations": 2, "batch_size": 4, "checks": 1}
+ROTATE = {"method": "rotate", "size": 8, "choose": True}
+EQUALIZE = {"method": "equalize", "choose": True}
+BLOCKS = ("down_blocks.0.attentions.0", "up_blocks.1.attentions.0")
+
+
+@pytest.fixture(scope="module")
+def unet(tmp_path_factory):
+    return captured("sd15", tmp_path_factory.mktemp("data"))
+
+
+def outlier_case():
+    """One input channel dwarfs the others, which share a scale with it."""
+    torch.manual_seed(0)
+    x = torch.randn(100, 64)
+    x[:, 5] *= 50
+    return nn.Linear(64, 32), x, WeightSpec.parse("int8", "channel", "mse"), ActivationSpec.parse("int8", "tensor")
+
+
+def exact_case():
+    """Every weight is a value of the format, until they are mixed."""
+    torch.manual_seed(0)
+    layer, values = nn.Linear(64, 32), get_format("fp4").values
+    with torch.no_grad():
+        layer.weight.copy_(values[torch.randint(len(values), (32, 64))])
+        layer.weight[:, 0] = values.max()
+    return layer, torch.randn(100, 64), WeightSpec.parse("fp4", "channel", "mse"), None
+
+
+@pytest.mark.parametrize(("case", "rotated"), [(outlier_case, True), (exact_case, False)])
+@pytest.mark.parametrize("choose", [True, False])
+def test_a_layer_is_rotated_where_its_output_is_nearer_for_it(case, rotated, choose):
+    layer, x, spec, of_input = case()
+    transforms = create([("rotate", {"size": 8, "choose": choose}), ("bias", {})], layer, None)
+    errors = []
+    for left in (transforms, transforms[1:]):
+        one = quantize_layer(layer, spec, of_input, transforms=left)
+        errors.append((one(x) - layer(x)).square().mean().item())
+    assert (errors[0] < 0.5 * errors[1]) == rotated
+    assert (errors[1] < 0.5 * errors[0]) == (not rotated)
+
+    quantized = QuantLinear.like(layer, spec, of_input, "meta", transforms)
+    statistics = InputStatistics(x.abs().amax(0, keepdim=True), [x])
+    weight = fit_transforms(layer, LayerPlan("layer", spec, of_input, transforms=transforms), quantized, statistics)
+    assert quantized.transforms == (transforms if rotated or not choose else transforms[1:])
+    assert torch.equal(weight, layer.weight) == (len(quantized.transforms) == 1)
+
+
+def test_without_samples_a_layer_keeps_what_the_recipe_gives_it():
+    layer, *_ = exact_case()
+    transforms = create([("rotate", {"choose": True})], layer, None)
+    quantized = QuantLinear.like(layer, WeightSpec.parse("int4"), None, "meta", transforms)
+    fit_transforms(layer, LayerPlan("layer", quantized.weight_spec, None, transforms=transforms), quantized, None)
+    assert quantized.transforms == transforms
+
+
+def unlike_columns(block):
+    """Columns of unlike size, in rows that have one scale, for channels of like size."""
+    block.norm3.weight.fill_(1.0)
+    block.ff.net[0].proj.weight.mul_(torch.linspace(-4, 4, 32).exp2())
+
+
+def exact_weights(block):
+    """Every weight is a value of the format, until the columns are scaled."""
+    weight = block.ff.net[0].proj.weight
+    weight.copy_(torch.randint(-7, 8, weight.shape)).narrow(1, 0, 1).fill_(7)
+
+
+@pytest.mark.parametrize(("change", "even"), [(unlike_columns, True), (exact_weights, False)])
+def test_a_pair_is_evened_out_where_its_reader_is_nearer_for_it(change, even):
+    block = transformer_block()
+    with torch.no_grad():
+        change(block)
+    plans = plans_of(block, transforms=[EQUALIZE], weights="int4", granularity="channel", activations="none")
+    [fold] = [one for one in folds_of(block, "", plans, "equalize") if one.readers == ("ff.net.0.proj",)]
+    inputs, statistics = observed(block, plans, fold.readers)
+    found = shared_factor(fold, plans, inputs, statistics)
+    largest = block.ff.net[0].proj.weight.abs().amax(0)
+    evened = (block.norm3.weight.abs() / largest).sqrt()
+    assert torch.allclose(found, 1 / evened if even else torch.ones(32), rtol=1e-5)
+
+
+@pytest.mark.parametrize("unit", ["block", "layer", "window"])
+def test_what_was_chosen_is_saved_and_read_back(unet, tmp_path, unit):
+    recipe = unet_recipe([EQUALIZE, ROTATE, "outliers"], BLOCKS, learning=FAST | {"unit": unit}, activations="int8")
+    whole, done = calibrated(unet, recipe, tmp_path / "whole")
+    left = {name: [one.name for one in layer.transforms] for name, layer in quantized_layers(whole).items()}
+    assert sum("rotate" in names for names in left.values()) in range(1, len(left))
+    assert all("outliers" in names for names in left.values())
+    assert done.recipe != recipe
+    loaded = saved_and_loaded("sd15", whole, done.recipe, tmp_path / "saved")
+    args, kwargs = unet[2].batch([0, 1])
+    with torch.no_grad():
+        assert torch.equal(loaded(*args, **kwargs)[0], whole(*args, **kwargs)[0])
+
+    with pytest.raises(KeyboardInterrupt):
+        calibrated(unet, recipe, tmp_path / "stopped", say=stop_after_one())
+    told = []
+    resumed, again = calibrated(unet, recipe, tmp_path / "stopped", say=told.append)
+    assert ["already there" in line for line in told] == [True, False]
+    expected = whole.state_dict()
+    assert expected.keys() == resumed.state_dict().keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in resumed.state_dict().items())
+    assert again.recipe == done.recipe
+
+
+def test_two_methods_fold_one_after_another_into_the_same_layers(unet, tmp_path):
+    """With a float32 scale for each weight alone, nothing is lost but in folding."""
+    transforms = [EQUALIZE, {"method": "smooth", "alpha": [0.5]}]
+    recipe = unet_recipe(transforms, BLOCKS[:1], weights="int8", granularity="group:1", store="fp32")
+    backbone, done = calibrated(unet, recipe, tmp_path)
+    assert all(task["error"] < 1e-10 for block in done.blocks for task in block["tasks"])
+    readers = [layer for name, layer in quantized_layers(backbone).items() if name.endswith(("attn1.to_q", "net.2"))]
+    assert len(readers) == 2
+    assert not any(layer.transforms for layer in readers)
+
+
+@pytest.mark.parametrize("transform", [ROTATE, EQUALIZE])
+def test_a_choice_takes_data(unet, transform):
+    recipe = recipe_of(transforms=[transform], rounding="nearest", scale="mse")
+    assert recipe.calibrated
+    with pytest.raises(UsageError, match="needs calibration data"):
+        quantize_(unet[0], recipe)
+    assert not Recipe.model_validate({"name": "x", "transforms": [transform["method"]]}).calibrated
