@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from dmquant.calib.transforming import output_error, with_outputs
+from dmquant.calib.transforming import choose, output_error, with_outputs
 from dmquant.convert import LayerPlan
 from dmquant.layers import QuantLinear
 from dmquant.transforms import InputStatistics, Transform, chains
@@ -68,7 +68,7 @@ def shared_factor(
     inputs: Mapping[str, QuantLinear],
     statistics: Mapping[str, InputStatistics | None],
 ) -> Tensor:
-    """The factor, float32 (channels,), of the least error, summed over the readers.
+    """The factor, float32 (channels,), chosen (`choose`) by the error summed over the readers.
 
     `inputs` are the readers as they quantize their inputs; they lose the transform that is folded, and get parts of
     the others. In 16 bits factors are powers of two.
@@ -93,8 +93,8 @@ def shared_factor(
             total += output_error(layer, plans[name], inputs[name], weight, scaled)
         return total
 
-    candidates = map(fold.pair.allowed, transform.factors(fold.pair, together))
-    return min(candidates, key=error if seen else lambda factor: 0.0)
+    first, *others = transform.factors(fold.pair, together)
+    return choose([first, *map(fold.pair.allowed, others)], error) if seen else first
 
 
 def _folding(step: LayerPlan, method: str) -> Transform | None:

@@ -1,8 +1,9 @@
 """Fit the transforms of a layer to its data: before its scales are, and to what rounding left wrong, after it."""
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,9 @@ from dmquant.transforms import InputStatistics, Residuals, Transform, chains
 
 SAMPLES = 8  # calls of a layer whose inputs are kept, spread over the schedule
 TOKENS, SIDE = 256, 16  # of each row of these at most so many tokens, or pixels in each direction
+WORTH = 0.9  # of the error of an unchanged layer; images do not gain from what takes less off a layer's own
+
+Candidate = TypeVar("Candidate")
 
 
 class InputObserver:
@@ -69,28 +73,44 @@ def fit_transforms(
 ) -> Tensor:
     """Give `quantized` the transforms of a layer with their parts; returns the weight that is to be quantized, float32.
 
-    Where a method has candidates, or is optional, what is taken has the least error of the output on the sample, at
-    nearest rounding with scales of least weight error.
+    Where a method has candidates, or is optional, they are chosen by `choose`. Without statistics a layer has all of
+    its transforms, which then change nothing that depends on data.
     """
-    best, least = None, float("inf")
     sample = [] if statistics is None else with_outputs(layer, statistics.sample)
-    for quantized.transforms in _choices(step.transforms):
-        for parts, weight in chains(quantized.transforms, layer.weight.detach().float(), statistics):
-            quantized.load_parts(parts)
-            error = output_error(layer, step, quantized, weight, sample)
-            if best is None or error < least:
-                best, least = (quantized.transforms, parts, weight), error
-    quantized.transforms, parts, weight = best
+
+    def error(candidate: tuple[tuple[Transform, ...], dict[str, dict[str, Tensor]], Tensor]) -> float:
+        quantized.transforms, parts, weight = candidate
+        quantized.load_parts(parts)
+        return output_error(layer, step, quantized, weight, sample)
+
+    candidates = (
+        (transforms, parts, weight)
+        for transforms in (_choices(step.transforms) if sample else [step.transforms])
+        for parts, weight in chains(transforms, layer.weight.detach().float(), statistics)
+    )
+    quantized.transforms, parts, weight = choose(candidates, error)
     quantized.load_parts(parts)
     return weight
 
 
+def choose(candidates: Iterable[Candidate], error: Callable[[Candidate], float]) -> Candidate:
+    """The candidate of the least error where that is below `WORTH` of the first one's, which changes least; or that."""
+    candidates = iter(candidates)
+    best, least = next(candidates), None
+    for candidate in candidates:
+        if least is None:
+            least = WORTH * error(best)
+        if (its := error(candidate)) < least:
+            best, least = candidate, its
+    return best
+
+
 def _choices(transforms: tuple[Transform, ...]) -> Iterator[tuple[Transform, ...]]:
-    """All the transforms, then what is left without one optional one or more."""
+    """The transforms without any optional one, then with one optional one or more."""
     optional = [transform for transform in transforms if transform.optional()]
     for count in range(len(optional) + 1):
-        for left_out in itertools.combinations(optional, count):
-            yield tuple(transform for transform in transforms if transform not in left_out)
+        for chosen in itertools.combinations(optional, count):
+            yield tuple(one for one in transforms if not one.optional() or one in chosen)
 
 
 def with_outputs(layer: nn.Linear | nn.Conv2d, sample: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:

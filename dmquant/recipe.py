@@ -42,7 +42,9 @@ class Method(BaseModel):
         try:
             method.Options.model_validate(self.options)
         except ValidationError as error:
-            raise UsageError(_in_words(error.errors()[0], method.Options)) from None
+            first = error.errors()[0]
+            option = "" if first["type"] == "extra_forbidden" else f"{'.'.join(map(str, first['loc']))}: "
+            raise UsageError(option + _in_words(first, method.Options)) from None
         return self
 
     @property

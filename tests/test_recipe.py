@@ -79,6 +79,14 @@ def test_kept_layers_of_a_family_come_before_the_recipes_own_rules():
             r"unknown key 'regularzer': did you mean 'regularizer'",
         ),
         (
+            "name: x\nrounding: {method: gptq, damping: 0}\n",
+            r"line 2: rounding: damping: Input should be greater than 0",
+        ),
+        (
+            "name: x\ntransforms: [{method: rotate, size: 7}]\n",
+            r"line 2: transforms.0: size: a Hadamard block has a power",
+        ),
+        (
             "name: x\nlearning:\n  unit: tensor\n",
             r"line 3: learning.unit: Input should be 'layer', 'block' or 'window'",
         ),
