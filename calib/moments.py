@@ -112,7 +112,7 @@ def columns_of(layer: nn.Linear | nn.Conv2d, x: Tensor) -> Tensor:
     Of each row's tokens or pixels at most POSITIONS are taken, the same ones in every call.
     """
     if isinstance(layer, nn.Linear):
-        return (x if x.ndim < 3 else x[..., _chosen(x.shape[-2], x.device), :]).flatten(0, -2)
+        return (x if x.ndim < 3 else x[..., some_of(x.shape[-2], POSITIONS, x.device), :]).flatten(0, -2)
     if layer.groups != 1:
         raise UsageError("scales by output error are not for grouped convolutions: give them scale: mse in a rule")
     if layer.padding_mode != "zeros" or isinstance(layer.padding, str):
@@ -128,16 +128,16 @@ def _patches(layer: nn.Conv2d, x: Tensor) -> Tensor:
     columns = torch.arange(wide, device=x.device) * layer.dilation[1]
     height = (padded.shape[-2] - (high - 1) * layer.dilation[0] - 1) // down + 1
     width = (padded.shape[-1] - (wide - 1) * layer.dilation[1] - 1) // right + 1
-    chosen = _chosen(height * width, x.device).view(-1, 1, 1)
+    chosen = some_of(height * width, POSITIONS, x.device).view(-1, 1, 1)
     patches = padded[:, :, chosen // width * down + rows.view(-1, 1), chosen % width * right + columns]
     return patches.movedim(1, -1).flatten(0, 1).flatten(1)
 
 
-def _chosen(count: int, device: torch.device) -> Tensor:
-    """Numbers of the tokens or pixels that are looked at, of `count`: neighbours say nearly the same."""
-    if count <= POSITIONS:
+def some_of(count: int, most: int, device: torch.device) -> Tensor:
+    """Numbers of the tokens or pixels that are looked at, of `count` at most so many: neighbours say nearly the same."""
+    if count <= most:
         return torch.arange(count, device=device)
-    return torch.randperm(count, generator=torch.Generator().manual_seed(0))[:POSITIONS].to(device)
+    return torch.randperm(count, generator=torch.Generator().manual_seed(0))[:most].to(device)
 
 
 def fit_grid(weight: Tensor, plan: LayerPlan, moments: Moments | None, options: BaseModel | None = None) -> Grid:

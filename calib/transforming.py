@@ -10,15 +10,15 @@ from torch import Tensor, nn
 
 from dmquant.activations import TimestepRanges
 from dmquant.calib.learn import COMPUTE, Learner
-from dmquant.calib.moments import fit_grid
+from dmquant.calib.moments import fit_grid, some_of
 from dmquant.calib.ranges import nearest_seen
 from dmquant.convert import LayerPlan
 from dmquant.layers import QuantConv2d, QuantLinear
 from dmquant.rounding import nearest
 from dmquant.transforms import InputStatistics, Residuals, Transform, chains
 
-SAMPLES = 8  # calls of a layer whose inputs are kept, spread over the schedule
-TOKENS, SIDE = 256, 16  # of each row of these at most so many tokens, or pixels in each direction
+SAMPLES = 32  # calls of a layer whose inputs are kept, spread over the schedule
+TOKENS, SIDE = 64, 16  # of each row of these at most so many tokens, or in its middle pixels in each direction
 WORTH = 0.9  # of the error of an unchanged layer; images do not gain from what takes less off a layer's own
 
 Candidate = TypeVar("Candidate")
@@ -51,9 +51,10 @@ class InputObserver:
         if self.calls % self.every == 0:
             rows = x[:: max(1, len(x) // 2)][:2]
             if self.dim != -1:
-                rows = rows[..., :SIDE, :SIDE]
+                top, left = (max(0, (side - SIDE) // 2) for side in rows.shape[-2:])
+                rows = rows[..., top : top + SIDE, left : left + SIDE]
             elif rows.ndim > 2:
-                rows = rows[..., :TOKENS, :]
+                rows = rows[..., some_of(rows.shape[-2], TOKENS, rows.device), :]
             self.sample.append(rows.clone())
         self.calls += 1
 
