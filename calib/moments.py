@@ -134,7 +134,7 @@ def _patches(layer: nn.Conv2d, x: Tensor) -> Tensor:
 
 
 def some_of(count: int, most: int, device: torch.device) -> Tensor:
-    """Numbers of the tokens or pixels that are looked at, of `count` at most so many: neighbours say nearly the same."""
+    """Numbers of tokens or pixels to look at, at most so many of `count`: neighbours say nearly the same."""
     if count <= most:
         return torch.arange(count, device=device)
     return torch.randperm(count, generator=torch.Generator().manual_seed(0))[:most].to(device)

@@ -6,11 +6,11 @@ from torch import nn
 
 from dmquant.activations import ActivationSpec
 from dmquant.calib.folding import folds_of, shared_factor
-from dmquant.calib.transforming import fit_transforms
+from dmquant.calib.transforming import InputObserver, choose, fit_transforms
 from dmquant.convert import LayerPlan, quantize_
 from dmquant.errors import UsageError
 from dmquant.formats import get_format
-from dmquant.layers import QuantLinear, quantize_layer
+from dmquant.layers import QuantConv2d, QuantLinear, quantize_layer
 from dmquant.qtensor import WeightSpec
 from dmquant.recipe import Recipe
 from dmquant.transforms import InputStatistics, create
@@ -66,12 +66,46 @@ def test_a_layer_is_rotated_where_its_output_is_nearer_for_it(case, rotated, cho
     assert torch.equal(weight, layer.weight) == (len(quantized.transforms) == 1)
 
 
+@pytest.mark.parametrize(
+    ("errors", "best"), [([1.0, 0.95, 0.91], 1.0), ([1.0, 0.89, 0.5, 0.7], 0.5), ([0.0, 0.0], 0.0)]
+)
+def test_a_change_has_to_take_a_tenth_off_the_error(errors, best):
+    assert choose(iter(errors), lambda error: error) == best
+
+
+def test_where_there_is_no_choice_nothing_is_computed():
+    assert choose([3], lambda candidate: pytest.fail("asked for its error")) == 3
+
+
 def test_without_samples_a_layer_keeps_what_the_recipe_gives_it():
     layer, *_ = exact_case()
     transforms = create([("rotate", {"choose": True})], layer, None)
     quantized = QuantLinear.like(layer, WeightSpec.parse("int4"), None, "meta", transforms)
     fit_transforms(layer, LayerPlan("layer", quantized.weight_spec, None, transforms=transforms), quantized, None)
     assert quantized.transforms == transforms
+
+
+def test_samples_come_from_the_whole_schedule_and_all_over_an_image():
+    layer, conv = nn.Linear(4, 3), nn.Conv2d(4, 3, 3)
+    spec, calls = WeightSpec.parse("int4", "channel"), 100
+    seen = []
+    for kind, one in ((QuantLinear, layer), (QuantConv2d, conv)):
+        observer = InputObserver(kind.like(one, spec, None, "meta", create([("smooth", {})], one, None)), calls)
+        position = torch.arange(64.0)
+        for call in range(calls):
+            x = (call * 10_000 + 100 * position.view(-1, 1) + position).expand(4, 4, 64, 64)
+            observer.add(x if kind is QuantConv2d else x.flatten(2).transpose(1, 2))
+        seen.append([x[0].flatten() for x in observer.statistics().sample])
+    for sample in seen:
+        when = [int(x.min()) // 10_000 for x in sample]
+        assert len(when) in range(16, 33)
+        assert min(when) < 5
+        assert max(when) > 94
+    rows, columns = (seen[0][0] // 100).unique(), (seen[0][0] % 100).unique()
+    assert min(rows.min(), columns.min()) < 8
+    assert max(rows.max(), columns.max()) >= 56
+    assert (seen[1][0] // 100).unique().tolist() == list(range(24, 40))
+    assert (seen[1][0] % 100).unique().tolist() == list(range(24, 40))
 
 
 def unlike_columns(block):

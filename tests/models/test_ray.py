@@ -1,4 +1,4 @@
-"""Work on a real Ray, started here: what local processes give. `.ci/run` installs Ray apart and runs this file alone."""
+"""Work on a real Ray, started here: what local processes give. `.ci/run` installs Ray and runs this file alone."""
 
 import os
 
@@ -12,7 +12,6 @@ from dmquant.errors import UserError
 from dmquant.pipelines.sweep.engines import Crew, on_ray
 from tests.models import test_sweep
 from tests.models.test_sweep import numbers, sweep
-
 
 options = test_sweep.options
 
