@@ -13,7 +13,7 @@ from dmquant.errors import UsageError
 from dmquant.lean import fit_lean
 from dmquant.qtensor import WeightSpec, fit, from_matrix, to_matrix
 from dmquant.rounding.grid import Grid
-from dmquant.scaling import DATA_RULES, Scales, fit_hessian, to_groups
+from dmquant.scaling import DATA_RULES, fit_hessian, to_groups
 
 LARGEST = (
     8192  # columns of a layer whose moments are kept in full if nothing demands it; beyond, those inside its groups
@@ -147,7 +147,7 @@ def fit_grid(weight: Tensor, plan: LayerPlan, moments: Moments | None, options: 
     """
     matrix, shape = to_matrix(weight.detach().float(), plan.weights.split), tuple(weight.shape)
     specs = [plan.weights.with_format(fmt) for fmt in plan.candidates] or [plan.weights]
-    grids = [Grid(matrix, spec, _fit_scales(matrix, spec, shape, moments, options), shape) for spec in specs]
+    grids = [_fit(matrix, spec, shape, moments, options) for spec in specs]
     if len(grids) == 1:
         return grids[0]
     return min(grids, key=lambda grid: moments.output_error(grid.nearest - matrix))
@@ -158,12 +158,14 @@ def needs_moments(plan: LayerPlan) -> bool:
     return plan.weights.scale in DATA_RULES or bool(plan.candidates)
 
 
-def _fit_scales(
+def _fit(
     matrix: Tensor, spec: WeightSpec, shape: tuple[int, ...], moments: Moments | None, options: BaseModel | None
-) -> Scales:
+) -> Grid:
     if spec.scale == "lean":
         return fit_lean(matrix, spec, shape, moments.blocks(), options)
     if spec.scale == "hessian":
         groups = to_groups(matrix, spec.granularity, spec.segments(shape))
-        return fit_hessian(groups, spec.fmt, spec.store, moments.inside_groups(spec, shape))
-    return fit(matrix, spec, spec.segments(shape))
+        scales = fit_hessian(groups, spec.fmt, spec.store, moments.inside_groups(spec, shape))
+    else:
+        scales = fit(matrix, spec, spec.segments(shape))
+    return Grid(matrix, spec, scales, shape)

@@ -128,8 +128,8 @@ def output_error(
 ) -> float:
     """Squared error of the output with the nearest codes of `weight`, the transformed weight, over a sample of inputs.
 
-    The sample has the exact outputs with the inputs. Every input's error counts over the square of its output, so that
-    no timestep weighs more for its size. Transforms and their parts are those of `quantized`; scales are those of
+    The sample has the exact outputs with the inputs. The error of every row of an input counts over the square of its
+    output, so that no timestep, and no branch of the guidance, weighs more for its size. Transforms and their parts are those of `quantized`; scales are those of
     least weight error.
     """
     if not sample:
@@ -140,8 +140,9 @@ def output_error(
     learner = Learner(step.name, layer, grid, nearest.start(grid, nearest.Options()), quantized)
     error = 0.0
     for x, output in sample:
-        power = output.square().mean().clamp(min=1e-30)
-        error += ((learner.forward(x).float() - output).square().mean() / power).item()
+        wrong = learner.forward(x).float() - output
+        powers = output.square().flatten(1).mean(1).clamp(min=1e-30)
+        error += (wrong.square().flatten(1).mean(1) / powers).mean().item()
     return error
 
 

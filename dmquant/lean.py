@@ -6,6 +6,7 @@ Cholesky factor of the inverse moments), an error in column j costs its square o
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -21,15 +22,21 @@ POWERS = (0, 1, 2, 4)
 
 def fit_lean(
     matrix: Tensor, spec: WeightSpec, shape: tuple[int, ...], moments: Sequence[Tensor], options: Options
-) -> Scales:
-    """Scales, or tables, of least error under the weights h^-p, with the p of POWERS that gives GPTQ the least loss.
+) -> Grid:
+    """The grid with scales, or tables, of least error under the weights h^-p, and what GPTQ gives on it.
 
-    `moments` are those of one block of columns after another and `matrix` is (rows, columns), both in the order of the
-    matrix form of a weight of this `shape`; `options` are GPTQ's.
+    p is the one of POWERS with which that has the least error. `moments` are those of one block of columns after
+    another and `matrix` is (rows, columns), both in the order of the matrix form of a weight of this `shape`; `options`
+    are GPTQ's.
     """
     factors = factorize(moments, options)
-    by_power = [scales_of(matrix, spec, shape, factors, power) for power in POWERS]
-    return min(by_power, key=lambda scales: solve(Grid(matrix, spec, scales, shape), factors)[1])
+    best, least = None, float("inf")
+    for power in POWERS:
+        grid = Grid(matrix, spec, scales_of(matrix, spec, shape, factors, power), shape)
+        solution, error = solve(grid, factors)
+        if best is None or error < least:
+            best, least = replace(grid, solution=solution), error
+    return best
 
 
 def scales_of(

@@ -1,5 +1,7 @@
 """Scale rules that search: by gradient, over what a store can hold, and weighted by what GPTQ's errors cost."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -157,14 +159,17 @@ def test_the_power_of_least_loss_is_taken(kind, format, granularity, store):
     by_power = [scales_of(matrix, spec, (32, 96), factors, power) for power in POWERS]
     losses = [gptq.solve(Grid(matrix, spec, scales, (32, 96)), factors)[1] for scales in by_power]
     chosen = fit_lean(matrix, spec, (32, 96), [moments], gptq.Options())
-    assert gptq.solve(Grid(matrix, spec, chosen, (32, 96)), factors)[1] == min(losses)
+    values, loss = gptq.solve(replace(chosen, solution=None), factors)
+    assert loss == min(losses)
+    assert torch.equal(chosen.solution, values)
+    assert torch.equal(gptq.start(chosen, gptq.Options(), [moments]).hard(), values)
 
 
 def test_with_outlier_inputs_lean_scales_halve_the_error_of_those_by_weight_error():
     matrix, spec, moments = lean_case()
     factors = gptq.factorize([moments], gptq.Options())
     plain = fit_mse(matrix.unsqueeze(1), spec.fmt, spec.store)
-    lean = fit_lean(matrix, spec, (32, 96), [moments], gptq.Options())
+    lean = fit_lean(matrix, spec, (32, 96), [moments], gptq.Options()).scales
     losses = [gptq.solve(Grid(matrix, spec, scales, (32, 96)), factors)[1] for scales in (lean, plain)]
     assert losses[0] <= 0.5 * losses[1]
 

@@ -51,7 +51,9 @@ class Factor(NamedTuple):
 
 def start(grid: Grid, options: Options, moments: Sequence[Tensor]) -> Fixed:
     """The solution for inputs of these second moments, their sums or means, in the order of the grid's columns."""
-    values, _ = solve(grid, factorize(moments, options))
+    values = grid.solution
+    if values is None:
+        values, _ = solve(grid, factorize(moments, options))
     if options.sweeps:
         values = descend(grid, moments, options, values)
     return Fixed(values)

@@ -20,6 +20,8 @@ class Grid:
     scales: Scales
     shape: tuple[int, ...]
     """Of the layer's weight, (rows, input channels, ...)."""
+    solution: Tensor | None = None
+    """Values that GPTQ gives, where the scales were chosen by them."""
 
     @cached_property
     def neighbours(self) -> tuple[Tensor, Tensor]:
