@@ -39,7 +39,7 @@ class InputObserver:
         self.sample: list[Tensor] = []
 
     def add(self, x: Tensor) -> None:
-        """Count one input; of every few of them, the first row of each branch of the guidance is kept."""
+        """Count one input; of every few of them, the first two rows are kept: of guidance, one of each branch."""
         of_rows = self.timesteps.of_rows[self.count] if self.count > 1 else torch.zeros(1, dtype=torch.int64)
         channels_last = x.movedim(self.dim, -1)
         largest = channels_last.reshape(len(of_rows), -1, channels_last.shape[-1]).abs().amax(1).float()
@@ -49,7 +49,7 @@ class InputObserver:
             self.seen[number] = True
             self.absmax[number] = self.absmax[number].maximum(largest[(of_rows == number).to(x.device)].amax(0))
         if self.calls % self.every == 0:
-            rows = x[:: max(1, len(x) // 2)][:2]
+            rows = x[:2]  # those of a sample stay together (calib.store)
             if self.dim != -1:
                 top, left = (max(0, (side - SIDE) // 2) for side in rows.shape[-2:])
                 rows = rows[..., top : top + SIDE, left : left + SIDE]
@@ -129,8 +129,8 @@ def output_error(
     """Squared error of the output with the nearest codes of `weight`, the transformed weight, over a sample of inputs.
 
     The sample has the exact outputs with the inputs. The error of every row of an input counts over the square of its
-    output, so that no timestep, and no branch of the guidance, weighs more for its size. Transforms and their parts are those of `quantized`; scales are those of
-    least weight error.
+    output, so that no timestep, and no branch of the guidance, weighs more for its size. Transforms and their parts are
+    those of `quantized`; scales are those of least weight error.
     """
     if not sample:
         return 0.0

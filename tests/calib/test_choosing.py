@@ -108,6 +108,25 @@ def test_samples_come_from_the_whole_schedule_and_all_over_an_image():
     assert (seen[1][0] % 100).unique().tolist() == list(range(24, 40))
 
 
+def test_samples_are_of_both_branches_of_the_guidance(unet):
+    """Layers that read the text get that of the prompt and that without one."""
+    backbone, _, store = unet
+    name = f"{BLOCKS[0]}.transformer_blocks.0.attn2.to_k"
+    layer, indices = backbone.get_submodule(name), range(len(store.samples))
+    plan = plans_of(backbone, transforms=[ROTATE])[name]
+    observer = InputObserver(QuantLinear.like(layer, plan.weights, None, "meta", plan.transforms), 1)
+    handle = layer.register_forward_pre_hook(lambda layer, args: observer.add(args[0]))
+    args, kwargs = store.batch(indices)
+    with torch.no_grad():
+        backbone(*args, **kwargs)
+    handle.remove()
+    [rows] = observer.statistics().sample
+    text = kwargs["encoder_hidden_states"]
+    assert torch.equal(rows, text[:2])
+    assert torch.equal(text[0], text[2])
+    assert not torch.equal(text[0], text[1])
+
+
 def unlike_columns(block):
     """Columns of unlike size, in rows that have one scale, for channels of like size."""
     block.norm3.weight.fill_(1.0)
