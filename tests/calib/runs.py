@@ -5,6 +5,7 @@ import copy
 import gc
 from pathlib import Path
 
+import pytest
 import torch
 
 from dmquant.calib.capture import capture
@@ -79,6 +80,27 @@ def calibrated(case, recipe: Recipe, folder: Path, **options):
     backbone = copy.deepcopy(backbone)
     settings = {"blocks": blocks, "folder": folder, "made_for": {"weights": "w"}, "bar": no_bar}
     return backbone, calibrate_(backbone, recipe, store, **settings | options)
+
+
+def stopped_and_resumed(case, recipe: Recipe, folder: Path):
+    """What `calibrated` gives where it was stopped after the first block and called again."""
+
+    def stop(line):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        calibrated(case, recipe, folder, say=stop)
+    told = []
+    result = calibrated(case, recipe, folder, say=told.append)
+    assert ["already there" in line for line in told] == [True, *[False] * (len(told) - 1)]
+    assert len(told) > 1
+    return result
+
+
+def has_same_state(one, other) -> bool:
+    """Whether two backbones have the same tensors, quantized or not."""
+    first, second = one.state_dict(), other.state_dict()
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
 def quantized_layers(backbone) -> dict[str, QuantLinear | QuantConv2d]:

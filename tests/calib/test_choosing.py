@@ -14,9 +14,16 @@ from dmquant.layers import QuantConv2d, QuantLinear, quantize_layer
 from dmquant.qtensor import WeightSpec
 from dmquant.recipe import Recipe
 from dmquant.transforms import InputStatistics, create
-from tests.calib.runs import calibrated, captured, quantized_layers, recipe_of, saved_and_loaded
+from tests.calib.runs import (
+    calibrated,
+    captured,
+    has_same_state,
+    quantized_layers,
+    recipe_of,
+    saved_and_loaded,
+    stopped_and_resumed,
+)
 from tests.calib.test_folding import observed, plans_of, transformer_block, unet_recipe
-from tests.calib.test_transforms import stop_after_one
 
 FAST = {"iterations": 2, "batch_size": 4, "checks": 1}
 ROTATE = {"method": "rotate", "size": 8, "choose": True}
@@ -166,14 +173,8 @@ def test_what_was_chosen_is_saved_and_read_back(unet, tmp_path, unit):
     with torch.no_grad():
         assert torch.equal(loaded(*args, **kwargs)[0], whole(*args, **kwargs)[0])
 
-    with pytest.raises(KeyboardInterrupt):
-        calibrated(unet, recipe, tmp_path / "stopped", say=stop_after_one())
-    told = []
-    resumed, again = calibrated(unet, recipe, tmp_path / "stopped", say=told.append)
-    assert ["already there" in line for line in told] == [True, False]
-    expected = whole.state_dict()
-    assert expected.keys() == resumed.state_dict().keys()
-    assert all(torch.equal(tensor, expected[name]) for name, tensor in resumed.state_dict().items())
+    resumed, again = stopped_and_resumed(unet, recipe, tmp_path / "stopped")
+    assert has_same_state(resumed, whole)
     assert again.recipe == done.recipe
 
 
