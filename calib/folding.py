@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from dmquant.calib.transforming import choose, output_error, with_outputs
+from dmquant.calib.transforming import WORTH, choose, output_error, with_outputs
 from dmquant.convert import LayerPlan
 from dmquant.layers import QuantLinear
 from dmquant.transforms import InputStatistics, Transform, chains
@@ -94,7 +94,8 @@ def shared_factor(
         return total
 
     first, *others = transform.factors(fold.pair, together)
-    return choose([first, *map(fold.pair.allowed, others)], error) if seen else first
+    worth = WORTH if transform.optional() else 1.0
+    return choose([first, *map(fold.pair.allowed, others)], error, worth) if seen else first
 
 
 def _folding(step: LayerPlan, method: str) -> Transform | None:

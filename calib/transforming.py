@@ -19,7 +19,7 @@ from dmquant.transforms import InputStatistics, Residuals, Transform, chains
 
 SAMPLES = 32  # calls of a layer whose inputs are kept, spread over the schedule
 TOKENS, SIDE = 64, 16  # of each row of these at most so many tokens, or in its middle pixels in each direction
-WORTH = 0.9  # of the error of an unchanged layer; images do not gain from what takes less off a layer's own
+WORTH = 0.9  # of the error without an optional transform; images do not gain from what takes less off a layer's own
 
 Candidate = TypeVar("Candidate")
 
@@ -74,33 +74,33 @@ def fit_transforms(
 ) -> Tensor:
     """Give `quantized` the transforms of a layer with their parts; returns the weight that is to be quantized, float32.
 
-    Where a method has candidates, or is optional, they are chosen by `choose`. Without statistics a layer has all of
-    its transforms, which then change nothing that depends on data.
+    Of a method's candidates that of the least error is taken, and an optional transform where it is worth it (`WORTH`).
+    Without statistics a layer has all of its transforms, and of each the candidate that changes nothing.
     """
     sample = [] if statistics is None else with_outputs(layer, statistics.sample)
 
-    def error(candidate: tuple[tuple[Transform, ...], dict[str, dict[str, Tensor]], Tensor]) -> float:
+    def error(candidate: tuple) -> float:
         quantized.transforms, parts, weight = candidate
         quantized.load_parts(parts)
         return output_error(layer, step, quantized, weight, sample)
 
-    candidates = (
-        (transforms, parts, weight)
-        for transforms in (_choices(step.transforms) if sample else [step.transforms])
-        for parts, weight in chains(transforms, layer.weight.detach().float(), statistics)
-    )
-    quantized.transforms, parts, weight = choose(candidates, error)
+    def best(transforms: tuple[Transform, ...]) -> tuple:
+        exact = layer.weight.detach().float()
+        return choose(((transforms, *fitted) for fitted in chains(transforms, exact, statistics)), error)
+
+    choices = _choices(step.transforms) if sample else [step.transforms]
+    quantized.transforms, parts, weight = choose(map(best, choices), error, WORTH)
     quantized.load_parts(parts)
     return weight
 
 
-def choose(candidates: Iterable[Candidate], error: Callable[[Candidate], float]) -> Candidate:
-    """The candidate of the least error where that is below `WORTH` of the first one's, which changes least; or that."""
+def choose(candidates: Iterable[Candidate], error: Callable[[Candidate], float], worth: float = 1.0) -> Candidate:
+    """The first candidate, or of those whose error is below `worth` of the first one's that of the least."""
     candidates = iter(candidates)
     best, least = next(candidates), None
     for candidate in candidates:
         if least is None:
-            least = WORTH * error(best)
+            least = worth * error(best)
         if (its := error(candidate)) < least:
             best, least = candidate, its
     return best

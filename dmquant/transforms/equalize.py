@@ -36,6 +36,9 @@ class Equalize(Transform):
     def takes_data(cls, options: Options) -> bool:
         return options.choose
 
+    def optional(self) -> bool:
+        return self.options.choose
+
     def folds(self) -> bool:
         return self.options.choose
 

@@ -74,10 +74,16 @@ def test_a_layer_is_rotated_where_its_output_is_nearer_for_it(case, rotated, cho
 
 
 @pytest.mark.parametrize(
-    ("errors", "best"), [([1.0, 0.95, 0.91], 1.0), ([1.0, 0.89, 0.5, 0.7], 0.5), ([0.0, 0.0], 0.0)]
+    ("errors", "worth", "best"),
+    [
+        ([1.0, 0.95, 0.91], 0.9, 1.0),
+        ([1.0, 0.95, 0.91], 1.0, 0.91),
+        ([1.0, 0.89, 0.5, 0.7], 0.9, 0.5),
+        ([0.0, 0.0], 1.0, 0.0),
+    ],
 )
-def test_a_change_has_to_take_a_tenth_off_the_error(errors, best):
-    assert choose(iter(errors), lambda error: error) == best
+def test_what_is_chosen_has_the_least_error_and_is_worth_it(errors, worth, best):
+    assert choose(iter(errors), lambda error: error, worth) == best
 
 
 def test_where_there_is_no_choice_nothing_is_computed():
