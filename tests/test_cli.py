@@ -259,10 +259,14 @@ def test_an_unexpected_error_is_one_line_and_debug_shows_the_traceback(capsys, m
 def test_ctrl_c_and_sigterm_are_one_line_and_exit_with_130(capsys, monkeypatch, number):
     from dmquant.pipelines import listing
 
-    before = signal.getsignal(number)
-    monkeypatch.setattr(listing, "formats", lambda: signal.raise_signal(number))
-    assert dmquant(capsys, "formats") == (130, "", "stopped; run the same command to resume\n")
-    assert signal.getsignal(number) == before
+    given = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}[number]
+    before = signal.signal(number, given)  # what starts the tests may have SIGINT ignored
+    try:
+        monkeypatch.setattr(listing, "formats", lambda: signal.raise_signal(number))
+        assert dmquant(capsys, "formats") == (130, "", "stopped; run the same command to resume\n")
+        assert signal.getsignal(number) == given
+    finally:
+        signal.signal(number, before)
 
 
 def test_score_and_grid_work_on_any_two_folders_that_pair_up(capsys, tmp_path):
