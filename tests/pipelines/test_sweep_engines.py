@@ -48,9 +48,10 @@ def test_a_process_that_dies_loses_its_own_item_and_is_replaced():
 @pytest.mark.parametrize("ending", [signal.SIGKILL, signal.SIGINT])
 def test_no_process_outlives_the_command(tmp_path, ending):
     script = f"""
-        import os, pathlib, sys, time
+        import os, pathlib, signal, sys, time
         from dmquant.pipelines.sweep.engines import Crew, local
         sys.path.insert(0, {str(tmp_path)!r})
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # what starts the tests may have it ignored
         import work
         if __name__ == "__main__":
             list(local(work.sleep, [{str(tmp_path / "one")!r}, {str(tmp_path / "two")!r}], Crew(2, 1)))
