@@ -110,6 +110,7 @@ def test_clipping_is_within_two_percent_of_the_least_squared_error(format, tail)
 
     chosen = least_error_amplitude(histogram(x).unsqueeze(0), top, fmt).item()
     assert error(chosen) <= 1.02 * min(error(top.item() * clip) for clip in CLIPS)
+    assert error(chosen) <= 1.002 * error(top.item())  # bins of bfloat16 do not tell less apart
 
 
 @pytest.mark.parametrize("clip", [True, False])
