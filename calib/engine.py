@@ -24,6 +24,7 @@ from dmquant.activations import TimestepRanges
 from dmquant.calib.activation_formats import choose_activation_formats
 from dmquant.calib.codes import LAYOUT, CodesFolder, Parts, parts_of, tensors_of, weight_of
 from dmquant.calib.folding import folded_methods, folds_of, shared_factor
+from dmquant.calib.inputs import BlockInputs
 from dmquant.calib.learn import (
     DTYPES,
     Learned,
@@ -35,14 +36,14 @@ from dmquant.calib.learn import (
     learning_layers,
 )
 from dmquant.calib.memory import STATE, Held, check_budget, default_budget, passes, return_freed_memory
-from dmquant.calib.moments import Moments, alike, columns_of, fit_grid, moments_for, needs_moments
+from dmquant.calib.moments import Moments, fit_grid, moments_for, needs_moments
 from dmquant.calib.outputs import Budget
 from dmquant.calib.ranges import check_timesteps, observe_ranges
 from dmquant.calib.replay import replaced_forward, trace
 from dmquant.calib.resolved import resolved_recipe
 from dmquant.calib.store import CalibrationStore
 from dmquant.calib.streams import Bar, Streams
-from dmquant.calib.transforming import InputObserver, correct, fit_transforms
+from dmquant.calib.transforming import correct, fit_transforms
 from dmquant.calib.units import Block, Task, find_blocks, tasks_of
 from dmquant.convert import LayerPlan, LayerReport, plan, relative_error
 from dmquant.errors import UsageError
@@ -50,7 +51,7 @@ from dmquant.layers import QUANTIZED
 from dmquant.qtensor import QuantizedTensor
 from dmquant.recipe import Recipe
 from dmquant.rounding import get_method
-from dmquant.transforms import InputStatistics, Transform, prepare_
+from dmquant.transforms import Transform, prepare_
 
 
 @dataclass(frozen=True)
@@ -184,9 +185,10 @@ class _Engine:
     def _block(self, number: int, block: Block, title: str, bar: Bar) -> dict[str, Any]:
         """Quantize one block in place and carry both streams past it."""
         began, streams = time.perf_counter(), self.streams
+        inputs = BlockInputs(streams, number, self.learning, title, bar)
         tensors, facts = self.codes.load(number, block.name) or ({}, None)
         tensors = {key: tensor.to(self.device) for key, tensor in tensors.items()}
-        folded = self._fold(number, block, tensors, title, bar)
+        folded = self._fold(block, tensors, inputs)
         streams.carry(streams.full, number, title, bar)
         if facts:
             for name in block.layers:
@@ -199,7 +201,7 @@ class _Engine:
         else:
             tasks, values = [], {}
             for task in tasks_of(self.blocks, number, self.options):
-                learned, kept = self._task(number, task, values, title, bar)
+                learned, kept = self._task(task, values, inputs)
                 values |= {name: kept[name] for name in task.layers if name in block.layers}
                 tasks.append({"name": task.output, **asdict(learned)})
             for name in block.layers:
@@ -213,9 +215,7 @@ class _Engine:
         streams.drop(number)
         return facts
 
-    def _fold(
-        self, number: int, block: Block, tensors: Mapping[str, Tensor], title: str, bar: Bar
-    ) -> dict[str, Tensor]:
+    def _fold(self, block: Block, tensors: Mapping[str, Tensor], inputs: BlockInputs) -> dict[str, Tensor]:
         """Fold transforms of a block's layers by the factors among its `tensors` on disk, or else by its inputs.
 
         Returns the factors by their keys.
@@ -227,18 +227,18 @@ class _Engine:
                 factors |= {fold.key: tensors[fold.key] for fold in folds}
             else:
                 readers = tuple(name for fold in folds for name in fold.readers)
-                inputs = {name: self._quantized_layer(name) for name in readers}
-                statistics = self._statistics(number, Task(block.name, readers, (block.name,)), inputs, title, bar)
-                factors |= {fold.key: shared_factor(fold, self.plans, inputs, statistics) for fold in folds}
+                layers = {name: self._quantized_layer(name) for name in readers}
+                statistics = inputs.statistics(Task(block.name, readers, (block.name,)), layers)
+                factors |= {fold.key: shared_factor(fold, self.plans, layers, statistics) for fold in folds}
             for fold in folds:
                 fold.apply_(factors[fold.key], self.plans)
         return factors
 
     def _task(
-        self, number: int, task: Task, finished: dict[str, QuantizedTensor], title: str, bar: Bar
+        self, task: Task, finished: dict[str, QuantizedTensor], inputs: BlockInputs
     ) -> tuple[Learned, dict[str, QuantizedTensor]]:
         """Decide the codes of the layers of one task; `finished` are those of the block that are decided already."""
-        streams = self.streams
+        streams, number, title, bar = self.streams, inputs.number, inputs.title, inputs.bar
         targets = streams.full.get(task.output)
         own_targets = targets is None
         if own_targets:
@@ -247,7 +247,7 @@ class _Engine:
             decided = {name: self._quantized_layer(name, quantized) for name, quantized in finished.items()}
             for name, layer in decided.items():
                 stack.enter_context(replaced_forward(self.backbone.get_submodule(name), layer.forward))
-            learners = self._learners(number, task, title, bar)
+            learners = self._learners(task, inputs)
             stack.enter_context(learning_layers(learners))
             for layer in decided.values():
                 stack.enter_context(computing_in(layer, DTYPES[self.options.dtype]))
@@ -278,7 +278,7 @@ class _Engine:
                 kept,
                 learned.error,
                 self.ranges,
-                lambda: self._run_all(number, task, title, bar),
+                lambda: inputs.run(task),
                 lambda: held_out_error(learners, data, kept, self.options),
             )
             learned = replace(learned, error=error)
@@ -295,21 +295,21 @@ class _Engine:
         """What of the output of a task enters its error."""
         return output[..., self.counted[task.output]] if task.output in self.counted else output
 
-    def _learners(self, number: int, task: Task, title: str, bar: Bar) -> list[Learner]:
+    def _learners(self, task: Task, inputs: BlockInputs) -> list[Learner]:
         """The layers of a task with their scales fitted and formats chosen."""
-        layers = {name: self.backbone.get_submodule(name) for name in task.layers}
-        inputs = {name: self._quantized_layer(name) for name in layers}
-        statistics = self._statistics(number, task, inputs, title, bar)
+        layers = {name: self._quantized_layer(name) for name in task.layers}
+        statistics = inputs.statistics(task, layers)
         weights = {
-            name: fit_transforms(layer, self.plans[name], inputs[name], statistics.get(name))
+            name: fit_transforms(self.backbone.get_submodule(name), self.plans[name], layer, statistics.get(name))
             for name, layer in layers.items()
         }
         learners = {}
         sizes = {name: self.moments_bytes.get(name, Held(0, 0)) for name in layers}
         for names in passes(sizes, self.needed - STATE * sum(weight.numel() for weight in weights.values())):
-            moments = self._moments(number, task, {name: inputs[name] for name in names}, title, bar)
+            empty = {name: moments for name in names if (moments := self._moments_for(name, self.device))}
+            moments = inputs.moments(task, layers, empty)
             for name in names:
-                learners[name] = self._learner(name, weights[name], inputs[name], moments.pop(name, None))
+                learners[name] = self._learner(name, weights[name], layers[name], moments.pop(name, None))
         return [learners[name] for name in task.layers]
 
     def _learner(self, name: str, weight: Tensor, quantized: nn.Module, moments: Moments | None) -> Learner:
@@ -336,56 +336,6 @@ class _Engine:
             for name, moments in found.items()
             if moments is not None and moments.in_full
         }
-
-    def _moments(
-        self, number: int, task: Task, inputs: dict[str, nn.Module], title: str, bar: Bar
-    ) -> dict[str, Moments]:
-        """Second moments of the inputs of those of these layers for which something is decided by output error."""
-        found = {name: self._moments_for(name, self.device) for name in inputs}
-        wanted = {name: moments for name, moments in found.items() if moments is not None}
-        if not wanted:
-            return {}
-
-        def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-            def add(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
-                x = inputs[name].quantize_input(inputs[name].transform_input(args[0]))
-                wanted[name].add(columns_of(layer, alike(x) if wanted[name].in_full else x))
-
-            return add
-
-        self._watch_all(number, task, {name: watch(name) for name in wanted}, title, bar)
-        return {name: moments for name, moments in wanted.items() if moments.tokens}
-
-    def _statistics(
-        self, number: int, task: Task, inputs: dict[str, nn.Module], title: str, bar: Bar
-    ) -> dict[str, InputStatistics | None]:
-        """What the transforms that are fitted to a layer's inputs look at."""
-        calls = -(-len(self.learning) // self.options.batch_size)
-        observers = {
-            name: InputObserver(inputs[name], calls)
-            for name in task.layers
-            if any(one.takes_data(one.options) and not one.corrects(one.options) for one in self.plans[name].transforms)
-        }
-        watchers = {
-            name: lambda layer, args, observer=observer: observer.add(args[0]) for name, observer in observers.items()
-        }
-        self._watch_all(number, task, watchers, title, bar)
-        return {name: observer.statistics() for name, observer in observers.items()}
-
-    def _watch_all(
-        self, number: int, task: Task, watchers: Mapping[str, Callable[..., None]], title: str, bar: Bar
-    ) -> None:
-        """Run a task over the samples to learn from, with a forward pre-hook on each of these layers."""
-        if not watchers:
-            return
-        with contextlib.ExitStack() as stack, torch.no_grad():
-            for name, watcher in watchers.items():
-                stack.callback(self.backbone.get_submodule(name).register_forward_pre_hook(watcher).remove)
-            self._run_all(number, task, title, bar)
-
-    def _run_all(self, number: int, task: Task, title: str, bar: Bar) -> None:
-        for batch in self.streams.batches(self.learning, f"{title}: inputs", bar):
-            self.streams.run(self.streams.quantized, number, task.output, batch)
 
     # Layers
 

@@ -34,9 +34,10 @@ from torchao.prototype.smoothquant.core import SmoothQuantObserver
 from torchao.prototype.spinquant.hadamard_utils import hadamard_matrix
 
 from dmquant.activations import ActivationSpec, TimestepRanges, fake_quantize
+from dmquant.calib.inputs import InputObserver
 from dmquant.calib.learn import Learner
 from dmquant.calib.moments import fit_grid
-from dmquant.calib.transforming import InputObserver, correct
+from dmquant.calib.transforming import correct
 from dmquant.convert import LayerPlan
 from dmquant.formats import get_format
 from dmquant.layers import QUANTIZED

@@ -6,7 +6,8 @@ from torch import nn
 
 from dmquant.activations import ActivationSpec
 from dmquant.calib.folding import folds_of, shared_factor
-from dmquant.calib.transforming import InputObserver, choose, fit_transforms
+from dmquant.calib.inputs import InputObserver
+from dmquant.calib.transforming import choose, fit_transforms
 from dmquant.convert import LayerPlan, quantize_
 from dmquant.errors import UsageError
 from dmquant.formats import get_format

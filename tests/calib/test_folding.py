@@ -9,7 +9,8 @@ from torch import nn
 
 from dmquant.activations import ActivationSpec
 from dmquant.calib.folding import folds_of, shared_factor
-from dmquant.calib.transforming import InputObserver, output_error, with_outputs
+from dmquant.calib.inputs import InputObserver
+from dmquant.calib.transforming import output_error, with_outputs
 from dmquant.convert import footprint, plan
 from dmquant.layers import QuantLinear
 from dmquant.qtensor import WeightSpec, quantize

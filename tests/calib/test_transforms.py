@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from dmquant.activations import ActivationSpec, TimestepRanges
+from dmquant.calib.inputs import InputObserver
 from dmquant.calib.store import CalibrationStore
-from dmquant.calib.transforming import InputObserver, fit_transforms
+from dmquant.calib.transforming import fit_transforms
 from dmquant.convert import LayerPlan, footprint
 from dmquant.diffusers_backend import mark_quantized
 from dmquant.layers import QuantConv2d, QuantLinear, share_timesteps
