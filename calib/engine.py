@@ -43,7 +43,7 @@ from dmquant.calib.replay import replaced_forward, trace
 from dmquant.calib.resolved import resolved_recipe
 from dmquant.calib.store import CalibrationStore
 from dmquant.calib.streams import Bar, Streams
-from dmquant.calib.transforming import correct, fit_transforms
+from dmquant.calib.transforming import correct, fit_to_codes, fit_transforms
 from dmquant.calib.units import Block, Task, find_blocks, tasks_of
 from dmquant.convert import LayerPlan, LayerReport, plan, relative_error
 from dmquant.errors import UsageError
@@ -113,6 +113,7 @@ class _Engine:
         self.options = recipe.learning
         self.method = get_method(recipe.rounding.method)
         self.rounding_options = self.method.Options.model_validate(recipe.rounding.options)
+        self.solving = self.rounding_options if self.method.NEEDS_MOMENTS else get_method("gptq").Options()
         self.device = next(backbone.parameters()).device
         by_step = sorted(range(len(store.samples)), key=lambda index: store.samples[index].step)
         self.learning = [index for index in by_step if not store.samples[index].held_out]
@@ -315,6 +316,7 @@ class _Engine:
     def _learner(self, name: str, weight: Tensor, quantized: nn.Module, moments: Moments | None) -> Learner:
         """A layer with the grid of its (transformed) weight fitted and its rounding started, or solved."""
         method, options = self.method, self.rounding_options
+        weight = fit_to_codes(self.plans[name], quantized, weight, moments, method, self.solving)
         grid = fit_grid(weight, self._called(self.plans[name], moments is not None), moments, options)
         if not method.NEEDS_MOMENTS:
             rounding = method.start(grid, options)
@@ -326,7 +328,7 @@ class _Engine:
 
     def _moments_for(self, name: str, device: torch.device) -> Moments | None:
         layer = self.backbone.get_submodule(name)
-        return moments_for(layer, self.plans[name], self.method, self.rounding_options, device)
+        return moments_for(layer, self.plans[name], self.method, self.solving, device)
 
     def _bytes_of_moments(self) -> dict[str, Held]:
         """Of the layers that are solved by their moments."""
@@ -399,6 +401,7 @@ class _Engine:
         for name in [name for name in self.plans if name not in done]:
             layer, quantized = self.backbone.get_submodule(name), self._quantized_layer(name)
             weight = fit_transforms(layer, self.plans[name], quantized, None)
+            weight = fit_to_codes(self.plans[name], quantized, weight, None, self.method, self.solving)
             self.parts[name] = {one.name: quantized.parts(one) for one in quantized.transforms}
             grid = fit_grid(weight, self._called(self.plans[name], False), None)
             self._swap(grid.quantized(grid.nearest), name)

@@ -83,7 +83,10 @@ class BlockInputs:
         observers = {
             name: InputObserver(layer, calls)
             for name, layer in layers.items()
-            if any(one.takes_data(one.options) and not one.corrects(one.options) for one in layer.transforms)
+            if any(
+                one.takes_data(one.options) and not (one.corrects(one.options) or one.weighs_by_moments())
+                for one in layer.transforms
+            )
         }
         self._watch(task, {name: observer.add for name, observer in observers.items()})
         return {name: observer.statistics() for name, observer in observers.items()}

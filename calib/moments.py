@@ -81,10 +81,11 @@ def moments_for(
 ) -> Moments | None:
     """Where the moments of a layer's inputs are to be collected; None where nothing asks for them.
 
-    In full where the rounding `method` needs them, in blocks of as many columns as its `options` say; a convolution
-    without columns of its own is then left to nearest.
+    In full where the rounding `method` or a transform needs them, in blocks of as many columns as `options`, those of
+    GPTQ, say; a convolution without columns of its own is then left to nearest.
     """
-    demanded = method.NEEDS_MOMENTS and has_columns(layer)
+    needed = method.NEEDS_MOMENTS or any(transform.weighs_by_moments() for transform in plan.transforms)
+    demanded = needed and has_columns(layer)
     if not demanded and (plan.weights.scale == "lean" or not needs_moments(plan)):
         return None
     return Moments(tuple(layer.weight.shape), plan.weights, device, options.columns if demanded else None)

@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from types import ModuleType
 from typing import TypeVar
 
 import torch
@@ -10,12 +11,13 @@ from torch import Tensor, nn
 
 from dmquant.activations import TimestepRanges
 from dmquant.calib.learn import COMPUTE, Learner
-from dmquant.calib.moments import fit_grid
+from dmquant.calib.moments import Moments, fit_grid
 from dmquant.calib.ranges import nearest_seen
 from dmquant.convert import LayerPlan
 from dmquant.layers import QuantConv2d, QuantLinear
-from dmquant.rounding import nearest
-from dmquant.transforms import InputStatistics, Residuals, Transform, chains
+from dmquant.qtensor import to_matrix
+from dmquant.rounding import gptq, nearest
+from dmquant.transforms import InputStatistics, Residuals, Transform, alternate, chains
 
 WORTH = 0.9  # of the error without an optional transform; images do not gain from what takes less off a layer's own
 
@@ -47,6 +49,40 @@ def fit_transforms(
 
     choices = _choices(step.transforms) if sample else [step.transforms]
     quantized.transforms, parts, weight = choose(map(best, choices), error, WORTH)
+    quantized.load_parts(parts)
+    return weight
+
+
+def fit_to_codes(
+    step: LayerPlan,
+    quantized: QuantLinear | QuantConv2d,
+    weight: Tensor,
+    moments: Moments | None,
+    method: ModuleType,
+    options: gptq.Options,
+) -> Tensor:
+    """Fit the transforms of `quantized` that alternate with the codes (`dmquant.transforms.alternating`).
+
+    `weight` is what `fit_transforms` leaves to be quantized; returns what is left then. Codes are meanwhile those of
+    the scales of least weight error: to nearest, or GPTQ's with `options` where the rounding `method` needs moments and
+    so do they.
+    """
+    transforms = quantized.transforms
+    if not any(transform.turns() for transform in transforms):
+        return weight
+    nearest_plan = replace(step, weights=replace(step.weights, scale="mse"), candidates=())
+    weighed = moments is not None and moments.in_full and any(one.weighs_by_moments() for one in transforms)
+    factors = gptq.factorize(moments.blocks(), options) if weighed else []
+
+    def rounded(left: Tensor) -> Tensor:
+        grid = fit_grid(left, nearest_plan, None)
+        return grid.as_weight(gptq.solve(grid, factors)[0] if weighed and method.NEEDS_MOMENTS else grid.nearest)
+
+    def seen(lost: Tensor) -> Tensor:
+        return gptq.seen(to_matrix(lost, step.weights.split), factors) if weighed else lost.flatten(1)
+
+    parts = {transform.name: quantized.parts(transform) for transform in transforms}
+    parts, weight = alternate(transforms, parts, weight, rounded, seen)
     quantized.load_parts(parts)
     return weight
 

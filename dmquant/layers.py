@@ -15,7 +15,7 @@ from dmquant.errors import UsageError
 from dmquant.packing import packed_size
 from dmquant.qtensor import QuantizedTensor, WeightSpec, check_finite, quantize
 from dmquant.scaling import Scales, stored_dtype
-from dmquant.transforms import Transform, chains
+from dmquant.transforms import Transform, alternate, chains
 
 
 class DequantizedWeight(Tensor):
@@ -304,6 +304,7 @@ def quantize_layer(
     if transforms:
         check_finite(weight)
         parts, weight = next(chains(transforms, weight.detach().float(), None))
+        parts, weight = alternate(transforms, parts, weight, lambda left: quantize(left, spec).dequantize())
         quantized.load_parts(parts)
     quantized.load_quantized(quantize(weight, spec), layer.bias, input_scale)
     return quantized.train(layer.training)

@@ -40,7 +40,7 @@ from dmquant.calib.moments import fit_grid
 from dmquant.calib.transforming import correct
 from dmquant.convert import LayerPlan
 from dmquant.formats import get_format
-from dmquant.layers import QUANTIZED
+from dmquant.layers import QUANTIZED, quantize_layer
 from dmquant.packing import unpack
 from dmquant.qtensor import WeightSpec, quantize, quantize_tensor, to_matrix
 from dmquant.rounding import Grid, gptq, nearest
@@ -379,6 +379,21 @@ def test_the_low_rank_branch_is_that_of_brevitas_svdquant():
     assert (ours - theirs).norm() <= BFLOAT16 * theirs.norm()
     assert (branch.to_quantize(layer.weight, parts) - model[0].layer.weight).norm() <= BFLOAT16 * theirs.norm()
     assert theirs.norm() > 0.5 * layer.weight.norm()
+
+
+def test_turns_of_the_low_rank_branch_end_where_those_of_brevitas_do():
+    """Each turn on either side starts from codes that differ in single weights, so only where they end is compared."""
+    layer = layer_of(weight_of(96, 64))
+    errors = {}
+    for turns in (0, 10):
+        transforms = create([("lowrank", {"rank": 8, "iterations": turns})], layer, None)
+        spec = WeightSpec.parse("fp4", "channel", "absmax", "fp32")
+        ours = quantize_layer(layer, spec, None, transforms=transforms).float_weight()
+        _, error = LayerwiseLowRankCorrection(nn.Sequential(in_brevitas(layer, Fp4))).apply(rank=8, iters=turns + 1)
+        errors[turns] = (ours - layer.weight).norm() / layer.weight.norm(), error
+    for ours, theirs in errors.values():
+        assert ours.item() == pytest.approx(theirs.item(), rel=0.03)
+    assert errors[10][0] < 0.95 * errors[0][0]
 
 
 @pytest.mark.parametrize("size", [2, 8, 64, 256])

@@ -110,6 +110,19 @@ def solve(grid: Grid, factors: Sequence[Factor]) -> tuple[Tensor, float]:
     return values, error
 
 
+def seen(error: Tensor, factors: Sequence[Factor]) -> Tensor:
+    """The error of a weight (rows, columns) times a root of the damped moments: as large as what outputs see of it.
+
+    Its squared norm is what `solve` gives as the error.
+    """
+    parts, first = [], 0
+    for order, upper in factors:
+        block = error[:, first : first + len(order)][:, order].to(upper.dtype)
+        parts.append(torch.linalg.solve_triangular(upper, block, upper=True, left=False))  # H = (U^T U)^-1
+        first += len(order)
+    return torch.cat(parts, dim=1)
+
+
 def _solve(grid: Grid, factor: Factor, start: int, stop: int) -> tuple[Tensor, float]:
     """Values of the columns from `start` to `stop`, and their error."""
     order, upper = factor

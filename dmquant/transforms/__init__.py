@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from dmquant.errors import unknown
+from dmquant.transforms.alternating import alternate
 from dmquant.transforms.base import InputStatistics, Part, Residuals, Transform
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "Part",
     "Residuals",
     "Transform",
+    "alternate",
     "chains",
     "create",
     "get_method",
@@ -30,7 +32,7 @@ __all__ = [
     "prepare_",
 ]
 
-_PARTS = ("base", "pairs")  # modules here that are no methods
+_PARTS = ("alternating", "base", "pairs")  # modules here that are no methods
 
 
 @functools.cache

@@ -122,6 +122,18 @@ class Transform:
         """Parts that make up for what rounding left wrong."""
         raise NotImplementedError
 
+    def turns(self) -> int:
+        """How many times it is fitted anew to what the codes beside it leave (`alternating`)."""
+        return 0
+
+    def weighs_by_moments(self) -> bool:
+        """Whether what they leave counts by the second moments of the layer's input."""
+        return False
+
+    def refit(self, left: Tensor, seen: Tensor) -> dict[str, Tensor]:
+        """Parts for what codes leave of a float32 weight, in its shape; `seen` (rows, n): what outputs see of that."""
+        raise NotImplementedError
+
     def ranges(self) -> int:
         """Timestep ranges that its parts differ by."""
         return 1

@@ -1,6 +1,8 @@
 """Low rank: a branch of rank r in 16 bits beside the codes, which takes the input before it is quantized.
 
-`of: weight`: the branch is the largest part of the weight, the rest is quantized (SVDQuant, arXiv 2411.05007).
+`of: weight`: the branch is the largest part of the weight, the rest is quantized; then the branch is fitted to what the
+codes leave of the weight, the codes to what the branch leaves, and so on (SVDQuant, arXiv 2411.05007). `by: output`
+lets an error count by what the output sees of it, as CALDERA (arXiv 2405.18886) does.
 `of: error`: the branch is the largest part of what rounding lost, input channels weighed by the mean magnitude of their
 activations (L2QER, arXiv 2402.02446).
 """
@@ -9,9 +11,10 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
+from dmquant.errors import UsageError
 from dmquant.transforms.base import InputStatistics, Part, Residuals, Transform, per_channel, refuse_groups
 
 
@@ -23,6 +26,16 @@ class Options(BaseModel):
     rank: int = Field(default=16, ge=1)
     """At most the smaller side of the weight's matrix."""
     of: Literal["weight", "error"] = "weight"
+    iterations: int = Field(default=10, ge=0)
+    """Times that a branch of the weight and the codes are fitted to each other."""
+    by: Literal["weight", "output"] = "weight"
+    """What these make least: the error of the weight, or that of the output for inputs like those of calibration."""
+
+    @model_validator(mode="after")
+    def _of_the_weight(self) -> "Options":
+        if self.of == "error" and (names := sorted({"iterations", "by"} & self.model_fields_set)):
+            raise UsageError(f"{' and '.join(names)} goes with `of: weight`: a branch of the error is fitted once")
+        return self
 
 
 class LowRank(Transform):
@@ -32,7 +45,7 @@ class LowRank(Transform):
 
     @classmethod
     def takes_data(cls, options: Options) -> bool:
-        return options.of == "error"
+        return options.of == "error" or (options.by == "output" and options.iterations > 0)
 
     @classmethod
     def corrects(cls, options: Options) -> bool:
@@ -57,6 +70,17 @@ class LowRank(Transform):
         if self.options.of == "weight":
             return [self._factors(weight.flatten(1))]
         return [{name: weight.new_zeros(part.shape, dtype=part.dtype) for name, part in self.parts().items()}]
+
+    def turns(self) -> int:
+        return self.options.iterations if self.options.of == "weight" else 0
+
+    def weighs_by_moments(self) -> bool:
+        return self.turns() > 0 and self.options.by == "output"
+
+    def refit(self, left: Tensor, seen: Tensor) -> dict[str, Tensor]:
+        """With U the first left singular vectors of what is seen, U U^T `left` is nearest to it among this rank's."""
+        up = _left_vectors(seen, self.rank)
+        return {"up": up.bfloat16(), "down": (up.T @ left.flatten(1)).bfloat16()}
 
     def correct(self, residuals: Residuals) -> dict[str, Tensor]:
         """SVD of E S, with S the diagonal of the channels' mean magnitudes; S is then taken out of the right factor."""
@@ -88,6 +112,14 @@ class LowRank(Transform):
 
     def __str__(self) -> str:
         return f"lowrank:{self.rank}"
+
+
+def _left_vectors(matrix: Tensor, count: int) -> Tensor:
+    """The first left singular vectors (rows, count), from the smaller Gram matrix: an SVD takes far longer."""
+    if len(matrix) <= matrix.shape[1]:
+        return torch.linalg.eigh(matrix @ matrix.T).eigenvectors[:, -count:]
+    right = torch.linalg.eigh(matrix.T @ matrix).eigenvectors[:, -count:]
+    return torch.linalg.qr(matrix @ right).Q
 
 
 METHOD = LowRank
