@@ -21,6 +21,7 @@ BITS_LEFT_ALONE = 16  # of an operand that is not quantized
 class Costs:
     """Of the quantized layers in one call of the backbone for one image.
 
+    `multiply_accumulates` are those of the layers as they were; `bit_operations` have those of branches in 16 bits too.
     `multiplier_cells` and `accumulator_cells` are those of one multiply-accumulate unit, the mean over all
     multiply-accumulates; None where an operand is not quantized, or looked up in a table.
     """
@@ -49,6 +50,8 @@ def model_costs(plans: Sequence[LayerPlan], multiply_accumulates: dict[str, int]
         count, weights = multiply_accumulates[name], plan.weights.fmt
         activations = None if plan.activations is None else plan.activations.fmt
         operations += count * bits_of(weights) * bits_of(activations)
+        for one in plan.transforms:  # `count` is positions times the size of the weight
+            operations += count // math.prod(one.shape) * one.added_products() * BITS_LEFT_ALONE**2
         if not (_is_multiplied(weights) and _is_multiplied(activations)):
             has_area = False
             continue

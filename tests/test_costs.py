@@ -71,6 +71,22 @@ def test_layers_of_other_formats_and_kept_ones_count_as_what_they_are(counted):
     assert (found.multiplier_cells, found.accumulator_cells) == (64, 1 + 19)  # 16 products of 2^14 at most are 2^18
 
 
+@pytest.mark.parametrize("rank", [1, 3])
+def test_a_low_rank_branch_counts_with_16_bits(rank):
+    """A product of the input with the left factor for each position, and one of the right factor for each output."""
+    module = nn.Sequential(nn.Conv2d(4, 8, 3, stride=2, padding=1), nn.Flatten(2), nn.Linear(16, 24))
+    with counting(module) as counts:
+        module(torch.zeros(2, 4, 8, 8))
+    found = []
+    for transforms in ([], [{"method": "lowrank", "rank": rank}]):
+        recipe = Recipe.load("rtn").with_settings(granularity="channel", rules=[], transforms=transforms)
+        found.append(model_costs(plan(module, recipe), counts, fans_in(module)))
+    conv, linear = 2 * 4 * 4 * (4 * 9 + 8), 2 * 8 * (16 + 24)
+    assert found[1].bit_operations - found[0].bit_operations == rank * (conv + linear) * 16 * 16
+    assert found[1].multiply_accumulates == found[0].multiply_accumulates
+    assert found[1].area == found[0].area
+
+
 def test_area_is_the_mean_over_multiply_accumulates(counted):
     found = costs(counted, weights="fp4_e2m1", activations="fp6_e2m3")
     assert found.multiplier_cells == 2 * 4 + 2

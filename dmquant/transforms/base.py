@@ -142,6 +142,10 @@ class Transform:
         """Timestep ranges that the statistics it is fitted to tell apart."""
         return 1
 
+    def added_products(self) -> int:
+        """Products of two 16-bit numbers that `added` takes for each position of the output."""
+        return 0
+
     def optional(self) -> bool:
         """Whether calibration may leave a layer without it, where its output is nearer then."""
         return False

@@ -110,6 +110,9 @@ class LowRank(Transform):
         hidden: Any = layer._conv_forward(x, down.view(-1, *self.shape[1:]), None)
         return F.conv2d(hidden, up[:, :, None, None])
 
+    def added_products(self) -> int:
+        return self.rank * (self.shape[0] + self._columns)
+
     def __str__(self) -> str:
         return f"lowrank:{self.rank}"
 
