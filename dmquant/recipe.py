@@ -43,8 +43,9 @@ class Method(BaseModel):
             method.Options.model_validate(self.options)
         except ValidationError as error:
             first = error.errors()[0]
-            option = "" if first["type"] == "extra_forbidden" else f"{'.'.join(map(str, first['loc']))}: "
-            raise UsageError(option + _in_words(first, method.Options)) from None
+            option = ".".join(map(str, first["loc"] if first["type"] != "extra_forbidden" else ()))
+            said = _in_words(first, method.Options)
+            raise UsageError(f"{option}: {said}" if option else said) from None
         return self
 
     @property

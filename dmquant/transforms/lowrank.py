@@ -34,7 +34,7 @@ class Options(BaseModel):
     @model_validator(mode="after")
     def _of_the_weight(self) -> "Options":
         if self.of == "error" and (names := sorted({"iterations", "by"} & self.model_fields_set)):
-            raise UsageError(f"{' and '.join(names)} goes with `of: weight`: a branch of the error is fitted once")
+            raise UsageError(f"`of: error` takes no {' and no '.join(names)}: such a branch is fitted once")
         return self
 
 

@@ -119,7 +119,7 @@ def test_a_layer_in_bf16_gets_a_branch():
 def test_a_branch_of_the_error_has_no_turns(tmp_path, option):
     path = tmp_path / "x.yaml"
     path.write_text(f"name: x\ntransforms: [{{method: lowrank, of: error, {option}}}]\n")
-    with pytest.raises(UsageError, match=f"{option.split(':')[0]} goes with `of: weight`"):
+    with pytest.raises(UsageError, match=f"transforms.0: `of: error` takes no {option.split(':')[0]}: such"):
         Recipe.load(path)
 
 
