@@ -147,8 +147,7 @@ class _QuantizedLayer(nn.Module):
     def complete_output(self, y: Tensor, x: Tensor) -> Tensor:
         """The output, from what the weight gave and the transformed input."""
         for transform in self.transforms:
-            added = transform.added(self, x, self.parts(transform))
-            y = y if added is None else y + added
+            y = transform.add_to(y, self, x, self.parts(transform))
         return y
 
     def quantize_input(self, x: Tensor) -> Tensor:

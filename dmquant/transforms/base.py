@@ -114,9 +114,9 @@ class Transform:
         """The input to be quantized, channels along `dim`; same dtype."""
         return x
 
-    def added(self, layer: nn.Module, x: Tensor, parts: dict[str, Tensor]) -> Tensor | None:
-        """What is added to the output, from the transformed input before it is quantized."""
-        return None
+    def add_to(self, y: Tensor, layer: nn.Module, x: Tensor, parts: dict[str, Tensor]) -> Tensor:
+        """The output `y` with what is added to it, perhaps in place; `x`: the transformed input, not quantized."""
+        return y
 
     def correct(self, residuals: Residuals) -> dict[str, Tensor]:
         """Parts that make up for what rounding left wrong."""
@@ -143,7 +143,7 @@ class Transform:
         return 1
 
     def added_products(self) -> int:
-        """Products of two 16-bit numbers that `added` takes for each position of the output."""
+        """Products of two 16-bit numbers that `add_to` takes for each position of the output."""
         return 0
 
     def optional(self) -> bool:

@@ -46,8 +46,8 @@ class Bias(Transform):
     def correct(self, residuals: Residuals) -> dict[str, Tensor]:
         return {"table": residuals.outputs}
 
-    def added(self, layer: nn.Module, x: Tensor, parts: dict[str, Tensor]) -> Tensor:
-        return static_scale(parts["table"], layer.timestep_ranges, x, layer.channel_dim).to(x.dtype)
+    def add_to(self, y: Tensor, layer: nn.Module, x: Tensor, parts: dict[str, Tensor]) -> Tensor:
+        return y + static_scale(parts["table"], layer.timestep_ranges, x, layer.channel_dim).to(x.dtype)
 
     def __str__(self) -> str:
         return f"bias:{self.options.ranges}"

@@ -103,12 +103,19 @@ class LowRank(Transform):
     def _branch(self, parts: dict[str, Tensor]) -> Tensor:
         return (parts["up"].float() @ parts["down"].float()).view(self.shape)
 
-    def added(self, layer: nn.Module, x: Tensor, parts: dict[str, Tensor]) -> Tensor:
-        up, down = parts["up"].to(x.dtype), parts["down"].to(x.dtype)
+    def add_to(self, y: Tensor, layer: nn.Module, x: Tensor, parts: dict[str, Tensor]) -> Tensor:
+        up, down = parts["up"].to(y.dtype), parts["down"].to(x.dtype)
         if len(self.shape) == 2:
-            return F.linear(F.linear(x, down), up)
-        hidden: Any = layer._conv_forward(x, down.view(-1, *self.shape[1:]), None)
-        return F.conv2d(hidden, up[:, :, None, None])
+            hidden = F.linear(x, down)
+        else:
+            convolved: Any = layer._conv_forward(x, down.view(-1, *self.shape[1:]), None)
+            hidden = convolved.movedim(-3, -1)
+        hidden, outputs = hidden.to(y.dtype).reshape(-1, self.rank), y.movedim(layer.channel_dim, -1)
+        if not outputs.is_contiguous():
+            return y + (hidden @ up.T).view(outputs.shape).movedim(-1, layer.channel_dim)
+        # A product and then a sum take three times as long, nearly all of it for memory.
+        outputs.view(-1, self.shape[0]).addmm_(hidden, up.T)
+        return y
 
     def added_products(self) -> int:
         return self.rank * (self.shape[0] + self._columns)

@@ -329,6 +329,49 @@ class TestLowRank:
         with torch.no_grad():
             assert (coarse(x) - layer(x)).norm() < 0.02 * layer(x).norm()
 
+    @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+    @pytest.mark.parametrize(("kind", "shape"), [("linear", (48,)), ("linear", (2, 5, 48)), ("conv", (2, 16, 6, 6))])
+    def test_the_branch_is_added_whatever_the_shape_and_its_gradient_is_that_of_the_sum(
+        self, kind, shape, memory_format
+    ):
+        layer = made(kind)
+        transforms = create([("lowrank", {"rank": 3})], layer, None)
+        branched = quantize_layer(layer, FP4, None, transforms=transforms)
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        x = x.contiguous(memory_format=memory_format) if kind == "conv" else x
+        twin = copy.deepcopy(layer).requires_grad_(False)
+        twin.weight.data = branched.float_weight()
+        results = []
+        for one in (branched, twin):
+            given = x.clone().requires_grad_()
+            output = one(given)
+            output.square().sum().backward()
+            results.append((output.detach(), given.grad))
+        for ours, expected in zip(*results, strict=True):
+            assert (ours - expected).norm() <= 1e-5 * expected.norm()
+
+    @pytest.mark.parametrize("contiguous", [True, False])
+    def test_outputs_in_any_order_of_memory_get_the_branch(self, contiguous):
+        layer = made("conv")
+        (transform,) = transforms = create([("lowrank", {"rank": 3})], layer, None)
+        branched = quantize_layer(layer, FP4, None, transforms=transforms)
+        x, parts = inputs(layer), branched.parts(transform)
+        y = torch.zeros(4, 12, 3, 3)
+        y = y if contiguous else y.to(memory_format=torch.channels_last)
+        with torch.no_grad():
+            expected = layer._conv_forward(x, transform._branch(parts), None)
+            assert torch.allclose(transform.add_to(y, branched, x, parts), expected, atol=1e-4)
+
+    def test_it_runs_under_autocast(self):
+        layer = made("linear")
+        branched = quantize_layer(layer, FP4, None, transforms=create([("lowrank", {"rank": 3})], layer, None))
+        x = inputs(layer)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            output = branched(x)
+        assert output.dtype == torch.bfloat16
+        with torch.no_grad():
+            assert (output.float() - branched(x)).norm() < 0.02 * output.float().norm()
+
     @pytest.mark.parametrize("kind", ["linear", "conv"])
     def test_lqer_beats_a_plain_svd_of_the_error_where_channels_differ(self, kind):
         layer = made(kind)
