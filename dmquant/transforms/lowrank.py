@@ -68,7 +68,7 @@ class LowRank(Transform):
 
     def fit(self, weight: Tensor, statistics: InputStatistics | None) -> list[dict[str, Tensor]]:
         if self.options.of == "weight":
-            return [self._factors(weight.flatten(1))]
+            return [self.refit(weight, weight.flatten(1))]
         return [{name: weight.new_zeros(part.shape, dtype=part.dtype) for name, part in self.parts().items()}]
 
     def turns(self) -> int:
@@ -83,16 +83,10 @@ class LowRank(Transform):
         return {"up": up.bfloat16(), "down": (up.T @ left.flatten(1)).bfloat16()}
 
     def correct(self, residuals: Residuals) -> dict[str, Tensor]:
-        """SVD of E S, with S the diagonal of the channels' mean magnitudes; S is then taken out of the right factor."""
+        """The best approximation of E S, S the diagonal of the channels' mean magnitudes, with S taken out again."""
         importance = residuals.inputs.clamp(min=1e-6 * residuals.inputs.amax().clamp(min=1e-30))
         columns = per_channel(importance, residuals.weight).expand(1, *self.shape[1:]).flatten(1)
-        return self._factors(residuals.weight.flatten(1), columns)
-
-    def _factors(self, matrix: Tensor, importance: Tensor | float = 1.0) -> dict[str, Tensor]:
-        left, values, right = torch.linalg.svd(matrix * importance, full_matrices=False)
-        root = values[: self.rank].sqrt()
-        up, down = left[:, : self.rank] * root, root.unsqueeze(1) * right[: self.rank] / importance
-        return {"up": up.bfloat16(), "down": down.bfloat16()}
+        return self.refit(residuals.weight, residuals.weight.flatten(1) * columns)
 
     def to_quantize(self, weight: Tensor, parts: dict[str, Tensor]) -> Tensor:
         return weight - self._branch(parts) if self.options.of == "weight" else weight
