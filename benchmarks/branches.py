@@ -8,14 +8,12 @@ time, for a busy machine; it needs `--threads 1`.
 """
 
 import argparse
-import time
 
 import torch
-from layers import CONVOLUTIONS, LINEARS, Stopwatch, machine, milliseconds, ratio, table
+from layers import CONVOLUTIONS, LINEARS, Stopwatch, machine, milliseconds, ratio, table, timed
 from torch import Tensor, nn
 
 from dmquant.activations import ActivationSpec
-from dmquant.kernels import cpu
 from dmquant.layers import quantize_layer
 from dmquant.qtensor import WeightSpec
 from dmquant.transforms import create
@@ -44,18 +42,10 @@ def row(name: str, layer: nn.Linear | nn.Conv2d, x: Tensor, rank: int, watch: St
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--turns", type=int, default=20)
-    parser.add_argument("--threads", type=int, help="torch threads (default: as torch chooses)")
-    parser.add_argument("--cpu-time", action="store_true")
-    arguments = parser.parse_args()
-    if arguments.cpu_time and arguments.threads != 1:
-        parser.error("--cpu-time needs --threads 1: it would count what waiting threads spend")
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
-    torch.manual_seed(0)
-    cpu.PAYS_AFTER = 0  # compile at the first call, as a long run has done by now
-    watch = Stopwatch(arguments.turns, time.thread_time if arguments.cpu_time else time.perf_counter)
+    parser.add_argument("--rank", type=int, default=16, help="of the branches")
+    parser.add_argument("--turns", type=int, default=20, help="calls of each layer")
+    arguments, clock = timed(parser)
+    watch = Stopwatch(arguments.turns, clock)
     rows = []
     for name, columns, outputs, tokens in LINEARS:
         layer, x = nn.Linear(columns, outputs).bfloat16(), torch.randn(1, tokens, columns).bfloat16()

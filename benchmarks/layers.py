@@ -238,12 +238,10 @@ def machine(arguments: argparse.Namespace) -> str:
     return f"{time.strftime('%Y-%m-%d')}; {model}; {torch.get_num_threads()} thread(s), {clock}; {versions}"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="three layers, few turns")
+def timed(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, Callable[[], float]]:
+    """The parsed arguments, with --threads and --cpu-time, which take effect; and the clock that they ask for."""
     parser.add_argument("--threads", type=int, help="torch threads (default: as torch chooses)")
     parser.add_argument("--cpu-time", action="store_true", help="processor time, for a busy machine; one thread only")
-    parser.add_argument("--out", type=Path, help="write every measured second as JSON too")
     arguments = parser.parse_args()
     if arguments.cpu_time and arguments.threads != 1:
         parser.error("--cpu-time needs --threads 1: it would count what waiting threads spend")
@@ -251,7 +249,15 @@ def main() -> None:
         torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
     cpu.PAYS_AFTER = 0  # compile at the first call, as a long run has done by now
-    watch = Stopwatch(5 if arguments.quick else 15, time.thread_time if arguments.cpu_time else time.perf_counter)
+    return arguments, time.thread_time if arguments.cpu_time else time.perf_counter
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="three layers, few turns")
+    parser.add_argument("--out", type=Path, help="write every measured second as JSON too")
+    arguments, clock = timed(parser)
+    watch = Stopwatch(5 if arguments.quick else 15, clock)
 
     with torch.inference_mode():
         print(machine(arguments), end="\n\n")
