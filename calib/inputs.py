@@ -84,7 +84,7 @@ class BlockInputs:
             name: InputObserver(layer, calls)
             for name, layer in layers.items()
             if any(
-                one.takes_data(one.options) and not (one.corrects(one.options) or one.weighs_by_moments())
+                one.takes_data(one.options) and not (one.corrects(one.options) or one.weighs_by_moments(one.options))
                 for one in layer.transforms
             )
         }

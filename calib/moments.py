@@ -84,7 +84,7 @@ def moments_for(
     In full where the rounding `method` or a transform needs them, in blocks of as many columns as `options`, those of
     GPTQ, say; a convolution without columns of its own is then left to nearest.
     """
-    needed = method.NEEDS_MOMENTS or any(transform.weighs_by_moments() for transform in plan.transforms)
+    needed = method.NEEDS_MOMENTS or any(one.weighs_by_moments(one.options) for one in plan.transforms)
     demanded = needed and has_columns(layer)
     if not demanded and (plan.weights.scale == "lean" or not needs_moments(plan)):
         return None

@@ -71,7 +71,7 @@ def fit_to_codes(
     if not any(transform.turns() for transform in transforms):
         return weight
     nearest_plan = replace(step, weights=replace(step.weights, scale="mse"), candidates=())
-    weighed = moments is not None and moments.in_full and any(one.weighs_by_moments() for one in transforms)
+    weighed = moments is not None and moments.in_full and any(one.weighs_by_moments(one.options) for one in transforms)
     factors = gptq.factorize(moments.blocks(), options) if weighed else []
 
     def rounded(left: Tensor) -> Tensor:

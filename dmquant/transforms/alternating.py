@@ -36,7 +36,8 @@ def alternate(
             if least is None or error < least:
                 least, kept = error, (own, remaining)
             if turn < transform.turns():
-                own = transform.refit(exact - values, seen(exact - values))
+                left = exact - values
+                own = transform.refit(left, seen(left))
         own, weight = kept
         parts = parts | {transform.name: own}
     return parts, weight

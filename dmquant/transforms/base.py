@@ -77,6 +77,11 @@ class Transform:
         return False
 
     @classmethod
+    def weighs_by_moments(cls, options: Any) -> bool:
+        """Whether what codes leave counts, in its turns, by the second moments of the layer's input."""
+        return False
+
+    @classmethod
     def prepare_(cls, module: nn.Module, layers: Collection[str]) -> None:
         """Change the float weights of a whole model in place, before anything else; `layers` have this transform."""
 
@@ -125,10 +130,6 @@ class Transform:
     def turns(self) -> int:
         """How many times it is fitted anew to what the codes beside it leave (`alternating`)."""
         return 0
-
-    def weighs_by_moments(self) -> bool:
-        """Whether what they leave counts by the second moments of the layer's input."""
-        return False
 
     def refit(self, left: Tensor, seen: Tensor) -> dict[str, Tensor]:
         """Parts for what codes leave of a float32 weight, in its shape; `seen` (rows, n): what outputs see of that."""

@@ -45,7 +45,11 @@ class LowRank(Transform):
 
     @classmethod
     def takes_data(cls, options: Options) -> bool:
-        return options.of == "error" or (options.by == "output" and options.iterations > 0)
+        return options.of == "error" or cls.weighs_by_moments(options)
+
+    @classmethod
+    def weighs_by_moments(cls, options: Options) -> bool:
+        return options.by == "output" and options.iterations > 0
 
     @classmethod
     def corrects(cls, options: Options) -> bool:
@@ -73,9 +77,6 @@ class LowRank(Transform):
 
     def turns(self) -> int:
         return self.options.iterations if self.options.of == "weight" else 0
-
-    def weighs_by_moments(self) -> bool:
-        return self.turns() > 0 and self.options.by == "output"
 
     def refit(self, left: Tensor, seen: Tensor) -> dict[str, Tensor]:
         """With U the first left singular vectors of what is seen, U U^T `left` is nearest to it among this rank's."""
