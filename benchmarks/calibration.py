@@ -23,17 +23,17 @@ import torch
 from torch import Tensor, nn
 
 import dmquant  # before diffusers, for which it makes torchvision importable
-from dmquant.calib.capture import capture
-from dmquant.calib.latents import final_latents
-from dmquant.calib.sampling import Sampling
-from dmquant.calib.store import CalibrationStore
+from dmquant.calib.data.capture import capture
+from dmquant.calib.data.sampling import Sampling
+from dmquant.calib.data.store import CalibrationStore
 from dmquant.convert import quantize_
-from dmquant.files import write_text
-from dmquant.pipelines.calibrating import calibrate, weights_hash
-from dmquant.pipelines.console import Console, quiet_libraries
-from dmquant.pipelines.loading import load_full_precision
-from dmquant.pipelines.runfolder import fingerprint
-from dmquant.pipelines.settings import Options, Settings, resolve, resolve_all
+from dmquant.diffusers.calling import final_latents
+from dmquant.host.console import Console, quiet_libraries
+from dmquant.host.files import write_text
+from dmquant.pipelines.models.loading import load_full_precision
+from dmquant.pipelines.runs.calibration import calibrate, weights_hash
+from dmquant.pipelines.runs.runfolder import fingerprint
+from dmquant.pipelines.runs.settings import Options, Settings, resolve, resolve_all
 
 MODEL = "emoji-pixart"
 FORMATS = {"W4A16": ("fp4", "none"), "W4A6": ("fp4", "fp6")}

@@ -26,19 +26,20 @@ from calibration import BATCH, Bench, Measured
 from diffusers import DDPMScheduler
 from torch import Tensor, nn
 
-from dmquant.calib.engine import calibrate_
-from dmquant.calib.latents import final_latents
-from dmquant.calib.learn import Learner, UnitData, learn, learning_layers, squared_error
-from dmquant.calib.moments import fit_grid
-from dmquant.calib.outputs import Budget, Outputs
-from dmquant.calib.sampling import Sampling, choose
-from dmquant.calib.store import CalibrationStore
-from dmquant.calib.tree import flatten, unflatten
+from dmquant.calib.blocks.engine import calibrate_
+from dmquant.calib.blocks.learn import UnitData, learn, learning_layers, squared_error
+from dmquant.calib.blocks.outputs import Budget, Outputs
+from dmquant.calib.data.sampling import Sampling, choose
+from dmquant.calib.data.store import CalibrationStore
+from dmquant.calib.data.tree import flatten, unflatten
+from dmquant.calib.layers.learner import Learner
+from dmquant.calib.layers.moments import fit_grid
 from dmquant.convert import LayerPlan
-from dmquant.files import write_text
+from dmquant.diffusers.calling import final_latents
+from dmquant.host.files import write_text
 from dmquant.layers import quantize_layer
-from dmquant.pipelines.calibrating import FIRST_SEED
-from dmquant.pipelines.runfolder import fingerprint
+from dmquant.pipelines.runs.calibration import FIRST_SEED
+from dmquant.pipelines.runs.runfolder import fingerprint
 from dmquant.qtensor import WeightSpec
 from dmquant.recipe import Learning
 from dmquant.rounding import adaround

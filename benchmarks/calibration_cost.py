@@ -21,9 +21,9 @@ from typing import Any
 import torch
 
 import dmquant  # before diffusers, for which it makes torchvision importable
-from dmquant.calib.sampling import Sample
-from dmquant.pipelines.memory import peak_memory
-from dmquant.pipelines.settings import parse_size
+from dmquant.calib.data.sampling import Sample
+from dmquant.host.memory import peak_memory
+from dmquant.pipelines.runs.settings import parse_size
 
 WIDTH, HEADS, TEXT = 1152, 16, 4096
 TOKENS = 32
@@ -68,8 +68,8 @@ def calibrate_one(blocks: int, budget: int) -> dict[str, float]:
     """Seconds, and bytes of the peak and of the model, in this process."""
     from diffusers import PixArtTransformer2DModel
 
-    from dmquant.calib.engine import calibrate_
-    from dmquant.pipelines.families.pixart import FAMILY
+    from dmquant.calib.blocks.engine import calibrate_
+    from dmquant.diffusers.families.pixart import FAMILY
 
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)

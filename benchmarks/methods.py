@@ -31,11 +31,11 @@ from dmquant.convert import footprint
 from dmquant.errors import UserError
 from dmquant.evaluation.networks import Networks
 from dmquant.evaluation.score import score_pairs
-from dmquant.files import write_text
-from dmquant.pipelines.calibrating import calibration_data
-from dmquant.pipelines.memory import peak_memory
-from dmquant.pipelines.runfolder import fingerprint
-from dmquant.pipelines.settings import Options, Settings, resolve, with_recipe
+from dmquant.host.files import write_text
+from dmquant.host.memory import peak_memory
+from dmquant.pipelines.runs.calibration import calibration_data
+from dmquant.pipelines.runs.runfolder import fingerprint
+from dmquant.pipelines.runs.settings import Options, Settings, resolve, with_recipe
 from dmquant.pipelines.sweep.engines import Crew, local
 
 MODELS = "emoji-pixart,emoji-sd"

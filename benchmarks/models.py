@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import dmquant  # before diffusers, for which it makes torchvision importable
-from dmquant.pipelines.families import Family, families
+from dmquant.diffusers.families import Family, families
 
 if TYPE_CHECKING:
     from torch import nn
@@ -207,8 +207,8 @@ def quantize_while_loading(name: str, recipe: str, folder: Path) -> dict[str, An
     import torch
 
     from dmquant.convert import footprint
+    from dmquant.host.memory import peak_memory
     from dmquant.layers import QUANTIZED
-    from dmquant.pipelines.memory import peak_memory
 
     family, model = families()[BACKBONES[name].family], skeleton(name)
     layers = sum(type(layer) in QUANTIZED for layer in model.modules())
@@ -236,7 +236,7 @@ def reload(name: str, recipe: str, folder: Path) -> dict[str, Any]:
     """Load what `quantize_while_loading` saved."""
     import torch
 
-    from dmquant.pipelines.memory import peak_memory
+    from dmquant.host.memory import peak_memory
 
     with peak_memory("cpu") as peak:
         began = time.perf_counter()

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from dmquant.convert import plan
 from dmquant.layers import quantize_layer
-from dmquant.pipelines.loading import load_full_precision, resolve_dtype
-from dmquant.pipelines.prompts import load_prompts
-from dmquant.pipelines.settings import Options, Settings, resolve
+from dmquant.pipelines.models.loading import load_full_precision, resolve_dtype
+from dmquant.pipelines.prompts.lists import load_prompts
+from dmquant.pipelines.runs.settings import Options, Settings, resolve
 from dmquant.recipe import Recipe
 
 SETTINGS = {

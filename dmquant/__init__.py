@@ -6,7 +6,7 @@ Importing dmquant also registers its quantizer with diffusers, now or when diffu
 
 import importlib
 
-from dmquant import import_hooks
+from dmquant.diffusers import registering
 
 __version__ = "0.2.0"
 
@@ -16,9 +16,9 @@ _HOME = {
     "quantize_": "dmquant.convert",
     "quantize_pipeline": "dmquant.pipelines.api",
     "Recipe": "dmquant.recipe",
-    "QuantConfig": "dmquant.diffusers_backend",
-    "load_pipeline": "dmquant.diffusers_backend",
-    "save_pipeline": "dmquant.diffusers_backend",
+    "QuantConfig": "dmquant.diffusers.quantizer",
+    "load_pipeline": "dmquant.diffusers.quantizer",
+    "save_pipeline": "dmquant.diffusers.quantizer",
 }
 __all__ = list(_HOME)
 
@@ -30,4 +30,4 @@ def __getattr__(name: str):
     return getattr(importlib.import_module(_HOME[name]), name)
 
 
-import_hooks.install()
+registering.install()

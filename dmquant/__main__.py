@@ -1,7 +1,7 @@
 """`python -m dmquant` is the `dmquant` command; `accelerate launch -m dmquant` has processes share its work."""
 
-from dmquant import processes
-from dmquant.cli import main
+from dmquant.host import processes
+from dmquant.pipelines.commands.app import main
 
 if __name__ == "__main__":
     with processes.joined():

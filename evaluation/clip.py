@@ -21,13 +21,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dmquant.diffusers.torchvision import ensure_torchvision_imports
 from dmquant.errors import UsageError, UserError, unknown
-from dmquant.evaluation.errors import UnavailableError
 from dmquant.evaluation.hub_file import HubFile, first_line
 from dmquant.evaluation.images import open_rgb
 from dmquant.evaluation.result import Backbone
-from dmquant.files import sha256
-from dmquant.torchvision_guard import ensure_torchvision_imports
+from dmquant.evaluation.unavailable import UnavailableError
+from dmquant.host.files import sha256
 
 ensure_torchvision_imports()
 

@@ -20,11 +20,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dmquant import processes
 from dmquant.errors import UserError
 from dmquant.evaluation.progress import Progress, silent
 from dmquant.evaluation.result import Backbone
-from dmquant.files import replacing, sha256
+from dmquant.host import processes
+from dmquant.host.files import replacing, sha256
 
 READERS = 4  # threads that read and prepare images while the network works
 BATCHES_AHEAD = 2

@@ -17,11 +17,12 @@ import numpy as np
 import torch
 from PIL import Image, PngImagePlugin
 
-from dmquant import processes
-from dmquant.evaluation.latents import latent_path, read_latent, recording_latents, save_latent
+from dmquant.diffusers.calling import call_pipeline
+from dmquant.diffusers.watching import recording_latents
+from dmquant.evaluation.latents import latent_path, read_latent, save_latent
 from dmquant.evaluation.trajectory import TRAJECTORIES, recording_trajectories, save_trajectory, trajectory_path
-from dmquant.files import replacing
-from dmquant.pipeline_call import call_pipeline
+from dmquant.host import processes
+from dmquant.host.files import replacing
 
 MAX_BATCH = 16
 PIXELS_PER_BATCH = 1024 * 1024

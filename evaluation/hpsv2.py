@@ -18,7 +18,7 @@ from dmquant.evaluation.clip import PARAMETERS, ClipModel, build
 from dmquant.evaluation.hub_file import HubFile
 from dmquant.evaluation.images import load_image
 from dmquant.evaluation.result import Backbone
-from dmquant.files import sha256
+from dmquant.host.files import sha256
 
 ENVIRONMENT = "DMQUANT_HPSV2"
 ARCHITECTURE = "ViT-H-14"

@@ -7,8 +7,8 @@ from pathlib import Path
 import huggingface_hub
 from huggingface_hub import constants
 
-from dmquant.evaluation.errors import UnavailableError
 from dmquant.evaluation.report_tables import size_text
+from dmquant.evaluation.unavailable import UnavailableError
 
 ANSWER_SECONDS = 10
 SMALL = ("*.json", "*.txt", "*.model")  # configurations and tokenizers

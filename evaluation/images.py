@@ -13,7 +13,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from dmquant.errors import UserError
-from dmquant.files import replacing
+from dmquant.host.files import replacing
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif"})
 EXIF_ORIENTATION = 0x0112

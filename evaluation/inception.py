@@ -17,11 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dmquant.errors import UserError
-from dmquant.evaluation.errors import UnavailableError
 from dmquant.evaluation.images import load_image
 from dmquant.evaluation.result import Backbone
+from dmquant.evaluation.unavailable import UnavailableError
 from dmquant.evaluation.weights_file import checked
-from dmquant.files import in_package, sha256
+from dmquant.host.files import in_package, sha256
 
 ENVIRONMENT = "DMQUANT_INCEPTION"
 SIZE = 299

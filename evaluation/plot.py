@@ -9,7 +9,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 
 from dmquant.evaluation.report_tables import STYLES, Style, metric_title
 from dmquant.evaluation.result import Metric, RecipeResult, Report
-from dmquant.files import replacing
+from dmquant.host.files import replacing
 
 COLOURS = ("#2457c5", "#c5472a", "#2a8a4a", "#8a4ab8", "#b8860b", "#1f8a99", "#a83a74", "#5f6068")
 MARKERS = "osD^vPX*"

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dmquant.files import replacing
+from dmquant.host.files import replacing
 
 IMAGE, PROMPT = "image", "prompt"
 

@@ -14,8 +14,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dmquant.files import replacing
-from dmquant.scheduler_steps import watching_steps
+from dmquant.diffusers.watching import watching_steps
+from dmquant.host.files import replacing
 
 TRAJECTORIES = 8
 """Images of a set whose trajectories are kept: at 1024 pixels one can take 50 MB."""

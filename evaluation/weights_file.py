@@ -4,7 +4,7 @@ from pathlib import Path
 
 from dmquant.errors import UserError
 from dmquant.evaluation.result import Backbone
-from dmquant.files import sha256
+from dmquant.host.files import sha256
 
 
 def checked(path: Path, name: str, start: str) -> Backbone:

@@ -14,21 +14,21 @@ import torch
 from torch import nn
 
 from dmquant.convert import Footprint, LayerReport, footprint, holds_adapters, quantize_
-from dmquant.diffusers_backend import mark_quantized
+from dmquant.diffusers.families import Family, family_of
+from dmquant.diffusers.quantizer import mark_quantized
 from dmquant.errors import UsageError, UserError, unknown
 from dmquant.evaluation.generate import batch_size_for
+from dmquant.host.console import Console
 from dmquant.layers import QuantConv2d, QuantLinear
-from dmquant.pipelines import runfolder
-from dmquant.pipelines.attention import check_attention
-from dmquant.pipelines.calibrating import calibrate
-from dmquant.pipelines.console import Console
 from dmquant.pipelines.defaults import DEFAULT_RECIPE
-from dmquant.pipelines.families import Family, family_of
-from dmquant.pipelines.loading import DTYPES
-from dmquant.pipelines.prompts import load_prompts
-from dmquant.pipelines.registry import registered_models
-from dmquant.pipelines.saving import model_card, save_whole
-from dmquant.pipelines.settings import format_name, parse_size
+from dmquant.pipelines.models.attention import check_attention
+from dmquant.pipelines.models.loading import DTYPES
+from dmquant.pipelines.models.registry import registered_models
+from dmquant.pipelines.models.saving import model_card, save_whole
+from dmquant.pipelines.prompts.lists import load_prompts
+from dmquant.pipelines.runs import runfolder
+from dmquant.pipelines.runs.calibration import calibrate
+from dmquant.pipelines.runs.settings import format_name, parse_size
 from dmquant.recipe import Recipe
 
 if TYPE_CHECKING:

@@ -34,10 +34,10 @@ from torchao.prototype.smoothquant.core import SmoothQuantObserver
 from torchao.prototype.spinquant.hadamard_utils import hadamard_matrix
 
 from dmquant.activations import ActivationSpec, TimestepRanges, fake_quantize
-from dmquant.calib.inputs import InputObserver
-from dmquant.calib.learn import Learner
-from dmquant.calib.moments import fit_grid
-from dmquant.calib.transforming import correct
+from dmquant.calib.layers.fitting import correct
+from dmquant.calib.layers.learner import Learner
+from dmquant.calib.layers.moments import fit_grid
+from dmquant.calib.layers.statistics import InputObserver
 from dmquant.convert import LayerPlan
 from dmquant.formats import get_format
 from dmquant.layers import QUANTIZED, quantize_layer
@@ -47,7 +47,7 @@ from dmquant.rounding import Grid, gptq, nearest
 from dmquant.scaling import Scales, absmax, fit_mse, to_groups
 from dmquant.transforms import create
 from dmquant.transforms.equalize import equalize_
-from dmquant.transforms.pairs import Pair
+from dmquant.transforms.pair import Pair
 from dmquant.transforms.rotate import hadamard
 
 ULP = 2.0**-23

@@ -7,10 +7,10 @@ from torch import nn
 
 from dmquant.convert import footprint, quantize_
 from dmquant.layers import quantize_layer
-from dmquant.lean import scales_of
 from dmquant.qtensor import WeightSpec, quantize
 from dmquant.recipe import Recipe
 from dmquant.rounding import Grid, gptq
+from dmquant.rounding.lean import scales_of
 from dmquant.tables import SIZE, fit_table, look_up, nearest_entries
 from tests.calib.runs import calibrated, captured, is_same, quantized_layers, recipe_of, saved_and_loaded
 from tests.test_scale_rules import inputs

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from dmquant.torchvision_guard import ensure_torchvision_imports
+from dmquant.diffusers.torchvision import ensure_torchvision_imports
 
 ensure_torchvision_imports()
 

@@ -19,8 +19,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from dmquant.diffusers_backend import save_pipeline
-from dmquant.torchvision_guard import ensure_torchvision_imports
+from dmquant.diffusers.quantizer import save_pipeline
+from dmquant.diffusers.torchvision import ensure_torchvision_imports
 
 ensure_torchvision_imports()
 

@@ -3,7 +3,7 @@
 A method is a module with
 
 - `Options`: a pydantic model of the method's own settings in a recipe;
-- `LEARNS`: whether it learns from data (then it needs the loop of `dmquant.calib.engine`);
+- `LEARNS`: whether it learns from data (then it needs the loop of `dmquant.calib.blocks.engine`);
 - `NEEDS_MOMENTS`: whether it needs the second moments of the layer's inputs, in blocks of `Options.columns` columns;
 - `start(grid, options)`: a `Rounding` of one weight. What it starts with is exactly the float weight or exactly
   nearest rounding. Where it needs moments, `start(grid, options, moments)`, with the sums (n, n) of one block of n
@@ -19,11 +19,11 @@ from typing import Protocol
 from torch import Tensor
 
 from dmquant.errors import unknown
-from dmquant.rounding.grid import Grid
+from dmquant.grids import Grid
 
 __all__ = ["Grid", "Rounding", "get_method", "method_names"]
 
-_PARTS = ("fixed", "grid")  # modules here that are no methods
+_PARTS = ("fixed", "lean")  # modules here that are no methods
 
 
 class Rounding(Protocol):

@@ -8,7 +8,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from dmquant.rounding.grid import Grid
+from dmquant.grids import Grid
 
 LEARNS = True
 NEEDS_MOMENTS = False

@@ -14,8 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from dmquant.errors import UserError
+from dmquant.grids import Grid
 from dmquant.rounding.fixed import Fixed
-from dmquant.rounding.grid import Grid
 
 LEARNS = False
 NEEDS_MOMENTS = True

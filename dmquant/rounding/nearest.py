@@ -2,8 +2,8 @@
 
 from pydantic import BaseModel, ConfigDict
 
+from dmquant.grids import Grid
 from dmquant.rounding.fixed import Fixed
-from dmquant.rounding.grid import Grid
 
 LEARNS = False
 NEEDS_MOMENTS = False

@@ -32,7 +32,7 @@ __all__ = [
     "prepare_",
 ]
 
-_PARTS = ("alternating", "base", "pairs")  # modules here that are no methods
+_PARTS = ("alternating", "base", "pair")  # modules here that are no methods
 
 
 @functools.cache

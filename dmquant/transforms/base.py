@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dmquant.errors import UsageError
-from dmquant.transforms.pairs import Pair
+from dmquant.transforms.pair import Pair
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from dmquant.transforms.base import InputStatistics, Transform
-from dmquant.transforms.pairs import Pair, pairs
+from dmquant.transforms.pair import Pair, pairs
 
 _NO_RANGE = 1e-9
 

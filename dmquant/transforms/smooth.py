@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from dmquant.transforms.base import InputStatistics, Part, Transform, per_channel, refuse_groups
-from dmquant.transforms.pairs import Pair
+from dmquant.transforms.pair import Pair
 
 _NO_RANGE = 1e-9
 

@@ -3,10 +3,10 @@
 from collections.abc import Callable
 
 from dmquant.errors import unknown
-from dmquant.evaluation.errors import UnavailableError
 from dmquant.evaluation.metrics import paired, sets, text
 from dmquant.evaluation.metrics.inputs import Inputs
 from dmquant.evaluation.result import Metric
+from dmquant.evaluation.unavailable import UnavailableError
 
 METRICS: dict[str, Callable[[Inputs], Metric]] = {
     "psnr": paired.psnr,

@@ -10,7 +10,6 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from dmquant import processes
 from dmquant.errors import UserError
 from dmquant.evaluation import ssim as similarity
 from dmquant.evaluation.generate import read_key
@@ -19,6 +18,7 @@ from dmquant.evaluation.latents import read_latent
 from dmquant.evaluation.metrics.inputs import Inputs
 from dmquant.evaluation.metrics.summary import summarize
 from dmquant.evaluation.result import Metric
+from dmquant.host import processes
 
 PSNR_CAP = 100.0  # dB, what a pair of identical images counts as; one 8-bit step in a 64x64 image is 89 dB
 PIXELS_PER_BATCH = 512 * 512

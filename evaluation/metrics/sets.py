@@ -10,12 +10,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dmquant.evaluation.errors import UnavailableError
 from dmquant.evaluation.features import ImageNetwork
 from dmquant.evaluation.images import any_images, generated_images
 from dmquant.evaluation.metrics.inputs import Inputs
 from dmquant.evaluation.networks import CLIP
 from dmquant.evaluation.result import Metric
+from dmquant.evaluation.unavailable import UnavailableError
 
 CMMD_SIGMA = 10.0
 CMMD_SCALE = 1000.0

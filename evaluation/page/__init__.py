@@ -7,8 +7,8 @@ from string import Template
 
 from dmquant.evaluation import report_tables as tables
 from dmquant.evaluation.page import sections
-from dmquant.evaluation.page.pairs import image_pairs
 from dmquant.evaluation.page.pictures import data_uri
+from dmquant.evaluation.page.viewer import image_pairs
 from dmquant.evaluation.progress import Progress, silent
 from dmquant.evaluation.result import Report
 

@@ -8,7 +8,7 @@ import yaml
 from dmquant.evaluation import report_tables as tables
 from dmquant.evaluation.page.charts import layer_chart, step_chart
 from dmquant.evaluation.page.markup import table, text_row
-from dmquant.evaluation.page.pairs import Pairs
+from dmquant.evaluation.page.viewer import Pairs
 from dmquant.evaluation.result import LayerError, Metric, RecipeResult, Report
 
 TILE_METRICS = 4  # metrics that a report of one recipe shows in large figures

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dmquant.costs import Costs
 from dmquant.evaluation.plot import pareto_front
 from dmquant.evaluation.report_tables import STYLES
 from dmquant.evaluation.result import Metric
+from dmquant.pipelines.sweep.costs import Costs
 from dmquant.pipelines.sweep.space import Trial, bits_in
 from dmquant.pipelines.sweep.trial import Failure
 

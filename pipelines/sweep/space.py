@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 
-from dmquant.costs import BITS_LEFT_ALONE, bits_of
 from dmquant.errors import UsageError
 from dmquant.formats import FloatFormat, IntFormat, get_format
-from dmquant.pipelines.settings import Options, Settings, resolve, with_recipe
+from dmquant.pipelines.runs.settings import Options, Settings, resolve, with_recipe
+from dmquant.pipelines.sweep.costs import BITS_LEFT_ALONE, bits_of
 
 BITS, TECHNIQUES = "3-8", "rtn"
 FLOAT, INTEGER, LEFT_ALONE = "fp", "int", "none"

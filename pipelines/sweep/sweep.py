@@ -9,22 +9,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dmquant import processes
-from dmquant.calib.latents import final_latents
-from dmquant.calib.memory import default_budget
+from dmquant.calib.blocks.budget import default_budget
 from dmquant.convert import plan
-from dmquant.costs import Costs, counting, fans_in, model_costs
+from dmquant.diffusers.calling import final_latents
 from dmquant.errors import UserError
 from dmquant.evaluation.pareto import Point, draw_pareto
 from dmquant.evaluation.report_tables import time_text, value_text
-from dmquant.files import write_text
-from dmquant.pipelines import runfolder
-from dmquant.pipelines.calibrating import calibration_data
-from dmquant.pipelines.console import Console
-from dmquant.pipelines.run import FullPrecision, images_line, save_settings
-from dmquant.pipelines.runfolder import RunFolder, is_full_disk
-from dmquant.pipelines.settings import Settings
-from dmquant.pipelines.skeleton import skeleton
+from dmquant.host import processes
+from dmquant.host.console import Console
+from dmquant.host.files import write_text
+from dmquant.pipelines.models.skeleton import skeleton
+from dmquant.pipelines.runs import runfolder
+from dmquant.pipelines.runs.calibration import calibration_data
+from dmquant.pipelines.runs.run import FullPrecision, images_line, save_settings
+from dmquant.pipelines.runs.runfolder import RunFolder, is_full_disk
+from dmquant.pipelines.runs.settings import Settings
+from dmquant.pipelines.sweep.costs import Costs, counting, fans_in, model_costs
 from dmquant.pipelines.sweep.engines import ENGINES, Crew, check_alone
 from dmquant.pipelines.sweep.results import BITS, VERSION, Row, as_csv, pareto_fronts, sorted_rows
 from dmquant.pipelines.sweep.space import Space, Trial

@@ -13,7 +13,7 @@ from dmquant.evaluation.report_tables import (
     time_text,
 )
 from dmquant.evaluation.result import Metric
-from dmquant.pipelines import runfolder
+from dmquant.pipelines.runs import runfolder
 
 SHOWN = 60  # rows on a terminal; of more only the fronts and what failed
 FRONT = "★"

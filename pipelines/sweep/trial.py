@@ -16,13 +16,13 @@ import torch
 
 from dmquant.errors import UserError
 from dmquant.evaluation.networks import Networks
-from dmquant.files import write_text
-from dmquant.pipelines import runfolder
-from dmquant.pipelines.console import Console, quiet_libraries
-from dmquant.pipelines.run import FP, QUANTIZED, FullPrecision, Quantized
-from dmquant.pipelines.runfolder import RunFolder, claim, fingerprint, is_full_disk
-from dmquant.pipelines.scoring import scores_key
-from dmquant.pipelines.settings import Settings
+from dmquant.host.console import Console, quiet_libraries
+from dmquant.host.files import write_text
+from dmquant.pipelines.runs import runfolder
+from dmquant.pipelines.runs.run import FP, QUANTIZED, FullPrecision, Quantized
+from dmquant.pipelines.runs.runfolder import RunFolder, claim, fingerprint, is_full_disk
+from dmquant.pipelines.runs.scores import scores_key
+from dmquant.pipelines.runs.settings import Settings
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from dmquant.calib.capture import capture
-from dmquant.calib.engine import calibrate_
-from dmquant.calib.sampling import Sampling
-from dmquant.diffusers_backend import load_pipeline, mark_quantized, save_pipeline
+from dmquant.calib.blocks.engine import calibrate_
+from dmquant.calib.data.capture import capture
+from dmquant.calib.data.sampling import Sampling
+from dmquant.diffusers.families import families
+from dmquant.diffusers.quantizer import load_pipeline, mark_quantized, save_pipeline
 from dmquant.layers import QuantConv2d, QuantLinear
-from dmquant.pipelines.families import families
 from dmquant.recipe import Recipe
 from tests.tiny import TINY
 

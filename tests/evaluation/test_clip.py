@@ -19,7 +19,7 @@ from dmquant.evaluation.images import generated_images
 from dmquant.evaluation.metrics import compute
 from dmquant.evaluation.metrics.inputs import Inputs
 from dmquant.evaluation.networks import CLIP, Networks
-from dmquant.files import sha256
+from dmquant.host.files import sha256
 from tests.evaluation.conftest import smooth_images, write_images
 
 CONTEXT = 12

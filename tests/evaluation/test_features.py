@@ -190,7 +190,7 @@ WORKER = """
 import sys
 from pathlib import Path
 import torch
-from dmquant import processes
+from dmquant.host import processes
 from dmquant.errors import UserError
 from dmquant.evaluation.features import FeatureStore
 from tests.evaluation.test_features import BatchNetwork

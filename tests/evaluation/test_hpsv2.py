@@ -18,7 +18,7 @@ from dmquant.evaluation.images import generated_images
 from dmquant.evaluation.metrics import compute
 from dmquant.evaluation.metrics.inputs import Inputs
 from dmquant.evaluation.networks import Networks
-from dmquant.files import sha256
+from dmquant.host.files import sha256
 from tests.evaluation.conftest import smooth_images
 
 PACKAGE = "hpsv2==1.2.0"

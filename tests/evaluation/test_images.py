@@ -14,7 +14,7 @@ from PIL import Image
 
 from dmquant.errors import UserError
 from dmquant.evaluation.images import ImagePairs, any_images, image_size, load_image, save_image
-from dmquant.files import replacing, write_text
+from dmquant.host.files import replacing, write_text
 from tests.evaluation.conftest import smooth_images, write_images
 
 

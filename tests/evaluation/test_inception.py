@@ -8,12 +8,12 @@ from PIL import Image
 
 from dmquant.errors import UserError
 from dmquant.evaluation import inception
-from dmquant.evaluation.errors import UnavailableError
 from dmquant.evaluation.features import FeatureStore
 from dmquant.evaluation.images import load_image
 from dmquant.evaluation.inception import Inception, find_weights
 from dmquant.evaluation.result import Backbone
 from dmquant.evaluation.score import score_pairs
+from dmquant.evaluation.unavailable import UnavailableError
 from tests.evaluation.conftest import smooth_images, with_noise, write_images
 
 
@@ -146,7 +146,7 @@ def _torchmetrics_inception(path):
 
 def _random_torch_fidelity_weights():
     """The state dict of torch-fidelity's Inception-v3 as its constructor leaves it before loading."""
-    from dmquant.torchvision_guard import ensure_torchvision_imports
+    from dmquant.diffusers.torchvision import ensure_torchvision_imports
 
     ensure_torchvision_imports()
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3

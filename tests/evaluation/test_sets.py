@@ -10,10 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dmquant.diffusers.torchvision import ensure_torchvision_imports
 from dmquant.evaluation.metrics import sets
 from dmquant.evaluation.networks import CLIP
 from dmquant.evaluation.score import score_pairs, score_reference
-from dmquant.torchvision_guard import ensure_torchvision_imports
 from tests.evaluation.conftest import smooth_images, with_noise, write_images
 
 ensure_torchvision_imports()

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from dmquant.convert import quantize_
+from dmquant.diffusers.families import families
 from dmquant.evaluation.generate import generate, image_requests, missing, prune, read_key
 from dmquant.evaluation.latents import read_latent
 from dmquant.evaluation.step_errors import step_errors
@@ -15,7 +16,6 @@ from dmquant.evaluation.trajectory import (
     save_trajectory,
     trajectory_path,
 )
-from dmquant.pipelines.families import families
 from dmquant.recipe import Recipe
 from tests.calib.runs import call_of
 from tests.tiny import TINY

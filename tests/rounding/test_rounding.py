@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dmquant.calib.moments import fit_grid
+from dmquant.calib.layers.moments import fit_grid
 from dmquant.convert import LayerPlan
 from dmquant.errors import UsageError
 from dmquant.qtensor import WeightSpec

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from dmquant.torchvision_guard import ensure_torchvision_imports
+from dmquant.diffusers.torchvision import ensure_torchvision_imports
 
 ensure_torchvision_imports()
 

@@ -6,8 +6,8 @@ import math
 import pytest
 import torch
 
-from dmquant.pipelines.registry import embedded_folder
-from dmquant.torchvision_guard import ensure_torchvision_imports
+from dmquant.diffusers.torchvision import ensure_torchvision_imports
+from dmquant.pipelines.models.registry import embedded_folder
 
 ensure_torchvision_imports()
 

@@ -8,12 +8,12 @@ import torch
 from torch import nn
 
 from dmquant.convert import plan, quantize_
-from dmquant.pipelines.families import families
+from dmquant.diffusers.families import families
 from dmquant.qtensor import quantize_tensor
 from dmquant.recipe import Recipe
 from dmquant.transforms import prepare_
 from dmquant.transforms.equalize import equalize_
-from dmquant.transforms.pairs import Pair, pairs
+from dmquant.transforms.pair import Pair, pairs
 from tests.tiny import TINY
 
 EQUALIZE = Recipe(name="x", transforms=["equalize"])

@@ -8,12 +8,12 @@ from torch import nn
 
 from dmquant.activations import ActivationSpec
 from dmquant.convert import footprint, quantize_
-from dmquant.diffusers_backend import QuantConfig, mark_quantized
+from dmquant.diffusers.quantizer import QuantConfig, mark_quantized
 from dmquant.layers import QuantConv2d, QuantLinear, quantize_layer, share_timesteps
 from dmquant.qtensor import WeightSpec
 from dmquant.recipe import Recipe
 from dmquant.transforms import create
-from tests.test_diffusers_backend import BUILDERS, example, packed
+from tests.diffusers.test_quantizer import BUILDERS, example, packed
 
 DATA_FREE = {
     "lowrank": [{"method": "lowrank", "rank": 2}],

@@ -1,0 +1,79 @@
+"""The codes of finished units on disk, so that a killed calibration continues where it was."""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from dmquant.host.files import replacing, sha256, write_text
+from dmquant.qtensor import QuantizedTensor, WeightSpec
+from dmquant.scaling import Scales
+from dmquant.transforms import Transform
+
+LAYOUT = 2  # of what the files of a unit hold; it belongs in their key
+
+
+@dataclass(frozen=True)
+class CodesFolder:
+    """One safetensors file a unit, and beside it a JSON file with its checksum and what the codes depend on."""
+
+    path: Path
+    key: str
+    """Fingerprint of everything the codes depend on; files of another key are as good as absent."""
+
+    def load(self, number: int, name: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """Tensors and facts of a finished unit; None unless they are whole and of this key."""
+        tensors, record = self._files(number)
+        try:
+            content = json.loads(record.read_text(encoding="utf-8"))
+            made_by = content["key"], content["name"], content["sha256"]
+            is_whole = made_by == (self.key, name, sha256(tensors))
+            return (load_file(tensors), content["facts"]) if is_whole else None
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def save(self, number: int, name: str, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+        """Keep a finished unit; it is there whole or not at all."""
+        file, record = self._files(number)
+        with replacing(file) as partial:
+            save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, partial)
+            checksum = sha256(partial)
+        content = {"key": self.key, "name": name, "sha256": checksum, "facts": facts}
+        write_text(record, json.dumps(content, indent=1) + "\n")
+
+    def _files(self, number: int) -> tuple[Path, Path]:
+        return self.path / f"{number:03d}.safetensors", self.path / f"{number:03d}.json"
+
+
+Parts = dict[str, dict[str, Tensor]]
+"""What a layer's transforms store, by transform and part."""
+
+
+def tensors_of(values: Mapping[str, QuantizedTensor], parts: Mapping[str, Parts]) -> dict[str, Tensor]:
+    """Codes, scales and bases of quantized weights, and parts of transforms, named after their layers, to be saved."""
+    tensors = {
+        f"{name}.{method}_{part}": tensor
+        for name in values
+        for method, stored in parts[name].items()
+        for part, tensor in stored.items()
+    }
+    for name, value in values.items():
+        tensors[f"{name}.codes"], tensors[f"{name}.scale"] = value.codes, value.scales.stored
+        if value.scales.base is not None:
+            tensors[f"{name}.base"] = value.scales.base
+    return tensors
+
+
+def weight_of(tensors: Mapping[str, Tensor], name: str, spec: WeightSpec, shape: tuple[int, ...]) -> QuantizedTensor:
+    """The quantized weight of a layer, read back."""
+    scales = Scales(tensors[f"{name}.scale"], tensors.get(f"{name}.base"), spec.store)
+    return QuantizedTensor(tensors[f"{name}.codes"], scales, spec, shape)
+
+
+def parts_of(tensors: Mapping[str, Tensor], name: str, transforms: Iterable[Transform]) -> Parts:
+    """The parts of a layer's transforms, read back."""
+    return {one.name: {part: tensors[f"{name}.{one.name}_{part}"] for part in one.parts()} for one in transforms}

@@ -1,0 +1,83 @@
+"""Look at what the layers of a block are given while it is calibrated."""
+
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from dmquant.calib.blocks.streams import Bar, Streams
+from dmquant.calib.blocks.units import Task
+from dmquant.calib.layers.moments import Moments, alike, columns_of
+from dmquant.calib.layers.statistics import InputObserver
+from dmquant.layers import QuantConv2d, QuantLinear
+from dmquant.transforms import InputStatistics
+
+
+class BlockInputs:
+    """Inputs of the layers of one block, as the quantized blocks before it give them, over the samples to learn from.
+
+    `title` and `bar` are those of the block's progress.
+    """
+
+    def __init__(self, streams: Streams, number: int, learning: Sequence[int], title: str, bar: Bar):
+        self.streams, self.number, self.learning, self.title, self.bar = streams, number, learning, title, bar
+
+    def run(self, task: Task) -> None:
+        """Run a task over the samples, for what hooks see of it."""
+        for batch in self.streams.batches(self.learning, f"{self.title}: inputs", self.bar):
+            self.streams.run(self.streams.quantized, self.number, task.output, batch)
+
+    def statistics(
+        self, task: Task, layers: Mapping[str, QuantLinear | QuantConv2d]
+    ) -> dict[str, InputStatistics | None]:
+        """What the transforms look at that are fitted to the inputs of their layer; only of layers with such.
+
+        `layers` are the task's as they will quantize their inputs.
+        """
+        calls = -(-len(self.learning) // self.streams.batch_size)
+        observers = {
+            name: InputObserver(layer, calls)
+            for name, layer in layers.items()
+            if any(
+                one.takes_data(one.options) and not (one.corrects(one.options) or one.weighs_by_moments(one.options))
+                for one in layer.transforms
+            )
+        }
+        self._watch(task, {name: observer.add for name, observer in observers.items()})
+        return {name: observer.statistics() for name, observer in observers.items()}
+
+    def moments(
+        self, task: Task, layers: Mapping[str, QuantLinear | QuantConv2d], empty: Mapping[str, Moments]
+    ) -> dict[str, Moments]:
+        """Second moments of transformed and quantized inputs, added to `empty`; without layers that no sample reached.
+
+        `layers` are those of the task, by name, as they will quantize their inputs.
+        """
+        backbone = self.streams.backbone
+
+        def adding(name: str) -> Callable[[Tensor], None]:
+            layer, quantized, moments = backbone.get_submodule(name), layers[name], empty[name]
+
+            def add(x: Tensor) -> None:
+                x = quantized.quantize_input(quantized.transform_input(x))
+                moments.add(columns_of(layer, alike(x) if moments.in_full else x))
+
+            return add
+
+        self._watch(task, {name: adding(name) for name in empty})
+        return {name: moments for name, moments in empty.items() if moments.tokens}
+
+    def _watch(self, task: Task, watchers: Mapping[str, Callable[[Tensor], None]]) -> None:
+        """Run a task with each of these layers, by name, showing its inputs to its watcher."""
+        if not watchers:
+            return
+
+        def showing(watcher: Callable[[Tensor], None]) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+            return lambda layer, args: watcher(args[0])
+
+        with contextlib.ExitStack() as stack, torch.no_grad():
+            for name, watcher in watchers.items():
+                layer = self.streams.backbone.get_submodule(name)
+                stack.callback(layer.register_forward_pre_hook(showing(watcher)).remove)
+            self.run(task)

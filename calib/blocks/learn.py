@@ -1,0 +1,153 @@
+"""Learn the roundings of one unit: the loop that every method of dmquant.rounding shares."""
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dmquant.calib.blocks.replay import replaced_forward
+from dmquant.calib.data.tree import flatten, map_floats
+from dmquant.calib.layers.learner import Learner
+from dmquant.errors import UserError
+from dmquant.recipe import Learning
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+REPORT_EVERY = 10  # steps
+_TINY = torch.finfo(torch.float32).tiny
+
+
+@dataclass(frozen=True)
+class Learned:
+    """How the learning of a unit ended. Errors are mean squared errors of its output on held-out samples."""
+
+    nearest_error: float
+    error: float
+    best_step: int
+    """Step whose hard roundings were kept; 0 is nearest rounding."""
+    undecided: float
+    """Share of the weights that were between two values when the last step ended."""
+    solved: bool = False
+    """Whether what was kept are roundings that a method found without steps."""
+
+
+@dataclass(frozen=True)
+class UnitData:
+    """What a unit is learned from: `run(indices, generator)` gives its output for a batch of samples, with its layers
+    as `learning_layers` has them, `target(indices)` what full precision gives; `learning` is sorted by step."""
+
+    run: Callable[[Sequence[int], torch.Generator | None], Any]
+    target: Callable[[Sequence[int]], Any]
+    learning: Sequence[int]
+    held_out: Sequence[int]
+
+
+def learn(
+    unit: str, learners: Sequence[Learner], data: UnitData, options: Learning, report: Callable[[int, float], None]
+) -> tuple[Learned, dict[str, Tensor]]:
+    """Learn the roundings of a unit's layers against full precision; returns how it went and the values kept.
+
+    The loss is the mean squared error of the unit's output over that of nearest rounding, plus the roundings'
+    penalties averaged over all weights, so one setting serves units of all sizes. Adam, constant rate. Mini-batches
+    hold samples from all over the schedule. At `options.checks` points the hard roundings are tried on held-out
+    samples; what is kept is the best of these and nearest rounding. Roundings without parameters are tried once, as
+    they are. `report(step, loss)` is called now and then.
+    Raises UserError for a loss that is not finite.
+    """
+    generator = torch.Generator().manual_seed(options.seed)
+    kept = {learner.name: learner.grid.nearest for learner in learners}
+    nearest_error = least = held_out_error(learners, data, kept, options)
+    if not math.isfinite(nearest_error):
+        raise UserError(f"the error of {unit} is {nearest_error}: its activations hold NaN or infinity")
+    parameters = [parameter for learner in learners for parameter in learner.rounding.parameters()]
+    if not parameters:
+        hard = {learner.name: learner.rounding.hard() for learner in learners}
+        if all(torch.equal(hard[name], nearest) for name, nearest in kept.items()):
+            return Learned(nearest_error, nearest_error, 0, 0.0), kept
+        error = held_out_error(learners, data, hard, options)
+        solved = error < nearest_error
+        return Learned(nearest_error, min(error, nearest_error), 0, 0.0, solved), hard if solved else kept
+    if not options.iterations:
+        return Learned(nearest_error, nearest_error, 0, 0.0), kept
+    weights, best_step = sum(learner.grid.weight.numel() for learner in learners), 0
+    optimizer = torch.optim.Adam(parameters, lr=options.learning_rate, fused=True)
+    for step in range(1, options.iterations + 1):
+        batch = spread_batch(data.learning, options.batch_size, generator)
+        optimizer.zero_grad()
+        for learner in learners:  # one by one: the graph of a penalty is larger than that of the weights
+            penalty = learner.rounding.penalty((step - 1) / options.iterations)
+            if penalty is not None:
+                (penalty / weights).backward()
+        loss = squared_error(data.run(batch, generator), data.target(batch)) / max(nearest_error, _TINY)
+        loss.backward()
+        if step % REPORT_EVERY == 0 or step == options.iterations:
+            if not math.isfinite(loss.item()):
+                raise UserError(f"the loss of {unit} became {loss.item()} at step {step}: lower learning.learning_rate")
+            report(step, loss.item())
+        optimizer.step()
+        if step * options.checks // options.iterations > (step - 1) * options.checks // options.iterations:
+            hard = {learner.name: learner.rounding.hard().detach() for learner in learners}
+            error = held_out_error(learners, data, hard, options)
+            if error < least:
+                kept, least, best_step = hard, error, step
+    undecided = sum(learner.rounding.undecided() for learner in learners) / weights
+    return Learned(nearest_error, least, best_step, undecided), kept
+
+
+def spread_batch(samples: Sequence[int], size: int, generator: torch.Generator) -> list[int]:
+    """One random sample from each of `size` equal parts of `samples`."""
+    draws = torch.rand(size, generator=generator).tolist()
+    return [samples[int((part + draw) * len(samples) / size)] for part, draw in enumerate(draws)]
+
+
+def squared_error(output: Any, target: Any) -> Tensor:
+    """Mean squared difference of two outputs, float32; where they nest several tensors, the mean over these."""
+    pairs = zip(flatten(output)[1], flatten(target)[1], strict=True)
+    floats = [(one.float(), other.float()) for (_, one), (_, other) in pairs if one.is_floating_point()]
+    return torch.stack([(one - other).square().mean() for one, other in floats]).mean()
+
+
+@contextlib.contextmanager
+def learning_layers(learners: Sequence[Learner]) -> Iterator[None]:
+    """Let the layers compute by their learners until the block ends."""
+    with contextlib.ExitStack() as stack:
+        for learner in learners:
+            stack.enter_context(replaced_forward(learner.layer, learner.forward))
+        yield
+
+
+def held_out_error(learners: Sequence[Learner], data: UnitData, values: dict[str, Tensor], options: Learning) -> float:
+    """Mean squared error of the unit's output on held-out samples, with these weights."""
+    total = 0.0
+    for learner in learners:
+        learner.values = values[learner.name]
+    with torch.no_grad():
+        for start in range(0, len(data.held_out), options.batch_size):
+            batch = data.held_out[start : start + options.batch_size]
+            total += squared_error(data.run(batch, None), data.target(batch)).item() * len(batch)
+    for learner in learners:
+        learner.values = None
+    return total / len(data.held_out)
+
+
+@contextlib.contextmanager
+def computing_in(module: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Let `module` compute in `dtype` and take inputs of any, until the block ends."""
+    own = {parameter: parameter.data for parameter in module.parameters() if parameter.is_floating_point()}
+    compute = module.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        cast = map_floats(lambda tensor: tensor.to(dtype), [args, kwargs])
+        return compute(*cast[0], **cast[1])
+
+    try:
+        for parameter, data in own.items():
+            parameter.data = data.to(dtype)
+        with replaced_forward(module, forward):
+            yield
+    finally:
+        for parameter, data in own.items():
+            parameter.data = data

@@ -1,0 +1,116 @@
+"""Two streams through a backbone: what its blocks give in full precision, and what they give as quantized so far."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dmquant.activations import TimestepRanges
+from dmquant.calib.blocks.outputs import Budget, Outputs, first_sample, mixed, stand_in
+from dmquant.calib.blocks.replay import replay
+from dmquant.calib.blocks.units import Block
+from dmquant.calib.data.store import CalibrationStore
+from dmquant.calib.data.tree import flatten
+from dmquant.errors import UserError
+from dmquant.recipe import Learning
+
+Bar = Callable[..., None]
+Stream = dict[str, Outputs]
+
+
+class Streams:
+    """`full` and `quantized` hold, by name, the outputs of finished blocks that others still need."""
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        blocks: Sequence[Block],
+        store: CalibrationStore,
+        ranges: TimestepRanges,
+        budget: Budget,
+        learning: Learning,
+    ):
+        self.backbone, self.blocks, self.store, self.ranges, self.budget = backbone, blocks, store, ranges, budget
+        self.batch_size, self.full_precision_inputs = learning.batch_size, learning.full_precision_inputs
+        self.device = next(backbone.parameters()).device
+        self.full: Stream = {}
+        self.quantized: Stream = {}
+
+    def carry(self, stream: Stream, number: int, title: str, bar: Bar) -> None:
+        """Carry a stream past block `number`, where others need its output."""
+        block = self.blocks[number]
+        if block.last_use > number:
+            stream[block.name] = self.outputs(stream, number, block.name, title, bar)
+
+    def drop(self, number: int) -> None:
+        """Give back what no block after block `number` needs."""
+        for stream in (self.full, self.quantized):
+            for name in [block.name for block in self.blocks if block.last_use <= number and block.name in stream]:
+                stream.pop(name).close()
+
+    def outputs(self, stream: Stream, number: int, until: str, title: str, bar: Bar) -> Outputs:
+        """The output of the module `until`, of block `number` or after it, for every sample."""
+        outputs = None
+        kind = "full precision" if stream is self.full else "quantized"
+        with torch.no_grad():
+            for batch in self.batches(range(len(self.store.samples)), f"{title}: {kind}", bar):
+                output = self.run(stream, number, until, batch)
+                if not all(leaf.isfinite().all() for _, leaf in flatten(output)[1] if leaf.is_floating_point()):
+                    self._blame(stream, number, until, batch)
+                if outputs is None:
+                    outputs = Outputs(len(self.store.samples), first_sample(output, len(batch)), self.budget)
+                outputs.write(batch, output)
+        return outputs
+
+    def run(
+        self,
+        stream: Stream,
+        number: int,
+        until: str,
+        batch: Sequence[int],
+        mixing: torch.Generator | None = None,
+    ) -> Any:
+        """What the module `until`, of block `number` or after it, gives for a batch of samples.
+
+        With `mixing`, the recipe's share of the inputs comes from full precision.
+        """
+        timesteps = torch.tensor([self.store.timesteps[self.store.samples[index].step] for index in batch])
+        self.ranges.set(timesteps.repeat_interleave(self.store.rows).to(self.device))
+        given = {
+            block.name: stream[block.name].read(batch, self.device)
+            if block.last_use >= number
+            else stand_in(block.output, len(batch), self.device)
+            for block in self.blocks[:number]
+        }
+        share = self.full_precision_inputs if mixing is not None else 0.0
+        if share:
+            for name in stream:
+                given[name] = mixed(given[name], self.full[name].read(batch, self.device), share, mixing)
+        return replay(self.backbone, self.store.batch(batch, self.device), given, until)
+
+    def batches(self, indices: Sequence[int], what: str, bar: Bar) -> Iterator[list[int]]:
+        """The samples in mini-batches, with progress."""
+        for start in range(0, len(indices), self.batch_size):
+            bar(start, len(indices), what)
+            yield list(indices[start : start + self.batch_size])
+
+    def _blame(self, stream: Stream, number: int, until: str, batch: Sequence[int]) -> None:
+        """Name the first layer that gives NaN or infinity."""
+
+        def check(name: str) -> Callable[[nn.Module, tuple, Any], None]:
+            def hook(module: nn.Module, args: tuple, output: Any) -> None:
+                if isinstance(output, Tensor) and not output.isfinite().all():
+                    raise UserError(
+                        f"layer {name} gives NaN or infinity on calibration data: calibrate in --dtype fp32 or bf16"
+                    )
+
+            return hook
+
+        with contextlib.ExitStack() as stack:
+            for name, module in self.backbone.named_modules():
+                if not any(module.children()):
+                    stack.callback(module.register_forward_hook(check(name)).remove)
+            self.run(stream, number, until, batch)
+        raise UserError(f"{until} gives NaN or infinity on calibration data: calibrate in --dtype fp32 or bf16")

@@ -1,0 +1,39 @@
+"""Look at what the layers of a full-precision backbone are given, over the samples to learn from."""
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from dmquant.calib.data.store import CalibrationStore
+
+
+@torch.inference_mode()
+def run_watched(
+    backbone: nn.Module,
+    watchers: Mapping[str, Callable[..., Any]],
+    store: "CalibrationStore",
+    batch_size: int,
+    timesteps: Callable[[Tensor], None],
+    progress: Callable[[int, int], None],
+) -> None:
+    """Run the backbone on its own device over the samples that are not held out, `batch_size` at a time.
+
+    `watchers` are forward pre-hooks of layers, by name. `timesteps` is told, before every call, those of its rows.
+    """
+    learning = [index for index, sample in enumerate(store.samples) if not sample.held_out]
+    device = next(backbone.parameters()).device
+    hooks = [backbone.get_submodule(name).register_forward_pre_hook(watcher) for name, watcher in watchers.items()]
+    try:
+        for start in range(0, len(learning), batch_size):
+            batch = learning[start : start + batch_size]
+            of_samples = torch.tensor([store.timesteps[store.samples[index].step] for index in batch])
+            timesteps(of_samples.repeat_interleave(store.rows))
+            args, kwargs = store.batch(batch, device)
+            backbone(*args, **kwargs)
+            progress(start + len(batch), len(learning))
+    finally:
+        for hook in hooks:
+            hook.remove()

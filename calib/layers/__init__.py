@@ -1,0 +1,1 @@
+"""What is fitted to one layer's data: scales, formats, transforms, ranges."""

@@ -1,0 +1,111 @@
+"""Fold transforms of layers into those before them: no factor is stored then, and nothing multiplied at run time.
+
+Possible where only a linear function lies between two layers (transforms/pairs.py). It is done to the float layers of a
+block before anything else is computed with them, so that targets, scales and roundings are those of the folded block,
+which is the same function.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from dmquant.calib.layers.fitting import WORTH, choose, output_error, with_outputs
+from dmquant.convert import LayerPlan
+from dmquant.layers import QuantLinear
+from dmquant.transforms import InputStatistics, Transform, chains
+from dmquant.transforms.pair import Pair, pairs
+
+
+@dataclass(frozen=True)
+class Fold:
+    """A pair of layers whose second ones, by name, leave a transform to the first ones."""
+
+    method: str
+    pair: Pair
+    readers: tuple[str, ...]
+
+    @property
+    def key(self) -> str:
+        """The name of its factor among a block's tensors on disk."""
+        return f"{self.readers[0]}.{self.method}_folded"
+
+    def apply_(self, factor: Tensor, plans: dict[str, LayerPlan]) -> None:
+        """Change the float layers and take the transform out of the readers' plans; `factor`: float32 (channels,)."""
+        self.pair.scale_(factor)
+        for name in self.readers:
+            plans[name] = replace(plans[name], transforms=_others(plans[name], self.method))
+
+
+def folded_methods(plans: Mapping[str, LayerPlan]) -> list[str]:
+    """The transforms that may be folded, by name, in the order in which they apply."""
+    found = {one.name: one.STAGE for step in plans.values() for one in step.transforms if one.folds()}
+    return sorted(found, key=found.get)
+
+
+def folds_of(backbone: nn.Module, block: str, plans: Mapping[str, LayerPlan], method: str) -> list[Fold]:
+    """Where one transform can be folded in the module `block`: all readers of a layer have it, with one setting.
+
+    Not into a weight with one scale for all of it: its rows would be of unlike size then.
+    """
+    names = {layer: name for name, layer in backbone.named_modules()}
+    found = [Fold(method, pair, tuple(map(names.get, pair.seconds))) for pair in pairs(backbone.get_submodule(block))]
+    return [
+        fold
+        for fold in found
+        if all(name in plans for name in fold.readers)
+        and all(_folding(plans[name], method) for name in fold.readers)
+        and len({str(_folding(plans[name], method).options) for name in fold.readers}) == 1
+        and not any(_has_one_scale(plans.get(names[one])) for one in fold.pair.firsts)
+    ]
+
+
+@torch.no_grad()
+def shared_factor(
+    fold: Fold,
+    plans: Mapping[str, LayerPlan],
+    inputs: Mapping[str, QuantLinear],
+    statistics: Mapping[str, InputStatistics | None],
+) -> Tensor:
+    """The factor, float32 (channels,), chosen (`choose`) by the error summed over the readers.
+
+    `inputs` are the readers as they quantize their inputs; they lose the transform that is folded, and get parts of
+    the others. In 16 bits factors are powers of two.
+    """
+    seen = [one.absmax for name in fold.readers if (one := statistics[name]) is not None]
+    together = InputStatistics(torch.stack(seen).amax(0), []) if seen else None
+    transform = _folding(plans[fold.readers[0]], fold.method)
+    samples = {
+        name: with_outputs(layer, one.sample) if (one := statistics[name]) is not None else []
+        for name, layer in zip(fold.readers, fold.pair.seconds, strict=True)
+    }
+
+    def error(factor: Tensor) -> float:
+        """What `output_error` is of the readers once the factor is folded, summed."""
+        total = 0.0
+        for name, layer in zip(fold.readers, fold.pair.seconds, strict=True):
+            others = _others(plans[name], fold.method)
+            parts, weight = next(chains(others, layer.weight.detach().float() / factor, statistics[name]))
+            inputs[name].transforms = others
+            inputs[name].load_parts(parts)
+            scaled = [(x * factor.to(x.dtype), output) for x, output in samples[name]]
+            total += output_error(layer, plans[name], inputs[name], weight, scaled)
+        return total
+
+    first, *others = transform.factors(fold.pair, together)
+    worth = WORTH if transform.optional() else 1.0
+    return choose([first, *map(fold.pair.allowed, others)], error, worth) if seen else first
+
+
+def _folding(step: LayerPlan, method: str) -> Transform | None:
+    """The transform of a layer by this name, if it may be folded."""
+    return next((one for one in step.transforms if one.folds() and one.name == method), None)
+
+
+def _others(step: LayerPlan, method: str) -> tuple[Transform, ...]:
+    return tuple(one for one in step.transforms if one.name != method)
+
+
+def _has_one_scale(step: LayerPlan | None) -> bool:
+    return step is not None and step.weights.granularity.kind == "tensor"

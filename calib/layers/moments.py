@@ -1,0 +1,172 @@
+"""Second moments of a layer's inputs, H = mean x x^T: what they say of the error of its output."""
+
+import math
+from types import ModuleType
+
+import torch
+import torch.nn.functional as F
+from pydantic import BaseModel
+from torch import Tensor, nn
+
+from dmquant.convert import LayerPlan
+from dmquant.errors import UsageError
+from dmquant.grids import Grid
+from dmquant.qtensor import WeightSpec, fit, from_matrix, to_matrix
+from dmquant.rounding.lean import fit_lean
+from dmquant.scaling import DATA_RULES, fit_hessian, to_groups
+
+LARGEST = (
+    8192  # columns of a layer whose moments are kept in full if nothing demands it; beyond, those inside its groups
+)
+POSITIONS = 256  # of a row of the batch
+
+
+class Moments:
+    """Sums of x x^T over inputs (tokens, columns), in full or in blocks along the diagonal; float32.
+
+    `sums` (blocks, size, size) are in the order of the columns of the weight's matrix form, split and all; the last
+    block is padded with zeros. `together` is how many columns at most a block of moments that are demanded has; without
+    it they are for scales and formats alone, and wide layers are looked at group by group.
+    """
+
+    def __init__(self, shape: tuple[int, ...], spec: WeightSpec, device: torch.device, together: int | None = None):
+        """`shape` is that of the weight, (rows, input channels, ...)."""
+        self.columns, self.in_full = math.prod(shape[1:]), together is not None
+        self.order, group = None, spec.granularity.size or 1
+        if spec.split is not None:
+            numbers = from_matrix(torch.arange(self.columns).view(1, -1), (1, *shape[1:]))
+            self.order = to_matrix(numbers, spec.split)[0].to(device)
+        self.size = self.columns
+        if self.in_full:
+            blocks = -(-self.columns // together)
+            self.size = min(-(-self.columns // (blocks * group)) * group, self.columns)
+        elif self.columns > LARGEST and (spec.split is None or not spec.segments(shape)[0] % group):
+            self.size = spec.granularity.size or self.columns  # groups are blocks, but for a split amid one
+        blocks = -(-self.columns // self.size)
+        self.sums = torch.zeros(blocks, self.size, self.size, device=device)
+        self.tokens = 0
+
+    def add(self, x: Tensor) -> None:
+        """Count the inputs `x` (tokens, columns), in the order of the matrix form without a split."""
+        x = x.float() if self.order is None else x[:, self.order].float()
+        blocks = F.pad(x, (0, -self.columns % self.size)).view(len(x), -1, self.size).transpose(0, 1)
+        self.sums.baddbmm_(blocks.transpose(1, 2), blocks)
+        self.tokens += len(x)
+
+    def blocks(self) -> list[Tensor]:
+        """The sums of one block of columns after another, each (its columns, its columns), without padding."""
+        widths = [min(self.size, self.columns - first) for first in range(0, self.columns, self.size)]
+        return [sums[:width, :width] for sums, width in zip(self.sums, widths, strict=True)]
+
+    def inside_groups(self, spec: WeightSpec, shape: tuple[int, ...]) -> Tensor:
+        """What matters of them within the groups of a weight of this shape: (groups, n, n), padded with 0."""
+        numbers = torch.arange(1, self.columns + 1, device=self.sums.device).view(1, -1)
+        groups = to_groups(numbers, spec.granularity, spec.segments(shape)).squeeze(0)
+        sums = self.sums / max(self.tokens, 1)
+        if spec.split is None and groups.shape == sums.shape[:2]:
+            return sums
+        block, place = (groups - 1).clamp(min=0) // self.size, (groups - 1).clamp(min=0) % self.size
+        one, other = groups.unsqueeze(2), groups.unsqueeze(1)
+        known = (one > 0) & (other > 0) & (block.unsqueeze(2) == block.unsqueeze(1))
+        return sums[block.unsqueeze(2), place.unsqueeze(2), place.unsqueeze(1)].where(known, 0.0)
+
+    def output_error(self, error: Tensor) -> float:
+        """Mean squared output, summed over rows, that the error of a weight's matrix form (rows, columns) makes."""
+        parts = F.pad(error, (0, -self.columns % self.size)).view(len(error), -1, self.size).transpose(0, 1)
+        return float((torch.bmm(parts, self.sums) * parts).sum() / max(self.tokens, 1))
+
+
+def moments_for(
+    layer: nn.Module, plan: LayerPlan, method: ModuleType, options: BaseModel, device: torch.device
+) -> Moments | None:
+    """Where the moments of a layer's inputs are to be collected; None where nothing asks for them.
+
+    In full where the rounding `method` or a transform needs them, in blocks of as many columns as `options`, those of
+    GPTQ, say; a convolution without columns of its own is then left to nearest.
+    """
+    needed = method.NEEDS_MOMENTS or any(one.weighs_by_moments(one.options) for one in plan.transforms)
+    demanded = needed and has_columns(layer)
+    if not demanded and (plan.weights.scale == "lean" or not needs_moments(plan)):
+        return None
+    return Moments(tuple(layer.weight.shape), plan.weights, device, options.columns if demanded else None)
+
+
+def has_columns(layer: nn.Module) -> bool:
+    """Whether all output channels meet the same inputs, and those can be listed."""
+    return isinstance(layer, nn.Linear) or (
+        layer.groups == 1 and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
+    )
+
+
+def alike(x: Tensor) -> Tensor:
+    """`x` with each row of the batch over its RMS, in float32: no timestep weighs more for its size.
+
+    Rows, because the rows of a backbone call have timesteps of their own; their mean square is all that is taken off.
+    """
+    rms = x.float().flatten(1).square().mean(1).sqrt().clamp(min=1e-30)
+    return x.float() / rms.view(-1, *(1,) * (x.ndim - 1))
+
+
+def columns_of(layer: nn.Linear | nn.Conv2d, x: Tensor) -> Tensor:
+    """The inputs that output positions meet, (positions, columns); columns as in the weight's matrix form.
+
+    Of each row's tokens or pixels at most POSITIONS are taken, the same ones in every call.
+    """
+    if isinstance(layer, nn.Linear):
+        return (x if x.ndim < 3 else x[..., some_of(x.shape[-2], POSITIONS, x.device), :]).flatten(0, -2)
+    if layer.groups != 1:
+        raise UsageError("scales by output error are not for grouped convolutions: give them scale: mse in a rule")
+    if layer.padding_mode != "zeros" or isinstance(layer.padding, str):
+        raise UsageError("scales by output error are for convolutions with numeric zero padding: use scale: mse")
+    return _patches(layer, x)
+
+
+def _patches(layer: nn.Conv2d, x: Tensor) -> Tensor:
+    """What the kernel covers at some output positions: (positions, kernel height * width * channels)."""
+    (down, right), (high, wide) = layer.stride, layer.kernel_size
+    padded = F.pad(x, (layer.padding[1],) * 2 + (layer.padding[0],) * 2)
+    rows = torch.arange(high, device=x.device) * layer.dilation[0]
+    columns = torch.arange(wide, device=x.device) * layer.dilation[1]
+    height = (padded.shape[-2] - (high - 1) * layer.dilation[0] - 1) // down + 1
+    width = (padded.shape[-1] - (wide - 1) * layer.dilation[1] - 1) // right + 1
+    chosen = some_of(height * width, POSITIONS, x.device).view(-1, 1, 1)
+    patches = padded[:, :, chosen // width * down + rows.view(-1, 1), chosen % width * right + columns]
+    return patches.movedim(1, -1).flatten(0, 1).flatten(1)
+
+
+def some_of(count: int, most: int, device: torch.device) -> Tensor:
+    """Numbers of tokens or pixels to look at, at most so many of `count`: neighbours say nearly the same."""
+    if count <= most:
+        return torch.arange(count, device=device)
+    return torch.randperm(count, generator=torch.Generator().manual_seed(0))[:most].to(device)
+
+
+def fit_grid(weight: Tensor, plan: LayerPlan, moments: Moments | None, options: BaseModel | None = None) -> Grid:
+    """The grid of a layer's weight: its scales fitted, and of its candidate formats the one of least output error.
+
+    `options` are those of the rounding method, which scales that are fitted for it look at.
+    """
+    matrix, shape = to_matrix(weight.detach().float(), plan.weights.split), tuple(weight.shape)
+    specs = [plan.weights.with_format(fmt) for fmt in plan.candidates] or [plan.weights]
+    grids = [_fit(matrix, spec, shape, moments, options) for spec in specs]
+    if len(grids) == 1:
+        return grids[0]
+    return min(grids, key=lambda grid: moments.output_error(grid.nearest - matrix))
+
+
+def needs_moments(plan: LayerPlan) -> bool:
+    """Whether its scales or its format cannot be fitted without them."""
+    return plan.weights.scale in DATA_RULES or bool(plan.candidates)
+
+
+def _fit(
+    matrix: Tensor, spec: WeightSpec, shape: tuple[int, ...], moments: Moments | None, options: BaseModel | None
+) -> Grid:
+    if spec.scale == "lean":
+        return fit_lean(matrix, spec, shape, moments.blocks(), options)
+    if spec.scale == "hessian":
+        groups = to_groups(matrix, spec.granularity, spec.segments(shape))
+        scales = fit_hessian(groups, spec.fmt, spec.store, moments.inside_groups(spec, shape))
+    else:
+        scales = fit(matrix, spec, spec.segments(shape))
+    return Grid(matrix, spec, scales, shape)

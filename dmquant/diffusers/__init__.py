@@ -1,0 +1,1 @@
+"""Everything that knows diffusers: its quantizer, its pipelines, and the families of its backbones."""

@@ -1,0 +1,50 @@
+"""How dmquant calls a diffusers pipeline, to make images and to learn from it alike."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def call_pipeline(
+    pipeline: Any, prompts: Sequence[str], seeds: Sequence[int], output_type: str, call: dict[str, Any]
+) -> Any:
+    """The images (or latents, by `output_type`) of one call, without a progress bar and without gradients.
+
+    Every prompt starts from the noise of its own seed, drawn on the CPU, so that it depends neither on the batch nor on
+    the device. `call` holds the arguments other than prompt, generator and output type.
+    """
+    generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+    with _no_progress_bar(pipeline), torch.inference_mode():
+        return pipeline(prompt=list(prompts), generator=generators, output_type=output_type, **call).images
+
+
+@contextlib.contextmanager
+def _no_progress_bar(pipeline: Any) -> Iterator[None]:
+    before = dict(getattr(pipeline, "_progress_bar_config", {}))
+    pipeline.set_progress_bar_config(**before | {"disable": True})
+    try:
+        yield
+    finally:
+        pipeline.set_progress_bar_config(**before)
+
+
+def final_latents(pipeline: Any, prompts: Sequence[str], seed: int, call: dict[str, Any]) -> Tensor:
+    """Latents (prompts, channels, height, width) at the end of the schedule; prompt i has its own seed, `seed` + i.
+
+    Args:
+        call: arguments of the pipeline's call other than prompt, generator and output type.
+    """
+    seeds = [seed + index for index in range(len(prompts))]
+    return call_pipeline(pipeline, prompts, seeds, "latent", call)
+
+
+def backbone_calls(pipeline: Any, steps: int) -> int:
+    """Calls of the backbone in one pipeline call of `steps` steps: some schedulers add some."""
+    scheduler = pipeline.scheduler
+    # The shift by image size moves timesteps and adds none, but flow matching refuses to go without.
+    shift = {"mu": 0.0} if getattr(scheduler.config, "use_dynamic_shifting", False) else {}
+    scheduler.set_timesteps(steps, **shift)
+    return len(scheduler.timesteps)

@@ -1,0 +1,225 @@
+"""The quantizer that diffusers' `from_pretrained` and `save_pretrained` call.
+
+Loading a full-precision checkpoint with a `QuantConfig` quantizes a layer at a time as its weight is read; loading a
+quantized one fills empty quantized layers with its bytes. Registered by `dmquant.diffusers.registering`.
+"""
+
+import enum
+import inspect
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.quantizers import auto
+from diffusers.quantizers.base import DiffusersQuantizer
+from diffusers.quantizers.quantization_config import QuantizationConfigMixin
+from torch import nn
+
+from dmquant.activations import TimestepRanges
+from dmquant.convert import plan, quantize_
+from dmquant.errors import UsageError, UserError
+from dmquant.layers import QUANTIZED, quantize_layer, share_timesteps
+from dmquant.recipe import Recipe
+
+VERSION = 2
+"""Of what config.json says. 1: the codes of a convolution were in the order (in, height, width), not channels last."""
+_PACKED = ("qweight", "scale", "scale_base", "input_scale")
+
+
+class QuantMethod(str, enum.Enum):
+    """diffusers reads `.value` of the method's name."""
+
+    DMQUANT = "dmquant"
+
+
+class QuantConfig(QuantizationConfigMixin):
+    """A `quantization_config` for diffusers: a recipe by name, by bits (`w4a6`), from a YAML file, or as a dict.
+
+    `w` and `a` set its formats and `keep` names more layers (globs) to leave in high precision. In a saved model's
+    config.json it is the recipe in full, with the `version` of its codes. Keys that are not known here are ignored.
+    """
+
+    def __init__(
+        self,
+        recipe: "str | Path | dict[str, Any] | Recipe" = "rtn",
+        w: str | None = None,
+        a: str | None = None,
+        keep: tuple[str, ...] = (),
+        version: int = VERSION,
+        **_later_versions: Any,
+    ):
+        self.quant_method, self.version = QuantMethod.DMQUANT, version
+        if isinstance(recipe, dict):
+            recipe = Recipe.model_validate(recipe)
+        elif not isinstance(recipe, Recipe):
+            recipe = Recipe.load(recipe, w, a)
+        self.recipe = recipe.keeping(keep)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"quant_method": QuantMethod.DMQUANT.value, "version": VERSION, "recipe": self.recipe.to_dict()}
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """What diffusers logs."""
+        return self.to_dict()
+
+
+class DMQuantizer(DiffusersQuantizer):
+    """Plans the layers once the skeleton is known, then swaps them: all at once before loading packed weights, or
+    each one when its float weight arrives, or all once the last has arrived where weights change together."""
+
+    use_keep_in_fp32_modules = True
+
+    def __init__(self, quantization_config: QuantConfig, **kwargs: Any):
+        super().__init__(quantization_config, **kwargs)
+        self._plans, self._whole_model = {}, False
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        """Anything that runs torch runs this."""
+
+    def update_torch_dtype(self, torch_dtype: torch.dtype | None) -> torch.dtype:
+        return torch_dtype or torch.float32
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        self._plans = {step.name: step for step in plan(model, self.quantization_config.recipe)}
+        self._whole_model = any(one.WHOLE_MODEL for step in self._plans.values() for one in step.transforms)
+        if self.pre_quantized:
+            for name, step in self._plans.items():
+                layer = model.get_submodule(name)
+                _check_order_of_codes(name, layer, self.quantization_config.version)
+                empty = QUANTIZED[type(layer)].like(layer, step.weights, step.activations, "meta", step.transforms)
+                model.set_submodule(name, empty)
+        attach(model, self)
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        if self._whole_model and not self.pre_quantized:
+            quantize_(model, self.quantization_config.recipe)
+        return model
+
+    def check_if_quantized_param(
+        self, model: nn.Module, param_value: torch.Tensor, param_name: str, state_dict: dict[str, Any], **kwargs: Any
+    ) -> bool:
+        layer_name, _, leaf = param_name.rpartition(".")
+        if layer_name not in self._plans:
+            return False
+        if self.pre_quantized:
+            return leaf in (*_PACKED, *model.get_submodule(layer_name).part_names)
+        return leaf == "weight" and not self._whole_model
+
+    def check_quantized_param_shape(self, param_name: str, current_param: Any, loaded_param: Any) -> bool:
+        if tuple(current_param.shape) != tuple(loaded_param.shape):
+            raise UserError(
+                f"{param_name} has shape {tuple(loaded_param.shape)} in the file but the recipe in config.json "
+                f"implies {tuple(current_param.shape)}: the folder does not hold one model"
+            )
+        return True
+
+    def create_quantized_param(
+        self,
+        model: nn.Module,
+        param_value: torch.Tensor,
+        param_name: str,
+        target_device: torch.device,
+        state_dict: dict[str, Any],
+        unexpected_keys: list[str] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        layer_name, _, leaf = param_name.rpartition(".")
+        layer = model.get_submodule(layer_name)
+        # Not `param_value`: diffusers has already cast that to torch_dtype.
+        stored = state_dict[param_name].to(target_device)
+        if self.pre_quantized:
+            setattr(layer, leaf, nn.Parameter(stored, requires_grad=False))
+        else:
+            step = self._plans[layer_name]
+            quantized = quantize_layer(layer, step.weights, step.activations, stored, transforms=step.transforms)
+            model.set_submodule(layer_name, quantized)
+
+    @property
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+def _check_order_of_codes(name: str, layer: nn.Module, version: int) -> None:
+    """UserError for codes that would be read in another order than they were written in."""
+    if version < VERSION and layer.weight[0, 0].numel() > 1:
+        raise UserError(
+            f"{name} was quantized by an older dmquant, which ordered a convolution's codes otherwise: "
+            "quantize the full-precision model again"
+        )
+
+
+# diffusers offers no registration; should it bring a quantizer of this name itself, that one stays.
+auto.AUTO_QUANTIZER_MAPPING.setdefault(QuantMethod.DMQUANT.value, DMQuantizer)
+auto.AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault(QuantMethod.DMQUANT.value, QuantConfig)
+
+
+class _TellTimestep:
+    """A forward pre-hook that tells a backbone's static layers the timestep; a class, so that copies keep apart."""
+
+    def __init__(self, backbone: nn.Module, ranges: TimestepRanges):
+        parameters = list(inspect.signature(type(backbone).forward).parameters)
+        if "timestep" not in parameters:
+            raise UsageError(
+                f"{type(backbone).__name__} is called without a timestep, so its layers cannot differ by "
+                "timestep range: use activation scales static:1 or online, and bias with ranges: 1"
+            )
+        self.position = parameters.index("timestep") - 1  # not counting self
+        self.ranges = ranges
+
+    def __call__(self, backbone: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        timestep = kwargs.get("timestep", next(iter(args[self.position :]), None))
+        if timestep is None:
+            raise RuntimeError(f"{type(backbone).__name__} was called without a timestep")
+        self.ranges.set(timestep)
+
+
+def attach(model: nn.Module, quantizer: DMQuantizer) -> None:
+    """Tell a diffusers model that it is quantized, so that `save_pretrained` writes it as such.
+
+    Where its layers differ by timestep range, every call tells them its timestep.
+    """
+    if ranges := share_timesteps(model):
+        model.register_forward_pre_hook(_TellTimestep(model, ranges), with_kwargs=True)
+    config = quantizer.quantization_config
+    model.register_to_config(quantization_config=config.to_dict())
+    model.hf_quantizer, model.is_quantized = quantizer, True
+    model.quantization_method = config.quant_method
+
+
+def mark_quantized(model: nn.Module, recipe: Recipe) -> None:
+    """`attach` for a model whose layers were quantized in place by `quantize_(model, recipe)`."""
+    attach(model, DMQuantizer(QuantConfig(recipe), pre_quantized=True))
+
+
+def save_pipeline(pipeline: Any, folder: str | Path) -> None:
+    """`save_pretrained`, without what would tie the folder to this machine or to one dtype.
+
+    diffusers writes local paths as `_name_or_path`. And transformers loads a text encoder in the dtype that its config
+    names while diffusers loads everything else in float32, so by default the two would not fit together.
+    Raises OSError as the disk does.
+    """
+    folder = Path(folder)
+    pipeline.save_pretrained(folder, safe_serialization=True)
+    for file in (folder / "model_index.json", *folder.glob("*/*config.json")):
+        content = json.loads(file.read_text())
+        portable = {key: value for key, value in content.items() if key != "_name_or_path"}
+        if "dtype" in portable:
+            portable["dtype"] = "float32"
+        if portable != content:
+            file.write_text(json.dumps(portable, indent=2) + "\n")
+
+
+def load_pipeline(folder: str | Path, **options: Any) -> Any:
+    """`DiffusionPipeline.from_pretrained` with dmquant registered; `options` are its own."""
+    from diffusers import DiffusionPipeline
+
+    return DiffusionPipeline.from_pretrained(folder, **options)

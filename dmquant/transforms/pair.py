@@ -1,0 +1,62 @@
+"""Two layers with nothing but a linear function between them: range can move from one to the other."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Pair:
+    """`firsts` give channels that only `seconds` read; of the output of a first one, `channels` from the beginning."""
+
+    firsts: tuple[nn.Module, ...]
+    seconds: tuple[nn.Linear, ...]
+    channels: int
+
+    @property
+    def needs_powers_of_two(self) -> bool:
+        """Whether other factors would round weights: in 16 bits, not in float32."""
+        return self.seconds[0].weight.dtype.itemsize < 4
+
+    def allowed(self, factor: Tensor) -> Tensor:
+        """`factor` as it is, or each at the nearest power of two; same shape and dtype."""
+        return factor.float().log2().round().exp2().to(factor.dtype) if self.needs_powers_of_two else factor
+
+    @torch.no_grad()
+    def scale_(self, factor: Tensor) -> None:
+        """Multiply each of the channels by a factor in the firsts and divide it out of the seconds' weights, in place.
+
+        `factor` is float32 (channels,). The function stays: to rounding, or with powers of two to the bit.
+        """
+        for layer in self.firsts:
+            for parameter in (layer.weight, layer.bias):
+                if parameter is not None:
+                    part = parameter[: self.channels]
+                    part.mul_(factor.view(-1, *[1] * (part.ndim - 1)).to(part.dtype))
+        for layer in self.seconds:
+            layer.weight.div_(factor.to(layer.weight.dtype))
+
+
+Finder = Callable[[nn.Module], Iterator[Pair]]
+_finders: list[Finder] = []
+
+
+def finds_pairs(finder: Finder) -> Finder:
+    """Decorate a function that yields the pairs of one block by the block's structure, none for another block."""
+    _finders.append(finder)
+    return finder
+
+
+def pairs(module: nn.Module) -> Iterator[Pair]:
+    """The pairs of a module by every finder in the order of their registration (dmquant.diffusers.pairs)."""
+    for finder in _finders:
+        for block in module.modules():
+            yield from (pair for pair in finder(block) if _fits(pair))
+
+
+def _fits(pair: Pair) -> bool:
+    """Whether all layers are plain and of fitting size."""
+    firsts = all(type(one) in (nn.Linear, nn.LayerNorm) and len(one.weight) >= pair.channels for one in pair.firsts)
+    return firsts and all(type(one) is nn.Linear and one.in_features == pair.channels for one in pair.seconds)

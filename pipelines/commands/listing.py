@@ -1,0 +1,226 @@
+"""What there is: models, formats, recipes, this machine, and what is inside a folder; as tables on the screen."""
+
+import fnmatch
+import json
+from pathlib import Path
+
+from rich.table import Table
+from torch import nn
+
+from dmquant.convert import plan
+from dmquant.diffusers.families import Family, families
+from dmquant.diffusers.families.generic import COMPONENTS, GENERIC, ends
+from dmquant.diffusers.quantizer import QuantConfig, QuantMethod
+from dmquant.errors import UserError
+from dmquant.evaluation.report_tables import size_text
+from dmquant.formats import get_format
+from dmquant.host.console import Console, quiet_libraries
+from dmquant.pipelines.commands import doctor as examination
+from dmquant.pipelines.defaults import DEFAULT_RECIPE
+from dmquant.pipelines.models import folders
+from dmquant.pipelines.models.hub import readable
+from dmquant.pipelines.models.registry import registered_models
+from dmquant.pipelines.models.skeleton import skeleton
+from dmquant.pipelines.runs import runfolder
+from dmquant.pipelines.runs.settings import format_name
+from dmquant.recipe import Recipe, bits_names, recipe_names
+from dmquant.scaling import BLOCK_FORMATS
+
+GUIDANCE = {
+    "rows": "guidance by rows with and without the prompt in one call",
+    "embedded": "guidance as an input, one row an image",
+}
+FORMATS = (
+    *("fp4_e2m1", "fp4_e1m2", "fp4_e3m0", "fp6_e2m3", "fp6_e3m2", "fp8_e4m3", "fp8_e5m2", "fp8_e3m4"),
+    *(f"int{bits}" for bits in range(2, 9)),
+)
+SHORT_NAMES = ("fp4", "fp6", "fp8")
+PACKED = ("qweight", "scale", "scale_base")
+MARKS = {"ok": "ok", "warn": "note", "missing": "missing"}
+
+
+def models() -> None:
+    """One row a registered model."""
+    table = _table("model", "what it is", "family", "size", "steps", "guidance", "dtype", "download", "licence")
+    for spec in registered_models().values():
+        download = "none" if spec.is_embedded else readable(spec.download_bytes)
+        table.add_row(
+            spec.name,
+            spec.description,
+            spec.family,
+            f"{spec.width}x{spec.height}",
+            str(spec.steps),
+            f"{spec.guidance:g}",
+            spec.dtype,
+            download,
+            spec.license or "",
+        )
+    console = Console()
+    console.show(table)
+    console.say("A Hub id or a local diffusers folder works too, if its pipeline is one of:")
+    console.say(", ".join(sorted(name for family in families().values() for name in family.pipelines)))
+    console.say(f"--family {GENERIC} takes any other text-to-image pipeline, with recipes that need no calibration.")
+
+
+def formats() -> None:
+    """One row a number format, then the block formats."""
+    short = {get_format(name).name: name for name in SHORT_NAMES}
+    table = _table("format", "short", "bits", "values", "largest", "smallest above 0")
+    for name in FORMATS:
+        fmt = get_format(name)
+        table.add_row(
+            fmt.name,
+            short.get(fmt.name, ""),
+            str(fmt.bits),
+            str(len(fmt.values)),
+            f"{fmt.max:g}",
+            f"{fmt.min_positive:g}",
+        )
+    blocks = _table("block format", "format", "scale of", "scale stored as")
+    for name, block in BLOCK_FORMATS.items():
+        blocks.add_row(name, get_format(block.format).name, str(block.granularity), block.store)
+    console = Console()
+    console.show(table)
+    console.show(blocks)
+    console.say("Any fpN_eXmY with N = 1 + X + Y up to 8 works too; none (or bf16) leaves a tensor alone.")
+
+
+def recipes() -> None:
+    """One row a recipe that comes with the package."""
+    table = _table("recipe", "data", "rounding", "weights", "activations", "granularity", "scale rule", "what it does")
+    for name in [*recipe_names(), *bits_names()]:
+        recipe = Recipe.load(name)
+        table.add_row(
+            name,
+            "calibrated" if recipe.calibrated else "data-free",
+            recipe.rounding.method,
+            _formats(recipe.weights, recipe.candidates),
+            format_name(recipe.activations),
+            recipe.granularity,
+            recipe.scale,
+            recipe.description,
+        )
+    console = Console()
+    console.show(table)
+    console.say(f"--recipe is {DEFAULT_RECIPE} unless named. --w and --a set the formats of any of them.")
+    console.say("A YAML file with the same keys is a recipe too.")
+
+
+def _formats(weights: str, candidates: list[str] | None) -> str:
+    """The format of the weights, or those that calibration chooses from."""
+    return " or ".join(candidates) if candidates else format_name(weights)
+
+
+def doctor() -> None:
+    """One row a check of this machine."""
+    quiet_libraries()
+    table = _table("", "check", "found", "what to do")
+    for check in examination.examine():
+        table.add_row(MARKS[check.status], check.name, check.detail, check.remedy)
+    Console().show(table)
+
+
+def inspect(folder: Path, layers: bool) -> None:
+    """The parts of a pipeline folder (or of the model in a run folder), their bytes, and what its backbone is.
+
+    Raises UserError for a folder that holds no pipeline, or one that is not whole.
+    """
+    quiet_libraries()
+    if runfolder.is_run(folder):
+        folder = folder / runfolder.MODEL
+    if not folder.exists():
+        raise UserError(f"there is no folder {folder}")
+    pipeline = folders.pipeline_class(folder)
+    folders.check_whole(folder)
+    console = Console()
+    parts = _table("part", "files", "size")
+    for name in folders.components(folder):
+        files = [path for path in sorted((folder / name).rglob("*")) if path.is_file()]
+        parts.add_row(name, str(len(files)), size_text(sum(path.stat().st_size for path in files)))
+    console.say(f"{folder}: {pipeline}")
+    console.show(parts)
+    component = next((name for name in COMPONENTS if name in folders.components(folder)), None)
+    if component is None:
+        console.say(f"no {' or '.join(COMPONENTS)} in it")
+        return
+    backbone = folders.read_json(folder / component / "config.json").get("_class_name")
+    family = next((family for family in families().values() if backbone in family.backbones), None)
+    known = (
+        f"no family knows it, --family {GENERIC} fits"
+        if family is None
+        else f"family {family.name}, {GUIDANCE[family.guidance]}"
+    )
+    console.say(f"{component}: {backbone}, {known}")
+    method = folders.quantization(folder, component)
+    if method == QuantMethod.DMQUANT.value:
+        _inspect_quantized(folder / component, layers, console)
+    elif method is not None:
+        console.say(f"{component}: quantized by {method}")
+    else:
+        _inspect_full_precision(folder / component, family, console)
+
+
+def _inspect_full_precision(folder: Path, family: Family | None, console: Console) -> None:
+    """What stays in high precision when a backbone is quantized, and why."""
+    backbone = skeleton(folder)
+    layers = {name: each for name, each in backbone.named_modules() if isinstance(each, nn.Linear | nn.Conv2d)}
+    keep = {**families()[GENERIC].keep, **ends(backbone)} if family is None else family.keep
+    table = _table("kept in high precision", "layers", "weights", "why")
+    for glob, why in keep.items():
+        kept = fnmatch.filter(layers, glob)
+        if kept:
+            table.add_row(glob, str(len(kept)), f"{sum(layers[name].weight.numel() for name in kept):,}", why)
+    weights = sum(layer.weight.numel() for layer in layers.values())
+    console.say(f"{folder.name}: full precision, {len(layers)} layers with {weights:,} weights")
+    console.show(table)
+
+
+def _inspect_quantized(folder: Path, layers: bool, console: Console) -> None:
+    """What the recipe in a backbone's config.json makes of its layers, and what its files hold."""
+    recipe = QuantConfig(**folders.read_json(folder / "config.json")["quantization_config"]).recipe
+    backbone = skeleton(folder)
+    plans = plan(backbone, recipe)
+    sizes = _tensor_bytes(folder)
+    packed_of = {}
+    for step in plans:
+        parts = [*PACKED, *(f"{one.name}_{part}" for one in step.transforms for part in one.parts())]
+        packed_of[step.name] = sum(sizes.get(f"{step.name}.{part}", 0) for part in parts)
+    packed = sum(packed_of.values())
+    weights = sum(backbone.get_submodule(step.name).weight.numel() for step in plans)
+    console.say(
+        f"{folder.name}: recipe {recipe.name}, weights {format_name(recipe.weights)}, "
+        f"activations {format_name(recipe.activations)}, {len(plans)} layers; "
+        f"{8 * packed / weights:.3f} bits a quantized weight; {size_text(packed)} packed, "
+        f"{size_text(sum(sizes.values()) - packed)} in high precision"
+    )
+    if layers:
+        table = _table("layer", "weights", "granularity", "scale", "activations", "size")
+        for step in plans:
+            activations = "none" if step.activations is None else step.activations.fmt.name
+            table.add_row(
+                step.name,
+                step.weights.fmt.name,
+                str(step.weights.granularity),
+                f"{step.weights.scale}, {step.weights.store}",
+                activations,
+                size_text(packed_of[step.name]),
+            )
+        console.show(table)
+
+
+def _tensor_bytes(folder: Path) -> dict[str, int]:
+    """Bytes of every tensor in a component's safetensors files, by name; reads the headers only."""
+    sizes = {}
+    for path in folder.glob("*.safetensors"):
+        with path.open("rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        entries = {name: entry["data_offsets"] for name, entry in header.items() if name != "__metadata__"}
+        sizes |= {name: end - begin for name, (begin, end) in entries.items()}
+    return sizes
+
+
+def _table(*headers: str) -> Table:
+    table = Table()
+    for header in headers:
+        table.add_column(header, overflow="fold")
+    return table

@@ -1,0 +1,231 @@
+"""The commands: a whole run, and each of its stages alone on folders."""
+
+import contextlib
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import yaml
+
+from dmquant.errors import UsageError, UserError
+from dmquant.evaluation.generate import pruned_and_missing, read_prompt
+from dmquant.evaluation.image_grid import draw_grid
+from dmquant.evaluation.images import generated_images
+from dmquant.evaluation.networks import Networks
+from dmquant.host import processes
+from dmquant.host.console import Console, quiet_libraries
+from dmquant.pipelines.models import folders
+from dmquant.pipelines.models.hashes import pipeline_hashes
+from dmquant.pipelines.models.loading import checked_folder, load_full_precision, resolve_device
+from dmquant.pipelines.prompts.lists import load_prompts
+from dmquant.pipelines.runs import runfolder
+from dmquant.pipelines.runs.report import (
+    build_report,
+    closing_table,
+    comparison_tables,
+    metrics_table,
+    unfinished,
+    write_all_reports,
+)
+from dmquant.pipelines.runs.run import Run, make_model_together
+from dmquant.pipelines.runs.runfolder import RunFolder, claim, fingerprint, is_full_disk
+from dmquant.pipelines.runs.scores import write_table
+from dmquant.pipelines.runs.settings import Settings, clip_source, resolve_metrics
+from dmquant.pipelines.runs.work import load_quantized, make_images, make_scores
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+    from dmquant.pipelines.sweep.space import Space
+
+
+def run(settings: Settings, out: Path, overwrite: bool) -> None:
+    """Take a model from full precision to a quantized, compared and scored folder, or from where that stopped."""
+    quiet_libraries()
+    console = Console()
+    source = processes.current().on_main(lambda: checked_folder(settings.model, console.say))
+    with (
+        claim(out, settings.model.name, overwrite) as folder,
+        console.logging_to(out / runfolder.LOG),
+        _explaining_a_full_disk(out),
+    ):
+        Run(settings, source, folder, console).finish()
+
+
+def compare(settings: Mapping[str, Settings], out: Path, overwrite: bool) -> None:
+    """Quantize a model by several recipes and compare all with the same images, or from where that stopped."""
+    from dmquant.pipelines.runs.compare import Comparison  # brings matplotlib, which no other command needs
+
+    quiet_libraries()
+    console = Console()
+    model = next(iter(settings.values())).model
+    source = processes.current().on_main(lambda: checked_folder(model, console.say))
+    with (
+        claim(out, model.name, overwrite) as folder,
+        console.logging_to(out / runfolder.LOG),
+        _explaining_a_full_disk(out),
+    ):
+        Comparison(settings, source, folder, console).finish()
+
+
+def sweep(
+    space: "Space", out: Path, overwrite: bool, engine: str, workers: int | None, threads: int | None, keep_images: bool
+) -> None:
+    """Do every trial of a design space and set quality against cost, or from where that stopped."""
+    from dmquant.pipelines.sweep.engines import Crew
+    from dmquant.pipelines.sweep.sweep import Sweep  # brings matplotlib
+
+    quiet_libraries()
+    console, common = Console(), space.trials[0].settings
+    source = checked_folder(common.model, console.say)
+    with (
+        claim(out, common.model.name, overwrite) as folder,
+        console.logging_to(out / runfolder.LOG),
+        _explaining_a_full_disk(out),
+    ):
+        crew = Crew.of(workers, threads, common.device)
+        Sweep(space, source, folder, console, engine, crew, keep_images).finish()
+
+
+def list_trials(space: "Space") -> None:
+    """Print the trials of a design space, and how many there are."""
+    from dmquant.pipelines.sweep.sweep import count_line, left_out_line
+
+    console = Console()
+    for trial in space.trials:
+        console.say("  ".join((trial.technique, *trial.settings.formats)))
+    for line in filter(None, (left_out_line(space), count_line(space))):
+        console.say(line)
+
+
+def quantize(settings: Settings, out: Path, overwrite: bool) -> None:
+    """Write the quantized pipeline of a model to the folder `out`, without making images.
+
+    What calibration has done so far is kept beside it until the pipeline is written, so that a command that was
+    killed continues there when it is given again.
+    """
+    quiet_libraries()
+    everyone, console = processes.current(), Console()
+    everyone.on_main(lambda: _refuse_to_replace(out, overwrite))
+    workspace = out.with_name(f"{out.name}.{runfolder.CALIBRATION}")
+
+    def load() -> "DiffusionPipeline":
+        return load_full_precision(settings.model, settings.dtype, settings.device, console.say)
+
+    with _explaining_a_full_disk(out):
+        make_model_together(load, settings, out, console, workspace)
+    everyone.on_main(lambda: shutil.rmtree(workspace, ignore_errors=True))
+    console.say(f"model: {out}")
+
+
+def _refuse_to_replace(out: Path, overwrite: bool) -> None:
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    if not (out / folders.INDEX).is_file():
+        raise UserError(f"{out} holds something else than a pipeline; choose another folder with --out")
+    if not overwrite:
+        raise UserError(f"{out} already holds a pipeline; choose another folder with --out, or add --overwrite")
+
+
+def generate(settings: Settings, out: Path) -> None:
+    """Make one image a prompt in the folder `out`, with a model at full precision or one that dmquant quantized."""
+    quiet_libraries()
+    console = Console()
+    folder = Path(settings.model.source)
+    quantized = folder.is_absolute() and folders.quantization(folder, settings.family.component) is not None
+    everyone = processes.current()
+    source = folder if quantized else everyone.on_main(lambda: checked_folder(settings.model, console.say))
+    hashes = everyone.on_main(lambda: pipeline_hashes(source, settings.family.component))
+    requests = settings.requests(fingerprint(files=hashes))
+    if not everyone.on_main(lambda: pruned_and_missing(out, requests)):
+        console.say(f"images: all {len(requests)} are in {out}")
+        return
+    with _explaining_a_full_disk(out):
+        pipeline = (
+            load_quantized(folder, settings)
+            if quantized
+            else load_full_precision(settings.model, settings.dtype, settings.device, console.say)
+        )
+        make_images(pipeline, requests, out, settings, console, "images")
+
+
+def score(
+    fp: Path,
+    quantized: Path,
+    metrics: str | None,
+    real: Path | None,
+    prompts: str | None,
+    clip: str | None,
+    device: str,
+    csv: Path | None,
+) -> None:
+    """Print the metrics of two folders of images that pair up by name; those of each image go to the file `csv`."""
+    quiet_libraries()
+    console = Console()
+    names, device = resolve_metrics(metrics, real), resolve_device(device)
+    listed = None if prompts is None else load_prompts(prompts)
+    networks = Networks(device, clip_source(clip), say=console.say)
+    scores, reference = processes.current().together(
+        lambda: make_scores(fp, quantized, names, real, networks, console, listed)
+    )[0]
+    console.show(metrics_table(scores, reference))
+    if csv is not None:
+        shown = tuple(listed or (read_prompt(path) or "" for path in generated_images(quantized)))
+        write_table(csv, quantized, shown, {name: metric.values for name, metric in scores.items()})
+        console.say(f"scores of each image: {csv}")
+
+
+def grid(
+    fp: Path,
+    quantized: Sequence[Path],
+    out: Path,
+    rows: int,
+    worst: bool,
+    difference: float | None,
+    per_line: int | None,
+) -> None:
+    """Draw images beside full precision, with the prompts that they carry, or their names where they carry none."""
+    prompts = [read_prompt(path) or path.stem for path in generated_images(fp)]
+    names = ["quantized"] if len(quantized) == 1 else _distinct_names(quantized)
+    columns = {"full precision": fp, **dict(zip(names, quantized, strict=True))}
+    drawn = processes.current().on_main(lambda: draw_grid(columns, prompts, out, rows, difference, worst, per_line))
+    Console().say(f"grid: {drawn}")
+
+
+def _distinct_names(paths: Sequence[Path]) -> list[str]:
+    """The last part of each path, and as many before it as tell all apart."""
+    parts = [path.absolute().parts for path in paths]
+    for count in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(each[-count:]) for each in parts]
+        if len(set(names)) == len(names):
+            return names
+    raise UsageError("the same folder of images is given twice")
+
+
+def report(folder: Path) -> None:
+    """Write the reports of a finished run again."""
+    run_folder = RunFolder(folder)
+    settings = yaml.safe_load((folder / runfolder.SETTINGS).read_text(encoding="utf-8"))
+    if runfolder.TRIALS in settings:
+        raise UserError(f"{folder} holds a sweep: its own command, given again, writes its tables again")
+    absent = unfinished(run_folder, settings)
+    if absent:
+        raise UserError(f"{folder} is not finished ({', '.join(absent)} not done); run its command again to resume")
+    result = build_report(run_folder, settings)
+    console = Console()
+    processes.current().on_main(lambda: write_all_reports(run_folder, settings, result, console))
+    for table in comparison_tables(result) if "recipes" in settings else [closing_table(result)]:
+        console.show(table)
+
+
+@contextlib.contextmanager
+def _explaining_a_full_disk(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        if not is_full_disk(error):
+            raise
+        raise UserError(
+            f"the disk that holds {out} is full: make room and run the same command to resume; what is done stays"
+        ) from error

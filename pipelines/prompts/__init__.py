@@ -1,0 +1,1 @@
+"""Lists of prompts, shipped or from files."""

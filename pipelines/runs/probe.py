@@ -1,0 +1,198 @@
+"""Per-layer output error: the same few backbone calls on both sides, and a sample of what every layer gives in them.
+
+The calls are those of the full-precision pipeline's own sampler. In them the quantized backbone runs as a whole, so the
+error of a layer is accumulated: it contains what came in from the layers before it.
+"""
+
+import contextlib
+import functools
+import json
+import math
+from collections.abc import Callable, Container, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from dmquant.diffusers.calling import backbone_calls, final_latents
+from dmquant.calib.blocks.replay import Arguments
+from dmquant.calib.data.tree import flatten, unflatten
+from dmquant.errors import UserError
+from dmquant.host.files import replacing
+from dmquant.layers import QUANTIZED
+from dmquant.diffusers.watching import watching_steps
+
+CALLS = 4
+SAMPLE = 4096
+"""Elements of one output that are looked at: the relative error of that many independent ones is known to 2 %."""
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Backbone calls of a full-precision pipeline, and by layer a sample of its outputs in all of them; on the CPU."""
+
+    calls: list[Arguments]
+    outputs: dict[str, Tensor]
+
+    def save(self, path: Path, key: str) -> None:
+        """Write one file, whole or not at all; `key` stands for everything that the probe depends on."""
+        skeleton, leaves = flatten(self.calls)
+        tensors = {f"argument.{index}": leaf.tensor.clone() for index, leaf in enumerate(leaves)}
+        tensors |= {f"output.{index}": output for index, output in enumerate(self.outputs.values())}
+        about = {"calls": skeleton, "arguments": len(leaves), "layers": list(self.outputs)}
+        with replacing(path) as partial:
+            save_file(tensors, partial, metadata={"key": key} | {part: json.dumps(it) for part, it in about.items()})
+
+    @classmethod
+    def load(cls, path: Path, key: str) -> "Probe | None":
+        """The probe of that key as it was saved; None where there is none, or a damaged one."""
+        try:
+            with safe_open(path, framework="pt") as file:
+                about = file.metadata() or {}
+                if about.get("key") != key:
+                    return None
+                skeleton, count, names = (json.loads(about[part]) for part in ("calls", "arguments", "layers"))
+                arguments = [file.get_tensor(f"argument.{index}") for index in range(count)]
+                outputs = {name: file.get_tensor(f"output.{index}") for index, name in enumerate(names)}
+                return cls(unflatten(skeleton, arguments), outputs)
+        except (OSError, SafetensorError, LookupError, ValueError):
+            return None
+
+
+def make_probe(
+    pipeline: Any,
+    component: str,
+    prompts: Sequence[str],
+    *,
+    seed: int,
+    call: dict[str, Any],
+    progress: Progress = lambda done, total: None,
+) -> Probe:
+    """The probe of a full-precision pipeline: one run of its sampler, then its chosen backbone calls once more.
+
+    Args:
+        component: attribute of the pipeline that is the backbone.
+        prompts: one batch; prompt i starts from the noise of seed `seed` + i.
+        call: arguments of the pipeline's call other than prompt, generator and output type.
+        progress: told after every step of the sampler, and every repeated call, how many are done of how many.
+
+    Raises UserError where the backbone is never called, or with arguments that cannot be kept.
+    """
+    backbone, steps = getattr(pipeline, component), backbone_calls(pipeline, call["num_inference_steps"])
+    chosen = _spread(steps)
+    total = steps + len(chosen)
+    recorder = _Recorder(chosen, lambda done: progress(done, total))
+    handle = backbone.register_forward_pre_hook(recorder.record, with_kwargs=True)
+    try:
+        with watching_steps(pipeline, recorder.count):
+            final_latents(pipeline, prompts, seed, call)
+    finally:
+        handle.remove()
+    if not recorder.calls:
+        raise UserError(f"the pipeline never called its {type(backbone).__name__}: its layers cannot be compared")
+    calls, names = list(recorder.calls.values()), layer_names(backbone, QUANTIZED)
+    return Probe(calls, sampled_outputs(backbone, calls, names, lambda done, _: progress(steps + done, total)))
+
+
+def output_errors(
+    backbone: nn.Module, probe: Probe, progress: Progress = lambda done, total: None
+) -> dict[str, float | None]:
+    """Sum of |q - fp|^2 over sum of |fp|^2 of the outputs of every quantized layer, in the order in which they run.
+
+    None for a layer that the calls do not reach (those come last), for one whose output at full precision is zero, and
+    for one with NaN or infinity in its output.
+    """
+    names = layer_names(backbone, QUANTIZED.values())
+    outputs = sampled_outputs(backbone, probe.calls, names, progress)
+    order = dict.fromkeys([*outputs, *names])
+    return {name: _relative_error(outputs.get(name), probe.outputs.get(name)) for name in order}
+
+
+def layer_names(backbone: nn.Module, kinds: Container[type]) -> list[str]:
+    """Names of the modules that are exactly of one of the `kinds`."""
+    return [name for name, module in backbone.named_modules() if type(module) in kinds]
+
+
+def sampled_outputs(
+    backbone: nn.Module,
+    calls: Sequence[Arguments],
+    names: Sequence[str],
+    progress: Progress = lambda done, total: None,
+) -> dict[str, Tensor]:
+    """At most `SAMPLE` elements a call of what each named layer gives, in one row, in the order in which they run.
+
+    Layers that are never reached are left out. Positions depend on the size of the output alone, so two backbones of
+    one shape are sampled at the same.
+    """
+    device = next(backbone.parameters()).device
+    taken: dict[str, list[Tensor]] = {}
+    with _watching_outputs(backbone, names, taken), torch.inference_mode():
+        for done, (args, kwargs) in enumerate(calls, start=1):
+            skeleton, leaves = flatten([args, kwargs])
+            args, kwargs = unflatten(skeleton, [leaf.tensor.to(device, copy=True) for leaf in leaves])
+            backbone(*args, **kwargs)
+            progress(done, len(calls))
+    return {name: torch.cat(samples) for name, samples in taken.items()}
+
+
+@contextlib.contextmanager
+def _watching_outputs(backbone: nn.Module, names: Sequence[str], taken: dict[str, list[Tensor]]) -> Iterator[None]:
+    """Add samples of the outputs of the layers to `taken` until the block ends; nothing else of them is kept."""
+
+    def watch(name: str) -> Callable[[nn.Module, tuple, Tensor], None]:
+        def take(layer: nn.Module, args: tuple, output: Tensor) -> None:
+            positions = _positions(output.numel()).to(output.device)
+            taken.setdefault(name, []).append(output.take(positions).cpu())
+
+        return take
+
+    with contextlib.ExitStack() as stack:
+        for name in names:
+            stack.callback(backbone.get_submodule(name).register_forward_hook(watch(name)).remove)
+        yield
+
+
+class _Recorder:
+    """Keeps the arguments of the first backbone call of each chosen step of the sampler."""
+
+    def __init__(self, chosen: Sequence[int], progress: Callable[[int], None]):
+        self.calls: dict[int, Arguments] = {}
+        self._chosen, self._progress, self._step = frozenset(chosen), progress, 0
+
+    def record(self, backbone: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        if self._step in self._chosen and self._step not in self.calls:
+            skeleton, leaves = flatten([args, kwargs])
+            kept = [leaf.tensor.to("cpu", copy=True, memory_format=torch.contiguous_format) for leaf in leaves]
+            self.calls[self._step] = unflatten(skeleton, kept)
+
+    def count(self, timestep: float, latents: Tensor) -> None:
+        self._step += 1
+        self._progress(self._step)
+
+
+def _spread(steps: int) -> list[int]:
+    """The first, the last and evenly spread steps between them, at most `CALLS`."""
+    return sorted({round(index * (steps - 1) / (CALLS - 1)) for index in range(CALLS)})
+
+
+@functools.cache
+def _positions(count: int) -> Tensor:
+    """At most `SAMPLE` of `count` positions: a seeded random one in each of as many equal parts."""
+    if count <= SAMPLE:
+        return torch.arange(count)
+    within = torch.rand(SAMPLE, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return ((torch.arange(SAMPLE) + within) * (count / SAMPLE)).long().clamp(max=count - 1)
+
+
+def _relative_error(quantized: Tensor | None, exact: Tensor | None) -> float | None:
+    if quantized is None or exact is None:
+        return None
+    lost = (quantized.double() - exact.double()).square().sum().item()
+    power = exact.double().square().sum().item()
+    return lost / power if power and math.isfinite(lost) and math.isfinite(power) else None

@@ -1,0 +1,99 @@
+"""The score stage: what has to be computed anew, and where it goes: the run's memory, and scores.csv image by image."""
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dmquant.host import processes
+from dmquant.evaluation.images import any_images, generated_images
+from dmquant.evaluation.metrics import PER_IMAGE, THROUGH_CLIP
+from dmquant.evaluation.networks import Networks
+from dmquant.evaluation.result import Metric
+from dmquant.evaluation.score_table import columns, write_scores
+from dmquant.host.console import Console
+from dmquant.pipelines.runs.runfolder import SCORES, RunFolder, fingerprint
+from dmquant.pipelines.runs.settings import Settings
+from dmquant.pipelines.runs.work import make_scores
+
+STAGE = "scores"
+OF_REFERENCE = "_full_precision"  # ends the columns of what full precision itself scored
+
+
+def complete_scores(
+    folder: RunFolder, sides: Mapping[Path, list[str]], settings: Settings, networks: Networks, console: Console
+) -> None:
+    """Compute the scores that are missing.
+
+    `sides` are the image folders, full precision first, with the keys of the images that are in them.
+    """
+    fp, quantized = sides
+    key = scores_key({path.name: keys for path, keys in sides.items()}, settings)
+    record = processes.current().on_main(lambda: _kept(folder, key, generated_names(quantized), settings))
+    wanted = [name for name in settings.metrics if name not in record["metrics"]]
+    if not wanted:
+        console.say("scores: already there")
+        return
+    began = time.perf_counter()
+    metrics, reference = processes.current().together(
+        lambda: make_scores(fp, quantized, wanted, settings.real, networks, console, settings.prompts)
+    )[0]
+    seconds = time.perf_counter() - began
+    of_images = {name: metric.values for name, metric in metrics.items()}
+    of_images |= {name + OF_REFERENCE: metric.values for name, metric in reference.items()}
+    write_table(folder.path / SCORES, quantized, settings.prompts, of_images)
+    folder.finish(
+        STAGE,
+        key,
+        metrics=record["metrics"] | _as_json(metrics),
+        reference=record["reference"] | _as_json(reference),
+        seconds=record["seconds"] + seconds,
+        clip=settings.clip,
+    )
+    console.say(f"scores: {', '.join(wanted)} in {seconds:.1f} s; of each image: {folder.path / SCORES}")
+
+
+def scores_key(images: Mapping[str, list[str]], settings: Settings) -> str:
+    """Fingerprint of what scores depend on: the keys of the images of both sides, and the real images."""
+    return fingerprint(images=images, real=None if settings.real is None else _listing(settings.real))
+
+
+def write_table(
+    path: Path, images: Path, prompts: tuple[str, ...], values: Mapping[str, tuple[float, ...] | None]
+) -> None:
+    """Add the metrics that have a value an image to the CSV at `path`; the main process does."""
+    given = {name: column for name, column in values.items() if column is not None}
+    if given:
+        names = generated_names(images)
+        processes.current().on_main(lambda: write_scores(path, names, prompts, given))
+
+
+def generated_names(folder: Path) -> list[str]:
+    """The file names of the images in `folder`, in order."""
+    return [path.name for path in generated_images(folder)]
+
+
+def _kept(folder: RunFolder, key: str, names: list[str], settings: Settings) -> dict[str, Any]:
+    """The record of the stage with only those metrics that hold for these settings and have their images' values."""
+    record = folder.finished(STAGE, key)
+    if record is None:
+        return {"metrics": {}, "reference": {}, "seconds": 0.0}
+    table = columns(folder.path / SCORES, names) or {}
+
+    def holds(name: str, metric: dict[str, Any]) -> bool:
+        if metric["value"] is None or (name in PER_IMAGE and name not in table):
+            return False
+        return name not in THROUGH_CLIP or record.get("clip") == settings.clip
+
+    metrics = {name: metric for name, metric in record["metrics"].items() if holds(name, metric)}
+    reference = {name: metric for name, metric in record["reference"].items() if name in metrics}
+    return {"metrics": metrics, "reference": reference, "seconds": record["seconds"]}
+
+
+def _as_json(metrics: Mapping[str, Metric]) -> dict[str, Any]:
+    return {name: metric.to_json() for name, metric in metrics.items()}
+
+
+def _listing(folder: Path) -> list[tuple[str, int]]:
+    """Names and sizes of the images in a folder: enough to notice that it changed."""
+    return [(path.relative_to(folder).as_posix(), path.stat().st_size) for path in any_images(folder)]

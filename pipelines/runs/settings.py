@@ -1,0 +1,337 @@
+"""From what was typed to what a run needs: every name looked up and every value checked before any work begins."""
+
+import importlib.metadata
+import platform
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import dmquant
+from dmquant.errors import UsageError
+from dmquant.evaluation.generate import ImageRequest, batch_size_for, image_requests
+from dmquant.evaluation.images import any_images
+from dmquant.evaluation.metrics import METRICS, REAL, check_names
+from dmquant.evaluation.networks import CLIP
+from dmquant.formats import get_format
+from dmquant.pipelines.defaults import DEFAULT_RECIPE
+from dmquant.diffusers.families import Family
+from dmquant.diffusers.families.generic import GENERIC
+from dmquant.pipelines.models.loading import resolve_device, resolve_dtype
+from dmquant.pipelines.prompts.lists import PromptSet, load_prompts, read_prompts
+from dmquant.pipelines.models.registry import (
+    EMBEDDED,
+    ModelSpec,
+    call_parameters,
+    embedded_folder,
+    family_for,
+    resolve_model,
+)
+from dmquant.pipelines.runs.runfolder import fingerprint
+from dmquant.recipe import NO_FORMAT, Recipe
+from dmquant.scaling import BLOCK_FORMATS
+
+DEFAULT_PROMPTS = 64
+LATENTS = "latent_mse"
+DEFAULT_METRICS = ("psnr", "ssim", LATENTS, "fid_fp")
+WITH_CLIP, WITH_REAL, ALL = "clip_score", ("fid_real",), "all"
+PIXELS_A_LATENT = 8  # diffusers asks for sizes that this divides
+LIBRARIES = ("torch", "diffusers", "transformers")
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]i?)b?", re.IGNORECASE)
+_POWERS = "kmgt"
+
+
+@dataclass(frozen=True)
+class Options:
+    """What was typed; None stands for the model's or the recipe's own default."""
+
+    model: str
+    family: str | None = None
+    recipe: str = DEFAULT_RECIPE
+    w: str | None = None
+    a: str | None = None
+    calibration_prompts: str | None = None
+    calibration_data: Path | None = None
+    memory_budget: str | None = None
+    prompts: str | None = None
+    num_prompts: int | None = None
+    prompt_seed: int | None = None
+    steps: int | None = None
+    guidance: float | None = None
+    height: int | None = None
+    width: int | None = None
+    seed: int = 0
+    batch_size: int | None = None
+    metrics: str | None = None
+    real: Path | None = None
+    clip: str | None = None
+    device: str = "auto"
+    dtype: str | None = None
+    command: str = ""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that the result of a run depends on, except the weights themselves.
+
+    `calibration_prompts` is the whole list, of which the recipe takes as many as it asks for; `calibration_data` a
+    folder with calibration data to use or to create; `memory_budget` bytes, None for what calibration needs. Images
+    without their final latents are made again where `needs_latents`. `clip` is the CLIP model of the metrics,
+    `prompt_set` says for people which prompts these are,
+    and `command` what was typed.
+    """
+
+    model: ModelSpec
+    recipe: Recipe
+    calibration_prompts: tuple[str, ...]
+    calibration_data: Path | None
+    memory_budget: int | None
+    prompts: tuple[str, ...]
+    prompt_set: str
+    steps: int
+    guidance: float
+    height: int
+    width: int
+    seed: int
+    batch_size: int
+    metrics: tuple[str, ...]
+    needs_latents: bool
+    real: Path | None
+    clip: str
+    device: str
+    dtype_name: str
+    folder_name: str
+    command: str
+
+    @property
+    def family(self) -> Family:
+        return family_for(self.model)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return resolve_dtype(self.dtype_name, self.device)
+
+    @property
+    def formats(self) -> tuple[str, str]:
+        """Full names of the formats of weights and activations."""
+        return format_name(self.recipe.weights), format_name(self.recipe.activations)
+
+    @property
+    def call(self) -> dict[str, Any]:
+        """Arguments of the pipeline's call that all images share, as far as it takes them."""
+        sampling = {
+            "height": self.height,
+            "width": self.width,
+            "num_inference_steps": self.steps,
+            "guidance_scale": self.guidance,
+        }
+        taken = call_parameters(self.model.pipeline)
+        return {name: value for name, value in sampling.items() if name in taken} | self.model.call
+
+    def requests(self, weights: str) -> list[ImageRequest]:
+        """The images to make with the weights that the fingerprint `weights` stands for."""
+        settings = fingerprint(
+            weights=weights, call=self.call, dtype=self.dtype_name, device=self.device.partition(":")[0]
+        )
+        return image_requests(self.prompts, self.seed, settings, self.needs_latents)
+
+    def model_key(self, weights: str) -> str:
+        """Fingerprint of all that the quantized model depends on, `weights` being that of the full-precision ones.
+
+        The memory budget is not part of it: it decides where data lies, not what is computed from it.
+        """
+        data = {"calibration_prompts": self.calibration_prompts, "call": self.call} if self.recipe.calibrated else {}
+        return fingerprint(
+            source=weights,
+            recipe=self.recipe.to_dict(),
+            dtype=self.dtype_name,
+            dmquant=dmquant.__version__,
+            **data,
+        )
+
+    def to_dict(self, source_hashes: dict[str, str], recipes: dict[str, Any]) -> dict[str, Any]:
+        """What run.yaml holds; `recipes` is its part that says how the model is quantized."""
+        return {
+            "model": {
+                "name": self.model.name,
+                "source": self.model.source,
+                "family": self.model.family,
+                "pipeline": self.model.pipeline,
+                "sha256": source_hashes,
+            },
+            **recipes,
+            "calibration": {
+                "data": None if self.calibration_data is None else str(self.calibration_data),
+                "memory_budget": self.memory_budget,
+                "prompts_sha256": fingerprint(prompts=self.calibration_prompts),
+                "prompts": list(self.calibration_prompts),
+            },
+            "images": {
+                "seed": self.seed,
+                "count": len(self.prompts),
+                "batch_size": self.batch_size,
+                "height": self.height,
+                "width": self.width,
+                **self.call,
+            },
+            "metrics": list(self.metrics),
+            "real": None if self.real is None else str(self.real),
+            "clip": self.clip,
+            "device": self.device,
+            "dtype": self.dtype_name,
+            "command": self.command,
+            "versions": versions(),
+            "prompt_set": self.prompt_set,
+            "prompts_sha256": fingerprint(prompts=self.prompts),
+            "prompts": list(self.prompts),
+        }
+
+
+def resolve(options: Options) -> Settings:
+    """Look up and check everything that was typed; reads no weights and writes nothing.
+
+    Raises UsageError for unknown names and impossible values, UserError for what this machine does not have.
+    """
+    model = resolve_model(options.model, options.family)
+    recipe = _recipe(model, options.recipe, options.w, options.a)
+    metrics = resolve_metrics(options.metrics, options.real, own_clip=model.clip is not None)
+    device = resolve_device(options.device)
+    dtype_name = options.dtype or model.dtype
+    resolve_dtype(dtype_name, device)
+    _check_taken(options, model)
+    prompts = _prompts(options, model)
+    height, width = options.height or model.height, options.width or model.width
+    for side, pixels in (("height", height), ("width", width)):
+        if pixels % PIXELS_A_LATENT:
+            raise UsageError(f"--{side} {pixels} is not a multiple of {PIXELS_A_LATENT}")
+    return Settings(
+        model=model,
+        recipe=recipe,
+        calibration_prompts=tuple(load_prompts(options.calibration_prompts or model.calibration_prompts)),
+        calibration_data=options.calibration_data,
+        memory_budget=None if options.memory_budget is None else parse_size(options.memory_budget, "--memory-budget"),
+        prompts=tuple(prompts.prompts),
+        prompt_set=prompts.describe(),
+        steps=options.steps or model.steps,
+        guidance=model.guidance if options.guidance is None else options.guidance,
+        height=height,
+        width=width,
+        seed=options.seed,
+        batch_size=options.batch_size or batch_size_for(height, width),
+        metrics=metrics,
+        # Images of an earlier version have none: what hours have made is not made again for a default.
+        needs_latents=options.metrics is not None and LATENTS in metrics,
+        real=options.real,
+        clip=clip_source(options.clip or model.clip),
+        device=device,
+        dtype_name=dtype_name,
+        command=options.command,
+        folder_name="-".join(filter(None, (model.name, recipe.name, options.w, options.a))),
+    )
+
+
+def resolve_all(options: Options, recipes: str) -> dict[str, Settings]:
+    """Settings for each of several recipes by name, which differ in the recipe only.
+
+    `recipes` is a comma-separated list of RECIPE[:WEIGHTS[:ACTIVATIONS]]; formats that an entry does not give are the
+    options'. Raises as `resolve` does, and UsageError for an empty list or two recipes of one name.
+    """
+    entries = [entry.strip() for entry in recipes.split(",") if entry.strip()]
+    if not entries:
+        raise UsageError("--recipes is empty: name at least one, such as rtn")
+    base = resolve(replace(options, recipe=entries[0].partition(":")[0]))
+    settings: dict[str, Settings] = {}
+    for entry in dict.fromkeys(entries):
+        source, *formats = entry.split(":")
+        if len(formats) > 2:
+            raise UsageError(f"'{entry}' in --recipes has more than RECIPE:WEIGHTS:ACTIVATIONS")
+        given = [name or None for name in (*formats, "", "")[:2]]
+        recipe = _recipe(base.model, source, given[0] or options.w, given[1] or options.a)
+        name = "-".join([recipe.name, *filter(None, given)])
+        if name in settings:
+            raise UsageError(f"two of the recipes are called '{name}': give one another name in its file")
+        settings[name] = replace(base, recipe=recipe.with_settings(name=name))
+    return settings
+
+
+def with_recipe(settings: Settings, source: str, w: str | None, a: str | None) -> Settings:
+    """The same with another recipe in these formats or its own, called RECIPE-W-A; raises as `resolve` does."""
+    recipe = _recipe(settings.model, source, w, a)
+    return replace(settings, recipe=recipe.with_settings(name="-".join(filter(None, (recipe.name, w, a)))))
+
+
+def parse_size(text: str, option: str) -> int:
+    """Bytes of a size such as 8GB, 512MB or 1.5GiB; UsageError, naming the option, for anything else."""
+    match = _SIZE.fullmatch(text.strip())
+    if match is None or not float(match[1]):
+        raise UsageError(f"{option} '{text}' is not a size: write it as 8GB, 512MB or 1.5GiB")
+    prefix = match[2].lower()
+    return int(float(match[1]) * (1024 if prefix.endswith("i") else 1000) ** (_POWERS.index(prefix[0]) + 1))
+
+
+def resolve_metrics(listed: str | None, real: Path | None, own_clip: bool = False) -> tuple[str, ...]:
+    """Names of the metrics to compute, from a comma-separated list; also checks that `real` holds images.
+
+    `all` stands for all of them. By default nothing is taken that may have to be downloaded, so a CLIP score only where
+    the model comes with a CLIP model.
+    """
+    if real is not None:
+        any_images(real)
+    if listed is None:
+        return (*DEFAULT_METRICS, *((WITH_CLIP,) if own_clip else ()), *(WITH_REAL if real is not None else ()))
+    if listed.strip() == ALL:
+        return tuple(name for name in METRICS if real is not None or name not in REAL)
+    names = tuple(dict.fromkeys(name.strip() for name in listed.split(",") if name.strip()))
+    if not names:
+        raise UsageError("--metrics is empty: name at least one, such as psnr")
+    check_names(names)
+    return names
+
+
+def clip_source(name: str | None) -> str:
+    """What evaluation.clip loads for a name: the folder of an embedded model, the usual model where none is named."""
+    if name is None:
+        return CLIP
+    return str(embedded_folder(name)) if name.startswith(EMBEDDED) else name
+
+
+def format_name(name: str) -> str:
+    """The full name of a format: `fp4` is `fp4_e2m1`; block formats and `none` are called as they are."""
+    lower = name.lower()
+    if name in NO_FORMAT:
+        return "none"
+    return lower if lower in BLOCK_FORMATS else get_format(name).name
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a result depends on."""
+    libraries = {name: importlib.metadata.version(name) for name in LIBRARIES}
+    return {"dmquant": dmquant.__version__, "python": platform.python_version(), **libraries}
+
+
+def _recipe(model: ModelSpec, source: str, w: str | None, a: str | None) -> Recipe:
+    recipe = Recipe.load(source, w, a)
+    if model.family == GENERIC and recipe.calibrated:
+        raise UsageError(
+            f"recipe {recipe.name} is calibrated, block by block, and the family {GENERIC} knows no blocks: "
+            "use --recipe rtn"
+        )
+    return recipe.keeping(family_for(model).keep)
+
+
+def _check_taken(options: Options, model: ModelSpec) -> None:
+    """UsageError for an option that the pipeline's call has no argument for."""
+    taken, own = call_parameters(model.pipeline), {"height": model.height, "width": model.width}
+    for option, argument in (("height", "height"), ("width", "width"), ("guidance", "guidance_scale")):
+        given = getattr(options, option)
+        if given is not None and argument not in taken and given != own.get(option):
+            size = f"; {model.name} makes images of {model.width}x{model.height}" if option in own else ""
+            raise UsageError(f"--{option} {given}: a {model.pipeline} takes no {option}{size}")
+
+
+def _prompts(options: Options, model: ModelSpec) -> PromptSet:
+    """As many prompts of the list as were asked for; by default 64, or all where there are no more."""
+    listed = read_prompts(options.prompts or model.prompts)
+    return listed.take(options.num_prompts or min(DEFAULT_PROMPTS, listed.total), options.prompt_seed)

@@ -1,0 +1,169 @@
+"""The work of the stages, whoever asks for it: a quantized model, images and scores, each under its bar."""
+
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dmquant.convert import LayerReport, footprint, quantize_
+from dmquant.diffusers.quantizer import load_pipeline, mark_quantized
+from dmquant.errors import UserError
+from dmquant.evaluation.generate import Generated, ImageRequest, generate, missing
+from dmquant.evaluation.networks import Networks
+from dmquant.evaluation.report_tables import size_text
+from dmquant.evaluation.result import Metric
+from dmquant.evaluation.score import score_pairs, score_reference
+from dmquant.pipelines.models import folders
+from dmquant.pipelines.models.attention import check_attention
+from dmquant.pipelines.runs.calibration import calibrate
+from dmquant.host.console import Console
+from dmquant.pipelines.models.hashes import pipeline_hashes
+from dmquant.pipelines.models.saving import model_card, narrow_exactly, save_whole
+from dmquant.pipelines.runs.settings import Settings
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+BYTES_IN_16_BIT = 2
+
+
+def make_model(
+    pipeline: "DiffusionPipeline", settings: Settings, folder: Path, console: Console, workspace: Path
+) -> dict[str, Any]:
+    """Quantize the backbone of a full-precision pipeline in place and save the whole pipeline to `folder`.
+
+    `workspace` is where a recipe that takes data keeps it, and the codes of finished blocks. Returns what the report
+    says of the model: number of layers and parameters, bits and bytes, formats, seconds, and file hashes.
+    """
+    backbone = getattr(pipeline, settings.family.component)
+    parameters = sum(parameter.numel() for parameter in backbone.parameters())
+    began = time.perf_counter()
+    recipe = settings.recipe.splitting(settings.family.concatenations(backbone))
+    if recipe.calibrated:
+        calibrated = calibrate(pipeline, replace(settings, recipe=recipe), workspace, console)
+        layers, recipe = calibrated.layers, calibrated.recipe
+    else:
+        with console.bar("quantizing") as bar:
+            layers = quantize_(backbone, recipe, lambda done, total, name: bar(done, total))
+    for note, names in _notes(layers).items():
+        others = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        console.say(f"note: {names[0]}{others}: {note}")
+    mark_quantized(backbone, recipe)
+    narrow_exactly(backbone)
+    size, stored = footprint(backbone), sum(tensor.nbytes for tensor in backbone.state_dict().values())
+    weights, activations = settings.formats
+    card = model_card(
+        settings.model.name, settings.recipe.name, weights, activations, type(pipeline).__name__, settings.dtype
+    )
+    save_whole(pipeline, folder, card)
+    seconds = time.perf_counter() - began
+    component = folder / settings.family.component
+    facts = {
+        "layers": len(layers),
+        "parameters": parameters,
+        "quantized_weights": size.quantized_weights,
+        "bits_per_quantized_weight": size.bits_per_weight,
+        "bits_per_weight": 8 * stored / parameters,
+        "size_bytes": sum(path.stat().st_size for path in component.glob("*.safetensors")),
+        "full_precision_bytes": BYTES_IN_16_BIT * parameters,
+        "weight_errors": {layer.plan.name: layer.error for layer in layers},
+        "formats": dict(Counter(layer.plan.weights.fmt.name for layer in layers)),
+        "seconds": seconds,
+        "sha256": pipeline_hashes(folder, settings.family.component),
+    }
+    console.say(
+        f"model: {facts['layers']} layers, {facts['bits_per_quantized_weight']:.2f} bits a quantized weight, "
+        f"{facts['bits_per_weight']:.2f} over all; {size_text(facts['size_bytes'])} "
+        f"({size_text(facts['full_precision_bytes'])} in 16 bit), in {seconds:.1f} s"
+    )
+    return facts
+
+
+def _notes(layers: Sequence[LayerReport]) -> dict[str, list[str]]:
+    """The layers that each note is about."""
+    notes: dict[str, list[str]] = {}
+    for layer in layers:
+        if layer.plan.note:
+            notes.setdefault(layer.plan.note, []).append(layer.plan.name)
+    return notes
+
+
+def load_quantized(folder: Path, settings: Settings) -> "DiffusionPipeline":
+    """A pipeline that dmquant saved, as any diffusers app loads it, on the device of the run.
+
+    Raises UserError for a folder that is not whole, and for an attention backend that is not installed.
+    """
+    folders.check_whole(folder)
+    pipeline = load_pipeline(folder, torch_dtype=settings.dtype, local_files_only=True)
+    check_attention(getattr(pipeline, settings.family.component))
+    return pipeline.to(settings.device)
+
+
+def is_as_written(folder: Path, backbone: str, sha256: dict[str, str]) -> bool:
+    """Whether a pipeline folder is whole and its files have the hashes they were written with."""
+    try:
+        folders.check_whole(folder)
+    except UserError:
+        return False
+    return pipeline_hashes(folder, backbone) == sha256
+
+
+def make_images(
+    pipeline: "DiffusionPipeline",
+    requests: Sequence[ImageRequest],
+    folder: Path,
+    settings: Settings,
+    console: Console,
+    title: str,
+    note: Callable[[Generated], None] = lambda generated: None,
+) -> Generated:
+    """Make the images that `folder` lacks; `note` is called after every batch with all that was made so far."""
+    kept, began = len(requests) - len(missing(folder, requests)), time.perf_counter()
+    with console.bar(title) as bar:
+        bar(kept, len(requests))
+
+        def on_batch(generated: Generated) -> None:
+            made = len(generated.seconds)
+            bar(kept + made, len(requests), speed=f"{made / (time.perf_counter() - began):.2f} images/s")
+            note(generated)
+
+        generated = generate(
+            settings.family.prompted(pipeline),
+            requests,
+            folder,
+            batch_size=settings.batch_size,
+            call=settings.call,
+            on_batch=on_batch,
+        )
+    seconds, made = time.perf_counter() - began, len(generated.seconds)
+    there = f"; {kept} were there" if kept else ""
+    console.say(f"{title}: {made} in {seconds:.1f} s, {made / seconds:.2f} images/s{there}")
+    if generated.not_finite:
+        console.say(f"warning: {generated.not_finite} of them hold NaN or infinity, shown black; try another --dtype")
+    return generated
+
+
+def make_scores(
+    fp: Path,
+    quantized: Path,
+    metrics: Sequence[str],
+    real: Path | None,
+    networks: Networks,
+    console: Console,
+    prompts: Sequence[str] | None,
+) -> tuple[dict[str, Metric], dict[str, Metric]]:
+    """The metrics of the quantized images against full precision, and those that full precision itself has.
+
+    Without `prompts` the images are asked for theirs.
+    """
+    with console.bar("scores") as bar:
+
+        def progress(what: str, done: int, total: int) -> None:
+            bar(done, total, what)
+
+        return (
+            score_pairs(fp, quantized, metrics, real, networks, progress, prompts),
+            score_reference(fp, metrics, real, networks, progress, prompts),
+        )

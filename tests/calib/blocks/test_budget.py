@@ -1,0 +1,50 @@
+"""The memory budget: what the largest unit takes, said before any work is done."""
+
+import re
+
+import pytest
+import torch
+from torch import nn
+
+from dmquant.calib.blocks.budget import STATE, check_budget, default_budget
+from dmquant.calib.blocks.units import Block
+from dmquant.errors import UsageError
+from dmquant.recipe import Learning
+
+
+def model(widths=(8, 32)):
+    return nn.Sequential(*(nn.Sequential(nn.Linear(width, width)) for width in widths))
+
+
+def blocks(widths=(8, 32), saved=1000):
+    return [
+        Block(f"{number}", (f"{number}.0",), False, torch.zeros(2, width), number + 1, saved)
+        for number, width in enumerate(widths)
+    ]
+
+
+def test_it_is_weights_and_activations_of_the_largest_unit():
+    needed = check_budget(1 << 30, model(), blocks(), Learning(batch_size=4))
+    assert needed == STATE * 32 * 32 + 4 * (2 * 1000 + 2 * 2 * 32 * 4)
+    assert check_budget(needed, model(), blocks(), Learning(batch_size=4)) == needed
+
+
+def test_larger_batches_and_windows_take_more():
+    def needed(**options):
+        return check_budget(1 << 40, model(), blocks(saved=100_000), Learning(**options))
+
+    assert needed(batch_size=8) > 1.5 * needed(batch_size=4)
+    assert needed(batch_size=4, unit="window") > 1.5 * needed(batch_size=4)
+
+
+def test_a_budget_too_small_names_the_unit_and_the_least_that_works():
+    widths, options = (8, 256), Learning(batch_size=4)
+    with pytest.raises(UsageError, match=r"1 alone takes (\d+) MB; use --memory-budget \1MB or more") as caught:
+        check_budget(1_000_000, model(widths), blocks(widths), options)
+    assert "\n" not in str(caught.value)
+    least = int(re.search(r"--memory-budget (\d+)MB", str(caught.value)).group(1)) * 1_000_000
+    check_budget(least, model(widths), blocks(widths), options)
+
+
+def test_by_default_it_is_a_part_of_the_memory_there_is():
+    assert 1 << 26 < default_budget() < 1 << 46

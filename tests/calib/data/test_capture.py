@@ -1,0 +1,425 @@
+"""Capture: what is stored is what the pipeline passed, once, whole, and only for what it was made for."""
+
+import copy
+import inspect
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from dmquant.calib.data.capture import capture
+from dmquant.calib.data.sampling import Sampling
+from dmquant.calib.data.store import INDEX, CalibrationStore, Index
+from dmquant.calib.data.tree import flatten
+from dmquant.diffusers.families import Family, families
+from dmquant.errors import UsageError, UserError
+from tests.calib.runs import call_of
+from tests.calib.toy import Toy
+from tests.tiny import TINY, TOKENS
+from tests.tiny.hunyuan import BERT_TOKENS, T5_TOKENS
+
+STEPS = 8
+MODELS = {name: (name, 3.0) for name in TINY} | {"sd15 without guidance": ("sd15", 1.0)}
+
+
+class Model(NamedTuple):
+    """A pipeline as it is called with prompts, and what it is called with."""
+
+    pipeline: Any
+    family: Family
+    call: dict[str, Any]
+    prompts: Sequence[str]
+
+    @property
+    def backbone(self):
+        return getattr(self.pipeline, self.family.component)
+
+
+def built(name, guidance=3.0):
+    tiny, family = TINY[name], families()[TINY[name].family]
+    call = call_of(name, STEPS) | {"guidance_scale": guidance}
+    return Model(family.prompted(tiny.build()), family, call, tiny.prompts)
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def model(request):
+    return built(*MODELS[request.param])
+
+
+def captured(model, folder, **changes):
+    settings = {"sampling": Sampling("stratified", 3, 0.2), "seed": 7, "batch_size": 2, "made_for": {"weights": "w"}}
+    settings |= {"prompts": model.prompts, "call": model.call, "shared": model.family.shared, "folder": folder}
+    return capture(model.pipeline, model.family.component, **(settings | changes))
+
+
+def toy_capture(toy, folder, **changes):
+    prompts = changes.pop("prompts", ["a", "bb", "ccc", "dddd"])
+    call = {"num_inference_steps": len(toy.sizes)}
+    settings = {"sampling": Sampling("uniform", 2, 0.2), "seed": 0, "batch_size": 1, "made_for": {"weights": "w"}}
+    return capture(toy, "unet", prompts, call=call, folder=folder, **(settings | changes))
+
+
+def spied(backbone, work):
+    """Every call of the backbone during `work`, as its arguments by name and its output; and what `work` returned."""
+    calls, signature = [], inspect.signature(backbone.forward)
+
+    def spy(module, args, kwargs, output):
+        calls.append((copy.deepcopy(signature.bind(*args, **kwargs).arguments), output[0].clone()))
+
+    handle = backbone.register_forward_hook(spy, with_kwargs=True)
+    try:
+        return calls, work()
+    finally:
+        handle.remove()
+
+
+def replay(model, store, indices):
+    args, kwargs = store.batch(indices)
+    with torch.inference_mode():
+        return model.backbone(*args, **kwargs)[0]
+
+
+def files(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def rows_of(prompt, batch, leaf, shared):
+    """What belongs to one prompt of a pipeline call of `batch` prompts; a number is repeated for its rows."""
+    if leaf.tensor.dim() == 0:
+        return leaf.tensor
+    return leaf.tensor if leaf.argument in shared else leaf.tensor[prompt::batch]
+
+
+def test_what_is_stored_is_what_the_pipeline_passed(model, tmp_path):
+    calls, store = spied(model.backbone, lambda: captured(model, tmp_path, batch_size=3))
+    for index, sample in enumerate(store.samples):
+        batch, prompt = divmod(sample.prompt, 3)
+        passed_skeleton, passed = flatten(dict(calls[batch * STEPS + sample.step][0]))
+        skeleton, leaves = flatten(store.batch([index])[1])
+        assert skeleton == passed_skeleton
+        for (name, leaf), one in zip(leaves, passed, strict=True):
+            wanted = rows_of(prompt, (3, 2)[batch], one, model.family.shared)
+            assert leaf.dtype == wanted.dtype, name
+            assert torch.equal(leaf, wanted.expand(store.rows) if wanted.dim() == 0 else wanted), name
+
+
+def test_replaying_what_is_stored_gives_what_the_pipeline_computed_bit_for_bit(model, tmp_path):
+    calls, store = spied(model.backbone, lambda: captured(model, tmp_path, prompts=model.prompts[:3], batch_size=1))
+    assert len(calls) == 3 * STEPS
+    assert store.rows == (2 if model.family.guidance == "rows" and model.call["guidance_scale"] > 1 else 1)
+    for index, sample in enumerate(store.samples):
+        assert torch.equal(replay(model, store, [index]), calls[sample.prompt * STEPS + sample.step][1])
+
+
+def test_samples_are_cut_out_of_batches_and_mixed_over_timesteps(model, tmp_path):
+    calls, store = spied(model.backbone, lambda: captured(model, tmp_path, batch_size=3))
+    wanted = []
+    for sample in store.samples:
+        batch, within = divmod(sample.prompt, 3)
+        prompts = (3, 2)[batch]
+        wanted.append(calls[batch * STEPS + sample.step][1][within::prompts])
+    order = list(range(len(wanted)))[::-1]
+    assert len({store.samples[index].step for index in order}) > 3
+    mixed = replay(model, store, order)
+    assert torch.allclose(mixed, torch.cat([wanted[index] for index in order]), atol=1e-5)
+    single = torch.cat([replay(model, store, [index]) for index in order])
+    assert torch.allclose(mixed, single, atol=1e-5)
+
+
+def test_the_schedule_is_recorded_as_the_backbone_saw_it(model, tmp_path):
+    store = captured(model, tmp_path)
+    assert store.steps == STEPS
+    whole = 1000 if model.family.name == "flux" else 1  # Flux is told the share of the schedule that is left
+    assert store.timesteps == pytest.approx(
+        [float(timestep) / whole for timestep in model.pipeline.scheduler.timesteps]
+    )
+    for index, sample in enumerate(store.samples):
+        timestep = store.batch([index])[1]["timestep"]
+        assert timestep.tolist() == [store.timesteps[sample.step]] * store.rows
+
+
+def same(values):
+    return lambda tensor: tensor.tolist() == values
+
+
+def shaped(*shape):
+    return lambda tensor: tuple(tensor.shape) == shape
+
+
+# The rows without and with the first prompt, "red apple" ("fish"); each has an end besides, and for some a start.
+MASK = [[1] * tokens + [0] * (TOKENS - tokens) for tokens in (1, 3)]
+CONDITIONS = {
+    "pixart-alpha-512": {"encoder_attention_mask": same(MASK)},
+    "pixart-alpha-1024": {
+        "encoder_attention_mask": same(MASK),
+        "added_cond_kwargs.resolution": same([[32.0, 32.0]] * 2),
+        "added_cond_kwargs.aspect_ratio": same([[1.0]] * 2),
+    },
+    "sdxl": {
+        "encoder_hidden_states": shaped(2, TOKENS, 64),
+        "added_cond_kwargs.text_embeds": shaped(2, 32),
+        "added_cond_kwargs.time_ids": same([[32.0, 32.0, 0.0, 0.0, 32.0, 32.0]] * 2),
+    },
+    "hunyuan-1.1": {
+        "encoder_hidden_states": shaped(2, BERT_TOKENS, 32),
+        "encoder_hidden_states_t5": shaped(2, T5_TOKENS, 32),
+        "text_embedding_mask": lambda mask: mask.sum(1).tolist() == [2, 4],
+        "text_embedding_mask_t5": lambda mask: mask.sum(1).tolist() == [1, 3],
+        "image_meta_size": same([[1024.0, 1024.0, 64.0, 64.0, 0.0, 0.0]] * 2),
+        "style": same([0, 0]),
+        "image_rotary_emb[0]": shaped(16, 16),
+        "image_rotary_emb[1]": shaped(16, 16),
+    },
+    "sd3": {"encoder_hidden_states": shaped(2, 2 * TOKENS, 64), "pooled_projections": shaped(2, 64)},
+    "flux": {
+        "pooled_projections": shaped(1, 32),
+        "guidance": same([3.0]),
+        "img_ids": shaped(64, 3),
+        "txt_ids": shaped(TOKENS, 3),
+    },
+    "sana": {"encoder_attention_mask": lambda mask: mask.sum(1).tolist() == [2, 4]},
+    "dit": {"class_labels": same([0, 1000])},
+}
+
+
+@pytest.mark.parametrize("name", CONDITIONS)
+def test_every_condition_is_there_for_both_branches_of_guidance(name, tmp_path):
+    model = built(name)
+    store = captured(model, tmp_path, prompts=model.prompts[:2])
+    leaves = dict(flatten(store.batch([0])[1])[1])
+    assert {condition for condition, holds in CONDITIONS[name].items() if not holds(leaves[condition])} == set()
+
+
+def test_what_all_rows_share_is_kept_whole_even_where_it_has_as_many_entries_as_there_are_rows(tmp_path):
+    """32 pixels are four image tokens of Hunyuan, and two prompts with guidance four rows."""
+    model = built("hunyuan-1.2")
+    model.call.update(height=32, width=32)
+    calls, store = spied(model.backbone, lambda: captured(model, tmp_path, prompts=model.prompts[:2]))
+    [rotary] = {tuple(arguments["image_rotary_emb"][0].shape) for arguments, _ in calls}
+    assert rotary == (4, 16) == (len(calls[0][0]["hidden_states"]), 16)
+    for index, sample in enumerate(store.samples):
+        arguments, output = calls[sample.step]
+        stored = store.batch([index])[1]["image_rotary_emb"]
+        assert all(map(torch.equal, stored, arguments["image_rotary_emb"]))
+        assert torch.allclose(replay(model, store, [index]), output[sample.prompt :: 2], atol=1e-5)
+
+
+def test_embeddings_are_stored_once_and_latents_once_for_both_branches(tmp_path):
+    model = built("pixart-sigma")
+    store = captured(model, tmp_path, batch_size=5)
+    [shard] = tmp_path.glob("*.safetensors")
+    with safe_open(shard, framework="pt") as file:
+        shapes = [tuple(file.get_slice(name).get_shape()) for name in file.keys()]  # noqa: SIM118
+    assert shapes.count((TOKENS, 32)) == len(model.prompts) + 1  # one a prompt and the unconditional one
+    assert shapes.count((4, 16, 16)) == len(store.samples)
+    assert shapes.count(()) == len({sample.step for sample in store.samples})
+    kwargs = store.batch(range(len(store)))[1]
+    assert shard.stat().st_size < sum(value.nbytes for value in kwargs.values() if torch.is_tensor(value)) / 2
+
+
+def test_arguments_passed_by_position_and_by_keyword_are_the_same(tmp_path):
+    by_name = toy_capture(Toy([1.0, 1.0]), tmp_path / "name")
+    toy = Toy([1.0, 1.0])
+    forward = toy.unet.__class__.__call__
+    toy.unet.__class__ = type(
+        "Positional",
+        (type(toy.unet),),
+        {"__call__": lambda self, x, t, encoder_hidden_states, extra: forward(self, x, t, encoder_hidden_states)},
+    )
+    by_position = toy_capture(toy, tmp_path / "position")
+    for index in range(len(by_name)):
+        one, other = by_name.batch([index])[1], by_position.batch([index])[1]
+        assert one.pop("extra") is None
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_second_capture_runs_nothing(tmp_path):
+    toy = Toy([1.0, 1.0, 1.0])
+    first = toy_capture(toy, tmp_path)
+    calls, before, told = toy.unet.calls, files(tmp_path), []
+    second = toy_capture(toy, tmp_path, progress=lambda *counts: told.append(counts))
+    assert toy.unet.calls == calls == 12
+    assert not told
+    assert files(tmp_path) == before
+    assert (second.key, second.samples) == (first.key, first.samples)
+    assert CalibrationStore.open(tmp_path).samples == first.samples
+
+
+def test_progress_counts_prompts_and_the_passes_that_measure_importance(tmp_path):
+    told = []
+    toy_capture(Toy([1.0, 1.0]), tmp_path / "u", batch_size=3, progress=lambda *counts: told.append(counts))
+    assert told == [(0, 4), (3, 4), (4, 4)]
+    told.clear()
+    weighted = Sampling("importance", 1, 0.2)
+    toy = Toy([0.0, 1.0])
+    store = toy_capture(toy, tmp_path / "i", sampling=weighted, progress=lambda *counts: told.append(counts))
+    assert told == [(3, 13), (6, 13), (9, 13), (9, 13), (10, 13), (11, 13), (12, 13), (13, 13)]
+    assert store.weights == pytest.approx([0.0, 1.0], abs=0.1)
+    assert {sample.step for sample in store.samples} == {1}
+    assert CalibrationStore.open(tmp_path / "i").weights == store.weights
+
+
+SCRIPT = """
+import os, signal, sys
+from pathlib import Path
+from tests.calib.data.test_capture import Toy, toy_capture
+toy = Toy([1.0, 1.0, 1.0])
+toy.unet.register_forward_hook(lambda *_: os.kill(os.getpid(), signal.SIGKILL) if toy.unet.calls == 8 else None)
+toy_capture(toy, Path(sys.argv[1]))
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL")
+def test_a_killed_capture_continues_after_its_last_whole_shard(tmp_path):
+    killed = tmp_path / "killed"
+    ended = subprocess.run([sys.executable, "-c", SCRIPT, str(killed)], cwd=Path(__file__).parents[3], check=False)
+    assert ended.returncode == -signal.SIGKILL
+    assert Index.load(killed).missing() == [2, 3]
+    toy = Toy([1.0, 1.0, 1.0])
+    toy_capture(toy, killed)
+    assert toy.unet.calls == 2 * 3
+    toy_capture(Toy([1.0, 1.0, 1.0]), tmp_path / "whole")
+    assert files(killed) == files(tmp_path / "whole")
+
+
+def test_a_batch_that_fails_leaves_what_is_whole_and_goes_on_with_another_batch_size(tmp_path):
+    def stop(done, total):
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        toy_capture(Toy([1.0, 1.0]), tmp_path, batch_size=2, progress=stop)
+    toy = Toy([1.0, 1.0])
+    store = toy_capture(toy, tmp_path)
+    assert toy.unet.calls == 2 * 2
+    whole = toy_capture(Toy([1.0, 1.0]), tmp_path / "whole")
+    assert store.samples == whole.samples
+    order = range(len(store))
+    assert torch.equal(store.batch(order)[1]["sample"], whole.batch(order)[1]["sample"])
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
+def test_a_damaged_shard_is_captured_again_alone(tmp_path, damage):
+    toy = Toy([1.0, 1.0, 1.0])
+    toy_capture(toy, tmp_path)
+    before, calls = files(tmp_path), toy.unet.calls
+    shard = sorted(tmp_path.glob("*.safetensors"))[2]
+    content = bytearray(shard.read_bytes())
+    if damage == "remove":
+        shard.unlink()
+    else:
+        content[len(content) // 2] ^= 16
+        shard.write_bytes(content if damage == "flip" else content[:100])
+    toy_capture(toy, tmp_path)
+    assert toy.unet.calls == calls + 3
+    assert files(tmp_path) == before
+
+
+def test_data_made_for_something_else_is_refused_with_what_differs(tmp_path):
+    model = built("pixart-sigma")
+    call, prompts = model.call, model.prompts
+    store = captured(model, tmp_path, made_for={"weights": "a" * 64, "dtype": "fp32"})
+    before = files(tmp_path)
+
+    def again(message, **changes):
+        with pytest.raises(UserError, match=message) as caught:
+            captured(model, tmp_path, **{"made_for": {"weights": "a" * 64, "dtype": "fp32"}} | changes)
+        assert "\n" not in str(caught.value)
+
+    again(r"made for height 32, this run has 48; choose", call=call | {"height": 48})
+    again(
+        r"made for guidance_scale 3\.0, this run has 4\.5; seed 7, this run has 8; choose",
+        call=call | {"guidance_scale": 4.5},
+        seed=8,
+    )
+    again(r"made for other weights; dtype fp32, this run has bf16;", made_for={"weights": "b" * 64, "dtype": "bf16"})
+    again(r"made for other prompts;", prompts=prompts[::-1])
+    again(r"other prompts; number of prompts 5, this run has 4;", prompts=prompts[:4])
+    again(r"sampler stratified, this run has uniform;", sampling=Sampling("uniform", 3, 0.2))
+    again(r"sampling seed 0, this run has 1;", sampling=Sampling("stratified", 3, 0.2, 1))
+    assert files(tmp_path) == before
+    assert captured(model, tmp_path, made_for={"dtype": "fp32", "weights": "a" * 64}).key == store.key
+
+
+def test_our_own_folder_is_replaced_when_asked(tmp_path):
+    toy_capture(Toy([1.0, 1.0]), tmp_path, batch_size=3)
+    (tmp_path / ".prompts-00000-00003.99.safetensors").write_bytes(b"half written")
+    store = toy_capture(Toy([1.0, 1.0]), tmp_path, seed=5, replace=True)
+    fresh = toy_capture(Toy([1.0, 1.0]), tmp_path / "fresh", seed=5)
+    assert store.key == fresh.key
+    (tmp_path / INDEX).write_text("{")
+    with pytest.raises(UserError, match="damaged"):
+        toy_capture(Toy([1.0, 1.0]), tmp_path, seed=5)
+    toy_capture(Toy([1.0, 1.0]), tmp_path, seed=5, replace=True)
+    assert {path.name for path in tmp_path.iterdir() if path.is_file()} == set(files(tmp_path / "fresh"))
+
+
+def test_a_folder_with_something_else_is_left_alone(tmp_path):
+    (tmp_path / "thesis.txt").write_text("words")
+    with pytest.raises(UserError, match="holds something else"):
+        toy_capture(Toy([1.0, 1.0]), tmp_path)
+    assert set(files(tmp_path)) == {"thesis.txt"}
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_nan_and_infinity_stop_with_argument_prompt_and_step(tmp_path, bad):
+    toy = Toy([1.0, 1.0, 1.0], [1.0, bad, 1.0])
+    with pytest.raises(UserError, match="NaN or infinity in sample at prompt 0, step 2"):
+        toy_capture(toy, tmp_path, sampling=Sampling("uniform", 3, 0.2))
+    toy = Toy([1.0, 1.0], extra={"ids": [torch.tensor([1.0, bad])]})
+    with pytest.raises(UserError, match=r"NaN or infinity in extra\.ids\[0\] at prompt 0, step"):
+        toy_capture(toy, tmp_path / "extra", shared=("extra",))
+    assert not toy.unet._forward_pre_hooks
+
+
+def test_what_all_rows_share_is_stored_and_passed_once(tmp_path):
+    table = torch.randn(5, 3)
+    toy = Toy([1.0, 1.0], extra=(table, [None, 2.5]))
+    store = toy_capture(toy, tmp_path, batch_size=2, shared=("extra",))
+    rotary, plain = store.batch([3, 0, 2])[1]["extra"]
+    assert torch.equal(rotary, table)
+    assert plain == [None, 2.5]
+
+
+def test_what_depends_on_the_number_of_prompts_cannot_be_shared(tmp_path):
+    toy = Toy([1.0, 1.0])
+    toy.unet.register_forward_pre_hook(
+        lambda module, args, kwargs: (args, kwargs | {"extra": {"ids": args[0].new_ones(3 * len(args[0]))}}),
+        with_kwargs=True,
+    )
+    with pytest.raises(UserError, match=r"passed extra\.ids with 3 entries in a call of 1 rows.*shared=\('extra',\)"):
+        toy_capture(toy, tmp_path / "unlisted")
+    toy_capture(toy, tmp_path / "alike", batch_size=2, shared=("extra",))
+    with pytest.raises(UserError, match=r"does not pass the same extra\.ids in every call"):
+        toy_capture(toy, tmp_path / "listed", batch_size=3, shared=("extra",))
+
+
+def test_pipelines_that_cannot_be_captured(tmp_path):
+    with pytest.raises(UserError, match=r"Backbone 2 times.*schedule has 3 steps"):
+        toy_capture(Toy([1.0, 1.0], scheduled=3), tmp_path / "calls")
+    with pytest.raises(UserError, match="the argument extra is of type dtype"):
+        toy_capture(Toy([1.0, 1.0], extra=torch.float16), tmp_path / "type")
+    toy = Toy([1.0, 1.0])
+    toy.unet.register_forward_pre_hook(
+        lambda module, args: (args[0].repeat(2, 1, 1, 1), *args[1:]) if int(args[1]) else None
+    )
+    with pytest.raises(UserError, match="given 2 rows for 1 prompts at step 1"):
+        toy_capture(toy, tmp_path / "rows")
+    with pytest.raises(UsageError, match="at least 2 prompts"):
+        toy_capture(Toy([1.0, 1.0]), tmp_path / "few", prompts=["a"])
+
+
+def test_a_scheduler_that_calls_the_backbone_more_often_than_it_has_steps(tmp_path):
+    from diffusers import PNDMScheduler
+
+    model = built("sd15")
+    model.pipeline.scheduler = PNDMScheduler.from_config(model.pipeline.scheduler.config, skip_prk_steps=True)
+    store = captured(model, tmp_path, prompts=model.prompts[:2])
+    assert store.steps == len(store.timesteps) == STEPS + 1

@@ -1,0 +1,160 @@
+"""Every backbone at its published size, on the meta device, and what its forward is given for two rows."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.models import BACKBONES
+from dmquant.diffusers.torchvision import ensure_torchvision_imports
+
+ensure_torchvision_imports()
+
+import diffusers
+
+ROWS = 2
+LATENT = 16
+"""Height and width of the latents of a call: structure does not depend on it."""
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A published backbone: family, class, configuration, parameters, and the arguments of one call."""
+
+    family: str
+    kind: str
+    config: dict[str, Any]
+    parameters: int
+    inputs: Callable[[], dict[str, Any]]
+
+    def build(self) -> nn.Module:
+        """The backbone without memory for its weights, in eval mode."""
+        with torch.device("meta"):
+            return getattr(diffusers, self.kind)(**self.config).eval()
+
+    def call(self, backbone: nn.Module) -> None:
+        """Run the backbone once; only shapes are computed."""
+        with torch.device("meta"), torch.no_grad():
+            backbone(**self.inputs())
+
+
+def _rows(*shape: int) -> Tensor:
+    return torch.ones(ROWS, *shape)
+
+
+def _latents(channels: int) -> Tensor:
+    return _rows(channels, LATENT, LATENT)
+
+
+def _unet(text: int, **added: Callable[[], Any]) -> Callable[[], dict[str, Any]]:
+    return lambda: {
+        "sample": _latents(4),
+        "timestep": torch.ones(()),
+        "encoder_hidden_states": _rows(77, text),
+        **{name: make() for name, make in added.items()},
+    }
+
+
+def _pixart() -> dict[str, Any]:
+    return {
+        "hidden_states": _latents(4),
+        "encoder_hidden_states": _rows(20, 4096),
+        "encoder_attention_mask": _rows(20),
+        "timestep": _rows(),
+        "added_cond_kwargs": {"resolution": _rows(2), "aspect_ratio": _rows(1)},
+    }
+
+
+def _hunyuan() -> dict[str, Any]:
+    rotary = torch.ones((LATENT // 2) ** 2, 88)
+    return {
+        "hidden_states": _latents(4),
+        "timestep": _rows(),
+        "encoder_hidden_states": _rows(77, 1024),
+        "text_embedding_mask": _rows(77),
+        "encoder_hidden_states_t5": _rows(256, 2048),
+        "text_embedding_mask_t5": _rows(256),
+        "image_meta_size": _rows(6),
+        "style": _rows().long(),
+        "image_rotary_emb": (rotary, rotary),
+    }
+
+
+def _sd3() -> dict[str, Any]:
+    return {
+        "hidden_states": _latents(16),
+        "encoder_hidden_states": _rows(20, 4096),
+        "pooled_projections": _rows(2048),
+        "timestep": _rows(),
+    }
+
+
+def _flux() -> dict[str, Any]:
+    tokens = (LATENT // 2) ** 2
+    return {
+        "hidden_states": _rows(tokens, 64),
+        "encoder_hidden_states": _rows(20, 4096),
+        "pooled_projections": _rows(768),
+        "timestep": _rows(),
+        "img_ids": torch.ones(tokens, 3),
+        "txt_ids": torch.ones(20, 3),
+    }
+
+
+def _sana() -> dict[str, Any]:
+    return {
+        "hidden_states": _latents(32),
+        "encoder_hidden_states": _rows(20, 2304),
+        "timestep": _rows(),
+        "encoder_attention_mask": _rows(20),
+    }
+
+
+def _dit() -> dict[str, Any]:
+    return {"hidden_states": _latents(4), "timestep": _rows(), "class_labels": _rows().long()}
+
+
+_TEXT_TIME = {"added_cond_kwargs": lambda: {"text_embeds": _rows(1280), "time_ids": _rows(6)}}
+_BENCHMARKED = {
+    "sd15": ("UNet2DConditionModel", _unet(768)),
+    "sdxl": ("UNet2DConditionModel", _unet(2048, **_TEXT_TIME)),
+    "pixart-alpha": ("PixArtTransformer2DModel", _pixart),
+    "pixart-sigma": ("PixArtTransformer2DModel", _pixart),
+    "hunyuan-1.1": ("HunyuanDiT2DModel", _hunyuan),
+    "hunyuan": ("HunyuanDiT2DModel", _hunyuan),
+}
+_SD3 = {
+    "sample_size": 128,
+    "in_channels": 16,
+    "out_channels": 16,
+    "num_layers": 24,
+    "num_attention_heads": 24,
+    "joint_attention_dim": 4096,
+    "caption_projection_dim": 1536,
+    "pooled_projection_dim": 2048,
+    "pos_embed_max_size": 192,
+}
+_SD35_MEDIUM = {"pos_embed_max_size": 384, "dual_attention_layers": tuple(range(13)), "qk_norm": "rms_norm"}
+_DIT = {"sample_size": 32, "in_channels": 4, "out_channels": 8, "num_embeds_ada_norm": 1000}
+ARCHITECTURES = {
+    name: Architecture(BACKBONES[name].family, kind, BACKBONES[name].config, BACKBONES[name].parameters, inputs)
+    for name, (kind, inputs) in _BENCHMARKED.items()
+} | {
+    "sd3": Architecture("sd3", "SD3Transformer2DModel", _SD3, 2_028_328_000, _sd3),
+    "sd35-medium": Architecture("sd3", "SD3Transformer2DModel", _SD3 | _SD35_MEDIUM, 2_243_171_520, _sd3),
+    "flux-dev": Architecture(
+        "flux",
+        "FluxTransformer2DModel",
+        {"guidance_embeds": True},
+        11_901_408_320,
+        lambda: _flux() | {"guidance": _rows()},
+    ),
+    "flux-schnell": Architecture("flux", "FluxTransformer2DModel", {}, 11_891_178_560, _flux),
+    "sana": Architecture("sana", "SanaTransformer2DModel", {}, 1_604_462_752, _sana),
+    "dit-256": Architecture("dit", "DiTTransformer2DModel", _DIT, 749_826_464, _dit),
+}
+"""By the name of the preset. The counts of the last six are those of the classes at the published configurations; the
+published figures are 2, 2.5 (with the table of positions), 12, 12, 1.6 and 0.675 billion (with one copy of the
+embedder that diffusers repeats in all 28 blocks)."""

@@ -1,0 +1,144 @@
+"""The run folder: who may write it, what counts as done, and that a stop at any moment leaves it usable."""
+
+import errno
+import multiprocessing
+
+import pytest
+
+from dmquant.errors import UserError
+from dmquant.pipelines.runs.runfolder import RunFolder, claim, fingerprint, is_full_disk
+
+
+def test_fingerprint_depends_on_every_setting_and_not_on_their_order():
+    assert fingerprint(steps=20, seed=0) == fingerprint(seed=0, steps=20)
+    assert len({fingerprint(steps=20, seed=0), fingerprint(steps=21, seed=0), fingerprint(steps=20, seed=1)}) == 3
+    assert fingerprint(prompts=["ab", "c"]) != fingerprint(prompts=["a", "bc"])
+
+
+def test_a_finished_stage_is_remembered_under_its_own_settings_only(tmp_path):
+    with claim(tmp_path / "run", "model") as folder:
+        folder.finish("score", "settings-a", seconds=1.5)
+    reopened = RunFolder(tmp_path / "run")
+    assert reopened.finished("score", "settings-a") == {"fingerprint": "settings-a", "seconds": 1.5}
+    assert reopened.finished("score", "settings-b") is None
+    assert reopened.finished("model", "settings-a") is None
+
+
+def test_forgetting_a_stage_survives_reopening(tmp_path):
+    with claim(tmp_path / "run", "model") as folder:
+        folder.finish("model", "settings")
+        folder.forget("model")
+    assert RunFolder(tmp_path / "run").record("model") is None
+
+
+def test_another_models_run_is_refused_and_kept(tmp_path):
+    with claim(tmp_path / "run", "pixart") as folder:
+        folder.finish("model", "settings")
+    with pytest.raises(UserError, match="holds a run of pixart, not of emoji"), claim(tmp_path / "run", "emoji"):
+        pass
+    assert RunFolder(tmp_path / "run").finished("model", "settings")
+
+
+def test_overwrite_replaces_a_run_and_keeps_files_no_run_writes(tmp_path):
+    path = tmp_path / "run"
+    with claim(path, "pixart") as folder:
+        folder.finish("model", "settings")
+        folder.images("fp").mkdir(parents=True)
+        (folder.images("fp") / "00000.png").write_bytes(b"old")
+        (path / "notes of mine.txt").write_text("keep")
+    with claim(path, "emoji", overwrite=True) as folder:
+        assert folder.model == "emoji"
+        assert folder.record("model") is None
+        assert not folder.images("fp").exists()
+    assert (path / "notes of mine.txt").read_text() == "keep"
+
+
+def test_foreign_files_are_refused_and_survive_overwrite(tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "holiday.png").write_bytes(b"photo")
+    with pytest.raises(UserError, match=r"not of a run \(images, thesis.tex\)"), claim(tmp_path, "emoji"):
+        pass
+    with claim(tmp_path, "emoji", overwrite=True):
+        pass
+    assert (tmp_path / "thesis.tex").read_text() == "years of work"
+    assert (tmp_path / "images" / "holiday.png").read_bytes() == b"photo"
+
+
+@pytest.mark.parametrize("below_a_file", [False, True])
+def test_a_folder_that_cannot_be_is_one_clear_error(tmp_path, below_a_file):
+    (tmp_path / "file").write_text("")
+    path = tmp_path / "file" / "run" if below_a_file else tmp_path / "file"
+    with pytest.raises(UserError, match="--out"), claim(path, "emoji"):
+        pass
+
+
+def test_failing_before_anything_is_done_leaves_nothing(tmp_path):
+    with pytest.raises(UserError, match="broken weights"), claim(tmp_path / "runs" / "new", "emoji"):
+        raise UserError("broken weights")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_failing_after_something_is_done_keeps_it(tmp_path):
+    def stopped_after_a_stage():
+        with claim(tmp_path / "run", "emoji") as folder:
+            folder.finish("images_fp", "settings")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stopped_after_a_stage()
+    assert RunFolder(tmp_path / "run").finished("images_fp", "settings")
+
+
+def test_failing_never_removes_a_folder_that_was_there(tmp_path):
+    with pytest.raises(UserError), claim(tmp_path, "emoji"):
+        raise UserError("broken weights")
+    assert tmp_path.exists()
+
+
+def _hold(path, ready, release):
+    with claim(path, "emoji"):
+        ready.set()
+        release.wait(30)
+
+
+def test_a_second_writer_is_refused_and_a_killed_one_frees_the_folder(tmp_path):
+    fork = multiprocessing.get_context("fork")
+    ready, release = fork.Event(), fork.Event()
+    other = fork.Process(target=_hold, args=(tmp_path / "run", ready, release))
+    other.start()
+    assert ready.wait(30)
+    with pytest.raises(UserError, match="another dmquant is writing"), claim(tmp_path / "run", "emoji"):
+        pass
+    other.kill()
+    other.join()
+    with claim(tmp_path / "run", "emoji") as folder:
+        assert folder.model == "emoji"
+
+
+@pytest.mark.parametrize("text", ["{half", '{"version": 99}'])
+def test_a_damaged_or_strange_state_is_one_clear_error(tmp_path, text):
+    (tmp_path / "state.json").write_text(text)
+    with pytest.raises(UserError, match="--overwrite"), claim(tmp_path, "emoji"):
+        pass
+    with claim(tmp_path, "emoji", overwrite=True) as folder:
+        assert folder.model == "emoji"
+
+
+def _full_disk(*args, **kwargs):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_full_disk_is_recognised_through_other_errors():
+    def save():
+        try:
+            _full_disk()
+        except OSError as error:
+            raise RuntimeError("could not save") from error
+
+    with pytest.raises(RuntimeError, match="could not save") as raised:
+        save()
+    assert is_full_disk(raised.value)
+    assert is_full_disk(ValueError("I/O error: No space left on device (os error 28)"))
+    assert not is_full_disk(OSError(errno.EACCES, "Permission denied"))
+    assert not is_full_disk(None)

@@ -1,0 +1,345 @@
+"""The Python interface: a loaded pipeline is quantized in place, with and without data, or told why not."""
+
+import copy
+import json
+import logging
+from functools import partial
+
+import pytest
+import torch
+
+import dmquant
+from dmquant.convert import quantize_
+from dmquant.diffusers.families import family_of
+from dmquant.errors import UsageError, UserError
+from dmquant.layers import QuantConv2d, QuantLinear
+from dmquant.pipelines import api
+from dmquant.recipe import Recipe
+from tests.tiny import IMAGE_SIZE, PIXART_CALL, TINY, tiny_pixart, tiny_sd
+
+from diffusers import ControlNetModel, DiffusionPipeline, StableDiffusionControlNetPipeline  # isort: skip
+from diffusers.models.attention_processor import AttnProcessor  # isort: skip
+
+PROMPTS = ["a red cat", "a blue boat", "a tree", "a face"]
+CALL = {"height": IMAGE_SIZE, "width": IMAGE_SIZE, "num_inference_steps": 3, "guidance_scale": 3.0}
+PIPELINES = {"pixart": (tiny_pixart, PIXART_CALL), "sd": (tiny_sd, {})}
+LEARNED = Recipe.model_validate(
+    {
+        "name": "learned",
+        "granularity": "group:16",
+        "rounding": {"method": "adaround", "regularizer": 10.0},
+        "calibration": {"prompts": 4, "steps_per_prompt": 2, "held_out": 0.25},
+        "learning": {"iterations": 3, "batch_size": 2, "checks": 1},
+    }
+)
+
+
+FITTED = LEARNED.with_settings(name="fitted", rounding="nearest", scale="hessian")
+
+
+def backbone_of(pipe):
+    return getattr(pipe, family_of(pipe).component)
+
+
+def images(pipe, prompt="a red cat", **call):
+    draw = torch.Generator().manual_seed(0)
+    return pipe(prompt, generator=draw, output_type="pt", **(CALL | call)).images
+
+
+def same_weights(one, other):
+    first, second = one.state_dict(), other.state_dict()
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("kind", TINY)
+def test_without_data_the_backbone_becomes_what_the_recipe_makes_of_it_and_nothing_else_changes(kind):
+    tiny = TINY[kind]
+    pipe, original = tiny.build(), tiny.build()
+    family, expected = family_of(original), backbone_of(original)
+    call = {"height": tiny.size, "width": tiny.size, "num_inference_steps": 2}
+    made = dmquant.quantize_pipeline(pipe, "w4a6", **call, **tiny.call)
+    recipe = Recipe.load("w4a6").keeping(family.keep).splitting(family.concatenations(expected))
+    reports = quantize_(expected, recipe)
+    assert [layer.plan for layer in made.layers] == [layer.plan for layer in reports]
+    assert made.recipe == recipe
+    assert same_weights(backbone_of(pipe), expected)
+    others = [name for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)]
+    others.remove(family.component)
+    assert "vae" in others
+    assert all(same_weights(getattr(pipe, name), getattr(original, name)) for name in others)
+    assert 4 < made.footprint.bits_per_weight < 5
+    prompted, draw = family.prompted(pipe), torch.Generator().manual_seed(0)
+    made_images = prompted(tiny.prompts[0], generator=draw, output_type="pt", **call, **tiny.call).images
+    assert made_images.shape[-2:] == (tiny.size, tiny.size)
+    assert made_images.isfinite().all()
+
+
+@pytest.mark.parametrize("recipe", ["w4a6", LEARNED], ids=["data-free", "calibrated"])
+@pytest.mark.parametrize("kind", PIPELINES)
+def test_a_saved_pipeline_reloads_in_diffusers_bit_equal(kind, recipe, tmp_path):
+    build, call = PIPELINES[kind]
+    pipe, out = build(), tmp_path / "quantized"
+    dmquant.quantize_pipeline(pipe, recipe, calibration=PROMPTS, out=out, **CALL, **call)
+    loaded = DiffusionPipeline.from_pretrained(out)
+    assert torch.equal(images(loaded, **call), images(pipe, **call))
+    assert [path.name for path in tmp_path.iterdir()] == ["quantized"]
+    assert "DiffusionPipeline.from_pretrained" in (out / "README.md").read_text()
+
+
+@pytest.mark.parametrize("kind", ["dit", "flux", "hunyuan-1.1", "sd3"])
+def test_pipelines_with_calls_of_their_own_kind_calibrate(kind):
+    """Classes for prompts, guidance as an input, arguments that all rows share, two text streams."""
+    tiny = TINY[kind]
+    pipe, size = tiny.build(), {"height": tiny.size, "width": tiny.size}
+    made = dmquant.quantize_pipeline(
+        pipe, FITTED, calibration=tiny.prompts, num_inference_steps=2, guidance_scale=3.0, **size, **tiny.call
+    )
+    assert made.layers
+    assert all(layer.error < 0.1 for layer in made.layers)
+
+
+def test_a_calibrated_recipe_learns_from_the_pipeline_as_it_is_called():
+    """Other prompts, or another guidance, and other codes come out; the same again, and the same do."""
+    codes = []
+    for prompts, guidance in ((PROMPTS, 3.0), (PROMPTS, 3.0), (PROMPTS[::-1], 3.0), (PROMPTS, 9.0)):
+        pipe = tiny_pixart()
+        call = CALL | PIXART_CALL | {"guidance_scale": guidance}
+        dmquant.quantize_pipeline(pipe, FITTED, calibration=prompts, **call)
+        codes.append(pipe.transformer)
+    assert same_weights(codes[0], codes[1])
+    assert not same_weights(codes[0], codes[2])
+    assert not same_weights(codes[0], codes[3])
+
+
+def test_prompts_and_steps_default_to_those_of_the_kind_of_pipeline(caplog):
+    caplog.set_level(logging.INFO, logger="dmquant")
+    given, default = tiny_pixart(), tiny_pixart()
+    call = PIXART_CALL | {"guidance_scale": 3.0}
+    dmquant.quantize_pipeline(given, FITTED, calibration="emoji-calibration", num_inference_steps=20, **call)
+    dmquant.quantize_pipeline(default, FITTED, **call)
+    assert same_weights(given.transformer, default.transformer)
+    assert caplog.text.count("calibration data: 4 prompts") == caplog.text.count("over 20 steps") == 2
+
+
+def test_a_calibration_whose_saving_failed_continues_in_the_same_folder(tmp_path, monkeypatch):
+    out, save = tmp_path / "quantized", api.save_whole
+    written = []
+
+    def fail_once(*args):
+        work = (tmp_path / "quantized.calibration").rglob("*.safetensors")
+        written.append({path: path.stat().st_mtime_ns for path in work})
+        if len(written) == 1:
+            raise OSError("disk is full")
+        save(*args)
+
+    monkeypatch.setattr(api, "save_whole", fail_once)
+    quantize = partial(dmquant.quantize_pipeline, recipe=LEARNED, calibration=PROMPTS, out=out, **CALL, **PIXART_CALL)
+    with pytest.raises(OSError, match="disk is full"):
+        quantize(tiny_pixart())
+    quantize(tiny_pixart())
+    assert written[0]
+    assert written[0] == written[1]
+    assert [path.name for path in tmp_path.iterdir()] == ["quantized"]
+
+
+class TestRefusals:
+    def test_a_backbone_that_no_family_knows(self):
+        pipe = tiny_sd()
+        pipe.unet.__class__ = type("StrangeUNet", (type(pipe.unet),), {})
+        with pytest.raises(
+            UserError, match=r"StrangeUNet.*known are .*UNet2DConditionModel.*dmquant\.quantize_\("
+        ) as no:
+            dmquant.quantize_pipeline(pipe, "rtn")
+        assert "\n" not in str(no.value)
+
+    @pytest.mark.parametrize("again", ["rtn", LEARNED], ids=["data-free", "calibrated"])
+    def test_a_pipeline_that_is_quantized_already(self, again, tmp_path):
+        pipe = tiny_sd()
+        dmquant.quantize_pipeline(pipe, "rtn", out=tmp_path / "quantized")
+        for quantized in (pipe, DiffusionPipeline.from_pretrained(tmp_path / "quantized")):
+            with pytest.raises(UserError, match="the unet is already quantized: start from the full-precision"):
+                dmquant.quantize_pipeline(quantized, again, calibration=PROMPTS, **CALL)
+
+    def test_an_offloaded_pipeline_and_one_without_weights(self):
+        accelerate = pytest.importorskip("accelerate")
+        from diffusers.hooks import apply_group_offloading
+
+        by_layer, by_group, empty = tiny_sd(), tiny_sd(), tiny_sd()
+        accelerate.cpu_offload(by_layer.unet, execution_device=torch.device("cpu"))
+        cpu = torch.device("cpu")
+        apply_group_offloading(by_group.unet, onload_device=cpu, offload_device=cpu, offload_type="leaf_level")
+        empty.unet.to("meta")
+        for pipe in (by_layer, by_group, empty):
+            with pytest.raises(UserError, match=r"the unet is offloaded or on the meta device.*offloading after"):
+                dmquant.quantize_pipeline(pipe, "rtn")
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ({"num_inference_step": 3}, "unknown argument 'num_inference_step': did you mean 'num_inference_steps'"),
+            ({"prompt": "a cat"}, "prompts to calibrate with are its `calibration`"),
+            ({"recipe": "rtm"}, "unknown recipe 'rtm': did you mean 'rtn'"),
+            ({"recipe": LEARNED, "w": "fp6"}, "this one has its own"),
+            ({"recipe": LEARNED, "calibration": "defualt"}, "unknown prompt set 'defualt': did you mean 'default'"),
+            ({"recipe": LEARNED, "calibration": []}, "prompts"),
+            ({"recipe": LEARNED, "memory_budget": "much"}, "memory_budget 'much' is not a size"),
+        ],
+    )
+    def test_arguments_that_do_not_fit_leave_the_pipeline_as_it_was(self, arguments, message):
+        pipe, original = tiny_sd(), tiny_sd()
+        with pytest.raises(UsageError, match=message) as refused:
+            dmquant.quantize_pipeline(pipe, **arguments)
+        assert "\n" not in str(refused.value)
+        assert same_weights(pipe.unet, original.unet)
+
+    def test_a_folder_that_is_in_use(self, tmp_path):
+        pipe, original = tiny_sd(), tiny_sd()
+        (tmp_path / "notes.txt").write_text("mine")
+        with pytest.raises(UserError, match="is in use"):
+            dmquant.quantize_pipeline(pipe, "rtn", out=tmp_path)
+        assert same_weights(pipe.unet, original.unet)
+
+
+class TestLora:
+    """Adapters that peft holds beside the weights; tests/diffusers/test_quantizer.py has those on a quantized model."""
+
+    @pytest.fixture
+    def adapters(self, tmp_path):
+        pytest.importorskip("peft")
+        from diffusers.utils import convert_state_dict_to_diffusers
+        from peft import LoraConfig
+        from peft.utils import get_peft_model_state_dict
+
+        donor = tiny_sd()
+        config = LoraConfig(r=2, target_modules=["to_q", "to_v", "ff.net.2"], init_lora_weights=False)
+        donor.unet.add_adapter(config)
+        state = convert_state_dict_to_diffusers(get_peft_model_state_dict(donor.unet))
+        type(donor).save_lora_weights(tmp_path, unet_lora_layers=state)
+        return tmp_path
+
+    @pytest.mark.parametrize("fuse", [False, True], ids=["unfused", "fused but not unloaded"])
+    def test_adapters_in_the_backbone_are_refused_and_left_as_they_were(self, adapters, fuse):
+        pipe = tiny_sd()
+        pipe.load_lora_weights(adapters)
+        if fuse:
+            pipe.fuse_lora()
+        before = copy.deepcopy(pipe.unet)
+        with pytest.raises(UserError, match=r"LoRA adapters: call fuse_lora\(\) and then unload_lora_weights\(\)"):
+            dmquant.quantize_pipeline(pipe, "rtn")
+        with pytest.raises(UserError, match="UNet2DConditionModel holds LoRA adapters"):
+            dmquant.quantize_(pipe.unet, "rtn")
+        assert same_weights(pipe.unet, before)
+
+    def test_fused_adapters_are_quantized_like_any_weights(self, adapters):
+        pipe, merged = tiny_sd(), tiny_sd()
+        pipe.load_lora_weights(adapters)
+        pipe.fuse_lora()
+        pipe.unload_lora_weights()
+        assert not same_weights(pipe.unet, merged.unet)
+        merged.unet.load_state_dict(pipe.unet.state_dict())
+        for each in (pipe, merged):
+            dmquant.quantize_pipeline(each, "rtn")
+        assert same_weights(pipe.unet, merged.unet)
+
+    def test_unloaded_adapters_leave_the_plain_weights(self, adapters):
+        pipe, plain = tiny_sd(), tiny_sd()
+        pipe.load_lora_weights(adapters)
+        pipe.unload_lora_weights()
+        for each in (pipe, plain):
+            dmquant.quantize_pipeline(each, "rtn")
+        assert same_weights(pipe.unet, plain.unet)
+        pipe.load_lora_weights(adapters)
+        assert not torch.allclose(images(pipe), images(plain), atol=1e-4)
+
+
+class TestControlNet:
+    @pytest.fixture
+    def pipe(self):
+        sd = tiny_sd()
+        torch.manual_seed(1)
+        net = ControlNetModel.from_unet(sd.unet, conditioning_channels=3, load_weights_from_unet=False)
+        net.controlnet_cond_embedding = type(net.controlnet_cond_embedding)(32, 3, block_out_channels=(8, 16))
+        net.register_to_config(conditioning_embedding_out_channels=(8, 16))
+        with torch.no_grad():  # diffusers starts the outputs of a ControlNet with zeros
+            for parameter in net.parameters():
+                if not parameter.any():
+                    parameter.normal_(std=0.1)
+        pipe = StableDiffusionControlNetPipeline(**sd.components, controlnet=net.eval(), requires_safety_checker=False)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    def test_a_quantized_unet_runs_with_it_and_the_pipeline_saves_and_loads(self, pipe, tmp_path):
+        edges = torch.rand(1, 3, IMAGE_SIZE, IMAGE_SIZE, generator=torch.Generator().manual_seed(2))
+        exact, net = images(pipe, image=edges), copy.deepcopy(pipe.controlnet)
+        dmquant.quantize_pipeline(pipe, "w8a8", out=tmp_path / "quantized")
+        quantized = images(pipe, image=edges)
+        assert same_weights(pipe.controlnet, net)
+        assert torch.nn.functional.mse_loss(quantized, exact) < 1e-3
+        assert not torch.allclose(images(pipe, image=edges, controlnet_conditioning_scale=0.0), quantized, atol=1e-3)
+        loaded = DiffusionPipeline.from_pretrained(tmp_path / "quantized")
+        assert type(loaded) is StableDiffusionControlNetPipeline
+        assert torch.equal(images(loaded, image=edges), quantized)
+
+    def test_it_cannot_calibrate_but_takes_a_unet_calibrated_without_it(self, pipe):
+        with pytest.raises(UserError, match=r"takes more than prompts.*StableDiffusionPipeline or"):
+            dmquant.quantize_pipeline(pipe, LEARNED, calibration=PROMPTS, **CALL)
+        sd = tiny_sd()
+        dmquant.quantize_pipeline(sd, LEARNED, calibration=PROMPTS, **CALL)
+        pipe.unet = sd.unet
+        assert images(pipe, image=torch.rand(1, 3, IMAGE_SIZE, IMAGE_SIZE)).isfinite().all()
+
+
+ATTENTION = {
+    "processor": lambda pipe: pipe.unet.set_attn_processor(AttnProcessor()),
+    "slicing": lambda pipe: pipe.enable_attention_slicing(1),
+    "backend": lambda pipe: pipe.unet.set_attention_backend("native"),
+}
+
+
+@pytest.fixture(scope="module")
+def plain_attention():
+    """Quantized pipelines whose attention nobody has set, by recipe."""
+    pipes = {"w4a6": tiny_sd(), LEARNED.name: tiny_sd()}
+    for recipe, pipe in zip(("w4a6", LEARNED), pipes.values(), strict=True):
+        dmquant.quantize_pipeline(pipe, recipe, calibration=PROMPTS, **CALL)
+    return pipes
+
+
+@pytest.mark.parametrize("setting", ATTENTION)
+@pytest.mark.parametrize("recipe", ["w4a6", LEARNED], ids=["data-free", "calibrated"])
+def test_attention_can_be_set_before_and_after(setting, recipe, plain_attention):
+    """Every implementation computes the same attention but for the order of its sums, which may turn a few codes."""
+    before, after = tiny_sd(), copy.deepcopy(plain_attention[getattr(recipe, "name", recipe)])
+    plain = images(after)
+    ATTENTION[setting](before)
+    dmquant.quantize_pipeline(before, recipe, calibration=PROMPTS, **CALL)
+    ATTENTION[setting](after)
+    assert torch.nn.functional.mse_loss(images(after), plain) < 1e-3  # of a variance of 0.03
+    assert torch.nn.functional.mse_loss(images(before), plain) < 1e-3
+    if recipe == "w4a6":
+        assert same_weights(before.unet, after.unet)
+
+
+def test_an_attention_backend_that_is_not_installed_is_diffusers_own_error_and_changes_nothing():
+    pipe, original = tiny_sd(), tiny_sd()
+    with pytest.raises(RuntimeError, match="flash"):
+        pipe.unet.set_attention_backend("flash")
+    dmquant.quantize_pipeline(pipe, "rtn")
+    dmquant.quantize_pipeline(original, "rtn")
+    assert torch.equal(images(pipe), images(original))
+    with pytest.raises(RuntimeError, match="flash"):
+        pipe.unet.set_attention_backend("flash")
+    assert images(pipe).isfinite().all()
+
+
+def test_every_layer_is_quantized_or_kept_by_the_family():
+    pipe = tiny_sd()
+    made = dmquant.quantize_pipeline(pipe, "w4a6")
+    kept = {
+        name
+        for name, layer in pipe.unet.named_modules()
+        if isinstance(layer, torch.nn.Linear | torch.nn.Conv2d) and not isinstance(layer, QuantLinear | QuantConv2d)
+    }
+    assert kept
+    assert all(made.recipe.settings_for(name) is None for name in kept)
+    assert json.loads(json.dumps(pipe.unet.config["quantization_config"]["recipe"])) == made.recipe.to_dict()
