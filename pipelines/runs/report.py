@@ -29,7 +29,7 @@ from dmquant.host.console import Console
 from dmquant.pipelines.models.loading import DTYPES
 from dmquant.pipelines.runs.runfolder import RECIPES, RunFolder
 from dmquant.pipelines.runs.scores import OF_REFERENCE, generated_names
-from dmquant.pipelines.runs.settings import format_name
+from dmquant.settings import format_name
 
 METRICS_A_TABLE = 5  # beside one another in a terminal
 
