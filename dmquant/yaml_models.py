@@ -12,6 +12,8 @@ from pydantic import BaseModel, ValidationError
 from dmquant.errors import UsageError, unknown
 
 Location = tuple[str | int, ...]
+_quoted = reprlib.Repr()  # a few hundred bytes of nested aliases are megabytes when written out
+_quoted.maxlevel, _quoted.maxstring = 2, 80
 
 
 def read_yaml(model: type[BaseModel], path: Path, source: str) -> Any:
@@ -63,7 +65,7 @@ def problem(error: typing.Mapping[str, Any], model: type[BaseModel]) -> str:
         return "this key is required"
     if error["type"] == "value_error":  # a UsageError of ours, raised while checking
         return str(error["ctx"]["error"])
-    return f"{error['msg']} (got {reprlib.repr(error['input'])})"
+    return f"{error['msg']} (got {_quoted.repr(error['input'])})"
 
 
 def _model_at(model: type[BaseModel], location: Location) -> type[BaseModel]:
