@@ -252,7 +252,7 @@ Engine = Annotated[
     typer.Option(
         metavar="local|ray",
         help="Processes of this machine, or a Ray cluster whose machines all see --out under one path "
-        "(pip install 'dmquant\\[ray]').",
+        "(pip install 'dmquant[ray]').",
         rich_help_panel="Machine",
     ),
 ]
