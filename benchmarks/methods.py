@@ -30,7 +30,7 @@ import dmquant
 from dmquant.convert import footprint
 from dmquant.errors import UserError
 from dmquant.evaluation.networks import Networks
-from dmquant.evaluation.score import score_pairs
+from dmquant.evaluation.metrics.compute import score_pairs
 from dmquant.host.files import write_text
 from dmquant.host.memory import peak_memory
 from dmquant.pipelines.runs.calibration import calibration_data

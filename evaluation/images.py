@@ -56,8 +56,11 @@ def save_image(image: Image.Image | Tensor, path: Path) -> None:
 
 
 def generated_images(folder: Path) -> list[Path]:
-    """The PNG files directly in `folder`, sorted by name; raises UserError when there are none."""
-    return _some(_listed(folder, "*.png"), folder, "PNG image")
+    """The PNG files directly in `folder`, numbered ones by their number and then others by name.
+
+    Raises UserError when there are none.
+    """
+    return _some(sorted(_listed(folder, "*.png"), key=_place), folder, "PNG image")
 
 
 def any_images(folder: Path) -> list[Path]:
@@ -117,12 +120,9 @@ class ImagePairs:
                 batches.append(range(index, index + 1))
         return batches
 
-    def load(self, batch: range) -> tuple[Tensor, Tensor]:
-        """(reference, quantized) of some pairs of one size, both uint8 [N, 3, H, W]."""
-        reference, quantized = (
-            torch.stack([load_image(side[index]) for index in batch]) for side in (self.reference, self.quantized)
-        )
-        return reference, quantized
+    def load(self, index: int) -> tuple[Tensor, Tensor]:
+        """(reference, quantized) of one pair, both uint8 [3, H, W]; errors as in `open_rgb`."""
+        return load_image(self.reference[index]), load_image(self.quantized[index])
 
 
 @contextlib.contextmanager
@@ -159,6 +159,12 @@ def _listed(folder: Path, pattern: str) -> list[Path]:
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder of images")
     return sorted(path for path in folder.glob(pattern) if path.is_file() and not path.name.startswith("."))
+
+
+def _place(path: Path) -> tuple[bool, int, str]:
+    """Where an image stands among others: 99999.png before 100000.png, which the names alone would exchange."""
+    number = path.stem.isdecimal()
+    return not number, int(path.stem) if number else 0, path.name
 
 
 def _some(paths: Iterable[Path], folder: Path, kind: str) -> list[Path]:

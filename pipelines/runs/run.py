@@ -13,25 +13,26 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from dmquant.host import processes
-from dmquant.pipelines.runs.probe import Probe
 from dmquant.errors import UserError
 from dmquant.evaluation.generate import Generated, ImageRequest, pruned_and_missing
-from dmquant.evaluation.image_grid import draw_grid
 from dmquant.evaluation.networks import Networks
-from dmquant.host.files import write_text
-from dmquant.pipelines.runs import runfolder
-from dmquant.pipelines.runs.calibration import calibration_data
+from dmquant.evaluation.report.image_grid import draw_grid
+from dmquant.host import processes
 from dmquant.host.console import Console
+from dmquant.host.files import write_text
+from dmquant.host.memory import peak_memory
 from dmquant.pipelines.models.hashes import pipeline_hashes
 from dmquant.pipelines.models.loading import load_full_precision
-from dmquant.host.memory import peak_memory
+from dmquant.pipelines.models.truncation import cut_line, cut_prompts
+from dmquant.pipelines.runs import runfolder
+from dmquant.pipelines.runs.calibration import calibration_data
+from dmquant.pipelines.runs.closing_tables import closing_table
 from dmquant.pipelines.runs.layer_errors import layer_errors, probe_full_precision, probe_key
-from dmquant.pipelines.runs.report import build_report, closing_table, write_all_reports
+from dmquant.pipelines.runs.probe import Probe
+from dmquant.pipelines.runs.run_report import build_report, write_all_reports
 from dmquant.pipelines.runs.runfolder import RunFolder, fingerprint
 from dmquant.pipelines.runs.scores import complete_scores
 from dmquant.pipelines.runs.settings import Settings
-from dmquant.pipelines.models.truncation import cut_line, cut_prompts
 from dmquant.pipelines.runs.work import is_as_written, load_quantized, make_images, make_model
 
 if TYPE_CHECKING:

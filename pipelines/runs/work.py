@@ -1,4 +1,4 @@
-"""The work of the stages, whoever asks for it: a quantized model, images and scores, each under its bar."""
+"""The work of the stages, whoever asks for it: a quantized model and images, each under its bar."""
 
 import time
 from collections import Counter
@@ -11,16 +11,13 @@ from dmquant.convert import LayerReport, footprint, quantize_
 from dmquant.diffusers.quantizer import load_pipeline, mark_quantized
 from dmquant.errors import UserError
 from dmquant.evaluation.generate import Generated, ImageRequest, generate, missing
-from dmquant.evaluation.networks import Networks
-from dmquant.evaluation.report_tables import size_text
-from dmquant.evaluation.result import Metric
-from dmquant.evaluation.score import score_pairs, score_reference
+from dmquant.host.console import Console
+from dmquant.host.units import size_text
 from dmquant.pipelines.models import folders
 from dmquant.pipelines.models.attention import check_attention
-from dmquant.pipelines.runs.calibration import calibrate
-from dmquant.host.console import Console
 from dmquant.pipelines.models.hashes import pipeline_hashes
 from dmquant.pipelines.models.saving import model_card, narrow_exactly, save_whole
+from dmquant.pipelines.runs.calibration import calibrate
 from dmquant.pipelines.runs.settings import Settings
 
 if TYPE_CHECKING:
@@ -143,27 +140,3 @@ def make_images(
     if generated.not_finite:
         console.say(f"warning: {generated.not_finite} of them hold NaN or infinity, shown black; try another --dtype")
     return generated
-
-
-def make_scores(
-    fp: Path,
-    quantized: Path,
-    metrics: Sequence[str],
-    real: Path | None,
-    networks: Networks,
-    console: Console,
-    prompts: Sequence[str] | None,
-) -> tuple[dict[str, Metric], dict[str, Metric]]:
-    """The metrics of the quantized images against full precision, and those that full precision itself has.
-
-    Without `prompts` the images are asked for theirs.
-    """
-    with console.bar("scores") as bar:
-
-        def progress(what: str, done: int, total: int) -> None:
-            bar(done, total, what)
-
-        return (
-            score_pairs(fp, quantized, metrics, real, networks, progress, prompts),
-            score_reference(fp, metrics, real, networks, progress, prompts),
-        )

@@ -127,13 +127,6 @@ def test_an_unregistered_repository_is_sized_by_the_weights_that_would_be_loaded
     assert resolve_model("owner/model").download_bytes == 4_500_000_000
 
 
-def test_sizes_are_readable():
-    assert [hub.readable(size) for size in (None, 15_600_000, 4_300_000_000)] == [
-        "size unknown",
-        "about 16 MB",
-        "about 4.3 GB",
-    ]
-
 
 def gated(repo, status):
     """What the Hub answers for a gated repository: its listing to anybody, its files to nobody."""
