@@ -18,8 +18,8 @@ import scipy.linalg
 from PIL import Image
 from torch import Tensor
 
-from dmquant.evaluation.networks.features import FeatureStore
 from dmquant.evaluation.images import generated_images, save_image
+from dmquant.evaluation.networks.features import FeatureStore
 from dmquant.evaluation.networks.inception import Inception
 from dmquant.evaluation.set_distances import frechet_distance, polynomial_kernel, squared_mmd
 

@@ -10,7 +10,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dmquant.host.files import replacing
+from dmquant.errors import UserError
+from dmquant.host.files import remembering, replacing
 
 SUFFIX = ".latent.safetensors"
 TENSOR = "latent"
@@ -33,4 +34,23 @@ def read_latent(image: Path, key: str | None) -> Tensor | None:
         with safe_open(latent_path(image), framework="pt") as file:
             return file.get_tensor(TENSOR) if file.metadata() == {"key": key} else None
     except (OSError, SafetensorError):
+        return None
+
+
+def has_latent(image: Path, key: str) -> bool:
+    """Whether `read_latent` would give any; a file that has not changed is not read again."""
+    try:
+        return _key(latent_path(image)) == key
+    except UserError:
+        return False
+
+
+@remembering
+def _key(path: Path) -> str | None:
+    """The key in a file of latents that is whole."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            file.get_tensor(TENSOR)
+            return (file.metadata() or {}).get("key")
+    except SafetensorError:
         return None

@@ -19,7 +19,7 @@ from PIL import Image, PngImagePlugin
 
 from dmquant.diffusers.calling import call_pipeline
 from dmquant.diffusers.watching import recording_latents
-from dmquant.evaluation.final_latents import latent_path, read_latent, save_latent
+from dmquant.evaluation.final_latents import has_latent, latent_path, save_latent
 from dmquant.evaluation.png import KEY, read_key
 from dmquant.evaluation.trajectory import TRAJECTORIES, recording_trajectories, save_trajectory, trajectory_path
 from dmquant.host import processes
@@ -78,7 +78,7 @@ def missing(folder: Path, requests: Sequence[ImageRequest]) -> list[ImageRequest
 def _is_there(path: Path, request: ImageRequest) -> bool:
     if read_key(path) != request.key:
         return False
-    return not request.latents or read_latent(path, request.key) is not None
+    return not request.latents or has_latent(path, request.key)
 
 
 def prune(folder: Path, requests: Sequence[ImageRequest]) -> None:

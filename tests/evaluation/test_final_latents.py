@@ -1,10 +1,13 @@
 """The final latents beside the images: what the sampler gave, for every family, and only where they belong."""
 
+import os
+
 import pytest
 import torch
 
 from dmquant.diffusers.watching import recording_latents
-from dmquant.evaluation.final_latents import latent_path, read_latent, save_latent
+from dmquant.evaluation import final_latents
+from dmquant.evaluation.final_latents import has_latent, latent_path, read_latent, save_latent
 from dmquant.evaluation.generate import generate, image_requests, missing
 from dmquant.evaluation.png import read_key
 from tests.tiny import IMAGE_SIZE, PIXART_CALL, tiny_pixart, tiny_sd, tiny_sdxl
@@ -58,8 +61,20 @@ def test_latents_are_read_only_with_their_images_key_and_whole(tmp_path):
     assert read_latent(image, "another") is None
     assert read_latent(image, None) is None
     assert read_latent(tmp_path / "00001.png", "key") is None
+    assert [has_latent(image, "key"), has_latent(image, "another")] == [True, False]
+    assert not has_latent(tmp_path / "00001.png", "key")
     latent_path(image).write_bytes(latent_path(image).read_bytes()[:-4])
     assert read_latent(image, "key") is None
+    assert not has_latent(image, "key")
+
+
+def test_latents_that_have_not_changed_are_looked_at_once(tmp_path, monkeypatch):
+    image = tmp_path / "00000.png"
+    save_latent(torch.ones(2), image, "key")
+    os.utime(latent_path(image), (1, 1))
+    assert has_latent(image, "key")
+    monkeypatch.setattr(final_latents, "safe_open", lambda *given, **options: pytest.fail("read again"))
+    assert has_latent(image, "key")
 
 
 def test_an_image_without_its_latents_is_missing_only_where_they_are_wanted(tmp_path):
