@@ -23,13 +23,20 @@ def latent_path(image: Path) -> Path:
 
 
 def save_latent(latent: Tensor, image: Path, key: str) -> None:
-    """Write the latents of one image beside it, whole or not at all; `key` is the image's own."""
+    """Write the latents of one image beside it, whole or not at all; `key` is the image's own.
+
+    `latent` is float32 of any shape, in the units of the sampler; strides are not kept. Raises UserError where the disk
+    refuses.
+    """
     with replacing(latent_path(image)) as partial:
         save_file({TENSOR: latent.clone(memory_format=torch.contiguous_format)}, partial, metadata={"key": key})
 
 
 def read_latent(image: Path, key: str | None) -> Tensor | None:
-    """The final latents, float32, made together with the image of that key; None where there are none, or damaged."""
+    """The final latents made together with the image of that key; None where there are none, or a damaged file.
+
+    They are float32 on the CPU, in the shape and the units they were saved in.
+    """
     try:
         with safe_open(latent_path(image), framework="pt") as file:
             return file.get_tensor(TENSOR) if file.metadata() == {"key": key} else None

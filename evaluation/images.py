@@ -48,7 +48,10 @@ def load_image(path: Path) -> Tensor:
 
 
 def save_image(image: Image.Image | Tensor, path: Path) -> None:
-    """Write `image` (PIL, or a uint8 tensor [3, H, W]) to `path` as PNG, whole or not at all."""
+    """Write `image` (PIL, or a uint8 tensor [3, H, W]) to `path` as PNG, whole or not at all.
+
+    Raises UserError where the disk refuses.
+    """
     if isinstance(image, Tensor):
         image = Image.fromarray(image.permute(1, 2, 0).cpu().numpy())
     with replacing(path) as temporary:

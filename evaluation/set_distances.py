@@ -13,7 +13,9 @@ Kernel = Callable[[Tensor, Tensor], Tensor]
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:
-    """Fréchet distance between Gaussians fitted to feature sets [N, D] and [M, D]; N and M at least 2.
+    """Fréchet distance between Gaussians fitted to feature sets [N, D] and [M, D] (Dowson and Landau 1982).
+
+    N and M are at least 2; the sets may be of any float dtype, and all arithmetic is float64 on their device.
 
     With covariances A^T A and B^T B, the trace of (A^T A B^T B)^(1/2) is the sum of the singular values of A B^T.
     Unlike eigenvalues of the product, these need no square root, which turns the rounding error of a zero eigenvalue
@@ -29,7 +31,7 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
 
 
 def squared_mmd(a: Tensor, b: Tensor, kernel: Kernel, unbiased: bool, paired: bool) -> tuple[float, float | None]:
-    """Squared maximum mean discrepancy of feature sets [N, D] and [M, D], and its standard error.
+    """Squared maximum mean discrepancy of feature sets [N, D] and [M, D], and its standard error, in float64.
 
     `unbiased` is the U-statistic, without the kernel of a feature and itself (Gretton et al. 2012, equation 3), and
     without that of a pair if the sets are `paired` (equation 4, whose sum of i != j holds for pairs that depend on one

@@ -22,12 +22,17 @@ PIXELS_AT_ONCE = 512 * 512  # what stays in a processor's cache
 
 
 def ssim(a: Tensor, b: Tensor) -> Tensor:
-    """SSIM [N] of images [N, C, H, W] (Wang et al. 2004, equation 13); sides of at least 11 pixels."""
+    """SSIM [N], float64, of images [N, C, H, W] of any dtype in 0..255 (Wang et al. 2004, equation 13).
+
+    The sides are at least 11 pixels.
+    """
     return torch.cat([_terms(*planes)[0] for planes in _chunks(a, b)]).view(a.shape[:2]).mean(1)
 
 
 def ms_ssim(a: Tensor, b: Tensor) -> Tensor:
-    """MS-SSIM [N] of images [N, C, H, W] (Wang et al. 2003, equation 7), five scales; sides of at least 176 pixels.
+    """MS-SSIM [N], float64, of images [N, C, H, W] of any dtype in 0..255 (Wang et al. 2003, equation 7), five scales.
+
+    The sides are at least 176 pixels.
 
     As in torchmetrics: negative terms count as 0, contrast leaves out the border that the window overhangs, and the
     channels are averaged before the scales are multiplied.

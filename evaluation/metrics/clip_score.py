@@ -19,8 +19,7 @@ def clip_score(scored: "ScoredImages") -> "Metric":
 
     network = scored.networks.clip
     values = 100 * prompt_cosines(scored, network).clamp(min=0)
-    note = note_of_cut_prompts(scored, network)
-    return summarize(values, higher_is_better=True, note=note, backbone=network.backbone)
+    return summarize(values, CLIP_SCORE.better, note_of_cut_prompts(scored, network), network.backbone)
 
 
 CLIP_SCORE = Kind(

@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from dmquant.evaluation.metrics.scored_images import ScoredImages
     from dmquant.evaluation.result import Metric
 
+Direction = Literal["higher", "lower"]
 Need = Literal["reference", "latents", "real", "clip", "prompts"]
 ARROWS = {"higher": "↑", "lower": "↓"}
 
@@ -28,7 +29,7 @@ class Kind:
     name: str
     function: Callable[["ScoredImages"], "Metric"]
     title: str
-    better: Literal["higher", "lower"]
+    better: Direction
     digits: str
     needs: frozenset[Need]
     unit: str = ""

@@ -37,7 +37,7 @@ def latent_mse(scored: "ScoredImages") -> Metric:
     if not values.isfinite().all():
         names = flagged_names(scored.pairs, (~values.isfinite()).tolist())
         return Metric.not_computed(f"{names} have NaN or infinity in their final latents")
-    return summarize(values, higher_is_better=False)
+    return summarize(values, LATENT_MSE.better)
 
 
 def latent_difference(reference_path: Path, path: Path) -> float | list[Path]:

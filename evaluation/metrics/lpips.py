@@ -1,6 +1,5 @@
 """LPIPS: perceptual distance of every pair of images, through two networks."""
 
-from functools import partial
 from typing import TYPE_CHECKING
 
 from dmquant.evaluation.metrics.kind import Kind
@@ -10,25 +9,28 @@ if TYPE_CHECKING:
     from dmquant.evaluation.result import Metric
 
 
-def lpips(scored: "ScoredImages", network: str) -> "Metric":
-    """Mean LPIPS of the pairs (Zhang et al. 2018, version 0.1) through `network`: alex or vgg."""
+def lpips(scored: "ScoredImages") -> "Metric":
+    """Mean LPIPS of the pairs (Zhang et al. 2018, version 0.1) through AlexNet."""
+    return _through(scored, "alex", LPIPS)
+
+
+def lpips_vgg(scored: "ScoredImages") -> "Metric":
+    """Mean LPIPS of the pairs (Zhang et al. 2018, version 0.1) through VGG16."""
+    return _through(scored, "vgg", LPIPS_VGG)
+
+
+def _through(scored: "ScoredImages", network: str, kind: Kind) -> "Metric":
     from dmquant.evaluation.metrics.pairs import mean_of_pairs
 
     distance = scored.networks.lpips(network)
     return mean_of_pairs(
-        scored,
-        "LPIPS",
-        distance,
-        higher_is_better=False,
-        least_side=distance.smallest,
-        why="its network needs",
-        backbone=distance.backbone,
+        scored, kind, distance, least_side=distance.smallest, why="its network needs", backbone=distance.backbone
     )
 
 
 LPIPS = Kind(
     name="lpips",
-    function=partial(lpips, network="alex"),
+    function=lpips,
     title="LPIPS (AlexNet)",
     digits=".4f",
     better="lower",
@@ -37,7 +39,7 @@ LPIPS = Kind(
 )
 LPIPS_VGG = Kind(
     name="lpips_vgg",
-    function=partial(lpips, network="vgg"),
+    function=lpips_vgg,
     title="LPIPS (VGG16)",
     digits=".4f",
     better="lower",

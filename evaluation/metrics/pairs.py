@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dmquant.evaluation.images import ImagePairs
+from dmquant.evaluation.metrics.kind import Kind
 from dmquant.evaluation.metrics.scored_images import ScoredImages
 from dmquant.evaluation.metrics.summary import summarize
 from dmquant.evaluation.read_ahead import READERS, read_ahead
@@ -32,10 +33,9 @@ class PairValues:
 
 def mean_of_pairs(
     scored: ScoredImages,
-    what: str,
+    kind: Kind,
     measure: Measure,
     *,
-    higher_is_better: bool,
     least_side: int = 1,
     why: str = "",
     backbone: Backbone | None = None,
@@ -46,12 +46,12 @@ def mean_of_pairs(
         return Metric.not_computed(
             f"images of {least} pixels are smaller than the {least_side}x{least_side} that {why}"
         )
-    of_pairs = values_of_pairs(scored, what, measure)
-    return summarize(of_pairs.values, higher_is_better=higher_is_better, note=of_pairs.note, backbone=backbone)
+    of_pairs = values_of_pairs(scored, kind, measure)
+    return summarize(of_pairs.values, kind.better, of_pairs.note, backbone)
 
 
-def values_of_pairs(scored: ScoredImages, what: str, measure: Measure) -> PairValues:
-    """`measure` of every pair; `what` names it in the progress bar.
+def values_of_pairs(scored: ScoredImages, kind: Kind, measure: Measure) -> PairValues:
+    """`measure` of every pair; the title of `kind` names it in the progress bar.
 
     Args:
         measure: from images and references, both uint8 [N, 3, H, W] on the networks' device, to [N].
@@ -66,7 +66,7 @@ def values_of_pairs(scored: ScoredImages, what: str, measure: Measure) -> PairVa
                 values = measure(image.to(device), reference.to(device))
                 yield list(zip(values.tolist(), _one_colour(image), strict=True))
                 done += len(image)
-                scored.progress(what, done, total)
+                scored.progress(kind.title, done, total)
 
     found = [pair for batch in in_shares(pairs.batches(PIXELS_PER_BATCH), measured) for pair in batch]
     values, blank = zip(*found, strict=True)

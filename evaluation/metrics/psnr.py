@@ -18,11 +18,11 @@ def psnr(scored: "ScoredImages") -> "Metric":
     from dmquant.evaluation.metrics.pairs import values_of_pairs
     from dmquant.evaluation.metrics.summary import summarize
 
-    of_pairs = values_of_pairs(scored, "PSNR", decibels)
+    of_pairs = values_of_pairs(scored, PSNR, decibels)
     identical = int(of_pairs.values.isinf().sum())
     capped = f"{identical} of {len(of_pairs.values)} pairs are identical and count as {CAP:.0f} dB"
     notes = "; ".join(filter(None, (capped if identical else None, of_pairs.note)))
-    return summarize(of_pairs.values.clamp(max=CAP), higher_is_better=True, note=notes or None)
+    return summarize(of_pairs.values.clamp(max=CAP), PSNR.better, note=notes or None)
 
 
 def decibels(image: "Tensor", reference: "Tensor") -> "Tensor":

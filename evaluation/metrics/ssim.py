@@ -16,9 +16,8 @@ def ssim(scored: "ScoredImages") -> "Metric":
 
     return mean_of_pairs(
         scored,
-        "SSIM",
+        SSIM,
         structural_similarity.ssim,
-        higher_is_better=True,
         least_side=structural_similarity.WINDOW,
         why="the window of SSIM needs",
     )
@@ -31,9 +30,8 @@ def ms_ssim(scored: "ScoredImages") -> "Metric":
 
     return mean_of_pairs(
         scored,
-        "MS-SSIM",
+        MS_SSIM,
         structural_similarity.ms_ssim,
-        higher_is_better=True,
         least_side=structural_similarity.MULTI_SCALE_SIDE,
         why="five scales need",
     )

@@ -143,11 +143,11 @@ class ClipModel:
         )
 
     def __call__(self, batch: Tensor) -> Tensor:
-        """Features of prepared images [N, 3, H, W]."""
+        """Features [N, D] of prepared images [N, 3, H, W], float32 on the CPU, of length 1."""
         return self._features(self.model.encode_image, batch)
 
     def encode_texts(self, texts: Sequence[str]) -> Tensor:
-        """Features of prompts, of which the tokenizer cuts off what the text encoder does not take."""
+        """Features [N, D] of prompts, float32 on the CPU, of length 1; the tokenizer cuts what is too long."""
         return self._features(self.model.encode_text, self.tokenizer(list(texts)))
 
     def truncated(self, texts: Sequence[str]) -> int:

@@ -43,7 +43,10 @@ class ImageNetwork(Protocol):
     batch_size: int
 
     def prepare(self, path: Path) -> Tensor:
-        """One image as the network takes it, on the CPU, of one shape for all images; called from several threads."""
+        """One image as the network takes it, on the CPU, of one shape for all images; called from several threads.
+
+        Raises UserError for a file that cannot be read as an image.
+        """
 
     def __call__(self, batch: Tensor) -> Tensor:
         """Features [N, D], float32 on the CPU, of N prepared images."""
@@ -84,7 +87,10 @@ class FeatureStore:
         progress: Progress = silent,
         what: str = "text features",
     ) -> Tensor:
-        """Features [N, D] of `texts`, in their order, by `encode`, which belongs to `network` and its weights."""
+        """Features [N, D] of `texts`, float32 on the CPU, in their order.
+
+        `encode` makes them of a batch of texts; it belongs to `network` and its weights.
+        """
         prompts = [(hashlib.sha256(text.encode()).hexdigest(), text) for text in texts]
         return self._features(network, TEXT, prompts, lambda batches: map(encode, batches), progress, what)
 

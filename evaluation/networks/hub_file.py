@@ -40,8 +40,8 @@ class HubFile:
             return self.cached() or self._download(what, say)
         except Exception as error:  # the Hub's HTTP library, and so what it raises, differs between its versions
             raise UnavailableError(
-                f"{what} ({about_text(self.size)}) are not in the local cache and cannot be had from {self.repo} on the "
-                f"Hub ({first_line(error)}): {remedy}"
+                f"{what} ({about_text(self.size)}) are not in the local cache and cannot be had from {self.repo} on "
+                f"the Hub ({first_line(error)}): {remedy}"
             ) from error
 
     def _download(self, what: str, say: Callable[[str], None]) -> Path:

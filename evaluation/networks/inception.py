@@ -100,7 +100,7 @@ class Inception:
 
 
 def prepare(image: Tensor) -> Tensor:
-    """An image, uint8 [3, H, W], as Inception-v3 takes it: float32 [3, 299, 299]."""
+    """An image, uint8 [3, H, W] of any size, as Inception-v3 takes it: float32 [3, 299, 299] in -1..1."""
     resized = F.interpolate(
         image[None].float(), size=(SIZE, SIZE), mode="bilinear", align_corners=False, antialias=True
     )

@@ -107,7 +107,10 @@ class LPIPS(nn.Module):
 
     @torch.inference_mode()
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        """Distances [N] of images [N, 3, H, W], 0..255, with sides of at least `smallest`."""
+        """Distances [N], float32, of images [N, 3, H, W] of any dtype in 0..255 (Zhang et al. 2018, equation 1).
+
+        The sides are at least `smallest` pixels; equal images have distance 0.
+        """
         with float32_convolutions():
             x = (torch.cat((a, b)).float() / 127.5 - 1 - self.shift) / self.scale
             distance = x.new_zeros(len(a))

@@ -65,7 +65,10 @@ def remedy(version: str) -> str:
 
 
 def prepare(path: Path) -> Tensor:
-    """An image file as HPSv2 takes it: float32 [3, 224, 224], the whole image, padded with black to a square."""
+    """An image file as HPSv2 takes it: float32 [3, 224, 224], the whole image, padded with black to a square.
+
+    Channels are normalized by CLIP's mean and deviation. Errors as in `images.load_image`.
+    """
     image = load_image(path).float() / 255
     height, width = image.shape[1:]
     scale = SIZE / max(height, width)

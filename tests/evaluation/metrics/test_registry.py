@@ -29,8 +29,7 @@ def brightness(scored):
     """Mean difference of the pairs in brightness, in 8-bit steps."""
     from dmquant.evaluation.metrics.pairs import mean_of_pairs
 
-    return mean_of_pairs(scored, "brightness", lambda a, b: (a.float() - b.float()).mean((1, 2, 3)).abs(),
-                         higher_is_better=False)
+    return mean_of_pairs(scored, TOY, lambda a, b: (a.float() - b.float()).mean((1, 2, 3)).abs())
 
 TOY = Kind(name="toy", function=brightness, title="Brightness", unit=" steps", digits=".3f", better="lower",
            needs=frozenset({"reference"}), per_image=True, default=True)

@@ -11,28 +11,28 @@ from dmquant.evaluation.metrics.summary import bootstrap_interval, summarize
 finite = st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=60)
 
 
-@given(finite, st.booleans())
+@given(finite, st.sampled_from(["higher", "lower"]))
 @settings(max_examples=15, deadline=None)
-def test_worst_median_and_interval_lie_where_they_must(values, higher_is_better):
-    metric = summarize(torch.tensor(values, dtype=torch.float64), higher_is_better)
+def test_worst_median_and_interval_lie_where_they_must(values, better):
+    metric = summarize(torch.tensor(values, dtype=torch.float64), better)
     slack = 1e-9 * max(1.0, *map(abs, values))
     assert min(values) - slack <= metric.median <= max(values) + slack
     if len(values) > 1:
         assert min(values) - slack <= metric.low <= metric.high <= max(values) + slack
-    worse = metric.value - metric.worst if higher_is_better else metric.worst - metric.value
+    worse = metric.value - metric.worst if better == "higher" else metric.worst - metric.value
     assert worse >= -slack
     assert metric.values == tuple(values)
 
 
 def test_the_worst_images_are_the_worst_five_percent():
     values = torch.arange(100.0).flip(0)
-    assert summarize(values, higher_is_better=True).worst == 2.0
-    assert summarize(values, higher_is_better=False).worst == 97.0
-    assert summarize(values[:3], higher_is_better=True).worst == 97.0  # at least one
+    assert summarize(values, "higher").worst == 2.0
+    assert summarize(values, "lower").worst == 97.0
+    assert summarize(values[:3], "higher").worst == 97.0  # at least one
 
 
 def test_one_image_has_no_interval():
-    metric = summarize(torch.tensor([3.0]), higher_is_better=True)
+    metric = summarize(torch.tensor([3.0]), "higher")
     assert (metric.low, metric.high, metric.median, metric.worst) == (None, None, 3.0, 3.0)
 
 
