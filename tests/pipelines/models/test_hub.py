@@ -105,7 +105,7 @@ def test_a_download_is_announced_with_its_size_before_it_starts(cache, original,
 def test_a_disk_that_is_too_small_is_found_out_before_the_download(cache, monkeypatch):
     answers(monkeypatch)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=3 * 10**9))
-    with pytest.raises(UserError, match=r"21\.8 GB but .* has only 3\.0 GB free.*HF_HOME"):
+    with pytest.raises(UserError, match=r"21\.8 GB but .* has only 3\.00 GB free.*HF_HOME"):
         load_full_precision(registered_models()["pixart-sigma"], torch.float32, "cpu")
 
 
