@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dmquant.calib.blocks.budget import default_budget
 from dmquant.convert import plan
 from dmquant.diffusers.calling import final_latents
 from dmquant.errors import UserError
@@ -18,6 +17,7 @@ from dmquant.evaluation.report_tables import time_text, value_text
 from dmquant.host import processes
 from dmquant.host.console import Console
 from dmquant.host.files import write_text
+from dmquant.host.memory import default_budget
 from dmquant.pipelines.models.skeleton import skeleton
 from dmquant.pipelines.runs import runfolder
 from dmquant.pipelines.runs.calibration import calibration_data
