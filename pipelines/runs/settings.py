@@ -16,7 +16,7 @@ from dmquant.evaluation.images import any_images
 from dmquant.evaluation.metrics import METRICS, REAL, check_names
 from dmquant.evaluation.networks import CLIP
 from dmquant.formats import get_format
-from dmquant.pipelines.defaults import DEFAULT_RECIPE
+from dmquant.pipelines.runs.defaults import DEFAULT_RECIPE
 from dmquant.diffusers.families import Family
 from dmquant.diffusers.families.generic import GENERIC
 from dmquant.pipelines.models.loading import resolve_device, resolve_dtype
