@@ -20,6 +20,8 @@ from dmquant.pipelines.models.hashes import pipeline_hashes
 from dmquant.pipelines.models.loading import checked_folder, load_full_precision, resolve_device
 from dmquant.pipelines.prompts.lists import load_prompts
 from dmquant.pipelines.runs import runfolder
+from dmquant.pipelines.runs.image_stage import make_images
+from dmquant.pipelines.runs.model_stage import load_quantized, make_model_together
 from dmquant.pipelines.runs.report import (
     build_report,
     closing_table,
@@ -28,11 +30,10 @@ from dmquant.pipelines.runs.report import (
     unfinished,
     write_all_reports,
 )
-from dmquant.pipelines.runs.run import Run, make_model_together
+from dmquant.pipelines.runs.run import Run
 from dmquant.pipelines.runs.runfolder import RunFolder, claim, fingerprint, is_full_disk
-from dmquant.pipelines.runs.scores import write_table
+from dmquant.pipelines.runs.scores import make_scores, write_table
 from dmquant.pipelines.runs.settings import Settings, clip_source, resolve_metrics
-from dmquant.pipelines.runs.work import load_quantized, make_images, make_scores
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import nn
 
-from dmquant.calib.data.capture import capture
 from dmquant.calib.blocks.engine import Calibrated, calibrate_
+from dmquant.calib.data.capture import capture
 from dmquant.calib.data.sampling import Sampling
-from dmquant.host.console import Console
 from dmquant.diffusers.families import Family
+from dmquant.host.console import Console
 from dmquant.pipelines.runs.runfolder import fingerprint
 from dmquant.recipe import Recipe
 

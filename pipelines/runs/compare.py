@@ -6,16 +6,18 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from dmquant.host import processes
 from dmquant.errors import UserError
 from dmquant.evaluation.image_grid import draw_grid
 from dmquant.evaluation.plot import draw_comparison
-from dmquant.pipelines.runs import runfolder
+from dmquant.host import processes
 from dmquant.host.console import Console
+from dmquant.pipelines.runs import runfolder
+from dmquant.pipelines.runs.image_stage import FP
 from dmquant.pipelines.runs.report import build_report, comparison_tables, write_all_reports
-from dmquant.pipelines.runs.run import FP, FullPrecision, Quantized, images_line, save_settings
+from dmquant.pipelines.runs.run import images_line, save_settings
 from dmquant.pipelines.runs.runfolder import RunFolder, claim, fingerprint, is_full_disk
 from dmquant.pipelines.runs.settings import Settings
+from dmquant.pipelines.runs.sides import FullPrecision, Quantized
 
 
 class Comparison:

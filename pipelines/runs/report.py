@@ -22,11 +22,11 @@ from dmquant.evaluation.report_tables import (
 from dmquant.evaluation.result import LayerError, Metric, RecipeResult, Reference, Report
 from dmquant.evaluation.score_table import columns
 from dmquant.evaluation.step_errors import step_errors
+from dmquant.host.console import Console
 from dmquant.host.files import write_text
+from dmquant.pipelines.models.loading import DTYPES
 from dmquant.pipelines.runs import runfolder
 from dmquant.pipelines.runs.card import scored_card
-from dmquant.host.console import Console
-from dmquant.pipelines.models.loading import DTYPES
 from dmquant.pipelines.runs.runfolder import RECIPES, RunFolder
 from dmquant.pipelines.runs.scores import OF_REFERENCE, generated_names
 from dmquant.pipelines.runs.settings import format_name

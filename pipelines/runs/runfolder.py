@@ -19,8 +19,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from dmquant.host import processes
 from dmquant.errors import UserError
+from dmquant.host import processes
 from dmquant.host.files import write_text
 
 try:

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 
 import dmquant
+from dmquant.diffusers.families import Family
+from dmquant.diffusers.families.generic import GENERIC
 from dmquant.errors import UsageError
 from dmquant.evaluation.generate import ImageRequest, batch_size_for, image_requests
 from dmquant.evaluation.images import any_images
@@ -17,10 +19,7 @@ from dmquant.evaluation.metrics import METRICS, REAL, check_names
 from dmquant.evaluation.networks import CLIP
 from dmquant.formats import get_format
 from dmquant.pipelines.defaults import DEFAULT_RECIPE
-from dmquant.diffusers.families import Family
-from dmquant.diffusers.families.generic import GENERIC
 from dmquant.pipelines.models.loading import resolve_device, resolve_dtype
-from dmquant.pipelines.prompts.lists import PromptSet, load_prompts, read_prompts
 from dmquant.pipelines.models.registry import (
     EMBEDDED,
     ModelSpec,
@@ -29,6 +28,7 @@ from dmquant.pipelines.models.registry import (
     family_for,
     resolve_model,
 )
+from dmquant.pipelines.prompts.lists import PromptSet, load_prompts, read_prompts
 from dmquant.pipelines.runs.runfolder import fingerprint
 from dmquant.recipe import NO_FORMAT, Recipe
 from dmquant.scaling import BLOCK_FORMATS

@@ -21,9 +21,10 @@ from dmquant.host.files import write_text
 from dmquant.pipelines.models.skeleton import skeleton
 from dmquant.pipelines.runs import runfolder
 from dmquant.pipelines.runs.calibration import calibration_data
-from dmquant.pipelines.runs.run import FullPrecision, images_line, save_settings
+from dmquant.pipelines.runs.run import images_line, save_settings
 from dmquant.pipelines.runs.runfolder import RunFolder, is_full_disk
 from dmquant.pipelines.runs.settings import Settings
+from dmquant.pipelines.runs.sides import FullPrecision
 from dmquant.pipelines.sweep.costs import Costs, counting, fans_in, model_costs
 from dmquant.pipelines.sweep.engines import ENGINES, Crew, check_alone
 from dmquant.pipelines.sweep.results import BITS, VERSION, Row, as_csv, pareto_fronts, sorted_rows

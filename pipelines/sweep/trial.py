@@ -19,10 +19,11 @@ from dmquant.evaluation.networks import Networks
 from dmquant.host.console import Console, quiet_libraries
 from dmquant.host.files import write_text
 from dmquant.pipelines.runs import runfolder
-from dmquant.pipelines.runs.run import FP, QUANTIZED, FullPrecision, Quantized
+from dmquant.pipelines.runs.image_stage import FP, QUANTIZED
 from dmquant.pipelines.runs.runfolder import RunFolder, claim, fingerprint, is_full_disk
 from dmquant.pipelines.runs.scores import scores_key
 from dmquant.pipelines.runs.settings import Settings
+from dmquant.pipelines.runs.sides import FullPrecision, Quantized
 
 
 @dataclass(frozen=True)

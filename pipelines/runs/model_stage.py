@@ -1,4 +1,4 @@
-"""The work of the stages, whoever asks for it: a quantized model, images and scores, each under its bar."""
+"""The stage that makes a quantized model: quantize a loaded pipeline, save it whole, load it as any app would."""
 
 import time
 from collections import Counter
@@ -10,23 +10,36 @@ from typing import TYPE_CHECKING, Any
 from dmquant.convert import LayerReport, footprint, quantize_
 from dmquant.diffusers.quantizer import load_pipeline, mark_quantized
 from dmquant.errors import UserError
-from dmquant.evaluation.generate import Generated, ImageRequest, generate, missing
-from dmquant.evaluation.networks import Networks
 from dmquant.evaluation.report_tables import size_text
-from dmquant.evaluation.result import Metric
-from dmquant.evaluation.score import score_pairs, score_reference
+from dmquant.host import processes
+from dmquant.host.console import Console
 from dmquant.pipelines.models import folders
 from dmquant.pipelines.models.attention import check_attention
-from dmquant.pipelines.runs.calibration import calibrate
-from dmquant.host.console import Console
 from dmquant.pipelines.models.hashes import pipeline_hashes
 from dmquant.pipelines.models.saving import model_card, narrow_exactly, save_whole
+from dmquant.pipelines.runs.calibration import calibrate, calibration_data
 from dmquant.pipelines.runs.settings import Settings
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 BYTES_IN_16_BIT = 2
+
+
+def make_model_together(
+    load: Callable[[], "DiffusionPipeline"], settings: Settings, folder: Path, console: Console, workspace: Path
+) -> dict[str, Any]:
+    """`make_model` by the main process, with the data that it learns from captured by all."""
+
+    def work() -> dict[str, Any] | None:
+        if everyone.is_main:
+            return make_model(load(), settings, folder, console, workspace=workspace)
+        if settings.recipe.calibrated:
+            calibration_data(load(), settings, workspace, console)
+        return None
+
+    everyone = processes.current()
+    return everyone.together(work)[0]
 
 
 def make_model(
@@ -108,62 +121,3 @@ def is_as_written(folder: Path, backbone: str, sha256: dict[str, str]) -> bool:
     except UserError:
         return False
     return pipeline_hashes(folder, backbone) == sha256
-
-
-def make_images(
-    pipeline: "DiffusionPipeline",
-    requests: Sequence[ImageRequest],
-    folder: Path,
-    settings: Settings,
-    console: Console,
-    title: str,
-    note: Callable[[Generated], None] = lambda generated: None,
-) -> Generated:
-    """Make the images that `folder` lacks; `note` is called after every batch with all that was made so far."""
-    kept, began = len(requests) - len(missing(folder, requests)), time.perf_counter()
-    with console.bar(title) as bar:
-        bar(kept, len(requests))
-
-        def on_batch(generated: Generated) -> None:
-            made = len(generated.seconds)
-            bar(kept + made, len(requests), speed=f"{made / (time.perf_counter() - began):.2f} images/s")
-            note(generated)
-
-        generated = generate(
-            settings.family.prompted(pipeline),
-            requests,
-            folder,
-            batch_size=settings.batch_size,
-            call=settings.call,
-            on_batch=on_batch,
-        )
-    seconds, made = time.perf_counter() - began, len(generated.seconds)
-    there = f"; {kept} were there" if kept else ""
-    console.say(f"{title}: {made} in {seconds:.1f} s, {made / seconds:.2f} images/s{there}")
-    if generated.not_finite:
-        console.say(f"warning: {generated.not_finite} of them hold NaN or infinity, shown black; try another --dtype")
-    return generated
-
-
-def make_scores(
-    fp: Path,
-    quantized: Path,
-    metrics: Sequence[str],
-    real: Path | None,
-    networks: Networks,
-    console: Console,
-    prompts: Sequence[str] | None,
-) -> tuple[dict[str, Metric], dict[str, Metric]]:
-    """The metrics of the quantized images against full precision, and those that full precision itself has.
-
-    Without `prompts` the images are asked for theirs.
-    """
-    with console.bar("scores") as bar:
-
-        def progress(what: str, done: int, total: int) -> None:
-            bar(done, total, what)
-
-        return (
-            score_pairs(fp, quantized, metrics, real, networks, progress, prompts),
-            score_reference(fp, metrics, real, networks, progress, prompts),
-        )
