@@ -1,5 +1,6 @@
 """The stages that make images: those that are missing, under a bar, with what they took."""
 
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -8,8 +9,9 @@ from typing import TYPE_CHECKING
 from dmquant.evaluation.generate import Generated, ImageRequest, generate, missing, pruned_and_missing
 from dmquant.host import processes
 from dmquant.host.console import Console
+from dmquant.host.files import fingerprint
 from dmquant.host.memory import peak_memory
-from dmquant.pipelines.runs.runfolder import RunFolder, fingerprint
+from dmquant.pipelines.runs.runfolder import RunFolder
 from dmquant.pipelines.runs.settings import Settings
 
 if TYPE_CHECKING:
@@ -28,18 +30,18 @@ def complete_images(
     console: Console,
 ) -> None:
     """Make the images of one side that its folder lacks, and remember what they took."""
-    images, stage = folder.images(side), f"images_{side}"
+    images, stage, key = folder.images(side), f"images_{side}", images_key(requests)
     absent = processes.current().on_main(lambda: pruned_and_missing(images, requests))
-    key = fingerprint(images=[request.key for request in requests])
     if not absent and folder.finished(stage, key):
         console.say(f"{TITLES[side]}: all {len(requests)} are there")
         return
     earlier = folder.record(stage) or {}
     measured = {name: earlier.get(name) for name in ("peak_memory_bytes", "peak_memory_of", "not_finite")}
+    seconds = _keep_seconds(folder, f"seconds_{side}", requests)
     if absent:
-        note = _noting_seconds(folder, f"seconds_{side}", requests)
+        folder.forget(stage)  # what it says of the images is about to be untrue
         with peak_memory(settings.device) as peak:
-            generated = make_images(load(), requests, images, settings, console, TITLES[side], note)
+            generated = make_images(load(), requests, images, settings, console, TITLES[side], seconds)
         measured = {
             "peak_memory_bytes": peak.bytes,
             "peak_memory_of": peak.what,
@@ -48,11 +50,27 @@ def complete_images(
     folder.finish(stage, key, images=len(requests), **measured)
 
 
-def _noting_seconds(folder: RunFolder, kind: str, requests: Sequence[ImageRequest]) -> Callable[[Generated], None]:
-    """Remember after every batch what its images took, so that a killed run can still say it."""
+def images_key(requests: Sequence[ImageRequest]) -> str:
+    """Fingerprint of a set of images: the keys of its images stand for all that each depends on."""
+    return fingerprint(images=[request.key for request in requests])
+
+
+def _keep_seconds(folder: RunFolder, kind: str, requests: Sequence[ImageRequest]) -> Callable[[Generated], None]:
+    """Drop the seconds of images that nobody asks for; add those of every batch, so that a killed run can say them."""
     keys = {request.key for request in requests}
-    before = {key: seconds for key, seconds in folder.notes(kind).items() if key in keys}
-    return lambda generated: folder.note(kind, before | generated.seconds)
+    known = folder.notes(kind)
+    if not known.keys() <= keys:
+        known = {key: seconds for key, seconds in known.items() if key in keys}
+        folder.note(kind, known)
+    added: set[str] = set()
+
+    def add(generated: Generated) -> None:
+        newest_first = reversed(generated.seconds.items())
+        new = dict(itertools.takewhile(lambda item: item[0] not in added, newest_first))
+        added.update(new)
+        folder.add_notes(kind, new)
+
+    return add
 
 
 def make_images(

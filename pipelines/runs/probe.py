@@ -27,9 +27,8 @@ from dmquant.errors import UserError
 from dmquant.evaluation.generate import ImageRequest
 from dmquant.evaluation.result import LayerError
 from dmquant.host.console import Console
-from dmquant.host.files import replacing
+from dmquant.host.files import fingerprint, replacing
 from dmquant.layers import QUANTIZED
-from dmquant.pipelines.runs.runfolder import fingerprint
 from dmquant.pipelines.runs.settings import Settings
 
 if TYPE_CHECKING:

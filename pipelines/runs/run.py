@@ -14,7 +14,8 @@ from dmquant.pipelines.runs.image_stage import FP, QUANTIZED
 from dmquant.pipelines.runs.report import build_report, closing_table, write_all_reports
 from dmquant.pipelines.runs.runfolder import RunFolder
 from dmquant.pipelines.runs.settings import Settings
-from dmquant.pipelines.runs.sides import FullPrecision, Quantized
+from dmquant.pipelines.runs.sides import FullPrecision, Quantized, fingerprints_of
+from dmquant.pipelines.runs.source import resumed_source
 
 
 class Run:
@@ -22,14 +23,16 @@ class Run:
 
     def __init__(self, settings: Settings, source: Path, folder: RunFolder, console: Console):
         self.settings, self.folder, self.console = settings, folder, console
-        self.reference = FullPrecision(settings, source, folder, console)
+        self.reference = FullPrecision(settings, resumed_source(settings, source, folder, console), folder, console)
         self.quantized = Quantized(settings, self.reference, folder, folder.path / runfolder.CALIBRATION)
 
     def finish(self) -> None:
         """Every stage in order, from where an earlier run stopped."""
         self.console.say(f"{quantization_line(self.settings)}; {images_line(self.settings)}")
         recipe = {"recipe": self.settings.recipe.to_dict()}
-        record = save_settings(self.folder, self.settings.to_dict(self.reference.source_hashes, recipe))
+        fingerprints = {"fingerprints": self.reference.fingerprints | fingerprints_of(self.settings, self.reference)}
+        record = self.settings.to_dict(self.reference.source.sha256, recipe) | fingerprints
+        save_settings(self.folder, record)
         self.reference.images()
         self.quantized.make()
         self.quantized.score()
@@ -65,8 +68,7 @@ def images_line(settings: Settings) -> str:
     )
 
 
-def save_settings(folder: RunFolder, record: dict[str, Any]) -> dict[str, Any]:
-    """Write run.yaml; returns what it holds."""
+def save_settings(folder: RunFolder, record: dict[str, Any]) -> None:
+    """Write run.yaml."""
     text = yaml.safe_dump(record, sort_keys=False, allow_unicode=True, width=120)
     processes.current().on_main(lambda: write_text(folder.path / runfolder.SETTINGS, text))
-    return record

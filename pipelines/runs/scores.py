@@ -13,7 +13,8 @@ from dmquant.evaluation.score import score_pairs, score_reference
 from dmquant.evaluation.score_table import columns, write_scores
 from dmquant.host import processes
 from dmquant.host.console import Console
-from dmquant.pipelines.runs.runfolder import SCORES, RunFolder, fingerprint
+from dmquant.host.files import fingerprint
+from dmquant.pipelines.runs.runfolder import SCORES, RunFolder
 from dmquant.pipelines.runs.settings import Settings
 
 STAGE = "scores"

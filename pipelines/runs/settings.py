@@ -18,6 +18,7 @@ from dmquant.evaluation.images import any_images
 from dmquant.evaluation.metrics import METRICS, REAL, check_names
 from dmquant.evaluation.networks import CLIP
 from dmquant.formats import get_format
+from dmquant.host.files import fingerprint
 from dmquant.pipelines.defaults import DEFAULT_RECIPE
 from dmquant.pipelines.models.loading import resolve_device, resolve_dtype
 from dmquant.pipelines.models.registry import (
@@ -29,7 +30,6 @@ from dmquant.pipelines.models.registry import (
     resolve_model,
 )
 from dmquant.pipelines.prompts.lists import PromptSet, load_prompts, read_prompts
-from dmquant.pipelines.runs.runfolder import fingerprint
 from dmquant.recipe import NO_FORMAT, Recipe
 from dmquant.scaling import BLOCK_FORMATS
 

@@ -6,67 +6,73 @@ missing is decided by the main one, which also keeps the records, and made by al
 
 import contextlib
 import gc
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dmquant.errors import UserError
+from dmquant.evaluation.generate import ImageRequest
 from dmquant.evaluation.networks import Networks
 from dmquant.host import processes
 from dmquant.host.console import Console
+from dmquant.host.files import fingerprint
 from dmquant.host.memory import peak_memory
-from dmquant.pipelines.models.hashes import pipeline_hashes
 from dmquant.pipelines.models.loading import load_full_precision
+from dmquant.pipelines.models.shared_parts import SharedParts
 from dmquant.pipelines.models.truncation import cut_line, cut_prompts
 from dmquant.pipelines.runs import runfolder
-from dmquant.pipelines.runs.image_stage import FP, QUANTIZED, complete_images
+from dmquant.pipelines.runs.image_stage import FP, QUANTIZED, complete_images, images_key
+from dmquant.pipelines.runs.loaded_parts import LoadedParts
 from dmquant.pipelines.runs.model_stage import is_as_written, load_quantized, make_model_together
 from dmquant.pipelines.runs.probe import Probe, layer_errors, probe_full_precision, probe_key
-from dmquant.pipelines.runs.runfolder import RunFolder, fingerprint
-from dmquant.pipelines.runs.scores import complete_scores
-from dmquant.pipelines.runs.settings import Settings
+from dmquant.pipelines.runs.runfolder import RunFolder
+from dmquant.pipelines.runs.scores import complete_scores, scores_key
+from dmquant.pipelines.runs.settings import Settings, versions
+from dmquant.pipelines.runs.source import Source
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 
 class FullPrecision:
-    """The full-precision side: its weights' hashes, its images, and its pipeline for as long as it is needed.
+    """The full-precision side: its images, and its pipeline for as long as it is needed.
 
-    `source_hashes` are those of the weights where they are known already.
+    Several quantized sides share what `parts` keeps.
     """
 
     def __init__(
         self,
         settings: Settings,
-        source: Path,
+        source: Source,
         folder: RunFolder,
         console: Console,
-        source_hashes: dict[str, str] | None = None,
+        parts: LoadedParts | None = None,
     ):
-        self.settings, self.folder, self.console = settings, folder, console
-        self.source_hashes = self._hashes(source) if source_hashes is None else source_hashes
-        self.source_key = fingerprint(files=self.source_hashes)
-        self.requests = settings.requests(self.source_key)
+        self.settings, self.source, self.folder, self.console = settings, source, folder, console
+        self.parts = parts or LoadedParts(keeps=False)
+        self.requests = settings.requests(source.key)
         self.networks = Networks(settings.device, settings.clip, folder.path / runfolder.FEATURES, console.say)
         self._pipeline: DiffusionPipeline | None = None
 
-    def _hashes(self, source: Path) -> dict[str, str]:
-        with self.console.bar("hash of the weights") as bar:
-            return processes.current().on_main(lambda: pipeline_hashes(source, self.settings.family.component, bar))
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """Of the settings that each stage of this side is done under."""
+        return {f"images_{FP}": images_key(self.requests)}
 
     def images(self) -> None:
         """Make the images that are missing."""
         complete_images(FP, self.requests, self.load, self.folder, self.settings, self.console)
-        if self._pipeline is not None:
-            self._tell_cut_prompts(self._pipeline)
+        key = images_key(self.requests)
+        known = self.folder.notes(runfolder.CUT_PROMPTS)
+        if self._pipeline is not None or known.get("images", key) != key:  # of earlier versions there is no key
+            self._tell_cut_prompts(self.load(), key)
 
-    def _tell_cut_prompts(self, pipeline: "DiffusionPipeline") -> None:
+    def _tell_cut_prompts(self, pipeline: "DiffusionPipeline", key: str) -> None:
         settings = self.settings
         cuts = cut_prompts(settings.family.prompted(pipeline), settings.prompts, settings.call)
         line = cut_line(cuts, len(settings.prompts))
-        self.folder.note(runfolder.CUT_PROMPTS, {"line": line})
+        self.folder.note(runfolder.CUT_PROMPTS, {"line": line, "images": key})
         if line:
             self.console.say(f"note: {line}")
 
@@ -80,7 +86,9 @@ class FullPrecision:
         """The pipeline, loaded when first asked for."""
         if self._pipeline is None:
             settings = self.settings
-            self._pipeline = load_full_precision(settings.model, settings.dtype, settings.device, self.console.say)
+            self._pipeline = load_full_precision(
+                settings.model, settings.dtype, settings.device, self.console.say, self.parts.kept
+            )
         return self._pipeline
 
     def release(self) -> None:
@@ -93,7 +101,7 @@ class Quantized:
     """The quantized side of one recipe: its model, its images, and how these compare with full precision.
 
     Calibration data, and the codes of units that are finished, are kept in `workspace`. The error of each layer is
-    left out unless `compares_layers`.
+    left out unless `compares_layers`. Parts that are the same in the models of several recipes are saved in `shared`.
     """
 
     def __init__(
@@ -103,11 +111,12 @@ class Quantized:
         folder: RunFolder,
         workspace: Path,
         compares_layers: bool = True,
+        shared: SharedParts | None = None,
     ):
         self.settings, self.reference, self.folder, self.workspace = settings, reference, folder, workspace
-        self.compares_layers = compares_layers
+        self.compares_layers, self.shared = compares_layers, shared
         self.console = reference.console
-        self.model_key = settings.model_key(reference.source_key)
+        self.model_key = settings.model_key(reference.source.key)
         self.requests = settings.requests(self.model_key)
         self._pipeline: DiffusionPipeline | None = None
 
@@ -123,7 +132,10 @@ class Quantized:
     def _load(self) -> "DiffusionPipeline":
         """The quantized pipeline, loaded when first asked for."""
         if self._pipeline is None:
-            self._pipeline = load_quantized(self.folder.path / runfolder.MODEL, self.settings)
+            component, made = self.settings.family.component, self.folder.record("model")
+            loaded = self.reference.parts.of(component, made["sha256"] | made.get("parts_sha256", {}))
+            self._pipeline = load_quantized(self.folder.path / runfolder.MODEL, self.settings, **loaded)
+            self.reference.parts.keep(self._pipeline)
         return self._pipeline
 
     def _probe_reference(self) -> None:
@@ -132,7 +144,7 @@ class Quantized:
 
     def _layers(self) -> None:
         settings, reference = self.settings, self.reference
-        key = fingerprint(model=self.model_key, probe=probe_key(reference.requests, settings))
+        key = _layers_key(self.model_key, reference.requests, settings)
         weight_errors = self.folder.record("model").get("weight_errors")
         if self.folder.finished(runfolder.LAYERS, key) or not weight_errors:
             return
@@ -159,7 +171,15 @@ class Quantized:
             processes.current().on_main(self._probe_reference)  # quantizing takes place in the same pipeline
         try:
             with peak_memory(self.settings.device) as peak:
-                facts = make_model_together(self.reference.load, self.settings, path, self.console, self.workspace)
+                facts = make_model_together(
+                    self.reference.load,
+                    self.settings,
+                    path,
+                    self.console,
+                    self.workspace,
+                    self.reference.source.key,
+                    self.shared,
+                )
         finally:
             self.reference.release()
         self.folder.finish("model", self.model_key, **facts, peak_memory_bytes=peak.bytes, peak_memory_of=peak.what)
@@ -169,7 +189,7 @@ class Quantized:
         record = self.folder.finished("model", self.model_key)
         if not record or not path.is_dir():
             return False
-        as_written = is_as_written(path, self.settings.family.component, record["sha256"])
+        as_written = is_as_written(path, record["sha256"] | record.get("parts_sha256", {}))
         if not as_written:
             self.console.say("model: its files are not what was written, making it again")
         return as_written
@@ -184,3 +204,26 @@ class Quantized:
             self.reference.folder.images(FP): [request.key for request in self.reference.requests],
             self.folder.images(QUANTIZED): [request.key for request in self.requests],
         }
+
+
+def fingerprints_of(settings: Settings, reference: FullPrecision) -> dict[str, str]:
+    """By stage of the quantized side, the fingerprint of the settings that it is done under."""
+    model_key = settings.model_key(reference.source.key)
+    requests = settings.requests(model_key)
+    keys = {FP: reference.requests, QUANTIZED: requests}
+    return {
+        "model": model_key,
+        f"images_{QUANTIZED}": images_key(requests),
+        runfolder.LAYERS: _layers_key(model_key, reference.requests, settings),
+        "scores": scores_key({side: [request.key for request in made] for side, made in keys.items()}, settings),
+    }
+
+
+def _layers_key(model_key: str, reference: Sequence[ImageRequest], settings: Settings) -> str:
+    return fingerprint(model=model_key, probe=probe_key(reference, settings))
+
+
+def shared_parts(settings: Settings, source: Source, folder: RunFolder) -> SharedParts:
+    """Where the models of one folder have what none of them changes."""
+    key = fingerprint(source=source.key, dtype=settings.dtype_name, versions=versions())
+    return SharedParts(folder.path / runfolder.SHARED, key)

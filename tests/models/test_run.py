@@ -245,7 +245,6 @@ def options_for(options, model):
 
 def test_a_full_disk_is_one_line_keeps_what_is_done_and_leaves_no_half_model(options, tmp_path, monkeypatch):
     def full(pipeline, folder):
-        folder.mkdir()
         (folder / "half").write_bytes(b"half")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -398,13 +397,14 @@ def test_the_model_depends_on_what_calibration_sees_and_only_where_there_is_any(
 
 def test_what_calibration_is_given_stands_in_run_yaml_and_reaches_the_engine(options, tmp_path, monkeypatch):
     out, calls = tmp_path / "run", []
-    monkeypatch.setattr(
-        model_stage, "make_model", lambda *args, **named: (calls.append((args[1], named)), real(*args, **named))[1]
-    )
+    monkeypatch.setattr(model_stage, "make_model", lambda *args: (calls.append(args), real(*args))[1])
     calibration = {"memory_budget": "1.5GiB", "calibration_prompts": "emoji", "calibration_data": tmp_path / "data"}
     run(options(**calibration), out)
-    (settings, named), written = calls[0], yaml.safe_load((out / "run.yaml").read_text())["calibration"]
-    assert named == {"workspace": out / "calibration"}
+    (_, settings, _, _, workspace, *_), written = (
+        calls[0],
+        yaml.safe_load((out / "run.yaml").read_text())["calibration"],
+    )
+    assert workspace == out / "calibration"
     assert (settings.memory_budget, settings.calibration_data) == (3 << 29, tmp_path / "data")
     assert list(settings.calibration_prompts) == load_prompts("emoji") == written["prompts"]
     assert (written["memory_budget"], written["data"]) == (3 << 29, str(tmp_path / "data"))
@@ -416,7 +416,7 @@ real = model_stage.make_model
 def test_a_killed_quantize_finds_its_workspace_again_and_a_finished_one_leaves_none(options, tmp_path, monkeypatch):
     out, seen = tmp_path / "q", []
 
-    def stopped(*args, workspace, **named):
+    def stopped(pipeline, settings, folder, console, workspace, *others):
         workspace.mkdir()
         (workspace / "codes").write_bytes(b"half")
         raise KeyboardInterrupt
@@ -427,7 +427,7 @@ def test_a_killed_quantize_finds_its_workspace_again_and_a_finished_one_leaves_n
     monkeypatch.setattr(
         model_stage,
         "make_model",
-        lambda *args, workspace: (seen.append(sorted(workspace.iterdir())), real(*args, workspace=workspace))[1],
+        lambda *args: (seen.append(sorted(args[4].iterdir())), real(*args))[1],
     )
     stages.quantize(resolve(options()), out, False)
     assert [path.name for path in seen[0]] == ["codes"]
