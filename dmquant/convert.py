@@ -161,9 +161,7 @@ def _check_split(name: str, layer: nn.Linear | nn.Conv2d, split: int | None) -> 
         raise UsageError(f"layer {name} has {channels} input channels, which a split of {split} does not cut in two")
 
 
-def _transforms(
-    name: str, layer: nn.Linear | nn.Conv2d, settings: Settings, split: int | None
-) -> tuple[Storage, ...]:
+def _transforms(name: str, layer: nn.Linear | nn.Conv2d, settings: Settings, split: int | None) -> tuple[Storage, ...]:
     try:
         return create(settings.check_transforms(), layer, split)
     except UsageError as error:

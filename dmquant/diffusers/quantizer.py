@@ -203,14 +203,17 @@ def mark_quantized(model: nn.Module, recipe: Recipe) -> None:
 
 
 def save_pipeline(pipeline: Any, folder: str | Path) -> None:
-    """`save_pretrained`, without what would tie the folder to this machine or to one dtype.
+    """`save_pretrained`, and `make_portable`. Raises OSError as the disk does."""
+    pipeline.save_pretrained(folder, safe_serialization=True)
+    make_portable(Path(folder))
+
+
+def make_portable(folder: Path) -> None:
+    """Remove from a pipeline folder's configurations what would tie it to this machine or to one dtype.
 
     diffusers writes local paths as `_name_or_path`. And transformers loads a text encoder in the dtype that its config
     names while diffusers loads everything else in float32, so by default the two would not fit together.
-    Raises OSError as the disk does.
     """
-    folder = Path(folder)
-    pipeline.save_pretrained(folder, safe_serialization=True)
     for file in (folder / "model_index.json", *folder.glob("*/*config.json")):
         content = json.loads(file.read_text())
         portable = {key: value for key, value in content.items() if key != "_name_or_path"}
