@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dmquant.errors import UserError
 from dmquant.host.files import replacing
+from dmquant.host.hashes import sha256_once
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif"})
 EXIF_ORIENTATION = 0x0112
@@ -40,6 +41,16 @@ def image_size(path: Path) -> tuple[int, int]:
     with _opened(path) as image:
         turned = image.getexif().get(EXIF_ORIENTATION) in LYING
         return image.size[::-1] if turned else image.size
+
+
+def image_sha256(path: Path) -> str:
+    """SHA-256 of the file at `path` in hexadecimal; raises UserError when it is missing or cannot be read."""
+    try:
+        return sha256_once(path)
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
 
 
 def load_image(path: Path) -> Tensor:

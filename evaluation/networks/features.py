@@ -19,11 +19,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from dmquant.evaluation.images import image_sha256
 from dmquant.evaluation.progress import Progress, silent
 from dmquant.evaluation.read_ahead import READERS, read_ahead
 from dmquant.evaluation.result import Backbone
 from dmquant.host import processes
-from dmquant.host.files import known_sha256, replacing
+from dmquant.host.files import replacing
 
 SAVE_EVERY = 30.0  # seconds of work that a killed command loses at most
 TEXT = "text"
@@ -76,7 +77,7 @@ class FeatureStore:
                 for images in read_ahead(batches, network.prepare, pool):
                     yield network(torch.stack(images))
 
-            files = list(zip(pool.map(known_sha256, paths), paths, strict=True))
+            files = list(zip(pool.map(image_sha256, paths), paths, strict=True))
             return self._features(network, network.preparation, files, compute, progress, what)
 
     def texts(

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from dmquant.evaluation.metrics.registry import defaults_for_help, list_for_help
-from dmquant.pipelines.defaults import DEFAULT_RECIPE
+from dmquant.pipelines.runs.defaults import DEFAULT_RECIPE
 
 Model = Annotated[
     str,

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dmquant.evaluation.images import any_images, generated_images
+from dmquant.evaluation.images import any_images, generated_images, image_sha256
 from dmquant.evaluation.metrics.compute import score_pairs, score_reference
 from dmquant.evaluation.metrics.registry import METRICS
 from dmquant.evaluation.networks import Networks
@@ -13,8 +13,8 @@ from dmquant.evaluation.result import Metric
 from dmquant.evaluation.scores_csv import columns, write_scores
 from dmquant.host import processes
 from dmquant.host.console import Console
-from dmquant.host.files import known_sha256
-from dmquant.pipelines.runs.runfolder import SCORES, RunFolder, fingerprint
+from dmquant.host.files import fingerprint
+from dmquant.pipelines.runs.runfolder import SCORES, RunFolder
 from dmquant.pipelines.runs.settings import Settings
 
 STAGE = "scores"
@@ -122,4 +122,4 @@ def _as_json(metrics: Mapping[str, Metric]) -> dict[str, Any]:
 
 def _contents(folder: Path) -> list[tuple[str, str]]:
     """Name and SHA-256 of every image in a folder."""
-    return [(path.relative_to(folder).as_posix(), known_sha256(path)) for path in any_images(folder)]
+    return [(path.relative_to(folder).as_posix(), image_sha256(path)) for path in any_images(folder)]

@@ -18,7 +18,7 @@ from dmquant.evaluation.images import any_images
 from dmquant.evaluation.metrics.registry import METRICS, all_names, check_names, default_names
 from dmquant.evaluation.networks import CLIP
 from dmquant.formats import get_format
-from dmquant.pipelines.defaults import DEFAULT_RECIPE
+from dmquant.host.files import fingerprint
 from dmquant.pipelines.models.loading import resolve_device, resolve_dtype
 from dmquant.pipelines.models.registry import (
     EMBEDDED,
@@ -29,7 +29,7 @@ from dmquant.pipelines.models.registry import (
     resolve_model,
 )
 from dmquant.pipelines.prompts.lists import PromptSet, load_prompts, read_prompts
-from dmquant.pipelines.runs.runfolder import fingerprint
+from dmquant.pipelines.runs.defaults import DEFAULT_RECIPE
 from dmquant.recipe import NO_FORMAT, Recipe
 from dmquant.scaling import BLOCK_FORMATS
 
