@@ -1,14 +1,18 @@
 """Numbers with units, for people."""
 
+import math
+
 BYTES = ("B", "kB", "MB", "GB", "TB")
 
 
-def size_text(count: int) -> str:
-    """`count` bytes in decimal units, three significant digits or so: "12.3 MB"."""
+def size_text(count: int, round_up: bool = False) -> str:
+    """`count` bytes in decimal units, three significant digits or so: "12.3 MB"; never less than it with `round_up`."""
     value, unit = float(count), 0
     while value >= 1000 and unit < len(BYTES) - 1:
         value, unit = value / 1000, unit + 1
     digits = 0 if unit == 0 else 2 if value < 10 or BYTES[unit] == "TB" else 1
+    if round_up:
+        value = math.ceil(value * 10**digits) / 10**digits
     return f"{value:.{digits}f} {BYTES[unit]}"
 
 

@@ -20,6 +20,7 @@ from dmquant.evaluation.metrics.psnr import PSNR
 from dmquant.evaluation.metrics.ssim import MS_SSIM, SSIM
 
 GROUP = "dmquant.metrics"
+WHERE = {"clip": " where the model comes with a CLIP model", "real": " with --real"}  # a default metric is taken
 BUILT_IN = (
     *(PSNR, SSIM, MS_SSIM, LPIPS, LPIPS_VGG, LATENT_MSE),
     *(FID_FP, FID_REAL, KID_FP, KID_REAL, CMMD_FP, CMMD_REAL),
@@ -90,11 +91,8 @@ def list_for_help() -> str:
 
 def defaults_for_help() -> str:
     """The default metrics and where each group of them is taken, for the help of --metrics."""
-    with_clip, with_real = default_names(real=False, own_clip=True), default_names(real=True, own_clip=False)
-    always = default_names(real=False, own_clip=False)
-    groups = (
-        (always, ""),
-        ([name for name in with_clip if name not in always], " where the model comes with a CLIP model"),
-        ([name for name in with_real if name not in always], " with --real"),
-    )
-    return "; ".join(", ".join(names) + where for names, where in groups if names)
+    groups: dict[str, list[str]] = {}
+    for name in default_names(real=True, own_clip=True):
+        where = "".join(words for need, words in WHERE.items() if need in METRICS[name].needs)
+        groups.setdefault(where, []).append(name)
+    return "; ".join(", ".join(names) + where for where, names in groups.items())

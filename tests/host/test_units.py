@@ -1,8 +1,10 @@
 """Numbers with units, for people."""
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from dmquant.host.units import about_text, size_text, time_text
+from dmquant.host.units import BYTES, about_text, size_text, time_text
 
 
 @pytest.mark.parametrize(
@@ -23,3 +25,9 @@ def test_a_size_that_is_known_roughly_or_not_at_all_says_so():
         "about 15.6 MB",
         "about 4.30 GB",
     ]
+
+
+@given(st.integers(0, 10**15))
+def test_a_size_that_is_rounded_up_is_never_too_small(count):
+    number, unit = size_text(count, round_up=True).split()
+    assert count <= round(float(number) * 1000 ** BYTES.index(unit)) <= 1.011 * count + 1

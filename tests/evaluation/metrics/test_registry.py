@@ -115,7 +115,7 @@ def test_defaults_need_nothing_that_may_have_to_be_downloaded():
     assert default_names(real=False, own_clip=False) == always
     assert set(default_names(real=True, own_clip=True)) == {*always, "fid_real", "clip_score"}
     assert defaults_for_help() == (
-        "psnr, ssim, latent_mse, fid_fp; clip_score where the model comes with a CLIP model; fid_real with --real"
+        "psnr, ssim, latent_mse, fid_fp; fid_real with --real; clip_score where the model comes with a CLIP model"
     )
 
 
