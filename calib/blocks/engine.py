@@ -276,7 +276,7 @@ class _Engine:
             )
             error = correct(
                 learners,
-                kept,
+                {name: rounded.values for name, rounded in kept.items()},
                 learned.error,
                 self.ranges,
                 lambda: inputs.run(task),
@@ -290,7 +290,7 @@ class _Engine:
                 self._with_transforms(learner.name, quantized.transforms)
         if own_targets:
             targets.close()
-        return learned, {learner.name: learner.grid.quantized(kept[learner.name]) for learner in learners}
+        return learned, {name: rounded.quantized() for name, rounded in kept.items()}
 
     def _counted(self, task: Task, output: Any) -> Any:
         """What of the output of a task enters its error."""
@@ -404,7 +404,7 @@ class _Engine:
             weight = fit_to_codes(self.plans[name], quantized, weight, None, self.method, self.solving)
             self.parts[name] = {one.name: quantized.parts(one) for one in quantized.transforms}
             grid = fit_grid(weight, self._called(self.plans[name], False), None)
-            self._swap(grid.quantized(grid.nearest), name)
+            self._swap(QuantizedTensor.of(grid, grid.nearest), name)
 
 
 def _in_words(tasks: list[dict[str, Any]]) -> str:
