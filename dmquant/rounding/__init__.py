@@ -12,27 +12,42 @@ A method is a module, or any object, with
 A method may move the scales: its rounding then ends on another grid than it started on (`Rounding.decided_grid`).
 """
 
+import functools
+import importlib
+import pkgutil
 from typing import Any
 
+from dmquant.errors import UsageError, unknown
 from dmquant.grids import Grid
-from dmquant.registry import Registry
 from dmquant.rounding.base import Rounded, Rounding
 
 __all__ = ["Grid", "Rounded", "Rounding", "get_method", "method_names", "register"]
 
-METHODS = Registry(__name__, "rounding method", parts=("base", "fixed", "lean"))
+_NO_METHODS = ("base", "fixed", "lean")
+_registered: dict[str, Any] = {}
+
+
+def register(name: str, method: Any) -> None:
+    """Make a rounding method from outside known to recipes; UsageError where there is one of this name."""
+    if name in method_names():
+        raise UsageError(f"there is a rounding method '{name}' already: give the other one another name")
+    _registered[name] = method
 
 
 def get_method(name: str) -> Any:
     """A rounding method; UsageError for a name there is none of."""
-    return METHODS.get(name)
+    if name in _registered:
+        return _registered[name]
+    if name not in _own_names():
+        raise unknown("rounding method", name, method_names(), f"known: {', '.join(method_names())}")
+    return importlib.import_module(f"{__name__}.{name}")
 
 
 def method_names() -> tuple[str, ...]:
     """Names of all rounding methods."""
-    return METHODS.names()
+    return tuple(sorted((*_own_names(), *_registered)))
 
 
-def register(name: str, method: Any) -> None:
-    """Make a rounding method from outside known to recipes; UsageError for a name that is taken."""
-    METHODS.register(name, method)
+@functools.cache
+def _own_names() -> tuple[str, ...]:
+    return tuple(module.name for module in pkgutil.iter_modules(__path__) if module.name not in _NO_METHODS)

@@ -50,7 +50,7 @@ def free_port() -> int:
 
 def together(script: str, tmp_path: Path, count: int = 2) -> list:
     """Run the body of `script` in several processes that joined; returns what each left in `result`."""
-    head = "import json, sys\nfrom dmquant import processes\nfrom dmquant.errors import UsageError, UserError\n"
+    head = "import json, sys\nfrom dmquant.host import processes\nfrom dmquant.errors import UsageError, UserError\n"
     body = textwrap.indent(textwrap.dedent(script), "    ")
     tail = "\n    open(sys.argv[1], 'w').write(json.dumps(result))\n"
     (tmp_path / "script.py").write_text(f"{head}with processes.joined() as everyone:\n{body}{tail}")
@@ -145,7 +145,8 @@ def test_calibration_data_that_lacks_shards_is_completed_by_several_processes_as
 
 
 def test_a_process_alone_needs_no_torch():
-    script = "import sys; from dmquant import processes as p; e = p.current(); print(e.together(lambda: e.gather(5)))"
+    script = "import sys; from dmquant.host import processes as p; e = p.current()"
+    script += "; print(e.together(lambda: e.gather(5)))"
     script += "; print(e.on_main(lambda: 1), e.share([1, 2]), 'torch' in sys.modules)"
     printed = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
     assert printed.split("\n")[:2] == ["[[5]]", "1 [1, 2] False"]
