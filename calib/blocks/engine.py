@@ -37,6 +37,7 @@ from dmquant.calib.layers.rounder import Rounder
 from dmquant.convert import LayerReport
 from dmquant.errors import UsageError
 from dmquant.host.memory import default_budget, return_freed_memory
+from dmquant.qtensor import QuantizedTensor
 from dmquant.recipe import Recipe
 from dmquant.transforms import fold_first_
 
@@ -163,7 +164,7 @@ def _round_without_data_(backbone: nn.Module, state: LayerState, rounder: Rounde
     weight = fit_transforms(state.layer, state.plan, quantized, None)
     grid = rounder.start(state.layer, state.plan, quantized, weight, None).grid
     state.parts = {one.name: quantized.parts(one) for one in quantized.transforms}
-    state.put_in_place_(backbone, grid.quantized(grid.nearest))
+    state.put_in_place_(backbone, QuantizedTensor.of(grid, grid.nearest))
 
 
 def _in_words(tasks: Sequence[dict[str, Any]], seconds: Sequence[float], left: int) -> str:
