@@ -127,7 +127,6 @@ def test_an_unregistered_repository_is_sized_by_the_weights_that_would_be_loaded
     assert resolve_model("owner/model").download_bytes == 4_500_000_000
 
 
-
 def gated(repo, status):
     """What the Hub answers for a gated repository: its listing to anybody, its files to nobody."""
     file = {"type": "file", "path": "model_index.json", "size": 400, "oid": "0" * 40}

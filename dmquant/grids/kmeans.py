@@ -1,9 +1,10 @@
-"""Tables: a grid without structure, 16 values of their own for every row of a weight, fitted by weighted k-means."""
+"""Weighted k-means in one dimension: 16 values for every row of a weight."""
 
 import torch
 from torch import Tensor
 
-from dmquant.scaling import TABLE, Scales
+from dmquant.scaling import Scales
+from dmquant.stores import TABLE
 
 SIZE = 16  # values of a table
 ITERATIONS = 100
@@ -11,9 +12,10 @@ _PART = 1 << 20  # weights at once
 
 
 def fit_table(matrix: Tensor, weights: Tensor | None = None) -> Scales:
-    """The table of every row (rows, SIZE) of least squared error, each column counting by its weight; bfloat16.
+    """The table (SIZE values) of every row of least squared error, each column counting by its weight.
 
-    `weights` (columns,), by default all the same. Lloyd's algorithm in one dimension: values belong to the nearest
+    `matrix` is float32 (rows, columns), `weights` (columns,), by default all the same; the tables are stored in
+    bfloat16, (rows, SIZE), ascending. Lloyd's algorithm in one dimension: values belong to the nearest
     entry, entries move to the weighted mean of their values; on sorted rows both are sums between two places. From
     three starts, of which each row keeps the best.
     """
@@ -24,31 +26,8 @@ def fit_table(matrix: Tensor, weights: Tensor | None = None) -> Scales:
     return Scales(torch.cat([_fit(part.double(), weights).bfloat16() for part in parts]), None, TABLE)
 
 
-def nearest_entries(matrix: Tensor, tables: Tensor) -> Tensor:
-    """Index of the entry nearest to each element of (rows, columns), among ascending `tables` (rows, SIZE); int64."""
-    return torch.searchsorted(_midpoints(tables), matrix.contiguous())
-
-
-def look_up(indices: Tensor, tables: Tensor) -> Tensor:
-    """The entries (rows, columns) that the indices (rows, columns) of each row stand for."""
-    return tables.gather(1, indices.to(torch.int64))
-
-
-def neighbours(matrix: Tensor, tables: Tensor) -> tuple[Tensor, Tensor]:
-    """The adjacent entries below and above each element; equal where it is one, or beyond the last."""
-    matrix = matrix.contiguous()
-    lower = torch.searchsorted(tables, matrix, right=True).sub_(1).clamp_(min=0)
-    upper = torch.searchsorted(tables, matrix).clamp_(max=SIZE - 1)
-    return look_up(lower, tables), look_up(upper, tables)
-
-
-def step(matrix: Tensor, tables: Tensor) -> Tensor:
-    """Distance between the two entries around each element, or between the two at the end that it is beyond."""
-    upper = torch.searchsorted(tables, matrix.contiguous(), right=True).clamp_(1, SIZE - 1)
-    return look_up(upper, tables) - look_up(upper - 1, tables)
-
-
-def _midpoints(tables: Tensor) -> Tensor:
+def midpoints(tables: Tensor) -> Tensor:
+    """The midpoints (rows, SIZE - 1) between the entries of ascending tables (rows, SIZE)."""
     return ((tables[:, :-1] + tables[:, 1:]) / 2).contiguous()
 
 
@@ -90,6 +69,6 @@ def _lloyd(values: Tensor, sums: list[Tensor], tables: Tensor) -> tuple[Tensor, 
 
 def _between(values: Tensor, sums: list[Tensor], tables: Tensor) -> list[Tensor]:
     """Weighted counts, sums and sums of squares of the values that belong to each entry."""
-    ends = torch.searchsorted(values, _midpoints(tables), right=True)
+    ends = torch.searchsorted(values, midpoints(tables), right=True)
     ends = torch.cat([torch.zeros_like(ends[:, :1]), ends, torch.full_like(ends[:, :1], values.shape[1])], 1)
     return [sum_.gather(1, ends).diff(dim=1) for sum_ in sums]
