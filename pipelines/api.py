@@ -19,7 +19,6 @@ from dmquant.errors import UsageError, UserError, unknown
 from dmquant.evaluation.generate import batch_size_for
 from dmquant.host.console import Console
 from dmquant.layers import QuantConv2d, QuantLinear
-from dmquant.pipelines.defaults import DEFAULT_RECIPE
 from dmquant.pipelines.models.attention import check_attention
 from dmquant.pipelines.models.loading import DTYPES
 from dmquant.pipelines.models.registry import registered_models
@@ -27,6 +26,7 @@ from dmquant.pipelines.models.saving import model_card, save_whole
 from dmquant.pipelines.prompts.lists import load_prompts
 from dmquant.pipelines.runs import runfolder
 from dmquant.pipelines.runs.calibration import calibrate, weights_key
+from dmquant.pipelines.runs.defaults import DEFAULT_RECIPE
 from dmquant.pipelines.runs.settings import format_name, parse_size
 from dmquant.recipe import Recipe
 

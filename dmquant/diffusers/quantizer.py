@@ -18,9 +18,11 @@ from torch import nn
 
 from dmquant.activations import TimestepRanges
 from dmquant.convert import plan, quantize_
+from dmquant.diffusers import pairs  # noqa: F401  (enters what it finds)
 from dmquant.errors import UsageError, UserError
 from dmquant.layers import QUANTIZED, quantize_layer, share_timesteps
 from dmquant.recipe import Recipe
+from dmquant.transforms import folds_first
 
 VERSION = 2
 """Of what config.json says. 1: the codes of a convolution were in the order (in, height, width), not channels last."""
@@ -82,7 +84,7 @@ class DMQuantizer(DiffusersQuantizer):
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         self._plans = {step.name: step for step in plan(model, self.quantization_config.recipe)}
-        self._whole_model = any(one.WHOLE_MODEL for step in self._plans.values() for one in step.transforms)
+        self._whole_model = any(folds_first(one) for step in self._plans.values() for one in step.transforms)
         if self.pre_quantized:
             for name, step in self._plans.items():
                 layer = model.get_submodule(name)

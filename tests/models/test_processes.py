@@ -145,9 +145,8 @@ def test_calibration_data_that_lacks_shards_is_completed_by_several_processes_as
 
 
 def test_a_process_alone_needs_no_torch():
-    script = (
-        "import sys; from dmquant.host import processes as p; e = p.current(); print(e.together(lambda: e.gather(5)))"
-    )
+    script = "import sys; from dmquant.host import processes as p; e = p.current()"
+    script += "; print(e.together(lambda: e.gather(5)))"
     script += "; print(e.on_main(lambda: 1), e.share([1, 2]), 'torch' in sys.modules)"
     printed = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
     assert printed.split("\n")[:2] == ["[[5]]", "1 [1, 2] False"]

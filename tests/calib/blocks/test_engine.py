@@ -18,6 +18,7 @@ from dmquant.calib.data.store import CalibrationStore
 from dmquant.convert import plan, quantize_
 from dmquant.errors import UsageError, UserError
 from dmquant.kernels.cpu import can_compile
+from dmquant.pipelines.runs.settings import parse_size
 from tests.calib.runs import calibrated, captured, is_same, packed, quantized_layers, recipe_of, saved_and_loaded
 from tests.tiny import TINY
 
@@ -92,11 +93,11 @@ def test_it_repeats_bit_for_bit_and_follows_its_seed(pixart, reference, tmp_path
 
 
 def least_budget(case, folder):
-    with pytest.raises(UsageError, match=r"--memory-budget \d+MB or more") as caught:
+    with pytest.raises(UsageError, match=r"--memory-budget [\d.]+\w*B or more") as caught:
         calibrated(case, recipe_of(), folder, memory_budget=1)
     assert "transformer_blocks." in str(caught.value)
     assert "\n" not in str(caught.value)
-    return int(str(caught.value).split("--memory-budget ")[1].split("MB")[0]) * 1_000_000
+    return parse_size(str(caught.value).split("--memory-budget ")[1].split()[0], "--memory-budget")
 
 
 def test_a_budget_too_small_names_the_least_and_with_that_it_spills_to_the_same_codes(
@@ -164,15 +165,15 @@ SCRIPT = """
 import os, signal, sys
 from pathlib import Path
 from tests.calib.runs import calibrated, captured, recipe_of
-from dmquant.calib.blocks import engine
+from dmquant.calib.blocks import decide
 learned = []
 def killing(step, loss):
     if len(learned) == 2:
         os.kill(os.getpid(), signal.SIGKILL)
-def learn(unit, learners, data, options, report, learn=engine.learn):
+def learn(unit, learners, data, options, report, learn=decide.learn):
     learned.append(unit)
     return learn(unit, learners, data, options, killing)
-engine.learn = learn
+decide.learn = learn
 calibrated(captured("pixart-sigma", Path(sys.argv[1])), recipe_of(), Path(sys.argv[2]))
 """
 
