@@ -5,8 +5,6 @@ device. Every PNG carries its prompt, its seed and the key of the settings that 
 right key is not made again. Beside it lie the image's final latents, and beside the first few their trajectories.
 """
 
-import hashlib
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -23,7 +21,7 @@ from dmquant.evaluation.final_latents import has_latent, latent_path, save_laten
 from dmquant.evaluation.png import KEY, read_key
 from dmquant.evaluation.trajectory import TRAJECTORIES, recording_trajectories, save_trajectory, trajectory_path
 from dmquant.host import processes
-from dmquant.host.files import replacing
+from dmquant.host.files import json_sha256, replacing
 
 MAX_BATCH = 16
 PIXELS_PER_BATCH = 1024 * 1024
@@ -60,7 +58,7 @@ def image_requests(prompts: Sequence[str], seed: int, settings: str, latents: bo
     """One request a prompt; image `i` gets seed `seed + i`. `settings` stands for all that the prompts share."""
     requests = []
     for index, prompt in enumerate(prompts):
-        key = hashlib.sha256(json.dumps([settings, prompt, seed + index]).encode()).hexdigest()[:32]
+        key = json_sha256([settings, prompt, seed + index])[:32]
         requests.append(ImageRequest(index, prompt, seed + index, key, latents))
     return requests
 

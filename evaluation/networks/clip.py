@@ -11,8 +11,6 @@ A model is named in one of these ways:
 Preparation and tokenizer are the model's own. Everything is computed in float32.
 """
 
-import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +25,7 @@ from dmquant.evaluation.images import open_rgb
 from dmquant.evaluation.networks.hub_file import HubFile, first_line
 from dmquant.evaluation.networks.precision import float32_convolutions
 from dmquant.evaluation.result import Backbone, UnavailableError
-from dmquant.host.files import sha256
+from dmquant.host.files import json_sha256, sha256
 
 ensure_torchvision_imports()
 
@@ -208,4 +206,4 @@ def _weights_in(folder: Path) -> Path:
 
 
 def _preparation(*what: Any) -> str:
-    return "clip-" + hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:8]
+    return "clip-" + json_sha256(what)[:8]

@@ -40,8 +40,8 @@ if TYPE_CHECKING:
 
 AXES = {
     BITS: "bits a weight, scales included",
-    "bit_operations": "billion bit operations a backbone call",
-    "area": "area of a multiply-accumulate, full adders",
+    "bit_operations": "billion bit operations a backbone call, scales left out",
+    "area": "area of a multiply-accumulate, full adders, scales left out",
 }
 UNITS = {"bit_operations": 1e9}
 
