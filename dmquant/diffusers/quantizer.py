@@ -18,6 +18,7 @@ from torch import nn
 
 from dmquant.activations import TimestepRanges
 from dmquant.convert import plan, quantize_
+from dmquant.diffusers import pairs  # noqa: F401  (enters what it finds)
 from dmquant.errors import UsageError, UserError
 from dmquant.layers import QUANTIZED, quantize_layer, share_timesteps
 from dmquant.recipe import Recipe
