@@ -14,8 +14,8 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["tests.imported"])
+_SERVER = multiprocessing.get_context("forkserver")
+_SERVER.set_forkserver_preload(["tests.imported"])
 
 
 class Forked:
@@ -25,9 +25,7 @@ class Forked:
         self._said = Path(tempfile.mkdtemp(prefix="forked"))
         out, err = self._said / "out", self._said / "err"
         values = dict(os.environ) | (environment or {})
-        self._process = SERVER.Process(target=_execute, args=([str(one) for one in arguments], values, out, err))
-        with _importable():
-            self._process.start()
+        self._process = started(_execute, [str(one) for one in arguments], values, out, err)
         self.pid = self._process.pid
 
     def poll(self) -> int | None:
@@ -57,6 +55,14 @@ class Forked:
     def _read(self, name: str) -> str:
         path = self._said / name
         return path.read_text() if path.exists() else ""
+
+
+def started(function, *arguments):
+    """A process that calls a function of a module."""
+    process = _SERVER.Process(target=function, args=arguments)
+    with _importable():
+        process.start()
+    return process
 
 
 def wait_until(condition, process: Forked, patience: float):

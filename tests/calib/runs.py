@@ -30,10 +30,10 @@ def call_of(model: str, steps: int) -> dict:
     return size | {"num_inference_steps": steps, "guidance_scale": 3.0} | dict(tiny.call)
 
 
-def captured(model: str, folder: Path):
+def captured(model: str, folder: Path, **sizes):
     """Backbone of a tiny pipeline, names of its blocks, and calibration data: 12 samples to learn from, 4 held out."""
     tiny = TINY[model]
-    family, pipeline = families()[tiny.family], tiny.build()
+    family, pipeline = families()[tiny.family], tiny.build(**sizes)
     backbone = getattr(pipeline, family.component)
     with torch.no_grad():  # diffusers starts some with zeros, such as the gates of PixArt's blocks
         for parameter in backbone.parameters():

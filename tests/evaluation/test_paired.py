@@ -1,5 +1,4 @@
 import math
-import multiprocessing
 import os
 import socket
 from pathlib import Path
@@ -23,6 +22,7 @@ from dmquant.evaluation.result import Backbone
 from dmquant.evaluation.score import score_pairs
 from dmquant.host import processes
 from tests.evaluation.conftest import smooth_images, with_noise, write_images
+from tests.forked import started
 
 
 @pytest.fixture
@@ -260,10 +260,7 @@ def test_two_processes_give_the_very_same_values_as_one(folders, tmp_path):
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         port = unused.getsockname()[1]
-    spawn = multiprocessing.get_context("spawn")
-    children = [spawn.Process(target=score_as, args=(rank, port, dirs, tmp_path)) for rank in range(2)]
-    for child in children:
-        child.start()
+    children = [started(score_as, rank, port, dirs, tmp_path) for rank in range(2)]
     for child in children:
         child.join(120)
     for rank in range(2):

@@ -27,7 +27,7 @@ BY_OUTPUT = {"method": "lowrank", "rank": 2, "by": "output"}
 
 @pytest.fixture(scope="module")
 def pixart(tmp_path_factory):
-    return captured("pixart-sigma", tmp_path_factory.mktemp("data"))
+    return captured("pixart-sigma", tmp_path_factory.mktemp("data"), blocks=2)
 
 
 def inputs_of(layer, seed=0):

@@ -270,7 +270,7 @@ def test_interrupted_and_run_again_it_gives_the_same_model(unet, tmp_path, round
 
 def test_norms_without_weights_take_no_factor(tmp_path):
     """PixArt's: its attention alone is linear in what it gives on."""
-    case = captured("pixart-sigma", tmp_path / "data")
+    case = captured("pixart-sigma", tmp_path / "data", blocks=2)
     recipe = recipe_of(transforms=[smoothing()], rounding="nearest", learning=FAST)
     others = [{"match": "*.to_out.0", "transforms": []}]
     without = [
