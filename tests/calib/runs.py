@@ -21,6 +21,12 @@ PROMPTS = 4
 STEPS = 4
 gc.freeze()  # calibration collects garbage after every block; what the imports made need not be looked at again
 KEEP = {"match": list(families()["pixart"].keep), "keep": True}
+# Of a tiny UNet: a way down, both resnets that join inputs, an attention of the way up, and layers outside of blocks.
+PART_OF_UNET = [
+    {"match": "*", "keep": True},
+    {"match": ["down_blocks.0.*", "up_blocks.1.resnets.*", "up_blocks.1.attentions.1.*"], "keep": False},
+    {"match": ["conv_out", "time_embedding.linear_1"], "keep": False},
+]
 
 
 def call_of(model: str, steps: int) -> dict:

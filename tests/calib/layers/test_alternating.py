@@ -12,6 +12,7 @@ from dmquant.qtensor import WeightSpec
 from dmquant.rounding import get_method, gptq
 from dmquant.transforms import chains, create
 from tests.calib.runs import (
+    PART_OF_UNET,
     calibrated,
     captured,
     is_same,
@@ -147,7 +148,9 @@ class TestCalibration:
 
     def test_convolutions_and_joined_inputs_of_a_unet_take_it(self, tmp_path):
         case = captured("sd15", tmp_path / "data")
-        recipe = recipe_of(keep=False, rounding="gptq", scale="mse", transforms=[BY_OUTPUT], learning=FAST)
+        recipe = recipe_of(
+            PART_OF_UNET, keep=False, rounding="gptq", scale="mse", transforms=[BY_OUTPUT], learning=FAST
+        )
         backbone, done = calibrated(case, recipe, tmp_path / "codes")
         layers = quantized_layers(backbone)
         assert any(isinstance(layer, nn.Conv2d) for layer in layers.values())

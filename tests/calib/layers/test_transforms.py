@@ -19,6 +19,7 @@ from dmquant.qtensor import WeightSpec, quantize_tensor
 from dmquant.transforms import InputStatistics, create
 from dmquant.transforms.bias import Bias
 from tests.calib.runs import (
+    PART_OF_UNET,
     calibrated,
     captured,
     is_same,
@@ -115,12 +116,12 @@ def test_interrupted_and_run_again_it_gives_the_parts_of_an_uninterrupted_run(pi
 
 def test_convolutions_of_a_unet_take_them_too(tmp_path):
     case = captured("sd15", tmp_path / "data")
-    kept = [{"match": ["conv_in", "conv_out", "*time_emb*"], "keep": True}]
     recipe = recipe_of(
         transforms=["equalize", "rotate", "outliers", {"method": "lowrank", "rank": 2, "of": "error"}, "bias"],
         activations="fp6",
         rounding="nearest",
-        rules=kept,
+        keep=False,
+        rules=PART_OF_UNET[:2],
         learning=FAST,
     )
     backbone, done = calibrated(case, recipe, tmp_path / "codes")
