@@ -273,10 +273,10 @@ def test_interrupted_and_run_again_it_gives_the_same_model(unet, tmp_path, round
 def test_norms_without_weights_take_no_factor(tmp_path):
     """PixArt's: its attention alone is linear in what it gives on."""
     case = captured("pixart-sigma", tmp_path / "data", blocks=2)
-    recipe = recipe_of(transforms=[smoothing()], rounding="nearest", learning=FAST)
+    recipe = recipe_of(transforms=[smoothing(alpha=[0.5])], rounding="nearest", learning=FAST)
     others = [{"match": "*.to_out.0", "transforms": []}]
     without = [
-        recipe_of(transforms=[smoothing(fold)], rounding="nearest", learning=FAST, rules=others)
+        recipe_of(transforms=[smoothing(fold, alpha=[0.5])], rounding="nearest", learning=FAST, rules=others)
         for fold in (True, False)
     ]
     backbone, done = calibrated(case, recipe, tmp_path / "folded")

@@ -31,9 +31,10 @@ from tests.calib.runs import (
 )
 from tests.forked import Forked
 
+TWO_ALPHAS = {"method": "smooth", "alpha": [0.4, 0.8]}  # of ten, each tried with all that follows
 ALL = [
     "equalize",
-    "smooth",
+    TWO_ALPHAS,
     {"method": "rotate", "size": 8},
     "outliers",
     {"method": "lowrank", "rank": 2},
@@ -218,9 +219,9 @@ class TestSmooth:
 
     def test_ranges_change_nothing_that_is_stored(self, pixart, tmp_path):
         settings = {"activations": "fp6", "rounding": "nearest", "learning": FAST}
-        recipe = recipe_of(transforms=[{"method": "smooth", "ranges": 3}], **settings)
+        recipe = recipe_of(transforms=[TWO_ALPHAS | {"ranges": 3}], **settings)
         backbone, done = calibrated(pixart, recipe, tmp_path / "three")
-        plain, _ = calibrated(pixart, recipe_of(transforms=["smooth"], **settings), tmp_path / "one")
+        plain, _ = calibrated(pixart, recipe_of(transforms=[TWO_ALPHAS], **settings), tmp_path / "one")
         shapes = {name: (tensor.shape, tensor.dtype) for name, tensor in packed(backbone).items()}
         assert shapes == {name: (tensor.shape, tensor.dtype) for name, tensor in packed(plain).items()}
         assert not is_same(backbone, plain)
