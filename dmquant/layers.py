@@ -15,7 +15,7 @@ from dmquant.errors import UsageError
 from dmquant.packing import packed_size
 from dmquant.qtensor import QuantizedTensor, WeightSpec, check_finite, quantize
 from dmquant.scaling import Scales, stored_dtype
-from dmquant.transforms import Transform, alternate, chains
+from dmquant.transforms import Parts, Storage, alternate, chains
 
 
 class DequantizedWeight(Tensor):
@@ -71,12 +71,12 @@ class _QuantizedLayer(nn.Module):
         """Names of the parameters that transforms store."""
         return tuple(f"{transform.name}_{name}" for transform in self.transforms for name in transform.parts())
 
-    def parts(self, transform: Transform) -> dict[str, Tensor]:
+    def parts(self, transform: Storage) -> Parts:
         """What one of its transforms stored, in its dtypes."""
         stored = {name: getattr(self, f"{transform.name}_{name}") for name in transform.parts()}
         return {name: stored[name].view(part.dtype) for name, part in transform.parts().items()}
 
-    def load_parts(self, parts: dict[str, dict[str, Tensor]]) -> None:
+    def load_parts(self, parts: dict[str, Parts]) -> None:
         """Take over parts of transforms, by the name of the transform and of the part."""
         for method, tensors in parts.items():
             for name, tensor in tensors.items():
@@ -86,7 +86,7 @@ class _QuantizedLayer(nn.Module):
     def timestep_counts(self) -> set[int]:
         """The numbers of timestep ranges that what it computes differs by."""
         own = self.activations.ranges if self.is_static else 1
-        return {own, *(transform.ranges() for transform in self.transforms)} - {1}
+        return {own, *(transform.timestep_ranges for transform in self.transforms)} - {1}
 
     @property
     def is_static(self) -> bool:
@@ -183,7 +183,7 @@ class QuantLinear(_QuantizedLayer, nn.Linear):
         activations: ActivationSpec | None = None,
         device=None,
         dtype: torch.dtype | None = None,
-        transforms: tuple[Transform, ...] = (),
+        transforms: tuple[Storage, ...] = (),
     ):
         nn.Module.__init__(self)
         self.in_features, self.out_features = in_features, out_features
@@ -196,7 +196,7 @@ class QuantLinear(_QuantizedLayer, nn.Linear):
         spec: WeightSpec,
         activations: ActivationSpec | None,
         device=None,
-        transforms: tuple[Transform, ...] = (),
+        transforms: tuple[Storage, ...] = (),
     ) -> "QuantLinear":
         """An empty quantized layer of the same shape, to be filled by `load_quantized` or from a checkpoint."""
         bias = layer.bias
@@ -235,7 +235,7 @@ class QuantConv2d(_QuantizedLayer, nn.Conv2d):
         activations: ActivationSpec | None = None,
         device=None,
         dtype: torch.dtype | None = None,
-        transforms: tuple[Transform, ...] = (),
+        transforms: tuple[Storage, ...] = (),
         **geometry,
     ):
         # The float layer works out paddings and checks arguments; made on meta, it costs no memory.
@@ -251,7 +251,7 @@ class QuantConv2d(_QuantizedLayer, nn.Conv2d):
         spec: WeightSpec,
         activations: ActivationSpec | None,
         device=None,
-        transforms: tuple[Transform, ...] = (),
+        transforms: tuple[Storage, ...] = (),
     ) -> "QuantConv2d":
         """An empty quantized layer of the same shape, to be filled by `load_quantized` or from a checkpoint."""
         return cls(
@@ -289,7 +289,7 @@ def quantize_layer(
     activations: ActivationSpec | None,
     weight: Tensor | None = None,
     input_scale: Tensor | None = None,
-    transforms: tuple[Transform, ...] = (),
+    transforms: tuple[Storage, ...] = (),
 ) -> QuantLinear | QuantConv2d:
     """A quantized layer with the scales and nearest codes of `weight` (default: the layer's own).
 

@@ -146,7 +146,7 @@ class Settings(BaseModel):
         for name in names:
             if names.count(name) > 1:
                 raise UsageError(f"transform {name} is named twice for the same layers: set it once")
-            if not get_method(name).METHOD.CHANGES_INPUT:
+            if not get_method(name).storage.CHANGES_INPUT:
                 continue
             if self.activation_scale not in (None, ONLINE):
                 raise UsageError(
@@ -394,7 +394,7 @@ def _line_of(node: yaml.Node | None, location: tuple[str | int, ...]) -> int:
 
 def _takes_data(transform: Transformation) -> bool:
     method = transform.module(transform.method)
-    return method.METHOD.takes_data(method.Options.model_validate(transform.options))
+    return method.takes_data(method.Options.model_validate(transform.options))
 
 
 def _float_of_bits(bits: str) -> str:

@@ -2,9 +2,12 @@
 
 import gc
 import os
+import tempfile
 
 # Tests work on tiny tensors: several threads would only wait for one another, most of all on a busy machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# What is remembered from one command to the next is not this user's.
+os.environ["DMQUANT_CACHE"] = tempfile.mkdtemp(prefix="dmquant-tests-")
 
 import pytest
 

@@ -11,7 +11,7 @@ from dmquant.calib.blocks.units import Task
 from dmquant.calib.layers.moments import Moments, alike, columns_of
 from dmquant.calib.layers.statistics import InputObserver
 from dmquant.layers import QuantConv2d, QuantLinear
-from dmquant.transforms import InputStatistics
+from dmquant.transforms import InputStatistics, fit_of
 
 
 class BlockInputs:
@@ -39,10 +39,7 @@ class BlockInputs:
         observers = {
             name: InputObserver(layer, calls)
             for name, layer in layers.items()
-            if any(
-                one.takes_data(one.options) and not (one.corrects(one.options) or one.weighs_by_moments(one.options))
-                for one in layer.transforms
-            )
+            if any(fit_of(one).statistics for one in layer.transforms)
         }
         self._watch(task, {name: observer.add for name, observer in observers.items()})
         return {name: observer.statistics() for name, observer in observers.items()}

@@ -2,10 +2,12 @@
 
 import hashlib
 import importlib.util
+import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from dmquant.errors import UserError
 
@@ -33,6 +35,21 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def append_line(path: Path, line: str) -> None:
+    """Add a line to a file of UTF-8 text, which is made if need be; UserError when the operating system refuses.
+
+    A line that was written in part only, as on a full disk, spoils none after it.
+    """
+    try:
+        with path.open("ab+") as file:
+            end = file.seek(0, os.SEEK_END)
+            file.seek(max(end - 1, 0))
+            torn = file.read(1) not in (b"", b"\n")
+            file.write((b"\n" if torn else b"") + line.encode() + b"\n")
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+
+
 def in_package(package: str, file: str) -> Path | None:
     """A file of an installed package, which is located and not imported; None where either is missing."""
     spec = importlib.util.find_spec(package)
@@ -48,3 +65,13 @@ def sha256(path: Path, on_bytes: Callable[[int], None] = lambda count: None) -> 
             digest.update(block)
             on_bytes(len(block))
     return digest.hexdigest()
+
+
+def json_sha256(value: Any, separators: tuple[str, str] | None = None) -> str:
+    """SHA-256, in hexadecimal, of what `json.dumps` makes of a value; the order of keys does not count."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=separators).encode()).hexdigest()
+
+
+def fingerprint(**settings: Any) -> str:
+    """A short hash of settings that JSON can hold; equal settings in any order give equal hashes."""
+    return json_sha256(settings, (",", ":"))[:32]

@@ -13,23 +13,19 @@ from torch import Tensor
 
 from dmquant.grids import Grid
 from dmquant.qtensor import WeightSpec
-from dmquant.rounding.gptq import Factor, Options, factorize, solve
+from dmquant.rounding.gptq import Factor, solve
 from dmquant.scaling import Scales, fit_weighted, to_groups
 from dmquant.tables import fit_table
 
 POWERS = (0, 1, 2, 4)
 
 
-def fit_lean(
-    matrix: Tensor, spec: WeightSpec, shape: tuple[int, ...], moments: Sequence[Tensor], options: Options
-) -> Grid:
+def fit_lean(matrix: Tensor, spec: WeightSpec, shape: tuple[int, ...], factors: Sequence[Factor]) -> Grid:
     """The grid with scales, or tables, of least error under the weights h^-p, and what GPTQ gives on it.
 
-    p is the one of POWERS with which that has the least error. `moments` are those of one block of columns after
-    another and `matrix` is (rows, columns), both in the order of the matrix form of a weight of this `shape`; `options`
-    are GPTQ's.
+    p is the one of POWERS with which that has the least error. `factors` are GPTQ's of one block of columns after
+    another and `matrix` is (rows, columns), both in the order of the matrix form of a weight of this `shape`.
     """
-    factors = factorize(moments, options)
     best, least = None, float("inf")
     for power in POWERS:
         grid = Grid(matrix, spec, scales_of(matrix, spec, shape, factors, power), shape)

@@ -16,12 +16,12 @@ from dmquant.evaluation.report_tables import size_text
 from dmquant.formats import get_format
 from dmquant.host.console import Console, quiet_libraries
 from dmquant.pipelines.commands import doctor as examination
-from dmquant.pipelines.defaults import DEFAULT_RECIPE
 from dmquant.pipelines.models import folders
 from dmquant.pipelines.models.hub import readable
 from dmquant.pipelines.models.registry import registered_models
 from dmquant.pipelines.models.skeleton import skeleton
 from dmquant.pipelines.runs import runfolder
+from dmquant.pipelines.runs.defaults import DEFAULT_RECIPE
 from dmquant.pipelines.runs.settings import format_name
 from dmquant.recipe import Recipe, bits_names, recipe_names
 from dmquant.scaling import BLOCK_FORMATS

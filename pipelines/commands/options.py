@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from dmquant.pipelines.defaults import DEFAULT_RECIPE
+from dmquant.pipelines.runs.defaults import DEFAULT_RECIPE
 
 Model = Annotated[
     str,

@@ -6,6 +6,7 @@ from typing import Any
 
 from rich.table import Table
 
+from dmquant.evaluation.metrics import THROUGH_CLIP
 from dmquant.evaluation.report_files import write_report
 from dmquant.evaluation.report_tables import (
     FACTS_HEADER,
@@ -22,11 +23,11 @@ from dmquant.evaluation.report_tables import (
 from dmquant.evaluation.result import LayerError, Metric, RecipeResult, Reference, Report
 from dmquant.evaluation.score_table import columns
 from dmquant.evaluation.step_errors import step_errors
+from dmquant.host.console import Console
 from dmquant.host.files import write_text
+from dmquant.pipelines.models.loading import DTYPES
 from dmquant.pipelines.runs import runfolder
 from dmquant.pipelines.runs.card import scored_card
-from dmquant.host.console import Console
-from dmquant.pipelines.models.loading import DTYPES
 from dmquant.pipelines.runs.runfolder import RECIPES, RunFolder
 from dmquant.pipelines.runs.scores import OF_REFERENCE, generated_names
 from dmquant.pipelines.runs.settings import format_name
@@ -48,7 +49,10 @@ def build_report(folder: RunFolder, settings: dict[str, Any]) -> Report:
     return Report(
         model=settings["model"]["name"],
         reference=reference,
-        recipes={name: _result(folder, side, recipe, settings["metrics"]) for name, (side, recipe) in sides.items()},
+        recipes={
+            name: _result(folder, side, recipe, settings["metrics"], _fingerprints(settings, name))
+            for name, (side, recipe) in sides.items()
+        },
         prompts=settings["prompts"],
         settings=_flat_settings(folder, side, settings),
         versions=settings["versions"],
@@ -68,10 +72,31 @@ def write_all_reports(folder: RunFolder, settings: dict[str, Any], report: Repor
 
 
 def unfinished(folder: RunFolder, settings: dict[str, Any]) -> list[str]:
-    """The stages that are not done in a run or a comparison."""
-    if "recipes" in settings:
-        return [stage for stage in ("images_fp", RECIPES) if not folder.record(stage)]
-    return [stage for stage in ("images_fp", "model", "images_quantized", "scores") if not folder.record(stage)]
+    """The stages that are not done in a run or a comparison under the settings of its run.yaml."""
+    absent = [] if folder.holds("images_fp", settings.get("fingerprints")) else ["images_fp"]
+    if "recipes" in settings and not folder.record(RECIPES):
+        return [*absent, RECIPES]
+    of_side = ("model", "images_quantized", "scores")
+    for name, (side, _) in quantized_sides(folder, settings).items():
+        fingerprints = _fingerprints(settings, name)
+        stages = [stage for stage in of_side if not side.holds(stage, fingerprints)]
+        if "scores" not in stages and not _are_scored(side.record("scores"), settings):
+            stages.append("scores")
+        absent += [f"{stage} of {name}" if "recipes" in settings else stage for stage in stages]
+    return absent
+
+
+def _fingerprints(settings: dict[str, Any], recipe: str) -> dict[str, str] | None:
+    """Of the settings of one recipe, by stage; None in a run.yaml of an earlier version."""
+    given = settings.get("fingerprints")
+    return given["recipes"][recipe] if given and "recipes" in settings else given
+
+
+def _are_scored(record: dict[str, Any], settings: dict[str, Any]) -> bool:
+    """Whether a record of scores has all metrics of the settings, through their networks."""
+    listed = set(settings["metrics"])
+    same_clip = record.get("clip") == settings.get("clip") or not listed & set(THROUGH_CLIP)
+    return same_clip and listed <= record["metrics"].keys()
 
 
 def quantized_sides(folder: RunFolder, settings: dict[str, Any]) -> dict[str, tuple[RunFolder, dict[str, Any]]]:
@@ -82,8 +107,15 @@ def quantized_sides(folder: RunFolder, settings: dict[str, Any]) -> dict[str, tu
     return {settings["recipe"]["name"]: (folder, settings["recipe"])}
 
 
-def _result(folder: RunFolder, side: RunFolder, recipe: dict[str, Any], listed: list[str]) -> RecipeResult:
+def _result(
+    folder: RunFolder,
+    side: RunFolder,
+    recipe: dict[str, Any],
+    listed: list[str],
+    fingerprints: dict[str, str] | None,
+) -> RecipeResult:
     model, scores = side.record("model"), side.record("scores")
+    layers = side.record(runfolder.LAYERS)["layers"] if side.holds(runfolder.LAYERS, fingerprints) else []
     return RecipeResult(
         weights=format_name(recipe["weights"]),
         activations=format_name(recipe["activations"]),
@@ -99,7 +131,7 @@ def _result(folder: RunFolder, side: RunFolder, recipe: dict[str, Any], listed: 
         metrics=_metrics(scores["metrics"], listed, _values(side)),
         settings=_recipe_settings(side, recipe),
         recipe=recipe,
-        layers=[LayerError(**layer) for layer in (side.record(runfolder.LAYERS) or {"layers": []})["layers"]],
+        layers=[LayerError(**layer) for layer in layers],
         steps=step_errors(folder.images("fp"), side.images("quantized")),
     )
 

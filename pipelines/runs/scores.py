@@ -1,20 +1,21 @@
 """The score stage: what has to be computed anew, and where it goes: the run's memory, and scores.csv image by image."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dmquant.host import processes
 from dmquant.evaluation.images import any_images, generated_images
 from dmquant.evaluation.metrics import PER_IMAGE, THROUGH_CLIP
 from dmquant.evaluation.networks import Networks
 from dmquant.evaluation.result import Metric
+from dmquant.evaluation.score import score_pairs, score_reference
 from dmquant.evaluation.score_table import columns, write_scores
+from dmquant.host import processes
 from dmquant.host.console import Console
-from dmquant.pipelines.runs.runfolder import SCORES, RunFolder, fingerprint
+from dmquant.host.files import fingerprint
+from dmquant.pipelines.runs.runfolder import SCORES, RunFolder
 from dmquant.pipelines.runs.settings import Settings
-from dmquant.pipelines.runs.work import make_scores
 
 STAGE = "scores"
 OF_REFERENCE = "_full_precision"  # ends the columns of what full precision itself scored
@@ -51,6 +52,30 @@ def complete_scores(
         clip=settings.clip,
     )
     console.say(f"scores: {', '.join(wanted)} in {seconds:.1f} s; of each image: {folder.path / SCORES}")
+
+
+def make_scores(
+    fp: Path,
+    quantized: Path,
+    metrics: Sequence[str],
+    real: Path | None,
+    networks: Networks,
+    console: Console,
+    prompts: Sequence[str] | None,
+) -> tuple[dict[str, Metric], dict[str, Metric]]:
+    """The metrics of the quantized images against full precision, and those that full precision itself has.
+
+    Without `prompts` the images are asked for theirs.
+    """
+    with console.bar("scores") as bar:
+
+        def progress(what: str, done: int, total: int) -> None:
+            bar(done, total, what)
+
+        return (
+            score_pairs(fp, quantized, metrics, real, networks, progress, prompts),
+            score_reference(fp, metrics, real, networks, progress, prompts),
+        )
 
 
 def scores_key(images: Mapping[str, list[str]], settings: Settings) -> str:

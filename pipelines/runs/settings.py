@@ -10,17 +10,16 @@ from typing import Any
 import torch
 
 import dmquant
+from dmquant.diffusers.families import Family
+from dmquant.diffusers.families.generic import GENERIC
 from dmquant.errors import UsageError
 from dmquant.evaluation.generate import ImageRequest, batch_size_for, image_requests
 from dmquant.evaluation.images import any_images
 from dmquant.evaluation.metrics import METRICS, REAL, check_names
 from dmquant.evaluation.networks import CLIP
 from dmquant.formats import get_format
-from dmquant.pipelines.defaults import DEFAULT_RECIPE
-from dmquant.diffusers.families import Family
-from dmquant.diffusers.families.generic import GENERIC
+from dmquant.host.files import fingerprint
 from dmquant.pipelines.models.loading import resolve_device, resolve_dtype
-from dmquant.pipelines.prompts.lists import PromptSet, load_prompts, read_prompts
 from dmquant.pipelines.models.registry import (
     EMBEDDED,
     ModelSpec,
@@ -29,7 +28,8 @@ from dmquant.pipelines.models.registry import (
     family_for,
     resolve_model,
 )
-from dmquant.pipelines.runs.runfolder import fingerprint
+from dmquant.pipelines.prompts.lists import PromptSet, load_prompts, read_prompts
+from dmquant.pipelines.runs.defaults import DEFAULT_RECIPE
 from dmquant.recipe import NO_FORMAT, Recipe
 from dmquant.scaling import BLOCK_FORMATS
 

@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 
 from dmquant.errors import UserError
 from dmquant.pipelines.commands import stages
+from dmquant.pipelines.models.saving import narrow_exactly
 from dmquant.pipelines.prompts.lists import load_prompts
-from dmquant.pipelines.runs import run as run_module
-from dmquant.pipelines.runs import work
+from dmquant.pipelines.runs import model_stage, sides
 from dmquant.pipelines.runs.settings import DEFAULT_METRICS, Options, resolve
 from tests.forked import Forked, wait_until
 from tests.tiny import IMAGE_SIZE, PIXART_CALL, tiny_pixart
@@ -93,8 +93,8 @@ def refuse(*args, **kwargs):
 
 @pytest.fixture
 def nothing_loads(monkeypatch):
-    monkeypatch.setattr(run_module, "load_full_precision", refuse)
-    monkeypatch.setattr(run_module, "load_quantized", refuse)
+    monkeypatch.setattr(sides, "load_full_precision", refuse)
+    monkeypatch.setattr(sides, "load_quantized", refuse)
 
 
 def test_a_run_leaves_what_the_design_promises(finished):
@@ -243,7 +243,6 @@ def options_for(options, model):
 
 def test_a_full_disk_is_one_line_keeps_what_is_done_and_leaves_no_half_model(options, tmp_path, monkeypatch):
     def full(pipeline, folder):
-        folder.mkdir()
         (folder / "half").write_bytes(b"half")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -350,8 +349,8 @@ def test_by_default_the_final_latents_are_compared_too(options, again, nothing_l
 def test_an_old_run_without_latents_makes_nothing_again_until_they_are_asked_for(options, again, monkeypatch):
     images, model = times(without_latents(again), "images/*/*.png"), times(again, "model/**/*")
     with monkeypatch.context() as patch:
-        patch.setattr(run_module, "load_full_precision", refuse)
-        patch.setattr(run_module, "load_quantized", refuse)
+        patch.setattr(sides, "load_full_precision", refuse)
+        patch.setattr(sides, "load_quantized", refuse)
         run(options(metrics=None), again)
     metric = report(again)["recipes"]["rtn"]["metrics"]["latent_mse"]
     assert metric["value"] is None
@@ -396,36 +395,37 @@ def test_the_model_depends_on_what_calibration_sees_and_only_where_there_is_any(
 
 def test_what_calibration_is_given_stands_in_run_yaml_and_reaches_the_engine(options, tmp_path, monkeypatch):
     out, calls = tmp_path / "run", []
-    monkeypatch.setattr(
-        run_module, "make_model", lambda *args, **named: (calls.append((args[1], named)), real(*args, **named))[1]
-    )
+    monkeypatch.setattr(model_stage, "make_model", lambda *args: (calls.append(args), real(*args))[1])
     calibration = {"memory_budget": "1.5GiB", "calibration_prompts": "emoji", "calibration_data": tmp_path / "data"}
     run(options(**calibration), out)
-    (settings, named), written = calls[0], yaml.safe_load((out / "run.yaml").read_text())["calibration"]
-    assert named == {"workspace": out / "calibration"}
+    (_, settings, _, _, workspace, *_), written = (
+        calls[0],
+        yaml.safe_load((out / "run.yaml").read_text())["calibration"],
+    )
+    assert workspace == out / "calibration"
     assert (settings.memory_budget, settings.calibration_data) == (3 << 29, tmp_path / "data")
     assert list(settings.calibration_prompts) == load_prompts("emoji") == written["prompts"]
     assert (written["memory_budget"], written["data"]) == (3 << 29, str(tmp_path / "data"))
 
 
-real = work.make_model
+real = model_stage.make_model
 
 
 def test_a_killed_quantize_finds_its_workspace_again_and_a_finished_one_leaves_none(options, tmp_path, monkeypatch):
     out, seen = tmp_path / "q", []
 
-    def stopped(*args, workspace, **named):
+    def stopped(pipeline, settings, folder, console, workspace, *others):
         workspace.mkdir()
         (workspace / "codes").write_bytes(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(run_module, "make_model", stopped)
+    monkeypatch.setattr(model_stage, "make_model", stopped)
     with pytest.raises(KeyboardInterrupt):
         stages.quantize(resolve(options()), out, False)
     monkeypatch.setattr(
-        run_module,
+        model_stage,
         "make_model",
-        lambda *args, workspace: (seen.append(sorted(workspace.iterdir())), real(*args, workspace=workspace))[1],
+        lambda *args: (seen.append(sorted(args[4].iterdir())), real(*args))[1],
     )
     stages.quantize(resolve(options()), out, False)
     assert [path.name for path in seen[0]] == ["codes"]
@@ -437,11 +437,11 @@ def test_16_bit_weights_go_back_to_16_bits_and_others_stay():
     published = torch.randn(4, 4).half()
     module.weight.data = published.float()
     module.bias.data = torch.tensor([1 / 3] * 4)
-    work.narrow_exactly(module)
+    narrow_exactly(module)
     assert torch.equal(module.weight, published)
     assert module.bias.dtype == torch.float32
     module.bias.data = torch.tensor([2.0**100] * 4)  # beyond float16
-    work.narrow_exactly(module)
+    narrow_exactly(module)
     assert module.bias.dtype == torch.bfloat16
 
 

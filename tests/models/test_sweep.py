@@ -13,7 +13,7 @@ from PIL import Image
 
 from dmquant.errors import UserError
 from dmquant.pipelines.commands import stages
-from dmquant.pipelines.runs import run as run_module
+from dmquant.pipelines.runs import image_stage, model_stage, sides
 from dmquant.pipelines.runs.settings import Options, resolve_all
 from dmquant.pipelines.sweep import engines
 from dmquant.pipelines.sweep import sweep as sweep_module
@@ -172,7 +172,7 @@ def refuse(*args, **kwargs):
 def test_the_same_sweep_again_does_nothing_again(options, again, monkeypatch, capsys):
     before, content = when_written(again), data(again)
     monkeypatch.setitem(engines.ENGINES, "here", refuse)
-    monkeypatch.setattr(run_module, "load_full_precision", refuse)
+    monkeypatch.setattr(sides, "load_full_precision", refuse)
     sweep(options, again)
     assert when_written(again) == before
     assert data(again) == content
@@ -217,7 +217,7 @@ def test_images_are_kept_where_they_are_asked_for(options, again):
 
 
 def test_a_trial_that_stopped_goes_on_where_it_was(options, tmp_path, monkeypatch):
-    made, real = [], run_module.make_images
+    made, real = [], image_stage.make_images
 
     def stop(pipeline, requests, folder, settings, console, title, note=None):
         if folder.name == "quantized":
@@ -226,18 +226,18 @@ def test_a_trial_that_stopped_goes_on_where_it_was(options, tmp_path, monkeypatc
         return real(pipeline, requests, folder, settings, console, title, note)
 
     with monkeypatch.context() as patch:
-        patch.setattr(run_module, "make_images", stop)
+        patch.setattr(image_stage, "make_images", stop)
         with pytest.raises(KeyboardInterrupt):
             sweep(options, tmp_path / "run", formats="int8")
     assert len(made) == 1
     assert (tmp_path / "run" / "trials" / "rtn-int8-int8" / "model" / "model_index.json").is_file()
-    monkeypatch.setattr(run_module, "make_model", refuse)
+    monkeypatch.setattr(model_stage, "make_model", refuse)
     sweep(options, tmp_path / "run", formats="int8")
     assert trials(tmp_path / "run")["rtn-int8-int8"]["error"] is None
 
 
 def test_a_failing_trial_is_a_line_of_the_tables_and_the_others_are_there(options, tmp_path, monkeypatch, capsys):
-    real = run_module.make_model
+    real = model_stage.make_model
 
     def failing(pipeline, settings, *args, **kwargs):
         if settings.recipe.name == "rtn-int8-int8":
@@ -247,7 +247,7 @@ def test_a_failing_trial_is_a_line_of_the_tables_and_the_others_are_there(option
         return real(pipeline, settings, *args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(run_module, "make_model", failing)
+        patch.setattr(model_stage, "make_model", failing)
         with pytest.raises(UserError, match=r"2 of 4 trials failed \(rtn-fp4_e2m1-fp4_e2m1, rtn-int8-int8\)") as raised:
             sweep(options, tmp_path / "run")
     assert raised.value.exit_code == 1

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from dmquant.calib.blocks.budget import STATE, check_budget, default_budget
+from dmquant.calib.blocks.budget import STATE, check_budget
 from dmquant.calib.blocks.units import Block
 from dmquant.errors import UsageError
+from dmquant.host.memory import default_budget
 from dmquant.recipe import Learning
 
 

@@ -164,15 +164,15 @@ SCRIPT = """
 import os, signal, sys
 from pathlib import Path
 from tests.calib.runs import calibrated, captured, recipe_of
-from dmquant.calib.blocks import engine
+from dmquant.calib.blocks import decide
 learned = []
 def killing(step, loss):
     if len(learned) == 2:
         os.kill(os.getpid(), signal.SIGKILL)
-def learn(unit, learners, data, options, report, learn=engine.learn):
+def learn(unit, learners, data, options, report, learn=decide.learn):
     learned.append(unit)
     return learn(unit, learners, data, options, killing)
-engine.learn = learn
+decide.learn = learn
 calibrated(captured("pixart-sigma", Path(sys.argv[1])), recipe_of(), Path(sys.argv[2]))
 """
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from dmquant.calib.blocks import engine
+from dmquant.calib.blocks import decide
 from dmquant.calib.blocks.budget import SOLVING, STATE, Held, check_budget, passes
 from dmquant.calib.blocks.learn import UnitData, learn
 from dmquant.calib.blocks.units import Block
@@ -48,7 +48,7 @@ def test_moments_are_collected_in_full_however_wide_the_layer(pixart, solved, tm
 def test_a_small_budget_takes_more_passes_for_the_same_codes(pixart, solved, tmp_path, monkeypatch):
     parts = []
     monkeypatch.setattr(
-        engine, "passes", lambda sizes, budget: parts.extend([[name] for name in sizes]) or parts[-len(sizes) :]
+        decide, "passes", lambda sizes, budget: parts.extend([[name] for name in sizes]) or parts[-len(sizes) :]
     )
     assert is_same(calibrated(pixart, recipe_of(**GPTQ), tmp_path)[0], solved[0])
     assert len(parts) == len(quantized_layers(solved[0]))

@@ -16,8 +16,7 @@ from dmquant.convert import LayerPlan, footprint
 from dmquant.diffusers.quantizer import mark_quantized
 from dmquant.layers import QuantConv2d, QuantLinear, share_timesteps
 from dmquant.qtensor import WeightSpec, quantize_tensor
-from dmquant.transforms import InputStatistics, create
-from dmquant.transforms.bias import Bias
+from dmquant.transforms import InputStatistics, bias, create
 from tests.calib.runs import (
     PART_OF_UNET,
     calibrated,
@@ -264,9 +263,9 @@ class TestBias:
 
     def test_it_is_dropped_where_held_out_data_gets_worse(self, pixart, tmp_path, monkeypatch):
         """With means of the wrong sign every correction hurts."""
-        right = Bias.correct
+        right = bias.correct
         monkeypatch.setattr(
-            Bias, "correct", lambda self, residuals: {"table": -10 * right(self, residuals)["table"] - 0.5}
+            bias, "correct", lambda storage, residuals: {"table": -10 * right(storage, residuals)["table"] - 0.5}
         )
         recipe = recipe_of(rounding="nearest", activations="fp6", learning=FAST, transforms=["bias"])
         backbone, done = calibrated(pixart, recipe, tmp_path)
@@ -286,20 +285,16 @@ def test_lqer_lowers_the_held_out_error(pixart, tmp_path):
 SCRIPT = """
 import os, signal, sys
 from pathlib import Path
-from dmquant.layers import QuantLinear
-from dmquant.qtensor import WeightSpec
-from dmquant.transforms import InputStatistics, create
-from dmquant.transforms.bias import Bias
 from tests.calib.runs import calibrated, captured, recipe_of
 from tests.calib.layers.test_transforms import ALL, FAST
-from dmquant.calib.blocks import engine
+from dmquant.calib.blocks import decide
 corrected = []
-def correct(*args, correct=engine.correct):
+def correct(*args, correct=decide.correct):
     corrected.append(correct(*args))
     if len(corrected) == 2:
         os.kill(os.getpid(), signal.SIGKILL)
     return corrected[-1]
-engine.correct = correct
+decide.correct = correct
 recipe = recipe_of(transforms=ALL, activations="fp6", learning=FAST)
 calibrated(captured("pixart-sigma", Path(sys.argv[1]), blocks=2), recipe, Path(sys.argv[2]))
 """

@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import nn
 
-from dmquant.pipelines.runs import probe as probing
-from dmquant.pipelines.runs.probe import Probe, layer_names, make_probe, output_errors, sampled_outputs
 from dmquant.calib.data.tree import flatten
 from dmquant.convert import quantize_
+from dmquant.diffusers.families import families
 from dmquant.errors import UserError
 from dmquant.layers import QUANTIZED
-from dmquant.diffusers.families import families
+from dmquant.pipelines.runs import probe as probing
+from dmquant.pipelines.runs.probe import Probe, layer_names, make_probe, output_errors, sampled_outputs
 from dmquant.recipe import Recipe
 from tests.calib.runs import call_of
 from tests.tiny import TINY

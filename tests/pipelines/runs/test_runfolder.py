@@ -6,7 +6,8 @@ import multiprocessing
 import pytest
 
 from dmquant.errors import UserError
-from dmquant.pipelines.runs.runfolder import RunFolder, claim, fingerprint, is_full_disk
+from dmquant.host.files import fingerprint
+from dmquant.pipelines.runs.runfolder import RunFolder, claim, is_full_disk
 
 
 def test_fingerprint_depends_on_every_setting_and_not_on_their_order():
