@@ -15,12 +15,13 @@ from dmquant.recipe import Recipe
 from dmquant.transforms import create
 from tests.diffusers.test_quantizer import BUILDERS, example, packed
 
+LOWRANK = {"method": "lowrank", "rank": 2, "iterations": 2}
 DATA_FREE = {
-    "lowrank": [{"method": "lowrank", "rank": 2}],
+    "lowrank": [LOWRANK],
     "outliers": ["outliers"],
     "rotate": ["rotate"],
     "equalize": ["equalize"],
-    "all": ["equalize", {"method": "lowrank", "rank": 2}, "outliers", "rotate"],
+    "all": ["equalize", LOWRANK, "outliers", "rotate"],
 }
 SPLITS = {"up_blocks.0.resnets.0.conv_shortcut": 20, "up_blocks.1.resnets.0.conv1": 7}
 

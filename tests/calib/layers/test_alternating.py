@@ -135,8 +135,8 @@ class TestCalibration:
     @pytest.mark.parametrize("unit", ["layer", "window"])
     def test_stopped_and_resumed_it_gives_the_same(self, pixart, tmp_path, unit):
         recipe = recipe_of(
-            rounding="gptq", scale="lean", activations="fp6", transforms=[{"method": "smooth", "alpha": [0.5]}, BRIEFLY],
-            learning=FAST | {"unit": unit},
+            rounding="gptq", scale="lean", activations="fp6",
+            transforms=[{"method": "smooth", "alpha": [0.5]}, BRIEFLY], learning=FAST | {"unit": unit},
         )  # fmt: skip
         whole, _ = calibrated(pixart, recipe, tmp_path / "whole")
         resumed, _ = stopped_and_resumed(pixart, recipe, tmp_path / "stopped")

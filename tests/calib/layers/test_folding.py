@@ -259,9 +259,7 @@ def test_without_rounding_the_whole_backbone_computes_the_same(unet, tmp_path):
 )
 def test_interrupted_and_run_again_it_gives_the_same_model(unet, tmp_path, rounding, unit):
     transforms = [smoothing(alpha=[0.5], ranges=2), "outliers"]
-    blocks = (BLOCK, "up_blocks.1.attentions.0")
-    if unit == "layer":  # for every one of which the whole backbone is run
-        blocks = (f"{INSIDE}.attn1", f"{INSIDE}.ff", "up_blocks.1.attentions.0.transformer_blocks.0.ff")
+    blocks = (f"{INSIDE}.attn1", f"{INSIDE}.ff", "up_blocks.1.attentions.0.transformer_blocks.0.ff")
     recipe = unet_recipe(transforms, blocks, rounding, FAST | {"unit": unit}, activations="int8")
     whole, reports = calibrated(unet, recipe, tmp_path / "whole")
     resumed, again = stopped_and_resumed(unet, recipe, tmp_path / "stopped")
