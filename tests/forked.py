@@ -22,8 +22,8 @@ class Forked:
     """Like subprocess.Popen of `python *arguments`, where these are `-m MODULE ...`, `-c CODE ...` or `SCRIPT ...`."""
 
     def __init__(self, arguments: list, environment: dict[str, str] | None = None):
-        self._said = Path(tempfile.mkdtemp(prefix="forked"))
-        out, err = self._said / "out", self._said / "err"
+        self._said = tempfile.TemporaryDirectory(prefix="forked")
+        out, err = (Path(self._said.name, name) for name in ("out", "err"))
         values = dict(os.environ) | (environment or {})
         self._process = started(_execute, [str(one) for one in arguments], values, out, err)
         self.pid = self._process.pid
@@ -53,7 +53,7 @@ class Forked:
         return self.poll()
 
     def _read(self, name: str) -> str:
-        path = self._said / name
+        path = Path(self._said.name, name)
         return path.read_text() if path.exists() else ""
 
 

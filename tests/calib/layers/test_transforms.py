@@ -36,7 +36,7 @@ ALL = [
     TWO_ALPHAS,
     {"method": "rotate", "size": 8},
     "outliers",
-    {"method": "lowrank", "rank": 2},
+    {"method": "lowrank", "rank": 2, "iterations": 2},
     {"method": "bias", "ranges": 2},
 ]
 SETTINGS = {
