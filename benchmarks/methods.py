@@ -29,8 +29,8 @@ from torch import Tensor
 import dmquant
 from dmquant.convert import footprint
 from dmquant.errors import UserError
+from dmquant.evaluation.metrics.compute import score_pairs
 from dmquant.evaluation.networks import Networks
-from dmquant.evaluation.score import score_pairs
 from dmquant.host.files import fingerprint, write_text
 from dmquant.host.memory import peak_memory
 from dmquant.pipelines.runs.calibration import calibration_data

@@ -133,9 +133,10 @@ class Settings(BaseModel):
     @field_validator("store")
     @classmethod
     def _known_store(cls, name: str | None) -> str | None:
-        from dmquant.scaling import STORES, TABLE, check_choice
+        from dmquant.scaling import check_choice
+        from dmquant.stores import STORES, TABLES
 
-        return name if name is None else check_choice("scale storage", name, (*STORES, TABLE))
+        return name if name is None else check_choice("scale storage", name, (*STORES, *TABLES))
 
     def check_transforms(self) -> list[tuple[str, dict[str, Any]]]:
         """Names and options of the transforms; UsageError where these settings cannot go together."""
@@ -241,7 +242,7 @@ class Recipe(Settings):
     @model_validator(mode="after")
     def _goes_together(self) -> "Recipe":
         """Refuse what cannot go together, for all layers and for those of each rule alone."""
-        from dmquant.qtensor import check_table
+        from dmquant.grids import grid_type
         from dmquant.rounding import get_method
         from dmquant.scaling import BLOCK_FORMATS
 
@@ -251,7 +252,7 @@ class Recipe(Settings):
             if merged["scale"] == "lean" and not get_method(self.rounding.method).NEEDS_MOMENTS:
                 raise UsageError("scale: lean is fitted to the errors of rounding: gptq, and there is no other here")
             if merged["weights"] not in NO_FORMAT and merged["weights"].lower() not in BLOCK_FORMATS:
-                check_table(merged["weights"], merged["granularity"], merged["scale"], merged["store"])
+                grid_type(merged["store"]).check(merged["weights"], merged["granularity"], merged["scale"])
             if merged["store"] == "table" and merged["candidates"]:
                 raise UsageError("a table is no format to choose: leave out candidates, or store: table")
             Settings.model_construct(**merged).check_transforms()

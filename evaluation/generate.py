@@ -19,7 +19,8 @@ from PIL import Image, PngImagePlugin
 
 from dmquant.diffusers.calling import call_pipeline
 from dmquant.diffusers.watching import recording_latents
-from dmquant.evaluation.latents import latent_path, read_latent, save_latent
+from dmquant.evaluation.final_latents import has_latent, latent_path, save_latent
+from dmquant.evaluation.png import KEY, read_key
 from dmquant.evaluation.trajectory import TRAJECTORIES, recording_trajectories, save_trajectory, trajectory_path
 from dmquant.host import processes
 from dmquant.host.files import replacing
@@ -69,22 +70,6 @@ def batch_size_for(height: int, width: int) -> int:
     return max(1, min(MAX_BATCH, PIXELS_PER_BATCH // (height * width)))
 
 
-def read_key(path: Path) -> str | None:
-    """The key of a whole, readable PNG of ours; None for anything else."""
-    try:
-        with Image.open(path) as image:
-            image.load()
-            return image.info.get("key")
-    except (OSError, SyntaxError, ValueError):
-        return None
-
-
-def read_prompt(path: Path) -> str | None:
-    """The prompt that a PNG of ours was made from, or None."""
-    with Image.open(path) as image:
-        return image.info.get("prompt")
-
-
 def missing(folder: Path, requests: Sequence[ImageRequest]) -> list[ImageRequest]:
     """The requests whose image is not yet in `folder`, whole, with the right key, and with its latents if wanted."""
     return [request for request in requests if not _is_there(folder / request.name, request)]
@@ -93,7 +78,7 @@ def missing(folder: Path, requests: Sequence[ImageRequest]) -> list[ImageRequest
 def _is_there(path: Path, request: ImageRequest) -> bool:
     if read_key(path) != request.key:
         return False
-    return not request.latents or read_latent(path, request.key) is not None
+    return not request.latents or has_latent(path, request.key)
 
 
 def prune(folder: Path, requests: Sequence[ImageRequest]) -> None:
@@ -179,6 +164,6 @@ def _save(image: np.ndarray, request: ImageRequest, folder: Path) -> None:
     about = PngImagePlugin.PngInfo()
     about.add_itxt("prompt", request.prompt)
     about.add_text("seed", str(request.seed))
-    about.add_text("key", request.key)
+    about.add_text(KEY, request.key)
     with replacing(folder / request.name) as partial:
         Image.fromarray(pixels).save(partial, format="PNG", pnginfo=about)

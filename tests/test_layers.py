@@ -124,11 +124,8 @@ def test_the_reference_kernels_can_be_forced_and_agree():
     quantized = quantize_layer(nn.Linear(128, 64), FP4, FP6)
     x = torch.randn(5, 128)
     fast = quantized(x)
-    kernels.use_reference(True)
-    try:
+    with kernels.forced("reference"):
         assert torch.equal(quantized(x), fast)
-    finally:
-        kernels.use_reference(False)
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dmquant.calib.blocks.codes import CodesFolder, parts_of, tensors_of, weight_of
 from dmquant.calib.blocks.decide import Decider
+from dmquant.calib.blocks.input_specs import fit_again_
 from dmquant.calib.blocks.inputs import BlockInputs
 from dmquant.calib.blocks.state import plans_of
 from dmquant.calib.blocks.units import Block, Task, tasks_of
@@ -58,7 +59,7 @@ def _fold_(decider: Decider, block: Block, tensors: Mapping[str, Tensor], inputs
 
     Returns the factors by their keys.
     """
-    states, factors = decider.states, {}
+    states, factors, changed = decider.states, {}, {}
     for method in folded_methods(plans_of(states)):
         folds = folds_of(decider.backbone, block.name, plans_of(states), method)
         if tensors:
@@ -72,6 +73,9 @@ def _fold_(decider: Decider, block: Block, tensors: Mapping[str, Tensor], inputs
             fold.pair.scale_(factors[fold.key])
             for name in fold.readers:
                 states[name].drop_transform(method)
+            if (factors[fold.key] != 1).any():
+                changed |= dict.fromkeys(fold.readers)
+    fit_again_(states, changed, inputs)
     return factors
 
 

@@ -9,6 +9,7 @@ from torch import nn
 from dmquant.calib.blocks.outputs import nbytes
 from dmquant.calib.blocks.units import Block, tasks_of
 from dmquant.errors import UsageError
+from dmquant.host.units import size_text
 from dmquant.recipe import Learning
 
 STATE = 80
@@ -39,9 +40,9 @@ def check_budget(
     needed = {block.name: _needed(backbone, blocks, number, learning, moments) for number, block in enumerate(blocks)}
     largest = max(needed, key=needed.get)
     if needed[largest] > total:
-        least = _megabytes(needed[largest])
+        least = size_text(needed[largest], round_up=True)
         raise UsageError(
-            f"a memory budget of {_megabytes(total)} is too small: {largest} alone takes {least}; "
+            f"a memory budget of {size_text(total)} is too small: {largest} alone takes {least}; "
             f"use --memory-budget {least.replace(' ', '')} or more, or a smaller learning.batch_size"
         )
     return needed[largest]
@@ -76,7 +77,3 @@ def _needed(
         solving = max((_solving([moments[name]]) for name in task.layers if name in moments), default=0)
         most = max(most, STATE * weights + max(activations * learning.batch_size, solving))
     return most
-
-
-def _megabytes(count: int) -> str:
-    return f"{-(-count // 1_000_000)} MB"

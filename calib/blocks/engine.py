@@ -23,6 +23,7 @@ from dmquant.calib.blocks.block import FROM_DISK, calibrate_block_
 from dmquant.calib.blocks.budget import Held, check_budget
 from dmquant.calib.blocks.codes import LAYOUT, CodesFolder
 from dmquant.calib.blocks.decide import Decider, Samples
+from dmquant.calib.blocks.input_specs import choose_formats_, fit_static_scales_
 from dmquant.calib.blocks.inputs import BlockInputs
 from dmquant.calib.blocks.outputs import Budget
 from dmquant.calib.blocks.replay import trace
@@ -31,14 +32,12 @@ from dmquant.calib.blocks.state import LayerState, plan_layers
 from dmquant.calib.blocks.streams import Bar, Streams
 from dmquant.calib.blocks.units import find_blocks
 from dmquant.calib.data.store import CalibrationStore
-from dmquant.calib.layers.activation_formats import choose_activation_formats
 from dmquant.calib.layers.fitting import fit_transforms
-from dmquant.calib.layers.ranges import observe_ranges
 from dmquant.calib.layers.rounder import Rounder
 from dmquant.convert import LayerReport
 from dmquant.errors import UsageError
-from dmquant.formats import get_format
 from dmquant.host.memory import default_budget, return_freed_memory
+from dmquant.qtensor import QuantizedTensor
 from dmquant.recipe import Recipe
 from dmquant.transforms import fold_first_
 
@@ -95,8 +94,8 @@ def calibrate_(
     codes = CodesFolder(folder / "blocks", _key(recipe, store, made_for, counted))
 
     fold_first_(backbone, {name: state.plan.transforms for name, state in states.items()})
-    _choose_input_formats(backbone, states, store, options.batch_size, codes, len(in_order), bar)
-    _observe_inputs(backbone, states, store, options.batch_size, bar)
+    choose_formats_(backbone, states, store, options.batch_size, codes, len(in_order), bar)
+    fit_static_scales_(backbone, states, store, options.batch_size, bar)
 
     ranges = next(iter(states.values())).ranges
     streams = Streams(backbone, in_order, store, ranges, Budget(total - needed, folder / "spill"), options)
@@ -159,53 +158,13 @@ def _bytes_of_moments(rounder: Rounder, states: Mapping[str, LayerState]) -> dic
     }
 
 
-def _choose_input_formats(
-    backbone: nn.Module,
-    states: Mapping[str, LayerState],
-    store: CalibrationStore,
-    batch_size: int,
-    codes: CodesFolder,
-    number: int,
-    bar: Callable[[str], AbstractContextManager[Bar]],
-) -> None:
-    """Choose among the candidates for inputs; what was chosen is kept as number `number` among the codes."""
-    plans = {name: state.plan for name, state in states.items() if state.plan.activation_candidates}
-    if not plans:
-        return
-    title = "activation formats"
-    if found := codes.load(number, title):
-        names = found[1]
-    else:
-        with bar(title) as shown:
-            chosen = choose_activation_formats(backbone, plans, store, batch_size, shown)
-        names = {name: fmt.name for name, fmt in chosen.items()}
-        codes.save(number, title, {}, names)
-    for name in plans:
-        states[name].choose_input_format(get_format(names[name]))
-
-
-def _observe_inputs(
-    backbone: nn.Module,
-    states: Mapping[str, LayerState],
-    store: CalibrationStore,
-    batch_size: int,
-    bar: Callable[[str], AbstractContextManager[Bar]],
-) -> None:
-    """Fit the static scales of inputs."""
-    specs = {name: state.plan.activations for name, state in states.items() if state.plan.activations}
-    if any(spec.ranges for spec in specs.values()):
-        with bar("activation ranges") as shown:
-            for name, scale in observe_ranges(backbone, specs, store, batch_size, shown).items():
-                states[name].input_scale = scale
-
-
 def _round_without_data_(backbone: nn.Module, state: LayerState, rounder: Rounder) -> None:
     """Quantize a layer outside of all blocks that the forward pass does not use."""
     quantized = state.without_weight()
     weight = fit_transforms(state.layer, state.plan, quantized, None)
     grid = rounder.start(state.layer, state.plan, quantized, weight, None).grid
     state.parts = {one.name: quantized.parts(one) for one in quantized.transforms}
-    state.put_in_place_(backbone, grid.quantized(grid.nearest))
+    state.put_in_place_(backbone, QuantizedTensor.of(grid, grid.nearest))
 
 
 def _in_words(tasks: Sequence[dict[str, Any]], seconds: Sequence[float], left: int) -> str:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dmquant.calib.layers.fitting import WORTH, choose, output_error, with_outputs
+from dmquant.calib.layers.ranges import scale_times
 from dmquant.convert import LayerPlan
 from dmquant.layers import QuantLinear
 from dmquant.transforms import InputStatistics, Storage, chains, fit_of, folding_of
@@ -76,6 +77,8 @@ def shared_factor(
         for name, layer in zip(fold.readers, fold.pair.seconds, strict=True)
     }
 
+    scales = {name: inputs[name].input_scale.view(torch.float32) for name in samples if seen and inputs[name].is_static}
+
     def error(factor: Tensor) -> float:
         """What `output_error` is of the readers once the factor is folded, summed."""
         total = 0.0
@@ -84,6 +87,9 @@ def shared_factor(
             parts, weight = next(chains(others, layer.weight.detach().float() / factor, statistics[name]))
             inputs[name].transforms = others
             inputs[name].load_parts(parts)
+            if name in scales:
+                absmax, spec = statistics[name].absmax.amax(0), inputs[name].activations
+                inputs[name].load_input_scale(scale_times(scales[name], spec, absmax, factor))
             scaled = [(x * factor.to(x.dtype), output) for x, output in samples[name]]
             total += output_error(layer, plans[name], inputs[name], weight, scaled)
         return total

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from dmquant.convert import LayerPlan
 from dmquant.errors import UsageError
 from dmquant.grids import Grid
-from dmquant.qtensor import WeightSpec, fit, from_matrix, to_matrix
+from dmquant.qtensor import WeightSpec
 from dmquant.rounding import gptq
 from dmquant.rounding.lean import fit_lean
-from dmquant.scaling import DATA_RULES, fit_hessian, to_groups
+from dmquant.scaling import DATA_RULES, fit_hessian, from_matrix, to_groups, to_matrix
 from dmquant.transforms import fit_of
 
 LARGEST = (
@@ -177,5 +177,5 @@ def _fit(
         groups = to_groups(matrix, spec.granularity, spec.segments(shape))
         scales = fit_hessian(groups, spec.fmt, spec.store, moments.inside_groups(spec, shape))
     else:
-        scales = fit(matrix, spec, spec.segments(shape))
-    return Grid(matrix, spec, scales, shape)
+        scales = spec.grid_type.fit(matrix, spec, spec.segments(shape))
+    return spec.grid_type(matrix, spec, scales, shape)

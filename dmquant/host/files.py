@@ -1,15 +1,22 @@
 """Files: written whole or not at all, so that an interrupted run never leaves half of one, and told apart by hash."""
 
+import functools
 import hashlib
 import importlib.util
 import json
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from dmquant.errors import UserError
+
+SETTLED = 1_000_000_000  # nanoseconds: two changes of a file that is younger may have the same time
+FILES_REMEMBERED = 1 << 18
+
+T = TypeVar("T")
 
 
 @contextmanager
@@ -75,3 +82,28 @@ def json_sha256(value: Any, separators: tuple[str, str] | None = None) -> str:
 def fingerprint(**settings: Any) -> str:
     """A short hash of settings that JSON can hold; equal settings in any order give equal hashes."""
     return json_sha256(settings, (",", ":"))[:32]
+
+
+def remembering(read: Callable[[Path], T]) -> Callable[[Path], T]:
+    """`read` of a file, whose result this process keeps for as long as the file's size and time of change are the same.
+
+    Raises UserError for a file that is missing or cannot be read.
+    """
+
+    @functools.lru_cache(FILES_REMEMBERED)
+    def kept(path: Path, size: int, mtime_ns: int) -> T:
+        return read(path)
+
+    @functools.wraps(read)
+    def read_once(path: Path) -> T:
+        try:
+            status = path.stat()
+            if time.time_ns() - status.st_mtime_ns < SETTLED:
+                return read(path)
+            return kept(path, status.st_size, status.st_mtime_ns)
+        except FileNotFoundError:
+            raise UserError(f"{path} does not exist") from None
+        except OSError as error:
+            raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+
+    return read_once

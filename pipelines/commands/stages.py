@@ -10,27 +10,22 @@ import yaml
 
 from dmquant.diffusers.quantizer import QuantMethod
 from dmquant.errors import UsageError, UserError
-from dmquant.evaluation.generate import pruned_and_missing, read_prompt
-from dmquant.evaluation.image_grid import draw_grid
+from dmquant.evaluation.generate import pruned_and_missing
 from dmquant.evaluation.images import generated_images
 from dmquant.evaluation.networks import Networks
+from dmquant.evaluation.png import read_prompt
+from dmquant.evaluation.report.image_grid import draw_grid
 from dmquant.host import processes
 from dmquant.host.console import Console, quiet_libraries
 from dmquant.pipelines.models import folders
 from dmquant.pipelines.models.loading import checked_folder, load_full_precision, resolve_device
 from dmquant.pipelines.prompts.lists import load_prompts
 from dmquant.pipelines.runs import runfolder
+from dmquant.pipelines.runs.closing_tables import closing_table, comparison_tables, metrics_table
 from dmquant.pipelines.runs.image_stage import make_images
 from dmquant.pipelines.runs.model_stage import load_quantized, make_model_together
-from dmquant.pipelines.runs.report import (
-    build_report,
-    closing_table,
-    comparison_tables,
-    metrics_table,
-    unfinished,
-    write_all_reports,
-)
 from dmquant.pipelines.runs.run import Run
+from dmquant.pipelines.runs.run_report import build_report, unfinished, write_all_reports
 from dmquant.pipelines.runs.runfolder import RunFolder, claim, is_full_disk
 from dmquant.pipelines.runs.scores import make_scores, write_table
 from dmquant.pipelines.runs.settings import Settings, clip_source, resolve_metrics

@@ -7,16 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from dmquant.errors import UserError
-from dmquant.evaluation.image_grid import draw_grid
-from dmquant.evaluation.plot import draw_comparison
+from dmquant.evaluation.report.comparison_plot import draw_comparison
+from dmquant.evaluation.report.image_grid import draw_grid
 from dmquant.host import processes
 from dmquant.host.console import Console
 from dmquant.host.files import fingerprint
 from dmquant.pipelines.runs import runfolder
+from dmquant.pipelines.runs.closing_tables import comparison_tables
 from dmquant.pipelines.runs.image_stage import FP
 from dmquant.pipelines.runs.loaded_parts import LoadedParts
-from dmquant.pipelines.runs.report import build_report, comparison_tables, write_all_reports
 from dmquant.pipelines.runs.run import images_line, save_settings
+from dmquant.pipelines.runs.run_report import build_report, write_all_reports
 from dmquant.pipelines.runs.runfolder import RunFolder, claim, is_full_disk
 from dmquant.pipelines.runs.settings import Settings
 from dmquant.pipelines.runs.sides import FullPrecision, Quantized, fingerprints_of, shared_parts

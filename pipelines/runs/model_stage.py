@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 from dmquant.convert import LayerReport, footprint, quantize_
 from dmquant.diffusers.quantizer import load_pipeline, mark_quantized
 from dmquant.errors import UserError
-from dmquant.evaluation.report_tables import size_text
 from dmquant.host import processes
 from dmquant.host.console import Console
 from dmquant.host.hashes import sha256_once
+from dmquant.host.units import size_text
 from dmquant.pipelines.models import folders
 from dmquant.pipelines.models.attention import check_attention
 from dmquant.pipelines.models.hashes import pipeline_hashes

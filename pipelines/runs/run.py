@@ -5,13 +5,14 @@ from typing import Any
 
 import yaml
 
-from dmquant.evaluation.image_grid import draw_grid
+from dmquant.evaluation.report.image_grid import draw_grid
 from dmquant.host import processes
 from dmquant.host.console import Console
 from dmquant.host.files import write_text
 from dmquant.pipelines.runs import runfolder
+from dmquant.pipelines.runs.closing_tables import closing_table
 from dmquant.pipelines.runs.image_stage import FP, QUANTIZED
-from dmquant.pipelines.runs.report import build_report, closing_table, write_all_reports
+from dmquant.pipelines.runs.run_report import build_report, write_all_reports
 from dmquant.pipelines.runs.runfolder import RunFolder
 from dmquant.pipelines.runs.settings import Settings
 from dmquant.pipelines.runs.sides import FullPrecision, Quantized, fingerprints_of

@@ -5,12 +5,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dmquant.evaluation.images import any_images, generated_images
-from dmquant.evaluation.metrics import PER_IMAGE, THROUGH_CLIP
+from dmquant.evaluation.images import any_images, generated_images, image_sha256
+from dmquant.evaluation.metrics.compute import score_pairs, score_reference
+from dmquant.evaluation.metrics.registry import METRICS
 from dmquant.evaluation.networks import Networks
 from dmquant.evaluation.result import Metric
-from dmquant.evaluation.score import score_pairs, score_reference
-from dmquant.evaluation.score_table import columns, write_scores
+from dmquant.evaluation.scores_csv import columns, write_scores
 from dmquant.host import processes
 from dmquant.host.console import Console
 from dmquant.host.files import fingerprint
@@ -79,8 +79,8 @@ def make_scores(
 
 
 def scores_key(images: Mapping[str, list[str]], settings: Settings) -> str:
-    """Fingerprint of what scores depend on: the keys of the images of both sides, and the real images."""
-    return fingerprint(images=images, real=None if settings.real is None else _listing(settings.real))
+    """Fingerprint of what scores depend on: the keys of the images of both sides, and the content of the real ones."""
+    return fingerprint(images=images, real=None if settings.real is None else _contents(settings.real))
 
 
 def write_table(
@@ -106,11 +106,12 @@ def _kept(folder: RunFolder, key: str, names: list[str], settings: Settings) -> 
     table = columns(folder.path / SCORES, names) or {}
 
     def holds(name: str, metric: dict[str, Any]) -> bool:
-        if metric["value"] is None or (name in PER_IMAGE and name not in table):
+        if metric["value"] is None or (METRICS[name].per_image and name not in table):
             return False
-        return name not in THROUGH_CLIP or record.get("clip") == settings.clip
+        return "clip" not in METRICS[name].needs or record.get("clip") == settings.clip
 
-    metrics = {name: metric for name, metric in record["metrics"].items() if holds(name, metric)}
+    known = {name: metric for name, metric in record["metrics"].items() if name in METRICS}
+    metrics = {name: metric for name, metric in known.items() if holds(name, metric)}
     reference = {name: metric for name, metric in record["reference"].items() if name in metrics}
     return {"metrics": metrics, "reference": reference, "seconds": record["seconds"]}
 
@@ -119,6 +120,6 @@ def _as_json(metrics: Mapping[str, Metric]) -> dict[str, Any]:
     return {name: metric.to_json() for name, metric in metrics.items()}
 
 
-def _listing(folder: Path) -> list[tuple[str, int]]:
-    """Names and sizes of the images in a folder: enough to notice that it changed."""
-    return [(path.relative_to(folder).as_posix(), path.stat().st_size) for path in any_images(folder)]
+def _contents(folder: Path) -> list[tuple[str, str]]:
+    """Name and SHA-256 of every image in a folder."""
+    return [(path.relative_to(folder).as_posix(), image_sha256(path)) for path in any_images(folder)]

@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 from dmquant.convert import plan
 from dmquant.diffusers.calling import final_latents
 from dmquant.errors import UserError
-from dmquant.evaluation.pareto import Point, draw_pareto
-from dmquant.evaluation.report_tables import time_text, value_text
+from dmquant.evaluation.metrics.registry import METRICS
+from dmquant.evaluation.report.pareto_plot import Point, draw_pareto
 from dmquant.host import processes
 from dmquant.host.console import Console
 from dmquant.host.files import write_text
 from dmquant.host.memory import default_budget
+from dmquant.host.units import time_text
 from dmquant.pipelines.models.skeleton import skeleton
 from dmquant.pipelines.runs import runfolder
 from dmquant.pipelines.runs.calibration import calibration_data
@@ -174,7 +175,7 @@ class Sweep:
             return
         name = self.common.metrics[0]
         value = outcome["metrics"][name]["value"]
-        quality = f"{name} {'not computed' if value is None else value_text(name, value)}"
+        quality = f"{name} {'not computed' if value is None else METRICS[name].text(value)}"
         seconds = time_text(outcome["seconds"]["trial"])
         self.console.say(f"{count}: {task.name}: {quality}, {outcome[BITS]:.2f} bits a weight, in {seconds}; {to_go}")
 

@@ -16,6 +16,7 @@ from dmquant.calib.data.store import CalibrationStore
 from dmquant.convert import plan, quantize_
 from dmquant.errors import UsageError, UserError
 from dmquant.kernels.cpu import can_compile
+from dmquant.pipelines.runs.settings import parse_size
 from tests.calib.runs import calibrated, captured, is_same, packed, quantized_layers, recipe_of, saved_and_loaded
 from tests.forked import Forked
 from tests.tiny import TINY
@@ -92,11 +93,11 @@ def test_it_repeats_bit_for_bit_and_follows_its_seed(pixart, reference, tmp_path
 
 
 def least_budget(case, folder):
-    with pytest.raises(UsageError, match=r"--memory-budget \d+MB or more") as caught:
+    with pytest.raises(UsageError, match=r"--memory-budget [\d.]+\w*B or more") as caught:
         calibrated(case, recipe_of(), folder, memory_budget=1)
     assert "transformer_blocks." in str(caught.value)
     assert "\n" not in str(caught.value)
-    return int(str(caught.value).split("--memory-budget ")[1].split("MB")[0]) * 1_000_000
+    return parse_size(str(caught.value).split("--memory-budget ")[1].split()[0], "--memory-budget")
 
 
 def test_a_budget_too_small_names_the_least_and_with_that_it_spills_to_the_same_codes(

@@ -8,7 +8,7 @@ from dmquant.calib.layers.fitting import fit_to_codes
 from dmquant.calib.layers.moments import Moments, columns_of, fit_grid
 from dmquant.convert import LayerPlan
 from dmquant.layers import QUANTIZED
-from dmquant.qtensor import WeightSpec
+from dmquant.qtensor import QuantizedTensor, WeightSpec
 from dmquant.rounding import get_method, gptq
 from dmquant.transforms import chains, create
 from tests.calib.runs import (
@@ -58,7 +58,7 @@ def fitted(layer, method, together=8192, split=None, seen=True, **options):
     values = grid.nearest
     if method == "gptq":
         values = gptq.solve(grid, gptq.factorize(moments.blocks(), gptq.Options()))[0]
-    quantized.load_quantized(grid.quantized(values), layer.bias, None)
+    quantized.load_quantized(QuantizedTensor.of(grid, values), layer.bias, None)
     with torch.no_grad():
         return ((quantized(x) - layer(x)).square().mean() / layer(x).square().mean()).item(), quantized
 
