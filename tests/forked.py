@@ -14,8 +14,6 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-_SERVER = multiprocessing.get_context("forkserver")
-_SERVER.set_forkserver_preload(["tests.imported"])
 
 
 class Forked:
@@ -59,7 +57,9 @@ class Forked:
 
 def started(function, *arguments):
     """A process that calls a function of a module."""
-    process = _SERVER.Process(target=function, args=arguments)
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(["tests.imported"])
+    process = server.Process(target=function, args=arguments)
     with _importable():
         process.start()
     return process
@@ -83,7 +83,10 @@ def _importable():
     try:
         yield
     finally:
-        os.environ.pop("PYTHONPATH") if before is None else os.environ.__setitem__("PYTHONPATH", before)
+        if before is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = before
 
 
 def _execute(arguments: list[str], environment: dict[str, str], out: Path, err: Path) -> None:
