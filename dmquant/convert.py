@@ -16,7 +16,7 @@ from dmquant.models import completed, known, record
 from dmquant.qtensor import WeightSpec
 from dmquant.recipe import Recipe, shipped_rules
 from dmquant.settings import NO_FORMAT, Settings
-from dmquant.transforms import Transform, create, prepare_
+from dmquant.transforms import Storage, create, fold_first_
 
 Progress = Callable[[int, int, str], None]
 
@@ -33,7 +33,7 @@ class LayerPlan:
     """Formats to choose from by output error; empty where the recipe names one."""
     activation_candidates: tuple[Format, ...] = ()
     """Likewise for the input."""
-    transforms: tuple[Transform, ...] = ()
+    transforms: tuple[Storage, ...] = ()
     """In the order in which they apply."""
 
 
@@ -126,7 +126,7 @@ def quantize_layers_(module: nn.Module, recipe: Recipe, progress: Progress | Non
     plans = plan(module, recipe)
     if not plans:
         raise UsageError(f"recipe '{recipe.name}' quantizes none of the layers of {type(module).__name__}")
-    prepare_(module, {step.name: step.transforms for step in plans})
+    fold_first_(module, {step.name: step.transforms for step in plans})
     reports = []
     for done, step in enumerate(plans, start=1):
         layer = module.get_submodule(step.name)
@@ -198,9 +198,7 @@ def _check_split(name: str, layer: nn.Linear | nn.Conv2d, split: int | None) -> 
         raise UsageError(f"layer {name} has {channels} input channels, which a split of {split} does not cut in two")
 
 
-def _transforms(
-    name: str, layer: nn.Linear | nn.Conv2d, settings: Settings, split: int | None
-) -> tuple[Transform, ...]:
+def _transforms(name: str, layer: nn.Linear | nn.Conv2d, settings: Settings, split: int | None) -> tuple[Storage, ...]:
     try:
         return create(settings.check_transforms(), layer, split)
     except UsageError as error:

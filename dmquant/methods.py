@@ -57,7 +57,7 @@ class Transformation(Method):
     def takes_data(self) -> bool:
         """Whether it is fitted to calibration data."""
         method = self.module(self.method)
-        return method.METHOD.takes_data(method.Options.model_validate(self.options))
+        return method.takes_data(method.Options.model_validate(self.options))
 
 
 class Rounding(Method):

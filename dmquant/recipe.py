@@ -82,7 +82,7 @@ class Recipe(Settings):
     @model_validator(mode="after")
     def _goes_together(self) -> "Recipe":
         """Refuse what cannot go together, for all layers and for those of each rule alone."""
-        from dmquant.qtensor import check_table
+        from dmquant.grids import grid_type
         from dmquant.rounding import get_method
         from dmquant.scaling import BLOCK_FORMATS
 
@@ -92,7 +92,7 @@ class Recipe(Settings):
             if merged["scale"] == "lean" and not get_method(self.rounding.method).NEEDS_MOMENTS:
                 raise UsageError("scale: lean is fitted to the errors of rounding: gptq, and there is no other here")
             if merged["weights"] != NO_FORMAT and merged["weights"] not in BLOCK_FORMATS:
-                check_table(merged["weights"], merged["granularity"], merged["scale"], merged["store"])
+                grid_type(merged["store"]).check(merged["weights"], merged["granularity"], merged["scale"])
             if merged["store"] == "table" and merged["candidates"]:
                 raise UsageError("a table is no format to choose: leave out candidates, or store: table")
             Settings.model_construct(**merged).check_transforms()

@@ -87,9 +87,10 @@ class Settings(BaseModel):
     @field_validator("store")
     @classmethod
     def _known_store(cls, name: str | None) -> str | None:
-        from dmquant.scaling import STORES, TABLE, check_choice
+        from dmquant.scaling import check_choice
+        from dmquant.stores import STORES, TABLES
 
-        return name if name is None else check_choice("scale storage", name, (*STORES, TABLE))
+        return name if name is None else check_choice("scale storage", name, (*STORES, *TABLES))
 
     def check_transforms(self) -> list[tuple[str, dict[str, Any]]]:
         """Names and options of the transforms; UsageError where these settings cannot go together."""
@@ -100,7 +101,7 @@ class Settings(BaseModel):
         for name in names:
             if names.count(name) > 1:
                 raise UsageError(f"transform {name} is named twice for the same layers: set it once")
-            if not get_method(name).METHOD.CHANGES_INPUT:
+            if not get_method(name).storage.CHANGES_INPUT:
                 continue
             if self.activation_scale not in (None, ONLINE):
                 raise UsageError(

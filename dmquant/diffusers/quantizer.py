@@ -20,10 +20,12 @@ from torch import nn
 
 from dmquant.activations import TimestepRanges
 from dmquant.convert import plan, quantize_layers_, unmatched
+from dmquant.diffusers import families, pairs  # noqa: F401  (enter what they know)
 from dmquant.errors import UsageError, UserError
 from dmquant.layers import QUANTIZED, quantize_layer, share_timesteps
 from dmquant.models import completed, records_quantization
 from dmquant.recipe import Recipe
+from dmquant.transforms import folds_first
 
 VERSION = 2
 """Of what config.json says. 1: the codes of a convolution were in the order (in, height, width), not channels last."""
@@ -105,7 +107,7 @@ class DMQuantizer(DiffusersQuantizer):
         # A copy, because the caller may load a model of another family with the same configuration.
         self.quantization_config = QuantConfig(recipe, version=self.quantization_config.version)
         self._plans = {step.name: step for step in plan(model, recipe)}
-        self._whole_model = any(one.WHOLE_MODEL for step in self._plans.values() for one in step.transforms)
+        self._whole_model = any(folds_first(one) for step in self._plans.values() for one in step.transforms)
         if self.pre_quantized:
             for name, step in self._plans.items():
                 layer = model.get_submodule(name)
@@ -240,14 +242,17 @@ def _record(model: nn.Module, recipe: Recipe, layers: Collection[str]) -> bool:
 
 
 def save_pipeline(pipeline: Any, folder: str | Path) -> None:
-    """`save_pretrained`, without what would tie the folder to this machine or to one dtype.
+    """`save_pretrained`, and `make_portable`. Raises OSError as the disk does."""
+    pipeline.save_pretrained(folder, safe_serialization=True)
+    make_portable(Path(folder))
+
+
+def make_portable(folder: Path) -> None:
+    """Remove from a pipeline folder's configurations what would tie it to this machine or to one dtype.
 
     diffusers writes local paths as `_name_or_path`. And transformers loads a text encoder in the dtype that its config
     names while diffusers loads everything else in float32, so by default the two would not fit together.
-    Raises OSError as the disk does.
     """
-    folder = Path(folder)
-    pipeline.save_pretrained(folder, safe_serialization=True)
     for file in (folder / "model_index.json", *folder.glob("*/*config.json")):
         content = json.loads(file.read_text())
         portable = {key: value for key, value in content.items() if key != "_name_or_path"}

@@ -8,7 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from dmquant.pipelines.defaults import DEFAULT_RECIPE
+from dmquant.evaluation.metrics.registry import defaults_for_help, list_for_help
+from dmquant.pipelines.runs.defaults import DEFAULT_RECIPE
 
 Model = Annotated[
     str,
@@ -128,16 +129,12 @@ BatchSize = Annotated[
         min=1, help="Images made at once. Default: by size, 16 at 64x64 and 1 at 1024x1024.", rich_help_panel="Images"
     ),
 ]
-_METRICS = (
-    "Metrics, comma separated, or all: psnr, ssim, ms_ssim, lpips, lpips_vgg, latent_mse, fid_fp, kid_fp, "
-    "cmmd_fp, clip_score, hpsv2, hpsv21, and with --real fid_real, kid_real, cmmd_real."
-)
+_METRICS = f"Metrics, comma separated, or all: {list_for_help()}."
 Metrics = Annotated[
     str | None,
     typer.Option(
         metavar="LIST",
-        help=f"{_METRICS} Default: psnr, ssim, latent_mse, fid_fp; clip_score where the model comes with a CLIP model; "
-        "fid_real with --real.",
+        help=f"{_METRICS} Default: {defaults_for_help()}.",
         rich_help_panel="Scores",
     ),
 ]

@@ -11,16 +11,15 @@ import torch
 from torch import nn
 
 import dmquant
+from dmquant.diffusers.families import Family
+from dmquant.diffusers.families.generic import GENERIC
 from dmquant.errors import UsageError
 from dmquant.evaluation.generate import ImageRequest, batch_size_for, image_requests
 from dmquant.evaluation.images import any_images
-from dmquant.evaluation.metrics import METRICS, REAL, check_names
+from dmquant.evaluation.metrics.registry import METRICS, all_names, check_names, default_names
 from dmquant.evaluation.networks import CLIP
-from dmquant.pipelines.defaults import DEFAULT_RECIPE
-from dmquant.diffusers.families import Family
-from dmquant.diffusers.families.generic import GENERIC
+from dmquant.host.files import fingerprint
 from dmquant.pipelines.models.loading import resolve_device, resolve_dtype
-from dmquant.pipelines.prompts.lists import PromptSet, load_prompts, read_prompts
 from dmquant.pipelines.models.registry import (
     EMBEDDED,
     ModelSpec,
@@ -29,14 +28,13 @@ from dmquant.pipelines.models.registry import (
     family_for,
     resolve_model,
 )
-from dmquant.pipelines.runs.runfolder import fingerprint
+from dmquant.pipelines.prompts.lists import PromptSet, load_prompts, read_prompts
+from dmquant.pipelines.runs.defaults import DEFAULT_RECIPE
 from dmquant.recipe import Recipe
 from dmquant.settings import format_name
 
 DEFAULT_PROMPTS = 64
-LATENTS = "latent_mse"
-DEFAULT_METRICS = ("psnr", "ssim", LATENTS, "fid_fp")
-WITH_CLIP, WITH_REAL, ALL = "clip_score", ("fid_real",), "all"
+ALL = "all"
 PIXELS_A_LATENT = 8  # diffusers asks for sizes that this divides
 LIBRARIES = ("torch", "diffusers", "transformers")
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]i?)b?", re.IGNORECASE)
@@ -228,7 +226,7 @@ def resolve(options: Options) -> Settings:
         batch_size=options.batch_size or batch_size_for(height, width),
         metrics=metrics,
         # Images of an earlier version have none: what hours have made is not made again for a default.
-        needs_latents=options.metrics is not None and LATENTS in metrics,
+        needs_latents=options.metrics is not None and any("latents" in METRICS[name].needs for name in metrics),
         real=options.real,
         clip=clip_source(options.clip or model.clip),
         device=device,
@@ -286,9 +284,9 @@ def resolve_metrics(listed: str | None, real: Path | None, own_clip: bool = Fals
     if real is not None:
         any_images(real)
     if listed is None:
-        return (*DEFAULT_METRICS, *((WITH_CLIP,) if own_clip else ()), *(WITH_REAL if real is not None else ()))
+        return default_names(real is not None, own_clip)
     if listed.strip() == ALL:
-        return tuple(name for name in METRICS if real is not None or name not in REAL)
+        return all_names(real is not None)
     names = tuple(dict.fromkeys(name.strip() for name in listed.split(",") if name.strip()))
     if not names:
         raise UsageError("--metrics is empty: name at least one, such as psnr")

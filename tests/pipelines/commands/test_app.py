@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from dmquant.pipelines.commands import app as cli
-from dmquant.pipelines.defaults import DEFAULT_RECIPE
+from dmquant.pipelines.runs.defaults import DEFAULT_RECIPE
 from dmquant.pipelines.runs.settings import parse_size
 from tests.tiny import tiny_dit, tiny_pixart, tiny_sd
 
