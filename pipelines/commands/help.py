@@ -20,7 +20,8 @@ class _PlainHelp:
         for parameter in self.get_params(ctx):
             usual = "Arguments" if parameter.param_type_name == "argument" else "Options"
             if record := parameter.get_help_record(ctx):
-                sections.setdefault(getattr(parameter, "rich_help_panel", None) or usual, []).append(record)
+                heading = getattr(parameter, "rich_help_panel", None) or usual
+                sections.setdefault(heading, []).append((record[0], _filled_in(record[1])))
         for heading, records in sections.items():
             with formatter.section(heading):
                 formatter.write_dl(records)
@@ -30,6 +31,15 @@ class _PlainHelp:
         if self.epilog:
             formatter.write_paragraph()
             formatter.write(self.epilog + "\n")
+
+
+def _filled_in(text: str) -> str:
+    """A help text with the metrics that there are; they are looked for only where a text names them."""
+    if "{metrics}" not in text:
+        return text
+    from dmquant.evaluation.metrics.registry import defaults_for_help, list_for_help
+
+    return text.replace("{metrics}", list_for_help()).replace("{default_metrics}", defaults_for_help())
 
 
 class Command(_PlainHelp, TyperCommand):
