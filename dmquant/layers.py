@@ -5,6 +5,8 @@ scales are uint8 Parameters: as Parameters they are offloaded, and as bytes no `
 floating-point tensors, can change them.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -22,34 +24,48 @@ from dmquant.weights import DequantizedWeight
 class _QuantizedLayer(kernels.Chosen):
     """Packed weight, optional activation quantization, and what both kinds of layer share."""
 
-    channel_dim: int  # of the input
-    timestep_ranges: TimestepRanges | None  # set by `share_timesteps`
+    channel_dim: int
+    """Of the input."""
+    geometry: tuple[str, ...]
+    """Attributes that are the float layer's own."""
+    multiply: Callable[[Tensor, nn.Module], Tensor]
+    timestep_ranges: TimestepRanges | None = None  # set by `share_timesteps`
 
-    def _setup(
-        self,
-        shape: tuple[int, ...],
-        channels: int,
-        bias: bool,
-        spec: WeightSpec,
-        activations,
-        transforms,
-        device,
-        dtype,
-    ) -> None:
-        self.weight_shape, self.weight_spec, self.activations, self.transforms = shape, spec, activations, transforms
-        rows, columns = shape[0], sum(spec.segments(shape))
-        self._dtype = torch.get_default_dtype() if dtype is None else dtype
-        self.qweight = _bytes_parameter((rows, packed_size(columns, spec.fmt.bits)), torch.uint8, device)
-        self.scale = _bytes_parameter(spec.scale_shape(shape), get_store(spec.store).dtype, device)
-        base = spec.base_shape(shape)
-        self.scale_base = None if base is None else _bytes_parameter(base, torch.float32, device)
-        self.input_scale, self.timestep_ranges = None, None
+    @classmethod
+    def like(
+        cls, layer: nn.Module, spec: WeightSpec, activations: ActivationSpec | None, device=None, transforms=()
+    ) -> "_QuantizedLayer":
+        """An empty quantized layer of the same shape, to be filled by `load_quantized` or from a checkpoint."""
+        self = cls.__new__(cls)
+        nn.Module.__init__(self)
+        for name in cls.geometry:
+            setattr(self, name, getattr(layer, name))
+        self.weight_shape, self._dtype = tuple(layer.weight.shape), layer.weight.dtype
+        self.weight_spec, self.activations, self.transforms = spec, activations, transforms
+
+        def empty(shape: tuple[int, int], dtype: torch.dtype) -> nn.Parameter:
+            return _as_bytes(torch.empty(shape, dtype=dtype, device=device))
+
+        rows, columns = self.weight_shape[0], sum(spec.segments(self.weight_shape))
+        self.qweight = empty((rows, packed_size(columns, spec.fmt.bits)), torch.uint8)
+        self.scale = empty(spec.scale_shape(self.weight_shape), get_store(spec.store).dtype)
+        base = spec.base_shape(self.weight_shape)
+        self.scale_base = None if base is None else empty(base, torch.float32)
+        self.input_scale = None
         if self.is_static:
-            self.input_scale = _bytes_parameter(activations.scale_shape(channels), torch.float32, device)
+            channels = self.weight_shape[1] * getattr(layer, "groups", 1)
+            self.input_scale = empty(activations.scale_shape(channels), torch.float32)
         for transform in transforms:
             for name, part in transform.parts().items():
-                setattr(self, f"{transform.name}_{name}", _bytes_parameter(part.shape, part.dtype, device))
-        self.bias = nn.Parameter(torch.empty(rows, device=device, dtype=dtype)) if bias else None
+                setattr(self, f"{transform.name}_{name}", empty(part.shape, part.dtype))
+        self.bias = None
+        if layer.bias is not None:
+            self.bias = nn.Parameter(torch.empty(rows, device=device, dtype=self._dtype))
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.transform_input(x)
+        return self.complete_output(type(self).multiply(x, self), x)
 
     @property
     def part_names(self) -> tuple[str, ...]:
@@ -84,7 +100,7 @@ class _QuantizedLayer(kernels.Chosen):
         self.scale = _as_bytes(weight.scales.stored)
         self.scale_base = None if weight.scales.base is None else _as_bytes(weight.scales.base)
         if input_scale is not None:
-            self.input_scale = _as_bytes(input_scale)
+            self.load_input_scale(input_scale)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
 
     def load_input_scale(self, input_scale: Tensor) -> None:
@@ -161,13 +177,13 @@ class _QuantizedLayer(kernels.Chosen):
             scale = static_scale(fitted, self.timestep_ranges, x, self.channel_dim, split)
         return kernels.select(self, x.device).fake_quantize(x, self.activations, self.channel_dim, scale)
 
-    def _specs_repr(self) -> str:
+    def extra_repr(self) -> str:
         spec = self.weight_spec
         split = "" if spec.split is None else f", split={spec.split}"
         transforms = f", transforms={'+'.join(map(str, self.transforms))}" if self.transforms else ""
         return (
-            f", weights={spec.fmt.name}/{spec.granularity}, activations={self.activations or 'none'}{split}{transforms}"
-            f", kernel={self.kernel}"
+            f"{super().extra_repr()}, weights={spec.fmt.name}/{spec.granularity}, "
+            f"activations={self.activations or 'none'}{split}{transforms}, kernel={self.kernel}"
         )
 
 
@@ -175,107 +191,20 @@ class QuantLinear(_QuantizedLayer, nn.Linear):
     """`nn.Linear` with a packed weight. Input (..., in_features); computes in the input's dtype."""
 
     channel_dim = -1
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool,
-        spec: WeightSpec,
-        activations: ActivationSpec | None = None,
-        device=None,
-        dtype: torch.dtype | None = None,
-        transforms: tuple[Storage, ...] = (),
-    ):
-        nn.Module.__init__(self)
-        self.in_features, self.out_features = in_features, out_features
-        self._setup((out_features, in_features), in_features, bias, spec, activations, transforms, device, dtype)
-
-    @classmethod
-    def like(
-        cls,
-        layer: nn.Linear,
-        spec: WeightSpec,
-        activations: ActivationSpec | None,
-        device=None,
-        transforms: tuple[Storage, ...] = (),
-    ) -> "QuantLinear":
-        """An empty quantized layer of the same shape, to be filled by `load_quantized` or from a checkpoint."""
-        biased, dtype = layer.bias is not None, layer.weight.dtype
-        return cls(layer.in_features, layer.out_features, biased, spec, activations, device, dtype, transforms)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.transform_input(x)
-        return self.complete_output(kernels.linear(x, self), x)
-
-    def extra_repr(self) -> str:
-        return nn.Linear.extra_repr(self) + self._specs_repr()
+    geometry = ("in_features", "out_features")
+    multiply = staticmethod(kernels.linear)
 
 
 class QuantConv2d(_QuantizedLayer, nn.Conv2d):
     """`nn.Conv2d` with a packed weight. Input (batch, channels, height, width); computes in the input's dtype."""
 
     channel_dim = -3
+    geometry = (*nn.Conv2d.__constants__, "transposed", "_reversed_padding_repeated_twice")
+    multiply = staticmethod(kernels.conv2d)
 
-    def __new__(cls, *args, spec: WeightSpec | None = None, **kwargs):
+    def __new__(cls, *args, **kwargs):
         # peft makes a convolution's adapter by calling the convolution's own class as it would nn.Conv2d.
-        if args and spec is None:
-            return nn.Conv2d(*args, **kwargs)
-        return super().__new__(cls)
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: tuple[int, int],
-        *,
-        bias: bool,
-        spec: WeightSpec,
-        activations: ActivationSpec | None = None,
-        device=None,
-        dtype: torch.dtype | None = None,
-        transforms: tuple[Storage, ...] = (),
-        **geometry,
-    ):
-        # The float layer works out paddings and checks arguments; made on meta, it costs no memory.
-        nn.Conv2d.__init__(self, in_channels, out_channels, kernel_size, bias=bias, device="meta", **geometry)
-        del self._parameters["weight"]
-        shape = (out_channels, in_channels // self.groups, *self.kernel_size)
-        self._setup(shape, in_channels, bias, spec, activations, transforms, device, dtype)
-
-    @classmethod
-    def like(
-        cls,
-        layer: nn.Conv2d,
-        spec: WeightSpec,
-        activations: ActivationSpec | None,
-        device=None,
-        transforms: tuple[Storage, ...] = (),
-    ) -> "QuantConv2d":
-        """An empty quantized layer of the same shape, to be filled by `load_quantized` or from a checkpoint."""
-        return cls(
-            layer.in_channels,
-            layer.out_channels,
-            layer.kernel_size,
-            bias=layer.bias is not None,
-            spec=spec,
-            activations=activations,
-            device=device,
-            dtype=layer.weight.dtype,
-            transforms=transforms,
-            stride=layer.stride,
-            padding=layer.padding,
-            dilation=layer.dilation,
-            groups=layer.groups,
-            padding_mode=layer.padding_mode,
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.transform_input(x)
-        return self.complete_output(kernels.conv2d(x, self), x)
-
-    def extra_repr(self) -> str:
-        return nn.Conv2d.extra_repr(self) + self._specs_repr()
+        return nn.Conv2d(*args, **kwargs) if args else super().__new__(cls)
 
 
 QUANTIZED = {nn.Linear: QuantLinear, nn.Conv2d: QuantConv2d}  # by exact class: a subclass may compute something else
@@ -316,13 +245,6 @@ def share_timesteps(module: nn.Module) -> TimestepRanges | None:
     for layer in layers:
         layer.timestep_ranges = shared
     return shared
-
-
-def _bytes_parameter(shape: tuple[int, int], dtype: torch.dtype, device) -> nn.Parameter:
-    rows, columns = shape
-    return nn.Parameter(
-        torch.empty(rows, columns * dtype.itemsize, dtype=torch.uint8, device=device), requires_grad=False
-    )
 
 
 def _as_bytes(tensor: Tensor) -> nn.Parameter:
