@@ -66,6 +66,7 @@ class Options:
     real: Path | None = None
     clip: str | None = None
     device: str = "auto"
+    offload: bool = False
     dtype: str | None = None
     command: str = ""
 
@@ -99,6 +100,7 @@ class Settings:
     real: Path | None
     clip: str
     device: str
+    offload: bool
     dtype_name: str
     folder_name: str
     command: str
@@ -184,6 +186,7 @@ class Settings:
             "real": None if self.real is None else str(self.real),
             "clip": self.clip,
             "device": self.device,
+            "offload": self.offload,
             "dtype": self.dtype_name,
             "command": self.command,
             "versions": versions(),
@@ -202,6 +205,8 @@ def resolve(options: Options) -> Settings:
     recipe = _recipe(model, options.recipe, options.w, options.a)
     metrics = resolve_metrics(options.metrics, options.real, own_clip=model.clip is not None)
     device = resolve_device(options.device)
+    if options.offload and device == "cpu":
+        raise UsageError("--offload is for a GPU; with --device cpu all parts are in host memory anyway: leave it out")
     dtype_name = options.dtype or model.dtype
     resolve_dtype(dtype_name, device)
     _check_taken(options, model)
@@ -230,6 +235,7 @@ def resolve(options: Options) -> Settings:
         real=options.real,
         clip=clip_source(options.clip or model.clip),
         device=device,
+        offload=options.offload,
         dtype_name=dtype_name,
         command=options.command,
         folder_name="-".join(filter(None, (model.name, recipe.name, options.w, options.a))),
