@@ -60,7 +60,7 @@ class ModelSpec(BaseModel):
     component: str | None = None
     """Attribute of the pipeline that is the backbone, where the family leaves it open."""
     clip: str | None = None
-    """The CLIP model that goes with its images (evaluation.clip), where the usual one does not."""
+    """The CLIP model that goes with its images (evaluation.networks.clip), where the usual one does not."""
     keep: dict[str, str] = {}
     """Globs of layers to keep in high precision beside the family's, and why."""
 

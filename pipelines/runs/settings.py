@@ -301,7 +301,7 @@ def resolve_metrics(listed: str | None, real: Path | None, own_clip: bool = Fals
 
 
 def clip_source(name: str | None) -> str:
-    """What evaluation.clip loads for a name: the folder of an embedded model, the usual model where none is named."""
+    """What `networks.clip` loads for a name: the folder of an embedded model, the usual model where none is named."""
     if name is None:
         return CLIP
     return str(embedded_folder(name)) if name.startswith(EMBEDDED) else name
