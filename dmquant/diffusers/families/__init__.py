@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from dmquant.errors import UsageError, UserError
-from dmquant.models import Known, knows_models
+from dmquant.models import knows_models
+from dmquant.recipe import Known
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
