@@ -11,8 +11,7 @@ import torch
 from torch import nn
 
 import dmquant
-from dmquant.diffusers.families import Family
-from dmquant.diffusers.families.generic import GENERIC
+from dmquant.diffusers.families import GENERIC, Family
 from dmquant.errors import UsageError
 from dmquant.evaluation.generate import ImageRequest, batch_size_for, image_requests
 from dmquant.evaluation.images import any_images
