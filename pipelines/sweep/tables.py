@@ -48,8 +48,8 @@ def page(data: dict[str, Any], command: str) -> str:
         "Bits are those of a quantized weight with all its scales. Bit operations are weight bits times activation "
         "bits times multiply-accumulates of the quantized layers, in one call of the backbone for one image. Area "
         "counts the full-adder cells of one multiply-accumulate unit: a gate-count model of partial products, exponent "
-        "adder and exact accumulator, not a synthesis result. Both leave out scales, of which a recipe with small groups "
-        "of activations has more.",
+        "adder and exact accumulator, not a synthesis result. Both leave out scales, of which a recipe with small "
+        "groups of activations has more.",
         f"## Best {metric_title(metrics[0])} at its cost",
         _markdown(fronts, metrics, with_front=True),
         "## All trials",
