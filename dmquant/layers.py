@@ -19,14 +19,11 @@ from dmquant.transforms import Parts, Storage, alternate, chains
 from dmquant.weights import DequantizedWeight
 
 
-class _QuantizedLayer(nn.Module):
+class _QuantizedLayer(kernels.Chosen):
     """Packed weight, optional activation quantization, and what both kinds of layer share."""
 
     channel_dim: int  # of the input
     timestep_ranges: TimestepRanges | None  # set by `share_timesteps`
-    kernel_choice: kernels.Choice | None = None
-    kernel_weights_of: tuple[str, torch.device] | None = None
-    """The kernel that made weights of its own here, as `kernel_<name>`, and where."""
 
     def _setup(
         self,
@@ -111,31 +108,9 @@ class _QuantizedLayer(nn.Module):
         """The kernel that ran last, or, before the first call, the one that would run."""
         return self.kernel_choice.kernel if self.kernel_choice else kernels.select(self, self.qweight.device).name
 
-    def drop_kernel_weights(self) -> None:
-        """Let the next call choose a kernel anew, and that make its weights from the codes as they are now."""
-        for name in [name for name in self._buffers if name.startswith("kernel_")]:
-            delattr(self, name)
-        self.kernel_choice = self.kernel_weights_of = None
-
-    def __setattr__(self, name: str, value: object) -> None:
-        if name in ("qweight", "scale", "scale_base") and self.kernel_weights_of:
-            self.drop_kernel_weights()
-        super().__setattr__(name, value)
-
-    def __getstate__(self) -> dict:
-        own = {"kernel_choice", "kernel_weights_of"}
-        state = {name: value for name, value in self.__dict__.items() if name not in own}
-        buffers = {name: buffer for name, buffer in self._buffers.items() if not name.startswith("kernel_")}
-        return state | {"_buffers": buffers}
-
     def _apply(self, fn, recurse: bool = True) -> "_QuantizedLayer":
-        self.drop_kernel_weights()
         self._dtype = fn(torch.empty(0, dtype=self._dtype, device="cpu")).dtype
         return super()._apply(fn, recurse)
-
-    def _load_from_state_dict(self, *args, **kwargs) -> None:
-        self.drop_kernel_weights()
-        super()._load_from_state_dict(*args, **kwargs)
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """The weight that the input meets, in `dtype` and the float layer's shape."""

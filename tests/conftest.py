@@ -11,6 +11,13 @@ os.environ["DMQUANT_CACHE"] = tempfile.mkdtemp(prefix="dmquant-tests-")
 
 import pytest
 
+# Files that take longest, begun first where several processes take a file after another: then these end together.
+LONG = ("tests/models/", "tests/calib/", "tests/diffusers/", "tests/tools/", "tests/pipelines/sweep/", "tests/test_")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: next((at for at, start in enumerate(LONG) if item.nodeid.startswith(start)), len(LONG)))
+
 
 @pytest.fixture(scope="module", autouse=True)
 def _imported_objects_are_not_collected():

@@ -92,6 +92,7 @@ def capture(
                 measured,
                 call=call,
                 seed=seed,
+                batch_size=batch_size,
                 progress=lambda passes, _: progress(len(measured) * passes, total),
             )
         )

@@ -10,28 +10,22 @@ import os
 import pkgutil
 from collections import Counter
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from dmquant.errors import UsageError, unknown
+from dmquant.kernels.chosen import PREFIX, Choice, Chosen
 from dmquant.kernels.reference import Reference
 
-__all__ = ["Reference", "conv2d", "forced", "linear", "names", "prepare_", "register", "select", "used"]
+__all__ = ["Chosen", "Reference", "conv2d", "forced", "linear", "names", "prepare_", "register", "select", "used"]
 
 VARIABLE = "DMQUANT_KERNEL"
-_modules = [importlib.import_module(f"{__name__}.{module.name}") for module in pkgutil.iter_modules(__path__)]
-KERNELS: dict[str, Reference] = {module.KERNEL.name: module.KERNEL for module in _modules}
+_NO_KERNELS = ("chosen",)
+_own = [module.name for module in pkgutil.iter_modules(__path__) if module.name not in _NO_KERNELS]
+_kernels = [importlib.import_module(f"{__name__}.{name}").KERNEL for name in _own]
+KERNELS: dict[str, Reference] = {kernel.name: kernel for kernel in _kernels}
 _forced: str | None = None
-
-
-class Choice(NamedTuple):
-    """A kernel's name, and what it was chosen for."""
-
-    kernel: str
-    device: torch.device
-    forced: str | None
 
 
 def names() -> tuple[str, ...]:
@@ -96,7 +90,7 @@ def used(module: nn.Module) -> dict[str, int]:
 
 
 def _quantized(module: nn.Module) -> Iterator[nn.Module]:
-    return (layer for layer in module.modules() if hasattr(layer, "kernel_choice"))
+    return (layer for layer in module.modules() if isinstance(layer, Chosen))
 
 
 def _prepared(layer: nn.Module, device: torch.device) -> Reference:
@@ -111,7 +105,7 @@ def _make_weights(layer: nn.Module, kernel: Reference, device: torch.device) -> 
     layer.drop_kernel_weights()
     with torch.no_grad():
         for name, tensor in kernel.prepare(layer).items():
-            layer.register_buffer(f"kernel_{name}", tensor, persistent=False)
+            layer.register_buffer(f"{PREFIX}{name}", tensor, persistent=False)
     layer.kernel_weights_of = kernel.name, device
 
 

@@ -145,6 +145,7 @@ class Cpu(reference.Reference):
     """The reference's product of weights that are looked up and inputs that are rounded in a compiled loop."""
 
     name, cost = "cpu", 50
+    description = "looks weights up two bytes at a time, compiles the rounding of large inputs"
     dequantize = staticmethod(dequantize)
     fake_quantize = staticmethod(fake_quantize)
 

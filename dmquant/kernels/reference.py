@@ -28,13 +28,14 @@ class Reference:
     """
 
     name = "reference"
+    description = "decodes weights, rounds inputs, multiplies in the input's dtype; on any device"
     cost = 100
     """Of the kernels that can run a layer, the one of the least cost does."""
     MAKES_WEIGHTS = False
     """Whether `prepare` gives anything."""
 
     def missing(self) -> str | None:
-        """What this machine lacks to run it; None where it lacks nothing."""
+        """What this machine lacks to run it, and after a colon how to get that; None where it lacks nothing."""
         return None
 
     def refuses(self, layer: nn.Module, device: torch.device) -> str | None:

@@ -14,10 +14,12 @@ from typing import Literal
 import torch
 from huggingface_hub import constants
 
+from dmquant import kernels
 from dmquant.diffusers.families import families
 from dmquant.diffusers.torchvision import ensure_torchvision_imports
 from dmquant.errors import UserError
 from dmquant.host.units import about_text
+from dmquant.kernels.cpu import missing_to_compile
 from dmquant.pipelines.models import folders, hub
 from dmquant.pipelines.models.loading import embedded_folder
 from dmquant.pipelines.models.registry import EMBEDDED, ModelSpec, registered_models
@@ -62,6 +64,7 @@ def _machine() -> Iterator[Check]:
     yield _memory()
     yield _compiler()
     yield from _cuda()
+    yield from _kernels()
     free = shutil.disk_usage(Path.cwd()).free
     status = "ok" if free > ROOMY_BYTES else "warn"
     remedy = "" if free > ROOMY_BYTES else "runs write images and models here: make room, or use --out on another disk"
@@ -78,13 +81,19 @@ def _memory() -> Check:
 
 
 def _compiler() -> Check:
-    from torch._inductor.cpp_builder import get_cpp_compiler
-    from torch._inductor.exc import InvalidCxxCompiler
+    if missing := missing_to_compile():
+        what, _, remedy = missing.partition(": ")
+        return Check("torch.compile", "missing", f"cannot be used on the CPU, for want of {what}", remedy)
+    return Check("torch.compile", "ok", "works on the CPU")
 
-    try:
-        return Check("C++ compiler", "ok", f"{get_cpp_compiler()}: torch.compile works on the CPU")
-    except (InvalidCxxCompiler, RuntimeError, OSError):
-        return Check("C++ compiler", "missing", "torch.compile cannot be used on the CPU", "install g++ or clang")
+
+def _kernels() -> Iterator[Check]:
+    for name in kernels.names():
+        if missing := kernels.KERNELS[name].missing():
+            what, _, remedy = missing.partition(": ")
+            yield Check(f"kernel {name}", "missing", what, remedy or "layers run on the others")
+        else:
+            yield Check(f"kernel {name}", "ok", kernels.KERNELS[name].description)
 
 
 def _cuda() -> Iterator[Check]:

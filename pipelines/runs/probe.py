@@ -154,8 +154,11 @@ def make_probe(
         call: arguments of the pipeline's call other than prompt, generator and output type.
         progress: told after every step of the sampler, and every repeated call, how many are done of how many.
 
-    Raises UserError where the backbone is never called, or with arguments that cannot be kept.
+    Raises UserError where the backbone is never called, or with arguments that cannot be kept, and where the call takes
+    no number of steps.
     """
+    if "num_inference_steps" not in call:
+        raise UserError(f"a {type(pipeline).__name__} takes no num_inference_steps: its steps are not known beforehand")
     backbone, steps = getattr(pipeline, component), backbone_calls(pipeline, call["num_inference_steps"])
     chosen = _spread(steps)
     total = steps + len(chosen)

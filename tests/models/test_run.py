@@ -5,9 +5,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +20,7 @@ from dmquant.pipelines.models.saving import narrow_exactly
 from dmquant.pipelines.prompts.lists import load_prompts
 from dmquant.pipelines.runs import model_stage, sides
 from dmquant.pipelines.runs.settings import Options, resolve
+from tests.forked import Forked, wait_until
 from tests.tiny import IMAGE_SIZE, PIXART_CALL, tiny_pixart
 
 PROMPTS = ["red apple, food", "blue cat", "a green house", "boat on the tree"]
@@ -447,74 +445,41 @@ def test_16_bit_weights_go_back_to_16_bits_and_others_stay():
     assert module.bias.dtype == torch.bfloat16
 
 
-def start(model, prompts, out, steps):
-    arguments = [
-        "run",
-        model,
-        "--recipe",
-        "rtn",
-        "--w",
-        "fp4",
-        "--a",
-        "fp6",
-        "--prompts",
-        prompts,
-        "--steps",
-        steps,
-        "--batch-size",
-        1,
-        "--out",
-        out,
-    ]
-    arguments += ["--guidance", GUIDANCE, "--dtype", "fp32", "--metrics", "psnr"]
-    command = [sys.executable, "-m", "dmquant", *map(str, arguments)]
-    return subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        # Tests started in the background of a shell inherit an ignored SIGINT.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )
-
-
-def wait_for(path, process):
-    end = time.monotonic() + PATIENCE
-    while not path.exists():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < end, f"{path.name} did not appear"
-        time.sleep(0.01)
-
-
 def test_a_stopped_and_then_killed_run_continues_and_ends_the_same(options, model, prompts, tmp_path):
-    steps, out = 60, tmp_path / "stopped"
-    process = start(model, prompts, out, steps)
-    wait_for(out / "images" / "fp" / "00000.png", process)
+    out = tmp_path / "stopped"
+    arguments = ["run", model, "--recipe", "rtn", "--w", "fp4", "--a", "fp6", "--prompts", prompts, "--steps", STEPS]
+    arguments += ["--batch-size", 1, "--guidance", GUIDANCE, "--dtype", "fp32", "--metrics", "psnr", "--out", out]
+
+    def paused(images, last):
+        """A process that makes some images more, when it has made the last of them."""
+        process = Forked(["-m", "tests.models.paused", images, *arguments])
+        wait_until((out / "images" / last).exists, process, PATIENCE)
+        return process
+
+    process = paused(1, "fp/00000.png")
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=PATIENCE)
+    _, errors = process.communicate(PATIENCE)
     assert (process.returncode, errors) == (130, "stopped; run the same command to resume\n")
     first = times(out, "images/*/*.png")
     assert 1 <= len(first) < 2 * len(PROMPTS)
 
-    process = start(model, prompts, out, steps)
-    wait_for(out / "images" / "quantized" / "00001.png", process)
-    process.kill()
-    process.communicate()
+    process = paused(5, "quantized/00001.png")
+    process.send_signal(signal.SIGKILL)
+    assert process.wait(PATIENCE) == -signal.SIGKILL
     assert not (out / "report.json").exists()
     second = times(out, "images/*/*.png")
     assert first.items() <= second.items()
     assert len(second) >= len(PROMPTS) + 2
 
-    process = start(model, prompts, out, steps)
-    output, errors = process.communicate(timeout=PATIENCE)
+    process = Forked(["-m", "dmquant", *arguments])
+    output, errors = process.communicate(PATIENCE)
     assert (process.returncode, errors) == (0, "")
     assert "full-precision images: all 4 are there" in output
     assert "model: already there" in output
     assert second.items() <= times(out, "images/*/*.png").items()
 
     whole = tmp_path / "whole"
-    run(options(steps=steps, batch_size=1, metrics="psnr"), whole)
+    run(options(batch_size=1, metrics="psnr"), whole)
     for path in sorted(Path(whole).glob("images/*/*.png")):
         ours, theirs = (np.asarray(Image.open(side / path.relative_to(whole)), int) for side in (out, whole))
         assert np.abs(ours - theirs).max() <= 1  # another number of threads, another last bit

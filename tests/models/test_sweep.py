@@ -2,12 +2,8 @@
 
 import csv
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,10 +19,10 @@ from dmquant.pipelines.sweep import engines
 from dmquant.pipelines.sweep import sweep as sweep_module
 from dmquant.pipelines.sweep.space import Choice, design_space
 from dmquant.pipelines.sweep.trial import Failure
+from tests.forked import Forked, wait_until
 from tests.models.test_processes import RECIPE
 from tests.tiny import tiny_pixart
 
-ROOT = Path(__file__).parents[2]
 PATIENCE = 300  # seconds for processes to start and do small things on a busy machine
 PROMPTS = ["red apple, food", "blue cat", "a green house"]
 BITS = "4,8"
@@ -298,38 +294,32 @@ def test_the_report_of_a_sweep_is_its_own_command(finished):
 
 def test_one_process_and_two_give_the_same_bits(options, tmp_path):
     small = str(Path(options.prompts).with_name("small.yaml"))
-    for count in (1, 2):
-        sweep(options, tmp_path / str(count), "local", count, techniques=f"rtn,{small}", formats="fp4,int8")
+    for folder, engine, count in (("1", "here", None), ("2", "local", 2)):
+        sweep(options, tmp_path / folder, engine, count, techniques=f"rtn,{small}", formats="fp4,int8")
     one, two = numbers(tmp_path / "1"), numbers(tmp_path / "2")
     assert len(one) == 4
     assert one == two
     assert {trial["technique"] for trial in trials(tmp_path / "1").values()} == {"rtn", "small"}
     (shared,) = (tmp_path / "2" / "calibration").iterdir()  # captured once, for all trials
     assert (shared / "index.json").is_file()
-    sweep(options, tmp_path / "here", techniques=f"rtn,{small}", formats="fp4,int8")
-    assert numbers(tmp_path / "here") == one
 
 
 def test_a_killed_sweep_goes_on_and_ends_as_one_that_was_not(options, finished, tmp_path):
     out = tmp_path / "run"
-    command = [sys.executable, "-m", "dmquant", "sweep", options.model, "--bits", BITS, "--formats", FORMATS]
+    command = ["-m", "dmquant", "sweep", options.model, "--bits", BITS, "--formats", FORMATS]
     command += ["--prompts", options.prompts, "--steps", "2", "--dtype", "fp32", "--device", "cpu", "--threads", "1"]
-    command += ["--out", str(out)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+    command += ["--out", out]
+    process = Forked(command)
     try:
-        began = time.monotonic()
-        while not when_written(out):
-            assert process.poll() is None
-            assert time.monotonic() - began < PATIENCE
-            time.sleep(0.01)
+        wait_until(lambda: when_written(out), process, PATIENCE)
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait(PATIENCE)
     kept = when_written(out)
     assert len(kept) < len(NAMES)
-    resumed = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE)
-    assert resumed.returncode == 0, resumed.stderr
+    resumed = Forked(command)
+    _, errors = resumed.communicate(PATIENCE)
+    assert resumed.returncode == 0, errors
     assert kept.items() <= when_written(out).items()
     assert numbers(out) == numbers(finished)
     assert {path.name for path in (out / "trials").iterdir()} == {f"{name}.json" for name in NAMES}

@@ -1,5 +1,6 @@
 """GPTQ against the algorithm in numpy and against what its loss has to be; what it gains on correlated inputs."""
 
+import functools
 import itertools
 
 import numpy as np
@@ -58,8 +59,9 @@ def error_of(values, weight, moments):
     return ((lost @ moments.double()) * lost).sum().item()
 
 
-def problem(inputs, seed=0):
-    generator = torch.Generator().manual_seed(seed)
+@functools.cache
+def problem(inputs):
+    generator = torch.Generator().manual_seed(0)
     x, weight = inputs(generator), weight_of(generator)
     return weight, x.T @ x / len(x)
 

@@ -24,7 +24,7 @@ GPTQ = {"rounding": "gptq", "scale": "mse", "activations": "fp6"}
 
 @pytest.fixture(scope="module")
 def pixart(tmp_path_factory):
-    return captured("pixart-sigma", tmp_path_factory.mktemp("data"))
+    return captured("pixart-sigma", tmp_path_factory.mktemp("data"), blocks=2)
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 """Values of pairs of images, whatever is measured."""
 
-import multiprocessing
 import os
 import socket
 from pathlib import Path
@@ -12,6 +11,7 @@ from dmquant.evaluation.metrics import pairs as metric_pairs
 from dmquant.evaluation.metrics.compute import score_pairs
 from dmquant.host import processes
 from tests.evaluation.conftest import score, smooth_images, with_noise, write_images
+from tests.forked import started
 
 
 def test_images_that_nan_left_black_are_counted_and_named(folders):
@@ -84,10 +84,7 @@ def test_two_processes_give_the_very_same_values_as_one(folders, tmp_path):
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         port = unused.getsockname()[1]
-    spawn = multiprocessing.get_context("spawn")
-    children = [spawn.Process(target=score_as, args=(rank, port, dirs, tmp_path)) for rank in range(2)]
-    for child in children:
-        child.start()
+    children = [started(score_as, rank, port, dirs, tmp_path) for rank in range(2)]
     for child in children:
         child.join(120)
     for rank in range(2):

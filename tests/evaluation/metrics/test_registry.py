@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
@@ -103,6 +104,12 @@ def test_a_strangers_metric_that_cannot_be_used_is_left_out_with_a_warning(value
     entry = EntryPoint("toy", value, "dmquant.metrics")
     with pytest.warns(UserWarning, match="the metric 'toy' is left out"):
         assert known_kinds(BUILT_IN, [entry]) == {kind.name: kind for kind in BUILT_IN}
+
+
+@pytest.mark.parametrize("given", [{"better": "up"}, {"needs": frozenset({"a network"})}, {"digits": "d"}])
+def test_a_description_that_means_nothing_is_refused(given):
+    with pytest.raises(ValueError, match="means nothing"):
+        replace(METRICS["psnr"], **given)
 
 
 def test_a_report_with_a_metric_that_is_not_installed_says_so():

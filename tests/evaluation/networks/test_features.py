@@ -1,9 +1,5 @@
-import os
 import socket
-import subprocess
-import sys
 import threading
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +10,7 @@ from dmquant.errors import UserError
 from dmquant.evaluation.networks import features
 from dmquant.evaluation.networks.features import FeatureStore
 from tests.evaluation.conftest import RandomNetwork, smooth_images, write_images
+from tests.forked import Forked
 
 
 class BatchNetwork(RandomNetwork):
@@ -216,13 +213,9 @@ def test_two_processes_share_the_work_and_agree_with_one_bit_for_bit(images, tmp
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    shared = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", WORKER, str(tmp_path), *map(str, images)]
-    workers = [
-        subprocess.Popen(command, env=os.environ | shared | {"RANK": rank}, cwd=Path(__file__).parents[3])
-        for rank in ("0", "1")
-    ]
-    assert [worker.wait(timeout=120) for worker in workers] == [0, 0]
+    shared = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    workers = [Forked(["-c", WORKER, tmp_path, *images], shared | {"RANK": rank}) for rank in ("0", "1")]
+    assert [worker.wait(300) for worker in workers] == [0, 0]
     expected = FeatureStore().images(BatchNetwork(), images)
     (rows, calls), (others, other_calls) = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     assert torch.equal(rows, expected)
