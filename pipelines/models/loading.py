@@ -106,10 +106,11 @@ def load_full_precision(
             say(f"warning: {spec.name} in {name}: {trouble}")
     import diffusers
 
-    parameters = inspect.signature(getattr(diffusers, spec.pipeline).__init__).parameters
+    kind = getattr(diffusers, spec.pipeline)  # DiffusionPipeline takes no parts that are optional to one of its kinds
+    parameters = inspect.signature(kind.__init__).parameters
     without = {name: value for name, value in family.without.items() if name in parameters}
     try:
-        pipeline = diffusers.DiffusionPipeline.from_pretrained(
+        pipeline = kind.from_pretrained(
             folder,
             torch_dtype=dtype,
             use_safetensors=True,

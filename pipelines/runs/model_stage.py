@@ -8,8 +8,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+import diffusers
+
 from dmquant.convert import LayerReport, footprint, quantize_layers_, unmatched
-from dmquant.diffusers.quantizer import load_pipeline, mark_quantized
+from dmquant.diffusers.quantizer import mark_quantized
 from dmquant.errors import UserError
 from dmquant.host import processes
 from dmquant.host.console import Console
@@ -144,7 +146,8 @@ def load_quantized(folder: Path, settings: Settings, **parts: Any) -> "Diffusion
     attention backend that is not installed.
     """
     folders.check_whole(folder)
-    pipeline = load_pipeline(folder, torch_dtype=settings.dtype, local_files_only=True, **parts)
+    kind = getattr(diffusers, folders.pipeline_class(folder)) if parts else diffusers.DiffusionPipeline
+    pipeline = kind.from_pretrained(folder, torch_dtype=settings.dtype, local_files_only=True, **parts)
     check_attention(getattr(pipeline, settings.family.component))
     return place(pipeline, settings.device, settings.offload)
 
