@@ -116,7 +116,7 @@ class TimestepRanges:
 
 
 def static_scale(scale: Tensor, ranges: TimestepRanges | None, x: Tensor, dim: int, split: int | None = None) -> Tensor:
-    """The scales, of those fitted (ranges, 1 or channels), that apply to the rows of `x`; they broadcast to it.
+    """The scales, of those fitted (ranges, 1 or channels), float32, that apply to the rows of `x`; broadcast to it.
 
     With `split`, those fitted are (ranges, 2): of the first `split` channels and of the others. Where the first
     dimension of `x` is a multiple of the rows, each row's scale is repeated. A RuntimeError says if it is no multiple,
@@ -147,7 +147,7 @@ def static_scale(scale: Tensor, ranges: TimestepRanges | None, x: Tensor, dim: i
 def half_by_half(
     quantize: Callable[[Tensor, ActivationSpec, int], Tensor], x: Tensor, spec: ActivationSpec, dim: int
 ) -> Tensor:
-    """What `quantize` makes of a concatenation whose halves, by the spec's `split`, have online scales of their own."""
+    """A concatenation whose halves, by the spec's `split`, are quantized each on its own; dtype and shape of `x`."""
     each = ActivationSpec(spec.fmt, spec.granularity, spec.store)
     return torch.cat([quantize(half, each, dim) for half in x.split(spec.segments(x.shape[dim]), dim)], dim)
 
