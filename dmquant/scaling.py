@@ -175,7 +175,7 @@ def fit_hessian(groups: Tensor, fmt: Format, store: str, moments: Tensor) -> Sca
 def fit_weighted(groups: Tensor, fmt: Format, store: str, weights: Tensor) -> Scales:
     """The multiple of absmax with the least squared weight error, every element counting by its weight.
 
-    `weights`, float32, broadcast to `groups`. Those of a few elements may exceed all others, so multiples are tried that
+    `weights`, float32, broadcast to `groups`. Those of a few elements may exceed all others: multiples are tried that
     clip more.
     """
     further = (0.125,) if STORES[store].search == OCTAVE_SEARCH else (0.3, 0.35, 0.4, 0.45, 0.5, 0.55)
