@@ -1,6 +1,5 @@
 """Activation quantization: online, where a scale comes from the input itself, or static, where calibration fixed it."""
 
-import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -152,12 +151,6 @@ def half_by_half(
     return torch.cat([quantize(half, each, dim) for half in x.split(spec.segments(x.shape[dim]), dim)], dim)
 
 
-def by_rows(x: Tensor, dim: int) -> Tensor:
-    """`x`, channels along `dim`, as (rows, tokens, channels): rows are its first dimension, or one if that is `dim`."""
-    rows, *tokens, channels = (x.unsqueeze(0) if dim % x.ndim == 0 else x).movedim(dim, -1).shape
-    return x.movedim(dim, -1).reshape(rows, math.prod(tokens), channels)
-
-
 def fake_quantize(x: Tensor, spec: ActivationSpec, dim: int = -1, scale: Tensor | None = None) -> Tensor:
     """Round `x` to values that `spec` can represent, channels along `dim`; same dtype and shape.
 
@@ -169,12 +162,12 @@ def fake_quantize(x: Tensor, spec: ActivationSpec, dim: int = -1, scale: Tensor 
         return spec.fmt.round(x.float() / scale).mul_(scale).to(x.dtype)
     if spec.split is not None:
         return half_by_half(fake_quantize, x, spec, dim)
-    rows = by_rows(x, dim)
-    tokens = rows.flatten(0, 1).float()
+    channels_last = x.movedim(dim, -1)
+    tokens = channels_last.reshape(-1, channels_last.shape[-1]).float()
     groups = to_groups(tokens, spec.granularity)
-    scale = _online_scale(groups, len(rows), spec).unsqueeze(-1)
+    scale = _online_scale(groups, 1 if dim % x.ndim == 0 else len(x), spec).unsqueeze(-1)
     rounded = from_groups(spec.fmt.round(groups / scale).mul_(scale), spec.granularity, (tokens.shape[1],))
-    return rounded.reshape(x.movedim(dim, -1).shape).movedim(-1, dim).to(x.dtype)
+    return rounded.reshape(channels_last.shape).movedim(-1, dim).to(x.dtype)
 
 
 def _online_scale(groups: Tensor, rows: int, spec: ActivationSpec) -> Tensor:
