@@ -21,9 +21,9 @@ from dmquant.pipelines.models.registry import registered_models
 from dmquant.pipelines.models.skeleton import skeleton
 from dmquant.pipelines.runs import runfolder
 from dmquant.pipelines.runs.defaults import DEFAULT_RECIPE
-from dmquant.pipelines.runs.settings import format_name
 from dmquant.recipe import Recipe, bits_names, recipe_names
 from dmquant.scaling import BLOCK_FORMATS
+from dmquant.settings import format_name
 
 GUIDANCE = {
     "rows": "guidance by rows with and without the prompt in one call",

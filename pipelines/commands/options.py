@@ -8,7 +8,6 @@ from typing import Annotated, Any
 
 import typer
 
-from dmquant.evaluation.metrics.registry import defaults_for_help, list_for_help
 from dmquant.pipelines.runs.defaults import DEFAULT_RECIPE
 
 Model = Annotated[
@@ -129,18 +128,18 @@ BatchSize = Annotated[
         min=1, help="Images made at once. Default: by size, 16 at 64x64 and 1 at 1024x1024.", rich_help_panel="Images"
     ),
 ]
-_METRICS = f"Metrics, comma separated, or all: {list_for_help()}."
+_METRICS = "Metrics, comma separated, or all: {metrics}."  # help.py fills in what other packages may add to
 Metrics = Annotated[
     str | None,
     typer.Option(
         metavar="LIST",
-        help=f"{_METRICS} Default: {defaults_for_help()}.",
+        help=_METRICS + " Default: {default_metrics}.",
         rich_help_panel="Scores",
     ),
 ]
 SweepMetrics = Annotated[
     str,
-    typer.Option(metavar="LIST", help=f"{_METRICS} The first is drawn against the costs.", rich_help_panel="Scores"),
+    typer.Option(metavar="LIST", help=_METRICS + " The first is drawn against the costs.", rich_help_panel="Scores"),
 ]
 Clip = Annotated[
     str | None,
@@ -249,7 +248,7 @@ Engine = Annotated[
     typer.Option(
         metavar="local|ray",
         help="Processes of this machine, or a Ray cluster whose machines all see --out under one path "
-        "(pip install 'dmquant\\[ray]').",
+        "(pip install 'dmquant[ray]').",
         rich_help_panel="Machine",
     ),
 ]

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dmquant.convert import LayerReport, footprint, quantize_
+from dmquant.convert import LayerReport, footprint, quantize_layers_, unmatched
 from dmquant.diffusers.quantizer import load_pipeline, mark_quantized
 from dmquant.errors import UserError
 from dmquant.host import processes
@@ -70,13 +70,15 @@ def make_model(
     parameters = sum(parameter.numel() for parameter in backbone.parameters())
     elements = sum(tensor.numel() for tensor in backbone.state_dict().values())
     began = time.perf_counter()
-    recipe = settings.recipe.splitting(settings.family.concatenations(backbone))
+    if warning := unmatched(backbone, settings.recipe):
+        console.say(f"warning: {warning}")
+    recipe = settings.recipe_for(backbone)
     if recipe.calibrated:
         calibrated = calibrate(pipeline, replace(settings, recipe=recipe), workspace, console, weights)
         layers, recipe = calibrated.layers, calibrated.recipe
     else:
         with console.bar("quantizing") as bar:
-            layers = quantize_(backbone, recipe, lambda done, total, name: bar(done, total))
+            layers = quantize_layers_(backbone, recipe, lambda done, total, name: bar(done, total))
     for note, names in _notes(layers).items():
         others = f" and {len(names) - 1} more" if len(names) > 1 else ""
         console.say(f"note: {names[0]}{others}: {note}")

@@ -16,7 +16,7 @@ from dmquant.pipelines.runs import runfolder
 from dmquant.pipelines.runs.card import scored_card
 from dmquant.pipelines.runs.runfolder import RECIPES, RunFolder
 from dmquant.pipelines.runs.scores import OF_REFERENCE, generated_names
-from dmquant.pipelines.runs.settings import format_name
+from dmquant.settings import format_name
 
 NOT_TAKEN = "not taken by the pipeline"
 

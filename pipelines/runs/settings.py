@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 import dmquant
 from dmquant.diffusers.families import Family
@@ -17,7 +18,6 @@ from dmquant.evaluation.generate import ImageRequest, batch_size_for, image_requ
 from dmquant.evaluation.images import any_images
 from dmquant.evaluation.metrics.registry import METRICS, all_names, check_names, default_names
 from dmquant.evaluation.networks import CLIP
-from dmquant.formats import get_format
 from dmquant.host.files import fingerprint
 from dmquant.pipelines.models.loading import resolve_device, resolve_dtype
 from dmquant.pipelines.models.registry import (
@@ -30,8 +30,8 @@ from dmquant.pipelines.models.registry import (
 )
 from dmquant.pipelines.prompts.lists import PromptSet, load_prompts, read_prompts
 from dmquant.pipelines.runs.defaults import DEFAULT_RECIPE
-from dmquant.recipe import NO_FORMAT, Recipe
-from dmquant.scaling import BLOCK_FORMATS
+from dmquant.recipe import Recipe
+from dmquant.settings import format_name
 
 DEFAULT_PROMPTS = 64
 ALL = "all"
@@ -135,17 +135,23 @@ class Settings:
         )
         return image_requests(self.prompts, self.seed, settings, self.needs_latents)
 
+    def recipe_for(self, backbone: nn.Module) -> Recipe:
+        """The recipe with all rules written out for a backbone of the family, whatever its class is called."""
+        return self.recipe.for_model(self.family.known(backbone))
+
     def model_key(self, weights: str) -> str:
         """Fingerprint of all that the quantized model depends on, `weights` being that of the full-precision ones.
 
         The memory budget is not part of it: it decides where data lies, not what is computed from it.
         """
         data = {"calibration_prompts": self.calibration_prompts, "call": self.call} if self.recipe.calibrated else {}
+        family = {"keep": sorted(self.family.keep)} if self.recipe.keep == "family" else {}
         return fingerprint(
             source=weights,
             recipe=self.recipe.to_dict(),
             dtype=self.dtype_name,
             dmquant=dmquant.__version__,
+            **family,
             **data,
         )
 
@@ -295,14 +301,6 @@ def clip_source(name: str | None) -> str:
     return str(embedded_folder(name)) if name.startswith(EMBEDDED) else name
 
 
-def format_name(name: str) -> str:
-    """The full name of a format: `fp4` is `fp4_e2m1`; block formats and `none` are called as they are."""
-    lower = name.lower()
-    if name in NO_FORMAT:
-        return "none"
-    return lower if lower in BLOCK_FORMATS else get_format(name).name
-
-
 def versions() -> dict[str, str]:
     """Versions of what a result depends on."""
     libraries = {name: importlib.metadata.version(name) for name in LIBRARIES}
@@ -316,7 +314,7 @@ def _recipe(model: ModelSpec, source: str, w: str | None, a: str | None) -> Reci
             f"recipe {recipe.name} is calibrated, block by block, and the family {GENERIC} knows no blocks: "
             "use --recipe rtn"
         )
-    return recipe.keeping(family_for(model).keep)
+    return recipe
 
 
 def _check_taken(options: Options, model: ModelSpec) -> None:

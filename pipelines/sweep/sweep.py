@@ -116,10 +116,10 @@ class Sweep:
         backbone = skeleton(
             self.source.folder / self.common.family.component
         )  # names and shapes are all that is needed
-        fan_in, split = fans_in(backbone), self.common.family.concatenations(backbone)
+        fan_in = fans_in(backbone)
         return {
             trial.name: model_costs(
-                plan(backbone, trial.settings.recipe.splitting(split)), counted["multiply_accumulates"], fan_in
+                plan(backbone, trial.settings.recipe_for(backbone)), counted["multiply_accumulates"], fan_in
             )
             for trial in self.space.trials
         }

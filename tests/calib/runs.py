@@ -66,6 +66,7 @@ def recipe_of(rules=(), keep=True, learning=None, **settings) -> Recipe:
     return Recipe.model_validate(
         {
             "name": "test",
+            "keep": "none",
             "granularity": "group:16",
             "rounding": {"method": "adaround", "regularizer": 10.0},
             "learning": {"iterations": 12, "batch_size": 4, "checks": 2} | (learning or {}),

@@ -8,7 +8,7 @@ from string import Template
 from dmquant.evaluation.progress import Progress, silent
 from dmquant.evaluation.report import wording
 from dmquant.evaluation.report.page import sections
-from dmquant.evaluation.report.page.image_pairs import image_pairs
+from dmquant.evaluation.report.page.gallery import image_pairs
 from dmquant.evaluation.report.page.pictures import data_uri
 from dmquant.evaluation.result import Report
 

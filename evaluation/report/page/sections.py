@@ -7,7 +7,7 @@ import yaml
 
 from dmquant.evaluation.report import wording
 from dmquant.evaluation.report.page.charts import layer_chart, step_chart
-from dmquant.evaluation.report.page.image_pairs import Pairs
+from dmquant.evaluation.report.page.gallery import Pairs
 from dmquant.evaluation.report.page.markup import table, text_row
 from dmquant.evaluation.result import LayerError, Metric, RecipeResult, Report
 from dmquant.host.units import size_text

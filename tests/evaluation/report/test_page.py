@@ -4,7 +4,6 @@ import dataclasses
 import html.parser
 import json
 import shutil
-import sys
 
 import numpy as np
 import pytest
@@ -139,7 +138,7 @@ def test_a_page_without_measured_errors_has_no_charts(folder, report):
 
 
 def test_the_pairs_of_a_very_long_run_are_those_that_differ_most(folder, report, monkeypatch):
-    monkeypatch.setattr(sys.modules[page.image_pairs.__module__], "MOST_PAIRS", 2)
+    monkeypatch.setattr(page.gallery, "MOST_PAIRS", 2)
     tags = Tags(render_html(folder, report))
     assert [figure["data-number"] for figure in tags.all("figure") if "data-number" in figure] == ["1", "3"]
     assert any("The 2 of 5 pairs with the largest difference" in text for text in tags.text)

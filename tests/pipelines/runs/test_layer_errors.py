@@ -76,6 +76,7 @@ def test_every_quantized_layer_is_listed_with_what_it_became(settings, tmp_path)
     recipe = Recipe.model_validate(
         {
             "name": "mixed",
+            "keep": "none",
             "weights": "fp4",
             "activations": "none",
             "granularity": "channel",

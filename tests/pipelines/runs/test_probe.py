@@ -46,7 +46,7 @@ def case(request):
 def quantized(backbone, fmt, keep=()):
     backbone = copy.deepcopy(backbone)
     rules = [{"match": list(keep), "keep": True}] if keep else []
-    quantize_(backbone, Recipe.model_validate({"name": "t", "weights": fmt, "activations": "none", "rules": rules}))
+    quantize_(backbone, Recipe.model_validate({"name": "t", "keep": "none", "weights": fmt, "rules": rules}))
     return backbone
 
 
