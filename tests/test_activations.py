@@ -28,6 +28,25 @@ def test_a_token_does_not_see_its_neighbours():
     assert torch.equal(fake_quantize(x, spec)[0], fake_quantize(louder, spec)[0])
 
 
+@pytest.mark.parametrize("split", [None, 20])
+@pytest.mark.parametrize("name", ["mxfp6", "nvfp4", "fp6"])
+@pytest.mark.parametrize(("shape", "dim"), [((4, 6, 32), -1), ((4, 32), -1), ((4, 32, 3, 3), -3)])
+def test_a_row_of_the_batch_does_not_see_the_others(name, shape, dim, split):
+    x, spec = torch.randn(shape), ActivationSpec.parse(name, split=split)
+    louder = x.clone()
+    louder[1:] *= 37
+    assert torch.equal(fake_quantize(x, spec, dim)[0], fake_quantize(louder, spec, dim)[0])
+    assert torch.equal(fake_quantize(x, spec, dim)[2:3], fake_quantize(x[2:3], spec, dim))
+
+
+@pytest.mark.parametrize(("shape", "dim"), [((32,), -1), ((32, 3, 3), -3)])
+@pytest.mark.parametrize("name", ["nvfp4", "fp6"])
+def test_inputs_without_a_batch_are_one_row(name, shape, dim):
+    x, spec = torch.randn(shape), ActivationSpec.parse(name)
+    alone = fake_quantize(x.unsqueeze(0), spec, dim).squeeze(0)
+    assert torch.equal(fake_quantize(x, spec, dim), alone)
+
+
 def test_a_convolution_scales_each_pixel_over_its_channels():
     x = torch.randn(2, 16, 4, 5)
     spec = ActivationSpec.parse("fp6")

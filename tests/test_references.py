@@ -43,7 +43,7 @@ from dmquant.formats import get_format
 from dmquant.layers import QUANTIZED, quantize_layer
 from dmquant.packing import unpack
 from dmquant.qtensor import WeightSpec, quantize, quantize_tensor, to_matrix
-from dmquant.rounding import Grid, gptq, nearest
+from dmquant.rounding import gptq, nearest
 from dmquant.scaling import Scales, absmax, fit_mse, to_groups
 from dmquant.transforms import create
 from dmquant.transforms.equalize import equalize_
@@ -146,7 +146,7 @@ class TestGPTQ:
         spec = WeightSpec.parse(format, granularity, "absmax", "fp32")
         size = spec.granularity.size or scale.shape[1]
         scales = Scales(scale[:, ::size].float().contiguous(), None, "fp32")
-        return Grid(to_matrix(layer.weight.float()), spec, scales, tuple(layer.weight.shape))
+        return spec.grid_type(to_matrix(layer.weight.float()), spec, scales, tuple(layer.weight.shape))
 
     def codes(self, grid, values, scale):
         return grid.spec.fmt.round(values / scale)

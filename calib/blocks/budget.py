@@ -1,11 +1,6 @@
-"""How much memory calibration may take, and how much of it learning takes."""
+"""How much memory learning takes."""
 
-import ctypes
-import gc
-import re
-import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -14,13 +9,13 @@ from torch import nn
 from dmquant.calib.blocks.outputs import nbytes
 from dmquant.calib.blocks.units import Block, tasks_of
 from dmquant.errors import UsageError
+from dmquant.host.units import size_text
 from dmquant.recipe import Learning
 
 STATE = 80
 """Bytes a weight while its rounding is learned, measured: grid, bounds, V with gradient and moments, the graph."""
 SOLVING = 7
 """Times the size of a block of moments that solving it takes beside them: three matrices in float64, one in float32."""
-FALLBACK = 4_000_000_000
 BACKWARD = 2  # what autograd keeps, and gradients of about the same size
 
 
@@ -29,22 +24,6 @@ class Held(NamedTuple):
 
     moments: int
     block: int
-
-
-def default_budget() -> int:
-    """Half of the memory that is free, or FALLBACK where the system does not tell."""
-    try:
-        free = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
-    except OSError:
-        return FALLBACK
-    return int(free.group(1)) * 1024 // 2
-
-
-def return_freed_memory() -> None:
-    """Give memory that is free again back to the system: glibc keeps it, and more of it with every block."""
-    gc.collect()
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-        libc.malloc_trim(0)
 
 
 def check_budget(
@@ -61,9 +40,9 @@ def check_budget(
     needed = {block.name: _needed(backbone, blocks, number, learning, moments) for number, block in enumerate(blocks)}
     largest = max(needed, key=needed.get)
     if needed[largest] > total:
-        least = _megabytes(needed[largest])
+        least = size_text(needed[largest], round_up=True)
         raise UsageError(
-            f"a memory budget of {_megabytes(total)} is too small: {largest} alone takes {least}; "
+            f"a memory budget of {size_text(total)} is too small: {largest} alone takes {least}; "
             f"use --memory-budget {least.replace(' ', '')} or more, or a smaller learning.batch_size"
         )
     return needed[largest]
@@ -98,7 +77,3 @@ def _needed(
         solving = max((_solving([moments[name]]) for name in task.layers if name in moments), default=0)
         most = max(most, STATE * weights + max(activations * learning.batch_size, solving))
     return most
-
-
-def _megabytes(count: int) -> str:
-    return f"{-(-count // 1_000_000)} MB"

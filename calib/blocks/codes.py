@@ -12,7 +12,7 @@ from torch import Tensor
 from dmquant.host.files import replacing, sha256, write_text
 from dmquant.qtensor import QuantizedTensor, WeightSpec
 from dmquant.scaling import Scales
-from dmquant.transforms import Transform
+from dmquant.transforms import Parts, Storage
 
 LAYOUT = 2  # of what the files of a unit hold; it belongs in their key
 
@@ -49,12 +49,8 @@ class CodesFolder:
         return self.path / f"{number:03d}.safetensors", self.path / f"{number:03d}.json"
 
 
-Parts = dict[str, dict[str, Tensor]]
-"""What a layer's transforms store, by transform and part."""
-
-
-def tensors_of(values: Mapping[str, QuantizedTensor], parts: Mapping[str, Parts]) -> dict[str, Tensor]:
-    """Codes, scales and bases of quantized weights, and parts of transforms, named after their layers, to be saved."""
+def tensors_of(values: Mapping[str, QuantizedTensor], parts: Mapping[str, dict[str, Parts]]) -> dict[str, Tensor]:
+    """Tensors of quantized weights and of their layers' transforms by layer, transform and part, to be saved."""
     tensors = {
         f"{name}.{method}_{part}": tensor
         for name in values
@@ -74,6 +70,6 @@ def weight_of(tensors: Mapping[str, Tensor], name: str, spec: WeightSpec, shape:
     return QuantizedTensor(tensors[f"{name}.codes"], scales, spec, shape)
 
 
-def parts_of(tensors: Mapping[str, Tensor], name: str, transforms: Iterable[Transform]) -> Parts:
-    """The parts of a layer's transforms, read back."""
+def parts_of(tensors: Mapping[str, Tensor], name: str, transforms: Iterable[Storage]) -> dict[str, Parts]:
+    """What a layer's transforms store, by transform, read back."""
     return {one.name: {part: tensors[f"{name}.{one.name}_{part}"] for part in one.parts()} for one in transforms}

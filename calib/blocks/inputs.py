@@ -6,16 +6,18 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from dmquant.calib.blocks.streams import Bar, Streams
+from dmquant.calib.blocks.streams import Bar, Stream, Streams
 from dmquant.calib.blocks.units import Task
+from dmquant.calib.data.watching import Watchers
 from dmquant.calib.layers.moments import Moments, alike, columns_of
 from dmquant.calib.layers.statistics import InputObserver
 from dmquant.layers import QuantConv2d, QuantLinear
-from dmquant.transforms import InputStatistics
+from dmquant.transforms import InputStatistics, fit_of
 
 
 class BlockInputs:
-    """Inputs of the layers of one block, as the quantized blocks before it give them, over the samples to learn from.
+    """Inputs of the layers of one block over the samples to learn from; as the quantized blocks before it give them,
+    unless a method says otherwise.
 
     `title` and `bar` are those of the block's progress.
     """
@@ -25,8 +27,15 @@ class BlockInputs:
 
     def run(self, task: Task) -> None:
         """Run a task over the samples, for what hooks see of it."""
-        for batch in self.streams.batches(self.learning, f"{self.title}: inputs", self.bar):
-            self.streams.run(self.streams.quantized, self.number, task.output, batch)
+        self._run(self.streams.quantized, task.output)
+
+    def run_full_precision(self, watchers: Watchers) -> None:
+        """Run the block in full precision over the samples with these watchers."""
+        backbone, block = self.streams.backbone, self.streams.blocks[self.number]
+        with contextlib.ExitStack() as stack:
+            for name, watcher in watchers.items():
+                stack.callback(backbone.get_submodule(name).register_forward_pre_hook(watcher).remove)
+            self._run(self.streams.full, block.name)
 
     def statistics(
         self, task: Task, layers: Mapping[str, QuantLinear | QuantConv2d]
@@ -39,10 +48,7 @@ class BlockInputs:
         observers = {
             name: InputObserver(layer, calls)
             for name, layer in layers.items()
-            if any(
-                one.takes_data(one.options) and not (one.corrects(one.options) or one.weighs_by_moments(one.options))
-                for one in layer.transforms
-            )
+            if any(fit_of(one).statistics for one in layer.transforms)
         }
         self._watch(task, {name: observer.add for name, observer in observers.items()})
         return {name: observer.statistics() for name, observer in observers.items()}
@@ -67,6 +73,10 @@ class BlockInputs:
 
         self._watch(task, {name: adding(name) for name in empty})
         return {name: moments for name, moments in empty.items() if moments.tokens}
+
+    def _run(self, stream: Stream, until: str) -> None:
+        for batch in self.streams.batches(self.learning, f"{self.title}: inputs", self.bar):
+            self.streams.run(stream, self.number, until, batch)
 
     def _watch(self, task: Task, watchers: Mapping[str, Callable[[Tensor], None]]) -> None:
         """Run a task with each of these layers, by name, showing its inputs to its watcher."""

@@ -1,7 +1,6 @@
 """What a block gave for every sample, in memory while the budget lasts and in files beyond it, bit for bit alike."""
 
-import itertools
-import os
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,6 @@ from torch import Tensor
 
 from dmquant.calib.data.tree import flatten, map_floats, unflatten
 from dmquant.errors import UserError
-
-_number = itertools.count()
 
 
 class Budget:
@@ -46,7 +43,7 @@ class _Memory:
 
 
 class _File:
-    """Records of equal size in a file that no directory lists: it is gone when it is closed, or the process dies.
+    """Records of equal size in a file that is gone when it is closed, or the process dies.
 
     Plain reads and writes: a memory map would count as resident memory.
     """
@@ -54,9 +51,7 @@ class _File:
     def __init__(self, count: int, record: Tensor, budget: Budget):
         self._shape, self._dtype, self._bytes = record.shape, record.dtype, record.nbytes
         budget.spill.mkdir(parents=True, exist_ok=True)
-        path = budget.spill / f"{os.getpid()}-{next(_number)}"
-        self._file = path.open("wb+", buffering=0)
-        path.unlink()
+        self._file = tempfile.TemporaryFile(buffering=0, dir=budget.spill)  # noqa: SIM115 (closed by `close`)
 
     def read(self, indices: Sequence[int]) -> Tensor:
         records = torch.empty((len(indices), *self._shape), dtype=self._dtype)

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ def measure_importance(
     *,
     call: dict[str, Any],
     seed: int,
+    batch_size: int,
     relative_noise: float = RELATIVE_NOISE,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[float]:
@@ -34,23 +36,31 @@ def measure_importance(
     Args:
         component: attribute of the pipeline that is the backbone; it returns a tensor, or a tuple or dataclass that
             begins with one.
+        batch_size: prompts a pipeline call; the weights depend on it by rounding alone.
         relative_noise: delta, small enough for z to respond linearly and far above the rounding of the dtype.
         progress: told after every pass of how many; there is one more than there are steps.
 
     Raises UserError where a weight is not finite.
     """
     backbone, steps = getattr(pipeline, component), backbone_calls(pipeline, call["num_inference_steps"])
-    clean = final_latents(pipeline, prompts, seed, call).float()
+    batches = [range(len(prompts))[start : start + batch_size] for start in range(0, len(prompts), batch_size)]
+
+    def latents(hook_of: Callable[[range], Callable[..., Any]]) -> Tensor:
+        found = []
+        for batch in batches:
+            handle = backbone.register_forward_hook(hook_of(batch))
+            try:
+                found.append(final_latents(pipeline, [prompts[index] for index in batch], seed + batch.start, call))
+            finally:
+                handle.remove()
+        return torch.cat(found).float()
+
+    clean = latents(lambda batch: lambda *of_call: None)
     progress(1, steps + 1)
     weights = []
     for step in range(steps):
-        disturbance = _Disturbance(step, relative_noise, seed)
-        handle = backbone.register_forward_hook(disturbance)
-        try:
-            disturbed = final_latents(pipeline, prompts, seed, call).float()
-        finally:
-            handle.remove()
-        weights.append((disturbed - clean).square().mean().item() / relative_noise**2)
+        noise = partial(_Disturbance, step, relative_noise, seed, len(prompts))
+        weights.append((latents(noise) - clean).square().mean().item() / relative_noise**2)
         progress(step + 2, steps + 1)
     if not torch.tensor(weights).isfinite().all():
         raise UserError("the full-precision pipeline ends in NaN or infinity; try another --dtype")
@@ -58,10 +68,11 @@ def measure_importance(
 
 
 class _Disturbance:
-    """A forward hook that adds noise to the output of one call of the backbone."""
+    """A forward hook that adds noise to the output of one call of the backbone, of a `batch` of all `prompts`."""
 
-    def __init__(self, step: int, relative_noise: float, seed: int) -> None:
+    def __init__(self, step: int, relative_noise: float, seed: int, prompts: int, batch: range) -> None:
         self._step, self._relative_noise, self._calls = step, relative_noise, 0
+        self._prompts, self._batch = prompts, batch
         self._generator = torch.Generator("cpu").manual_seed(seed)
 
     def __call__(self, module: torch.nn.Module, args: tuple, output: Any) -> Any:
@@ -70,7 +81,9 @@ class _Disturbance:
 
     def _disturbed(self, prediction: Tensor) -> Tensor:
         rms = prediction.float().square().mean(dim=tuple(range(1, prediction.dim())), keepdim=True).sqrt()
-        noise = torch.randn(prediction.shape, generator=self._generator).to(prediction.device)
+        branches = len(prediction) // len(self._batch)  # of the guidance, one behind the other
+        noise = torch.randn(branches, self._prompts, *prediction.shape[1:], generator=self._generator)
+        noise = noise[:, list(self._batch)].flatten(0, 1).to(prediction.device)
         return (prediction.float() + self._relative_noise * rms * noise).to(prediction.dtype)
 
 

@@ -6,6 +6,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+Watchers = Mapping[str, Callable[..., Any]]
+"""Forward pre-hooks of layers, by name."""
+Run = Callable[[Watchers], None]
+"""Runs a full-precision backbone, or a part of it, over the samples to learn from with these watchers in place."""
+
 if TYPE_CHECKING:
     from dmquant.calib.data.store import CalibrationStore
 
@@ -13,7 +18,7 @@ if TYPE_CHECKING:
 @torch.inference_mode()
 def run_watched(
     backbone: nn.Module,
-    watchers: Mapping[str, Callable[..., Any]],
+    watchers: Watchers,
     store: "CalibrationStore",
     batch_size: int,
     timesteps: Callable[[Tensor], None],
@@ -21,7 +26,7 @@ def run_watched(
 ) -> None:
     """Run the backbone on its own device over the samples that are not held out, `batch_size` at a time.
 
-    `watchers` are forward pre-hooks of layers, by name. `timesteps` is told, before every call, those of its rows.
+    `timesteps` is told, before every call, those of its rows.
     """
     learning = [index for index, sample in enumerate(store.samples) if not sample.held_out]
     device = next(backbone.parameters()).device

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dmquant.activations import ActivationSpec, TimestepRanges
-from dmquant.calib.data.watching import run_watched
-from dmquant.calib.layers.ranges import observe_ranges
+from dmquant.calib.data.watching import Run, Watchers, run_watched
+from dmquant.calib.layers.ranges import scales_seen
 from dmquant.convert import LayerPlan
 from dmquant.formats import Format
 from dmquant.layers import QUANTIZED
@@ -33,16 +33,28 @@ def choose_activation_formats(
     its input divided out. Static scales are fitted for each candidate first, a pass over the data each. A layer that no
     sample reaches takes its first candidate.
     """
+    timesteps = TimestepRanges(plan.activations.ranges for plan in plans.values() if plan.activations.ranges)
+
+    def run(watchers: Watchers) -> None:
+        run_watched(backbone, watchers, store, batch_size, timesteps.set, progress)
+
+    return formats_of_least_error(backbone, plans, timesteps, run)
+
+
+@torch.inference_mode()
+def formats_of_least_error(
+    backbone: nn.Module, plans: Mapping[str, LayerPlan], timesteps: TimestepRanges, run: Run
+) -> dict[str, Format]:
+    """As `choose_activation_formats`, by what `run` shows; it tells `timesteps` those of each call."""
     inputs = {name: _inputs(backbone, name, plan) for name, plan in plans.items()}
-    ranges = TimestepRanges(plan.activations.ranges for plan in plans.values() if plan.activations.ranges)
     for number in range(max(map(len, inputs.values()))):
         static = {name: layers[number] for name, layers in inputs.items() if len(layers) > number}
         static = {name: layer for name, layer in static.items() if layer.is_static}
         specs: dict[str, ActivationSpec] = {name: layer.activations for name, layer in static.items()}
-        fitted = observe_ranges(backbone, specs, store, batch_size) if specs else {}
+        fitted = scales_seen(backbone, specs, timesteps, run) if specs else {}
         for name, scale in fitted.items():
             inputs[name][number].load_input_scale(scale)
-            inputs[name][number].timestep_ranges = ranges
+            inputs[name][number].timestep_ranges = timesteps
     errors = {name: torch.zeros(len(layers), dtype=torch.float64) for name, layers in inputs.items()}
 
     def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
@@ -55,9 +67,7 @@ def choose_activation_formats(
 
         return add
 
-    device = next(backbone.parameters()).device
-    watchers = {name: watch(name) for name in inputs}
-    run_watched(backbone, watchers, store, batch_size, lambda rows: ranges.set(rows.to(device)), progress)
+    run({name: watch(name) for name in inputs})
     return {name: plan.activation_candidates[int(errors[name].argmin())] for name, plan in plans.items()}
 
 

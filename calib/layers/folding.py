@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from dmquant.calib.layers.fitting import WORTH, choose, output_error, with_outputs
+from dmquant.calib.layers.ranges import scale_times
 from dmquant.convert import LayerPlan
 from dmquant.layers import QuantLinear
-from dmquant.transforms import InputStatistics, Transform, chains
+from dmquant.transforms import InputStatistics, Storage, chains, fit_of, folding_of
 from dmquant.transforms.pair import Pair, pairs
 
 
@@ -31,16 +32,10 @@ class Fold:
         """The name of its factor among a block's tensors on disk."""
         return f"{self.readers[0]}.{self.method}_folded"
 
-    def apply_(self, factor: Tensor, plans: dict[str, LayerPlan]) -> None:
-        """Change the float layers and take the transform out of the readers' plans; `factor`: float32 (channels,)."""
-        self.pair.scale_(factor)
-        for name in self.readers:
-            plans[name] = replace(plans[name], transforms=_others(plans[name], self.method))
-
 
 def folded_methods(plans: Mapping[str, LayerPlan]) -> list[str]:
     """The transforms that may be folded, by name, in the order in which they apply."""
-    found = {one.name: one.STAGE for step in plans.values() for one in step.transforms if one.folds()}
+    found = {one.name: one.STAGE for step in plans.values() for one in step.transforms if _is_chosen(one)}
     return sorted(found, key=found.get)
 
 
@@ -76,35 +71,46 @@ def shared_factor(
     seen = [one.absmax for name in fold.readers if (one := statistics[name]) is not None]
     together = InputStatistics(torch.stack(seen).amax(0), []) if seen else None
     transform = _folding(plans[fold.readers[0]], fold.method)
+    factors = folding_of(transform).factors(fold.pair, together)
     samples = {
         name: with_outputs(layer, one.sample) if (one := statistics[name]) is not None else []
         for name, layer in zip(fold.readers, fold.pair.seconds, strict=True)
     }
 
+    scales = {name: inputs[name].input_scale.view(torch.float32) for name in samples if seen and inputs[name].is_static}
+
     def error(factor: Tensor) -> float:
         """What `output_error` is of the readers once the factor is folded, summed."""
         total = 0.0
         for name, layer in zip(fold.readers, fold.pair.seconds, strict=True):
-            others = _others(plans[name], fold.method)
+            others = without(plans[name], fold.method).transforms
             parts, weight = next(chains(others, layer.weight.detach().float() / factor, statistics[name]))
             inputs[name].transforms = others
             inputs[name].load_parts(parts)
+            if name in scales:
+                absmax, spec = statistics[name].absmax.amax(0), inputs[name].activations
+                inputs[name].load_input_scale(scale_times(scales[name], spec, absmax, factor))
             scaled = [(x * factor.to(x.dtype), output) for x, output in samples[name]]
             total += output_error(layer, plans[name], inputs[name], weight, scaled)
         return total
 
-    first, *others = transform.factors(fold.pair, together)
-    worth = WORTH if transform.optional() else 1.0
-    return choose([first, *map(fold.pair.allowed, others)], error, worth) if seen else first
+    worth = WORTH if fit_of(transform).optional else 1.0
+    return choose(map(fold.pair.allowed, factors), error, worth) if seen else factors[0]
 
 
-def _folding(step: LayerPlan, method: str) -> Transform | None:
-    """The transform of a layer by this name, if it may be folded."""
-    return next((one for one in step.transforms if one.folds() and one.name == method), None)
+def without(step: LayerPlan, method: str) -> LayerPlan:
+    """The plan of a layer once a transform, by name, is folded into the layer before."""
+    return replace(step, transforms=tuple(one for one in step.transforms if one.name != method))
 
 
-def _others(step: LayerPlan, method: str) -> tuple[Transform, ...]:
-    return tuple(one for one in step.transforms if one.name != method)
+def _folding(step: LayerPlan, method: str) -> Storage | None:
+    """The transform of a layer by this name, if calibration may fold it."""
+    return next((one for one in step.transforms if one.name == method and _is_chosen(one)), None)
+
+
+def _is_chosen(transform: Storage) -> bool:
+    folding = folding_of(transform)
+    return folding is not None and folding.chosen
 
 
 def _has_one_scale(step: LayerPlan | None) -> bool:

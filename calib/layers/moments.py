@@ -11,9 +11,11 @@ from torch import Tensor, nn
 from dmquant.convert import LayerPlan
 from dmquant.errors import UsageError
 from dmquant.grids import Grid
-from dmquant.qtensor import WeightSpec, fit, from_matrix, to_matrix
+from dmquant.qtensor import WeightSpec
+from dmquant.rounding import gptq
 from dmquant.rounding.lean import fit_lean
-from dmquant.scaling import DATA_RULES, fit_hessian, to_groups
+from dmquant.scaling import DATA_RULES, fit_hessian, from_matrix, to_groups, to_matrix
+from dmquant.transforms import fit_of
 
 LARGEST = (
     8192  # columns of a layer whose moments are kept in full if nothing demands it; beyond, those inside its groups
@@ -45,6 +47,7 @@ class Moments:
         blocks = -(-self.columns // self.size)
         self.sums = torch.zeros(blocks, self.size, self.size, device=device)
         self.tokens = 0
+        self._factors: tuple[gptq.Options, list[gptq.Factor]] | None = None
 
     def add(self, x: Tensor) -> None:
         """Count the inputs `x` (tokens, columns), in the order of the matrix form without a split."""
@@ -57,6 +60,12 @@ class Moments:
         """The sums of one block of columns after another, each (its columns, its columns), without padding."""
         widths = [min(self.size, self.columns - first) for first in range(0, self.columns, self.size)]
         return [sums[:width, :width] for sums, width in zip(self.sums, widths, strict=True)]
+
+    def factors(self, options: gptq.Options) -> list[gptq.Factor]:
+        """`gptq.factorize` of the blocks, once for the same options; nothing may be added any more."""
+        if self._factors is None or self._factors[0] != options:
+            self._factors = options, gptq.factorize(self.blocks(), options)
+        return self._factors[1]
 
     def inside_groups(self, spec: WeightSpec, shape: tuple[int, ...]) -> Tensor:
         """What matters of them within the groups of a weight of this shape: (groups, n, n), padded with 0."""
@@ -84,7 +93,7 @@ def moments_for(
     In full where the rounding `method` or a transform needs them, in blocks of as many columns as `options`, those of
     GPTQ, say; a convolution without columns of its own is then left to nearest.
     """
-    needed = method.NEEDS_MOMENTS or any(one.weighs_by_moments(one.options) for one in plan.transforms)
+    needed = method.NEEDS_MOMENTS or any(fit_of(one).by_moments for one in plan.transforms)
     demanded = needed and has_columns(layer)
     if not demanded and (plan.weights.scale == "lean" or not needs_moments(plan)):
         return None
@@ -163,10 +172,10 @@ def _fit(
     matrix: Tensor, spec: WeightSpec, shape: tuple[int, ...], moments: Moments | None, options: BaseModel | None
 ) -> Grid:
     if spec.scale == "lean":
-        return fit_lean(matrix, spec, shape, moments.blocks(), options)
+        return fit_lean(matrix, spec, shape, moments.factors(options))
     if spec.scale == "hessian":
         groups = to_groups(matrix, spec.granularity, spec.segments(shape))
         scales = fit_hessian(groups, spec.fmt, spec.store, moments.inside_groups(spec, shape))
     else:
-        scales = fit(matrix, spec, spec.segments(shape))
-    return Grid(matrix, spec, scales, shape)
+        scales = spec.grid_type.fit(matrix, spec, spec.segments(shape))
+    return spec.grid_type(matrix, spec, scales, shape)

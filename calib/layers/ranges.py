@@ -1,13 +1,13 @@
 """Static activation scales: what each layer's input looked like in each range of timesteps, and the scale for it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from dmquant.activations import SCHEDULE, ActivationSpec, ranges_of
-from dmquant.calib.data.watching import run_watched
+from dmquant.activations import SCHEDULE, ActivationSpec, TimestepRanges
+from dmquant.calib.data.watching import Run, Watchers, run_watched
 from dmquant.errors import UserError
 from dmquant.formats import Format
 from dmquant.layers import QuantConv2d, QuantLinear
@@ -48,24 +48,44 @@ def observe_ranges(
         raise UserError("the calibration data has no samples to learn from: calibrate with more prompts")
     if any(spec.ranges > 1 for spec in static.values()):
         check_timesteps(store)
-    observers = {name: _Observer(name, spec, backbone.get_submodule(name), clip) for name, spec in static.items()}
+    timesteps = TimestepRanges(spec.ranges for spec in static.values())
 
-    def tell(timesteps: Tensor) -> None:
-        for observer in observers.values():
-            observer.timesteps = timesteps
+    def run(watchers: Watchers) -> None:
+        run_watched(backbone, watchers, store, batch_size, timesteps.set, progress)
 
-    run_watched(backbone, observers, store, batch_size, tell, progress)
+    return scales_seen(backbone, static, timesteps, run, clip)
+
+
+@torch.inference_mode()
+def scales_seen(
+    backbone: nn.Module,
+    static: Mapping[str, ActivationSpec],
+    timesteps: TimestepRanges,
+    run: Run,
+    clip: bool = True,
+) -> dict[str, Tensor]:
+    """As `observe_ranges`, by what `run` shows of layers with static specs; it tells `timesteps` those of each call."""
+    observers = {
+        name: RangeObserver(name, spec, backbone.get_submodule(name), timesteps, clip) for name, spec in static.items()
+    }
+    run(observers)
     return {name: observer.scale() for name, observer in observers.items()}
 
 
-class _Observer:
+class RangeObserver:
     """A forward pre-hook that keeps the largest magnitudes of a layer's input, and histograms of it where they decide
-    what to clip, by timestep range."""
+    what to clip, by timestep range. The timesteps are those that `timesteps` was told last."""
 
-    timesteps: Tensor  # of the rows of the call in progress, on the CPU
-
-    def __init__(self, name: str, spec: ActivationSpec, layer: nn.Linear | nn.Conv2d, clip: bool):
-        self.name, self.spec, self.dim = name, spec, _CHANNEL_DIM[type(layer)]
+    def __init__(
+        self,
+        name: str,
+        spec: ActivationSpec,
+        layer: nn.Linear | nn.Conv2d,
+        timesteps: TimestepRanges,
+        clip: bool = True,
+    ):
+        self.name, self.spec, self.dim, self.timesteps = name, spec, _CHANNEL_DIM[type(layer)], timesteps
+        self.device = layer.weight.device
         channels = layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels
         self.segments = spec.segments(channels)
         self.absmax = torch.zeros(spec.scale_shape(channels))
@@ -74,7 +94,8 @@ class _Observer:
         self.histograms = torch.zeros(*self.absmax.shape, _BINS, dtype=torch.int64) if clipped else None
 
     def __call__(self, layer: nn.Module, args: tuple[Tensor, ...]) -> None:
-        x, rows = args[0].movedim(self.dim, -1), len(self.timesteps)
+        of_rows = self.timesteps.of_rows[self.spec.ranges].tolist()
+        x, rows = args[0].movedim(self.dim, -1), len(of_rows)
         if len(x) % rows:
             raise RuntimeError(f"layer {self.name}: {tuple(x.shape)} does not divide into the {rows} rows of the call")
         scales = self.absmax.shape[1] // len(self.segments)
@@ -82,14 +103,14 @@ class _Observer:
         largest = torch.cat([part.amax(1) for part in parts], 1).float().cpu()
         if not largest.isfinite().all():
             raise UserError(f"the input of layer {self.name} holds NaN or infinity: calibrate in --dtype fp32 or bf16")
-        for row, index in enumerate(ranges_of(self.timesteps, self.spec.ranges)):
+        for row, index in enumerate(of_rows):
             self.seen[index] = True
             self.absmax[index] = self.absmax[index].maximum(largest[row])
             if self.histograms is not None:
                 self.histograms[index] += torch.stack([histogram(part[row]) for part in parts]).cpu()
 
     def scale(self) -> Tensor:
-        """Scales of all ranges, those not seen included."""
+        """Scales of all ranges, those not seen included, float32 in the spec's `scale_shape`, on the layer's device."""
         if not self.seen.any():
             raise UserError(f"no calibration sample reached layer {self.name}: it cannot have static activation scales")
         amplitude = self.absmax
@@ -98,7 +119,22 @@ class _Observer:
             amplitude = flat.view_as(amplitude)
         amplitude = amplitude[nearest_seen(self.seen)]
         amplitude = torch.where(amplitude > 0, amplitude, amplitude.amax(-1, keepdim=True))
-        return STORES["fp32"].encode(amplitude, self.spec.fmt, None)
+        return STORES["fp32"].encode(amplitude, self.spec.fmt, None).to(self.device)
+
+
+def scale_times(scale: Tensor, spec: ActivationSpec, absmax: Tensor, factor: Tensor) -> Tensor:
+    """Static scales of an input whose channels are multiplied by `factor`, clipped as much as before; same shape.
+
+    `scale` is float32 in the spec's `scale_shape`; `absmax` and `factor` (channels,), the largest magnitudes before.
+    """
+    if spec.granularity.kind == "channel":
+        return scale * factor
+    segments = spec.segments(len(factor))
+    before, after = (
+        torch.stack([part.amax() for part in each.split(segments)]).clamp(min=1e-30)
+        for each in (absmax, absmax * factor)
+    )
+    return scale * (after / before)
 
 
 def nearest_seen(seen: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from torch import Tensor
 from dmquant.calib.layers.moments import some_of
 from dmquant.calib.layers.ranges import nearest_seen
 from dmquant.layers import QuantConv2d, QuantLinear
-from dmquant.transforms import InputStatistics
+from dmquant.transforms import InputStatistics, fit_of
 
 SAMPLES = 32  # calls of a layer whose inputs are kept, spread over the schedule
 TOKENS, SIDE = 64, 16  # of each row of these at most so many tokens, or in its middle pixels in each direction
@@ -21,7 +21,7 @@ class InputObserver:
     def __init__(self, quantized: QuantLinear | QuantConv2d, calls: int):
         self.dim, self.every, self.calls = quantized.channel_dim, -(-calls // SAMPLES), 0
         self.timesteps = quantized.timestep_ranges
-        self.count = max(transform.observed_ranges() for transform in quantized.transforms)
+        self.count = max(fit_of(transform).statistics for transform in quantized.transforms)
         self.absmax: Tensor | None = None
         self.seen = torch.zeros(self.count, dtype=torch.bool)
         self.sample: list[Tensor] = []

@@ -1,6 +1,8 @@
-"""Peak memory of one stage of work, and in words what was measured."""
+"""Memory: how much is free, giving it back, and the peak of one stage of work."""
 
 import contextlib
+import ctypes
+import gc
 import re
 import sys
 from collections.abc import Iterator
@@ -9,7 +11,24 @@ from pathlib import Path
 
 import torch
 
+FALLBACK = 4_000_000_000
 _CLEAR_PEAK = "5"  # proc(5), /proc/pid/clear_refs: reset the peak resident set size to the current one
+
+
+def default_budget() -> int:
+    """Half of the memory that is free, or FALLBACK where the system does not tell."""
+    try:
+        free = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
+    except OSError:
+        return FALLBACK
+    return int(free.group(1)) * 1024 // 2
+
+
+def return_freed_memory() -> None:
+    """Give memory that is free again back to the system: glibc keeps it, and more of it with every block."""
+    gc.collect()
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
 
 
 @dataclass

@@ -56,7 +56,7 @@ def start(grid: Grid, options: Options, moments: Sequence[Tensor]) -> Fixed:
         values, _ = solve(grid, factorize(moments, options))
     if options.sweeps:
         values = descend(grid, moments, options, values)
-    return Fixed(values)
+    return Fixed(grid, values)
 
 
 def factorize(moments: Sequence[Tensor], options: Options) -> list[Factor]:
@@ -83,8 +83,6 @@ def _factorize(moments: Tensor, options: Options) -> Factor:
     damping = _damping(moments, options)
     for attempt, dtype in enumerate((moments.dtype, *(torch.float64,) * TRIES)):
         damped = moments[order[:, None], order].to(dtype)
-        if damped.data_ptr() == moments.data_ptr():
-            damped = damped.clone()
         dead = damped.diagonal() == 0
         damped.diagonal().masked_fill_(dead, damping).add_(damping * 10 ** max(attempt - 1, 0))
         lower, failed = torch.linalg.cholesky_ex(damped)

@@ -13,26 +13,21 @@ from torch import Tensor
 
 from dmquant.grids import Grid
 from dmquant.qtensor import WeightSpec
-from dmquant.rounding.gptq import Factor, Options, factorize, solve
-from dmquant.scaling import Scales, fit_weighted, to_groups
-from dmquant.tables import fit_table
+from dmquant.rounding.gptq import Factor, solve
+from dmquant.scaling import Scales
 
 POWERS = (0, 1, 2, 4)
 
 
-def fit_lean(
-    matrix: Tensor, spec: WeightSpec, shape: tuple[int, ...], moments: Sequence[Tensor], options: Options
-) -> Grid:
+def fit_lean(matrix: Tensor, spec: WeightSpec, shape: tuple[int, ...], factors: Sequence[Factor]) -> Grid:
     """The grid with scales, or tables, of least error under the weights h^-p, and what GPTQ gives on it.
 
-    p is the one of POWERS with which that has the least error. `moments` are those of one block of columns after
-    another and `matrix` is (rows, columns), both in the order of the matrix form of a weight of this `shape`; `options`
-    are GPTQ's.
+    p is the one of POWERS with which that has the least error. `factors` are GPTQ's of one block of columns after
+    another and `matrix` is (rows, columns), both in the order of the matrix form of a weight of this `shape`.
     """
-    factors = factorize(moments, options)
     best, least = None, float("inf")
     for power in POWERS:
-        grid = Grid(matrix, spec, scales_of(matrix, spec, shape, factors, power), shape)
+        grid = spec.grid_type(matrix, spec, scales_of(matrix, spec, shape, factors, power), shape)
         solution, error = solve(grid, factors)
         if best is None or error < least:
             best, least = replace(grid, solution=solution), error
@@ -43,14 +38,7 @@ def scales_of(
     matrix: Tensor, spec: WeightSpec, shape: tuple[int, ...], factors: Sequence[Factor], power: float
 ) -> Scales:
     """Scales, or tables, of least error under the weights h^-power."""
-    weights = column_weights(factors, power)
-    if spec.has_table:
-        return fit_table(matrix, weights)
-    segments = spec.segments(shape)
-    rows = len(matrix) if spec.granularity.kind == "tensor" else 1
-    of_groups = to_groups(weights.expand(rows, -1), spec.granularity, segments)
-    of_groups = of_groups / of_groups.amax(-1, keepdim=True)  # in float64, so that no group's all become 0
-    return fit_weighted(to_groups(matrix, spec.granularity, segments), spec.fmt, spec.store, of_groups.float())
+    return spec.grid_type.fit_weighted(matrix, spec, spec.segments(shape), column_weights(factors, power))
 
 
 def column_weights(factors: Sequence[Factor], power: float) -> Tensor:

@@ -1,73 +1,73 @@
 """Transforms: exact changes of a layer before it is quantized. One module here is one method, found by its name.
 
-A method is a module with
-
-- `Options`: a pydantic model of the method's own settings in a recipe;
-- `METHOD`: a `Transform`, which says what the layer stores and what becomes of its weight, input and output.
+A module's METHOD says what recipes may set (`Options`), what a layer stores and runs with (`Storage`), how calibration
+fits that (`Fit`), how it is fitted to what rounding left wrong (`Correction`), and how it goes into the layer before
+(`Folding`). `register` takes a METHOD from anywhere else.
 """
 
-import functools
-import importlib
-import pkgutil
 from collections.abc import Iterable, Iterator
-from types import ModuleType
 from typing import Any
 
 from torch import Tensor, nn
 
-from dmquant.errors import unknown
 from dmquant.transforms.alternating import alternate
-from dmquant.transforms.base import InputStatistics, Part, Residuals, Transform
+from dmquant.transforms.interfaces import (
+    Correction,
+    Fit,
+    Folding,
+    InputStatistics,
+    Method,
+    Part,
+    Parts,
+    Residuals,
+    Storage,
+)
+from dmquant.transforms.pair import pairs
+from dmquant.transforms.registry import correction_of, fit_of, folding_of, get_method, method_names, register
 
 __all__ = [
+    "Correction",
+    "Fit",
+    "Folding",
     "InputStatistics",
+    "Method",
     "Part",
+    "Parts",
     "Residuals",
-    "Transform",
+    "Storage",
     "alternate",
     "chains",
+    "correction_of",
     "create",
+    "fit_of",
+    "fold_first_",
+    "folding_of",
+    "folds_first",
     "get_method",
     "method_names",
-    "prepare_",
+    "register",
 ]
-
-_PARTS = ("alternating", "base", "pair")  # modules here that are no methods
-
-
-@functools.cache
-def get_method(name: str) -> ModuleType:
-    """The module of a transform; UsageError for a name there is none of."""
-    if name not in method_names():
-        raise unknown("transform", name, method_names(), f"known: {', '.join(method_names())}")
-    return importlib.import_module(f"{__name__}.{name}")
-
-
-@functools.cache
-def method_names() -> tuple[str, ...]:
-    """Names of all transforms."""
-    return tuple(sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name not in _PARTS))
 
 
 def create(
     settings: Iterable[tuple[str, dict[str, Any]]], layer: nn.Linear | nn.Conv2d, split: int | None
-) -> tuple[Transform, ...]:
+) -> tuple[Storage, ...]:
     """The transforms of one layer in the order in which they apply; `settings` are names and options.
 
     Raises UsageError for one that such a layer cannot have.
     """
     made = []
     for name, options in settings:
-        module = get_method(name)
-        transform = module.METHOD(module.Options.model_validate(options), tuple(layer.weight.shape), split)
-        transform.check(layer)
-        made.append(transform)
-    return tuple(sorted(made, key=lambda transform: transform.STAGE))
+        method = get_method(name)
+        storage = method.storage(method.Options.model_validate(options), tuple(layer.weight.shape), split)
+        storage.check(layer)
+        made.append(storage)
+    return tuple(sorted(made, key=lambda storage: storage.STAGE))
 
 
 def chains(
-    transforms: tuple[Transform, ...], weight: Tensor, statistics: InputStatistics | None
-) -> Iterator[tuple[dict[str, dict[str, Tensor]], Tensor]]:
+    transforms: tuple[Storage, ...], weight: Tensor, statistics: InputStatistics | None
+) -> Iterator[tuple[dict[str, Parts], Tensor]]:
     """Every way to fit the transforms of a float32 weight one after another: parts by method, the weight to quantize.
 
     There are several only where a method has candidates and `statistics` to choose by.
@@ -76,20 +76,30 @@ def chains(
         yield {}, weight
         return
     first, *rest = transforms
-    for parts in first.fit(weight, statistics):
+    for parts in fit_of(first).candidates(first, weight, statistics):
         for others, remaining in chains(tuple(rest), first.to_quantize(weight, parts), statistics):
             yield {first.name: parts, **others}, remaining
 
 
-def prepare_(module: nn.Module, layers: dict[str, tuple[Transform, ...]]) -> None:
-    """Let the transforms of all `layers`, by name, change the float weights of `module` in place.
+def folds_first(storage: Storage) -> bool:
+    """Whether a transform changes the float weights of the whole model before anything else."""
+    folding = folding_of(storage)
+    return folding is not None and not folding.chosen
 
-    Those that calibration folds are left to it.
+
+def fold_first_(module: nn.Module, layers: dict[str, tuple[Storage, ...]]) -> None:
+    """Fold what is not left to calibration into the float weights of `module`, in place.
+
+    `layers` are the transforms of layers by name. A pair takes part where all of its second layers have the transform;
+    in 16 bits its factors are powers of two, which round no weight.
     """
-    chosen: dict[type[Transform], set[str]] = {}
-    for name, transforms in layers.items():
-        for transform in transforms:
-            if not transform.folds():
-                chosen.setdefault(type(transform), set()).add(name)
-    for method in sorted(chosen, key=lambda method: method.STAGE):
-        method.prepare_(module, chosen[method])
+    names = {layer: name for name, layer in module.named_modules()}
+    folding = {
+        (type(storage), name): storage for name, own in layers.items() for storage in own if folds_first(storage)
+    }
+    for method in sorted({method for method, _ in folding}, key=lambda method: method.STAGE):
+        for pair in pairs(module):
+            readers = [folding.get((method, names[second])) for second in pair.seconds]
+            if all(readers):
+                [factor] = folding_of(readers[0]).factors(pair, None)
+                pair.scale_(pair.allowed(factor))

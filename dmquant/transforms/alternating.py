@@ -4,40 +4,43 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from dmquant.transforms.base import Transform
+from dmquant.transforms.interfaces import Parts, Storage
+from dmquant.transforms.registry import fit_of
 
 
 def alternate(
-    transforms: Sequence[Transform],
-    parts: dict[str, dict[str, Tensor]],
+    transforms: Sequence[Storage],
+    parts: dict[str, Parts],
     weight: Tensor,
     rounded: Callable[[Tensor], Tensor],
     seen: Callable[[Tensor], Tensor] = lambda lost: lost.flatten(1),
-) -> tuple[dict[str, dict[str, Tensor]], Tensor]:
-    """`parts` and `weight`, as `chains` gives them, once those transforms that alternate have had their turns.
+) -> tuple[dict[str, Parts], Tensor]:
+    """Give those transforms that alternate their turns (SVDQuant, arXiv 2411.05007; CALDERA, arXiv 2405.18886).
 
-    In a turn a transform is fitted to what the codes leave of the float32 weight, then the codes to what it leaves.
-    The turn of least error is kept, the first among equals, so none makes it worse.
+    In a turn a transform is fitted to what the codes lose of the float32 weight, then the codes to what it leaves. The
+    turn of least error is kept, the first among equals, so none makes it worse.
 
     Args:
+        parts: by method, and `weight`, float32 (output channels, ...), as `chains` gives them; returned alike.
         rounded: the values that the codes of a weight stand for, in its shape.
-        seen: (rows, n), of a part of a weight, as large as what outputs see of it: its squared norm is the error. By
-            default the part itself.
+        seen: a weight's error -> (rows, n), as large as what outputs see of it: its squared norm is what counts. By
+            default the error itself.
     """
     for transform in transforms:
-        if not transform.turns():
+        fit = fit_of(transform)
+        if not fit.turns:
             continue
         exact = transform.undo(weight, parts[transform.name])
         own, least, kept = parts[transform.name], None, None
-        for turn in range(transform.turns() + 1):
+        for turn in range(fit.turns + 1):
             remaining = transform.to_quantize(exact, own)
             values = rounded(remaining)
             error = seen(remaining - values).square().sum().item()
             if least is None or error < least:
                 least, kept = error, (own, remaining)
-            if turn < transform.turns():
-                left = exact - values
-                own = transform.refit(left, seen(left))
+            if turn < fit.turns:
+                lost = exact - values
+                own = fit.refit(transform, lost, seen(lost))
         own, weight = kept
         parts = parts | {transform.name: own}
     return parts, weight

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from dmquant.activations import static_scale
-from dmquant.transforms.base import InputStatistics, Part, Residuals, Transform
+from dmquant.transforms.interfaces import Method, Part, Parts, Residuals, Storage
 
 
 class Options(BaseModel):
@@ -21,36 +21,29 @@ class Options(BaseModel):
     """Timestep ranges with a correction of their own."""
 
 
-class Bias(Transform):
+class Bias(Storage):
     """A table (ranges, output channels) in float32, beside the layer's own bias, which it may lack."""
 
+    NAME = "bias"
     STAGE = 40
 
-    @classmethod
-    def takes_data(cls, options: Options) -> bool:
-        return True
-
-    @classmethod
-    def corrects(cls, options: Options) -> bool:
-        return True
-
-    def ranges(self) -> int:
+    @property
+    def timestep_ranges(self) -> int:
         return self.options.ranges
 
     def parts(self) -> dict[str, Part]:
         return {"table": Part((self.options.ranges, self.shape[0]), torch.float32)}
 
-    def fit(self, weight: Tensor, statistics: InputStatistics | None) -> list[dict[str, Tensor]]:
-        return [{"table": weight.new_zeros(self.options.ranges, self.shape[0])}]
-
-    def correct(self, residuals: Residuals) -> dict[str, Tensor]:
-        return {"table": residuals.outputs}
-
-    def add_to(self, y: Tensor, layer: nn.Module, x: Tensor, parts: dict[str, Tensor]) -> Tensor:
+    def add_to(self, y: Tensor, layer: nn.Module, x: Tensor, parts: Parts) -> Tensor:
         return y + static_scale(parts["table"], layer.timestep_ranges, x, layer.channel_dim).to(x.dtype)
 
     def __str__(self) -> str:
         return f"bias:{self.options.ranges}"
 
 
-METHOD = Bias
+def correct(storage: Bias, residuals: Residuals) -> Parts:
+    """E[W x] - E[W^ x^], arXiv 1906.04721, section 4.2."""
+    return {"table": residuals.outputs}
+
+
+METHOD = Method(Options, Bias, correction=lambda options: correct)

@@ -5,14 +5,12 @@ magnitude of the first layer's row and r2 that of the second layer's column; row
 columns multiplied by it.
 """
 
-from collections.abc import Collection
-
 import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
-from dmquant.transforms.base import InputStatistics, Transform
-from dmquant.transforms.pair import Pair, pairs
+from dmquant.transforms.interfaces import Fit, Folding, InputStatistics, Method, Storage
+from dmquant.transforms.pair import Pair
 
 _NO_RANGE = 1e-9
 
@@ -26,46 +24,16 @@ class Options(BaseModel):
     """Whether calibration evens out those pairs alone whose second layers' outputs are nearer for it."""
 
 
-class Equalize(Transform):
+class Equalize(Storage):
     """Nothing is stored: the float weights are others."""
 
+    NAME = "equalize"
     STAGE = 0
-    WHOLE_MODEL = True
-
-    @classmethod
-    def takes_data(cls, options: Options) -> bool:
-        return options.choose
-
-    def optional(self) -> bool:
-        return self.options.choose
-
-    def folds(self) -> bool:
-        return self.options.choose
-
-    def factors(self, pair: Pair, statistics: InputStatistics | None) -> list[Tensor]:
-        factor = equalizing(pair)
-        return [torch.ones_like(factor), factor]
-
-    @classmethod
-    def prepare_(cls, module: nn.Module, layers: Collection[str]) -> None:
-        """Equalize the pairs of `module` whose second layers are all among `layers`."""
-        names = {layer: name for name, layer in module.named_modules()}
-        for pair in pairs(module):
-            if all(names[second] in layers for second in pair.seconds):
-                equalize_(pair)
-
-
-METHOD = Equalize
-
-
-def equalize_(pair: Pair) -> None:
-    """In float32 the ranges become equal; in 16 bits factors are powers of two, which round no weight."""
-    pair.scale_(pair.allowed(equalizing(pair)))
 
 
 @torch.no_grad()
 def equalizing(pair: Pair) -> Tensor:
-    """What the first layers are to be multiplied by, 1/s, float32 (channels,)."""
+    """1 / s, eq. 11, by which the first layers are multiplied: float32 (channels,); 1 for a channel without range."""
     first = torch.stack([_rows(layer)[: pair.channels] for layer in pair.firsts]).amax(0)
     second = torch.stack([layer.weight.abs().amax(0).float() for layer in pair.seconds]).amax(0)
     factor = second / (first * second).sqrt()
@@ -76,3 +44,19 @@ def _rows(layer: nn.Module) -> Tensor:
     """The largest magnitude of the weights that make each output channel; of a norm, its own factor."""
     weight = layer.weight.abs().float()
     return weight if weight.ndim == 1 else weight.amax(1)
+
+
+def _folding(options: Options) -> Folding:
+    def factors(pair: Pair, statistics: InputStatistics | None) -> list[Tensor]:
+        factor = equalizing(pair)
+        return [torch.ones_like(factor), factor] if options.choose else [factor]
+
+    return Folding(factors, chosen=options.choose)
+
+
+METHOD = Method(
+    Options,
+    Equalize,
+    fit=lambda options: Fit(statistics=int(options.choose), optional=options.choose),
+    folding=_folding,
+)

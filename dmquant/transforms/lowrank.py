@@ -15,7 +15,18 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
 from dmquant.errors import UsageError
-from dmquant.transforms.base import InputStatistics, Part, Residuals, Transform, per_channel, refuse_groups
+from dmquant.transforms.interfaces import (
+    Correction,
+    Fit,
+    InputStatistics,
+    Method,
+    Part,
+    Parts,
+    Residuals,
+    Storage,
+    per_channel,
+    refuse_groups,
+)
 
 
 class Options(BaseModel):
@@ -38,67 +49,38 @@ class Options(BaseModel):
         return self
 
 
-class LowRank(Transform):
+class LowRank(Storage):
     """y = W^ x^ + up (down x)."""
 
+    NAME = "lowrank"
     STAGE = 30
-
-    @classmethod
-    def takes_data(cls, options: Options) -> bool:
-        return options.of == "error" or cls.weighs_by_moments(options)
-
-    @classmethod
-    def weighs_by_moments(cls, options: Options) -> bool:
-        return options.by == "output" and options.iterations > 0
-
-    @classmethod
-    def corrects(cls, options: Options) -> bool:
-        return options.of == "error"
 
     def check(self, layer: nn.Linear | nn.Conv2d) -> None:
         refuse_groups(self, layer)
 
     @property
     def rank(self) -> int:
-        return min(self.options.rank, self.shape[0], self._columns)
+        return min(self.options.rank, self.shape[0], self.columns)
 
     @property
-    def _columns(self) -> int:
+    def columns(self) -> int:
+        """Of the weight's matrix."""
         return torch.Size(self.shape[1:]).numel()
 
     def parts(self) -> dict[str, Part]:
-        up, down = (self.shape[0], self.rank), (self.rank, self._columns)
+        up, down = (self.shape[0], self.rank), (self.rank, self.columns)
         return {"up": Part(up, torch.bfloat16), "down": Part(down, torch.bfloat16)}
 
-    def fit(self, weight: Tensor, statistics: InputStatistics | None) -> list[dict[str, Tensor]]:
-        if self.options.of == "weight":
-            return [self.refit(weight, weight.flatten(1))]
-        return [{name: weight.new_zeros(part.shape, dtype=part.dtype) for name, part in self.parts().items()}]
+    def to_quantize(self, weight: Tensor, parts: Parts) -> Tensor:
+        return weight - self._branch(parts)
 
-    def turns(self) -> int:
-        return self.options.iterations if self.options.of == "weight" else 0
-
-    def refit(self, left: Tensor, seen: Tensor) -> dict[str, Tensor]:
-        """With U the first left singular vectors of what is seen, U U^T `left` is nearest to it among this rank's."""
-        up = _left_vectors(seen, self.rank)
-        return {"up": up.bfloat16(), "down": (up.T @ left.flatten(1)).bfloat16()}
-
-    def correct(self, residuals: Residuals) -> dict[str, Tensor]:
-        """The best approximation of E S, S the diagonal of the channels' mean magnitudes, with S taken out again."""
-        importance = residuals.inputs.clamp(min=1e-6 * residuals.inputs.amax().clamp(min=1e-30))
-        columns = per_channel(importance, residuals.weight).expand(1, *self.shape[1:]).flatten(1)
-        return self.refit(residuals.weight, residuals.weight.flatten(1) * columns)
-
-    def to_quantize(self, weight: Tensor, parts: dict[str, Tensor]) -> Tensor:
-        return weight - self._branch(parts) if self.options.of == "weight" else weight
-
-    def undo(self, weight: Tensor, parts: dict[str, Tensor]) -> Tensor:
+    def undo(self, weight: Tensor, parts: Parts) -> Tensor:
         return weight + self._branch(parts)
 
-    def _branch(self, parts: dict[str, Tensor]) -> Tensor:
+    def _branch(self, parts: Parts) -> Tensor:
         return (parts["up"].float() @ parts["down"].float()).view(self.shape)
 
-    def add_to(self, y: Tensor, layer: nn.Module, x: Tensor, parts: dict[str, Tensor]) -> Tensor:
+    def add_to(self, y: Tensor, layer: nn.Module, x: Tensor, parts: Parts) -> Tensor:
         up, down = parts["up"].to(y.dtype), parts["down"].to(x.dtype)
         if len(self.shape) == 2:
             hidden = F.linear(x, down)
@@ -113,10 +95,36 @@ class LowRank(Transform):
         return y
 
     def added_products(self) -> int:
-        return self.rank * (self.shape[0] + self._columns)
+        return self.rank * (self.shape[0] + self.columns)
 
     def __str__(self) -> str:
         return f"lowrank:{self.rank}"
+
+
+class LargestPart(Fit):
+    """The branch nearest to the weight, then to what the codes lose of it."""
+
+    def candidates(self, storage: LowRank, weight: Tensor, statistics: InputStatistics | None) -> list[Parts]:
+        return [self.refit(storage, weight, weight.flatten(1))]
+
+    def refit(self, storage: LowRank, lost: Tensor, seen: Tensor) -> Parts:
+        return nearest(lost, seen, storage.rank)
+
+
+def nearest(weight: Tensor, seen: Tensor, rank: int) -> Parts:
+    """The branch of least error for what outputs see of a weight, whose first left singular vectors are U: U (U^T W).
+
+    `weight` is float32 (rows, ...), `seen` float32 (rows, n), the weight's matrix times a root of the input's moments.
+    """
+    up = _left_vectors(seen, rank)
+    return {"up": up.bfloat16(), "down": (up.T @ weight.flatten(1)).bfloat16()}
+
+
+def correct(storage: LowRank, residuals: Residuals) -> Parts:
+    """The nearest branch to the error E as E S sees it, S = diag(mean |x|): L2QER, arXiv 2402.02446."""
+    importance = residuals.inputs.clamp(min=1e-6 * residuals.inputs.amax().clamp(min=1e-30))
+    columns = per_channel(importance, residuals.weight).expand(1, *storage.shape[1:]).flatten(1)
+    return nearest(residuals.weight, residuals.weight.flatten(1) * columns, storage.rank)
 
 
 def _left_vectors(matrix: Tensor, count: int) -> Tensor:
@@ -127,4 +135,14 @@ def _left_vectors(matrix: Tensor, count: int) -> Tensor:
     return torch.linalg.qr(matrix @ right).Q
 
 
-METHOD = LowRank
+def _fit(options: Options) -> Fit:
+    if options.of == "error":
+        return Fit()
+    return LargestPart(turns=options.iterations, by_moments=options.by == "output" and options.iterations > 0)
+
+
+def _correction(options: Options) -> Correction | None:
+    return correct if options.of == "error" else None
+
+
+METHOD = Method(Options, LowRank, fit=_fit, correction=_correction)

@@ -10,7 +10,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from dmquant.transforms.base import InputStatistics, Part, Transform
+from dmquant.transforms.interfaces import Fit, InputStatistics, Method, Part, Parts, Storage
 
 
 class Options(BaseModel):
@@ -22,12 +22,13 @@ class Options(BaseModel):
     """Of a layer's weights."""
 
 
-class Outliers(Transform):
+class Outliers(Storage):
     """Sparse rows of the weight's matrix (rows, input channels * kernel): how many in each, their columns and values.
 
     What bfloat16 leaves of an outlier is quantized with the rest, so that nothing is lost before quantization.
     """
 
+    NAME = "outliers"
     STAGE = 20
 
     @property
@@ -35,38 +36,25 @@ class Outliers(Transform):
         return math.ceil(self.options.share * math.prod(self.shape))
 
     @property
-    def _index_dtype(self) -> torch.dtype:
+    def index_dtype(self) -> torch.dtype:
         return torch.int16 if math.prod(self.shape[1:]) < 1 << 15 else torch.int32
 
     def parts(self) -> dict[str, Part]:
         return {
-            "counts": Part((self.shape[0], 1), self._index_dtype),
-            "columns": Part((1, self.count), self._index_dtype),
+            "counts": Part((self.shape[0], 1), self.index_dtype),
+            "columns": Part((1, self.count), self.index_dtype),
             "values": Part((1, self.count), torch.bfloat16),
         }
 
-    def fit(self, weight: Tensor, statistics: InputStatistics | None) -> list[dict[str, Tensor]]:
-        distance = (weight - weight.mean()).abs().flatten()
-        chosen = distance.topk(self.count).indices.sort().values
-        columns = math.prod(self.shape[1:])
-        counts = torch.bincount(chosen // columns, minlength=self.shape[0])
-        return [
-            {
-                "counts": counts.to(self._index_dtype).view(-1, 1),
-                "columns": (chosen % columns).to(self._index_dtype).view(1, -1),
-                "values": weight.flatten()[chosen].bfloat16().view(1, -1),
-            }
-        ]
-
-    def to_quantize(self, weight: Tensor, parts: dict[str, Tensor]) -> Tensor:
+    def to_quantize(self, weight: Tensor, parts: Parts) -> Tensor:
         flat = weight.flatten().scatter_add(0, self._places(parts), -parts["values"].flatten().to(weight.dtype))
         return flat.view(self.shape)
 
-    def complete(self, weight: Tensor, parts: dict[str, Tensor]) -> Tensor:
+    def complete(self, weight: Tensor, parts: Parts) -> Tensor:
         flat = weight.flatten().scatter_add(0, self._places(parts), parts["values"].flatten().to(weight.dtype))
         return flat.view(self.shape)
 
-    def _places(self, parts: dict[str, Tensor]) -> Tensor:
+    def _places(self, parts: Parts) -> Tensor:
         """In the flattened weight; int64."""
         rows = torch.arange(self.shape[0], device=parts["counts"].device)
         rows = rows.repeat_interleave(parts["counts"].flatten().long(), output_size=self.count)
@@ -76,4 +64,21 @@ class Outliers(Transform):
         return f"outliers:{self.options.share:g}"
 
 
-METHOD = Outliers
+class Farthest(Fit):
+    """The weights of the largest |w - mean|."""
+
+    def candidates(self, storage: Outliers, weight: Tensor, statistics: InputStatistics | None) -> list[Parts]:
+        distance = (weight - weight.mean()).abs().flatten()
+        chosen = distance.topk(storage.count).indices.sort().values
+        columns = math.prod(storage.shape[1:])
+        counts = torch.bincount(chosen // columns, minlength=storage.shape[0])
+        return [
+            {
+                "counts": counts.to(storage.index_dtype).view(-1, 1),
+                "columns": (chosen % columns).to(storage.index_dtype).view(1, -1),
+                "values": weight.flatten()[chosen].bfloat16().view(1, -1),
+            }
+        ]
+
+
+METHOD = Method(Options, Outliers, fit=lambda options: Farthest())

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor
 
 from dmquant.errors import UsageError
-from dmquant.transforms.base import Transform
+from dmquant.transforms.interfaces import Fit, Method, Parts, Storage
 
 
 class Options(BaseModel):
@@ -32,30 +32,24 @@ class Options(BaseModel):
         return size
 
 
-class Rotate(Transform):
+class Rotate(Storage):
     """Nothing is stored: the rotation is its own inverse, and computed where it is needed."""
 
+    NAME = "rotate"
     STAGE = 15
     CHANGES_INPUT = True
-
-    @classmethod
-    def takes_data(cls, options: Options) -> bool:
-        return options.choose
-
-    def optional(self) -> bool:
-        return self.options.choose
 
     @property
     def size(self) -> int:
         """Channels of a block; it lies inside a half of a split input and inside a group of a convolution."""
         return math.gcd(self.options.size, self.shape[1], self.split or 0)
 
-    def to_quantize(self, weight: Tensor, parts: dict[str, Tensor]) -> Tensor:
+    def to_quantize(self, weight: Tensor, parts: Parts) -> Tensor:
         return hadamard(weight, self.size, 1)
 
     undo = to_quantize
 
-    def input(self, x: Tensor, parts: dict[str, Tensor], dim: int) -> Tensor:
+    def input(self, x: Tensor, parts: Parts, dim: int) -> Tensor:
         return hadamard(x.float(), self.size, dim).to(x.dtype)
 
     def __str__(self) -> str:
@@ -63,7 +57,10 @@ class Rotate(Transform):
 
 
 def hadamard(x: Tensor, size: int, dim: int) -> Tensor:
-    """Every `size` consecutive elements along `dim` times the orthogonal Hadamard matrix of that size."""
+    """Every `size` consecutive elements along `dim` times the orthogonal Hadamard matrix H / sqrt(size) of Sylvester.
+
+    `size` is a power of two that divides `x.shape[dim]`; same shape and dtype.
+    """
     last = x.movedim(dim, -1)
     rotated, step = last, 1
     while step < size:
@@ -73,4 +70,4 @@ def hadamard(x: Tensor, size: int, dim: int) -> Tensor:
     return (rotated * size**-0.5).movedim(-1, dim)
 
 
-METHOD = Rotate
+METHOD = Method(Options, Rotate, fit=lambda options: Fit(statistics=int(options.choose), optional=options.choose))

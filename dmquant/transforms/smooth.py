@@ -9,7 +9,17 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from dmquant.transforms.base import InputStatistics, Part, Transform, per_channel, refuse_groups
+from dmquant.transforms.interfaces import (
+    Fit,
+    Folding,
+    InputStatistics,
+    Method,
+    Part,
+    Parts,
+    Storage,
+    per_channel,
+    refuse_groups,
+)
 from dmquant.transforms.pair import Pair
 
 _NO_RANGE = 1e-9
@@ -28,53 +38,49 @@ class Options(BaseModel):
     """Whether the layer before takes the factor over where that is exact."""
 
 
-class Smooth(Transform):
-    """y = (W / f) (f x), with f = 1 / s stored in bfloat16, or folded into the layer before (calib.folding)."""
+class Smooth(Storage):
+    """y = (W / f) (f x), with f = 1 / s stored in bfloat16, or folded into the layer before (calib.layers.folding)."""
 
+    NAME = "smooth"
     STAGE = 10
     CHANGES_INPUT = True
-
-    @classmethod
-    def takes_data(cls, options: Options) -> bool:
-        return True
 
     def check(self, layer: nn.Linear | nn.Conv2d) -> None:
         refuse_groups(self, layer)
 
-    def observed_ranges(self) -> int:
-        return self.options.ranges
-
-    def folds(self) -> bool:
-        return self.options.fold
-
-    def factors(self, pair: Pair, statistics: InputStatistics | None) -> list[Tensor]:
-        """Those of one layer with the weights of all that read."""
-        weights = torch.cat([layer.weight.detach().float() for layer in pair.seconds])
-        return [parts["factor"].float().view(-1) for parts in self.fit(weights, statistics)]
-
     def parts(self) -> dict[str, Part]:
         return {"factor": Part((1, self.shape[1]), torch.bfloat16)}
 
-    def fit(self, weight: Tensor, statistics: InputStatistics | None) -> list[dict[str, Tensor]]:
-        factors = [weight.new_ones(1, self.shape[1])]
-        if statistics is not None:
-            largest = weight.abs().transpose(0, 1).flatten(1).amax(1)
-            for x in _maxima(statistics.absmax.to(largest)):
-                moved = (x > _NO_RANGE) & (largest > _NO_RANGE)
-                for alpha in self.options.alpha:
-                    factor = largest ** (1 - alpha) / x.clamp(min=_NO_RANGE) ** alpha
-                    factors.append(torch.where(moved, factor, 1.0).view(1, -1))
-        distinct = {tuple(stored.view(-1).tolist()): stored for stored in map(Tensor.bfloat16, factors)}
-        return [{"factor": stored} for stored in distinct.values()]
-
-    def to_quantize(self, weight: Tensor, parts: dict[str, Tensor]) -> Tensor:
+    def to_quantize(self, weight: Tensor, parts: Parts) -> Tensor:
         return weight / per_channel(parts["factor"].float(), weight)
 
-    def undo(self, weight: Tensor, parts: dict[str, Tensor]) -> Tensor:
+    def undo(self, weight: Tensor, parts: Parts) -> Tensor:
         return weight * per_channel(parts["factor"].float(), weight)
 
-    def input(self, x: Tensor, parts: dict[str, Tensor], dim: int) -> Tensor:
+    def input(self, x: Tensor, parts: Parts, dim: int) -> Tensor:
         return x * parts["factor"].to(x.dtype).view(-1, *[1] * (-1 - dim))
+
+
+class Balance(Fit):
+    """No smoothing, and every alpha with every maximum of the input."""
+
+    def candidates(self, storage: Smooth, weight: Tensor, statistics: InputStatistics | None) -> list[Parts]:
+        return [{"factor": factor.view(1, -1)} for factor in factors(weight, storage.options, statistics)]
+
+
+def factors(weight: Tensor, options: Options, statistics: InputStatistics | None) -> list[Tensor]:
+    """1 / s, SmoothQuant, eq. 4, for each alpha and each maximum of the input, behind 1; bfloat16 (channels,).
+
+    `weight` is float32 (output channels, channels, ...).
+    """
+    largest = weight.abs().transpose(0, 1).flatten(1).amax(1)
+    found = [torch.ones_like(largest)]
+    for x in [] if statistics is None else _maxima(statistics.absmax.to(largest)):
+        moved = (x > _NO_RANGE) & (largest > _NO_RANGE)
+        for alpha in options.alpha:
+            factor = largest ** (1 - alpha) / x.clamp(min=_NO_RANGE) ** alpha
+            found.append(torch.where(moved, factor, 1.0))
+    return list({tuple(stored.tolist()): stored for stored in map(Tensor.bfloat16, found)}.values())
 
 
 def _maxima(absmax: Tensor) -> list[Tensor]:
@@ -89,4 +95,12 @@ def _maxima(absmax: Tensor) -> list[Tensor]:
     return [overall, *absmax, logarithms.exp().nan_to_num(0.0)]
 
 
-METHOD = Smooth
+def _folding(options: Options) -> Folding | None:
+    def of_pair(pair: Pair, statistics: InputStatistics | None) -> list[Tensor]:
+        weights = torch.cat([layer.weight.detach().float() for layer in pair.seconds])
+        return [factor.float() for factor in factors(weights, options, statistics)]
+
+    return Folding(of_pair, chosen=True) if options.fold else None
+
+
+METHOD = Method(Options, Smooth, fit=lambda options: Balance(statistics=options.ranges), folding=_folding)

@@ -12,19 +12,18 @@ from dmquant.diffusers.families import Family, families
 from dmquant.diffusers.families.generic import COMPONENTS, GENERIC, ends
 from dmquant.diffusers.quantizer import QuantConfig, QuantMethod
 from dmquant.errors import UserError
-from dmquant.evaluation.report_tables import size_text
 from dmquant.formats import get_format
 from dmquant.host.console import Console, quiet_libraries
+from dmquant.host.units import about_text, size_text
 from dmquant.pipelines.commands import doctor as examination
-from dmquant.pipelines.defaults import DEFAULT_RECIPE
 from dmquant.pipelines.models import folders
-from dmquant.pipelines.models.hub import readable
 from dmquant.pipelines.models.registry import registered_models
 from dmquant.pipelines.models.skeleton import skeleton
 from dmquant.pipelines.runs import runfolder
-from dmquant.pipelines.runs.settings import format_name
+from dmquant.pipelines.runs.defaults import DEFAULT_RECIPE
 from dmquant.recipe import Recipe, bits_names, recipe_names
 from dmquant.scaling import BLOCK_FORMATS
+from dmquant.settings import format_name
 
 GUIDANCE = {
     "rows": "guidance by rows with and without the prompt in one call",
@@ -43,7 +42,7 @@ def models() -> None:
     """One row a registered model."""
     table = _table("model", "what it is", "family", "size", "steps", "guidance", "dtype", "download", "licence")
     for spec in registered_models().values():
-        download = "none" if spec.is_embedded else readable(spec.download_bytes)
+        download = "none" if spec.is_embedded else about_text(spec.download_bytes)
         table.add_row(
             spec.name,
             spec.description,

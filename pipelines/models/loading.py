@@ -3,9 +3,10 @@
 import inspect
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -83,11 +84,16 @@ def checked_folder(spec: ModelSpec, say: Callable[[str], None]) -> Path:
 
 
 def load_full_precision(
-    spec: ModelSpec, dtype: torch.dtype, device: str, say: Callable[[str], None] | None = None
+    spec: ModelSpec,
+    dtype: torch.dtype,
+    device: str,
+    say: Callable[[str], None] | None = None,
+    parts: Mapping[str, Any] = MappingProxyType({}),
 ) -> "DiffusionPipeline":
     """The model's pipeline in `dtype` on `device`, in eval mode, from safetensors only.
 
-    Raises UserError as `checked_folder` does, and for a backbone with tensors that are absent or not finite.
+    `parts` are in memory already and not loaded again. Raises UserError as `checked_folder` does, and for a backbone
+    with tensors that are absent or not finite.
     """
     say = say or (lambda line: print(line, file=sys.stderr))
     folder = checked_folder(spec, say)
@@ -106,7 +112,7 @@ def load_full_precision(
             use_safetensors=True,
             local_files_only=True,
             variant=folders.variant(folder, family.component),
-            **without,
+            **(without | dict(parts)),
         )
     except (OSError, ValueError, RuntimeError, ImportError, AttributeError, KeyError, TypeError) as error:
         reason = " ".join(str(error).split())

@@ -8,19 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 import dmquant
+from dmquant.diffusers.families import Family
+from dmquant.diffusers.families.generic import GENERIC
 from dmquant.errors import UsageError
 from dmquant.evaluation.generate import ImageRequest, batch_size_for, image_requests
 from dmquant.evaluation.images import any_images
-from dmquant.evaluation.metrics import METRICS, REAL, check_names
+from dmquant.evaluation.metrics.registry import METRICS, all_names, check_names, default_names
 from dmquant.evaluation.networks import CLIP
-from dmquant.formats import get_format
-from dmquant.pipelines.defaults import DEFAULT_RECIPE
-from dmquant.diffusers.families import Family
-from dmquant.diffusers.families.generic import GENERIC
+from dmquant.host.files import fingerprint
 from dmquant.pipelines.models.loading import resolve_device, resolve_dtype
-from dmquant.pipelines.prompts.lists import PromptSet, load_prompts, read_prompts
 from dmquant.pipelines.models.registry import (
     EMBEDDED,
     ModelSpec,
@@ -29,14 +28,13 @@ from dmquant.pipelines.models.registry import (
     family_for,
     resolve_model,
 )
-from dmquant.pipelines.runs.runfolder import fingerprint
-from dmquant.recipe import NO_FORMAT, Recipe
-from dmquant.scaling import BLOCK_FORMATS
+from dmquant.pipelines.prompts.lists import PromptSet, load_prompts, read_prompts
+from dmquant.pipelines.runs.defaults import DEFAULT_RECIPE
+from dmquant.recipe import Recipe
+from dmquant.settings import format_name
 
 DEFAULT_PROMPTS = 64
-LATENTS = "latent_mse"
-DEFAULT_METRICS = ("psnr", "ssim", LATENTS, "fid_fp")
-WITH_CLIP, WITH_REAL, ALL = "clip_score", ("fid_real",), "all"
+ALL = "all"
 PIXELS_A_LATENT = 8  # diffusers asks for sizes that this divides
 LIBRARIES = ("torch", "diffusers", "transformers")
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]i?)b?", re.IGNORECASE)
@@ -137,17 +135,23 @@ class Settings:
         )
         return image_requests(self.prompts, self.seed, settings, self.needs_latents)
 
+    def recipe_for(self, backbone: nn.Module) -> Recipe:
+        """The recipe with all rules written out for a backbone of the family, whatever its class is called."""
+        return self.recipe.for_model(self.family.known(backbone))
+
     def model_key(self, weights: str) -> str:
         """Fingerprint of all that the quantized model depends on, `weights` being that of the full-precision ones.
 
         The memory budget is not part of it: it decides where data lies, not what is computed from it.
         """
         data = {"calibration_prompts": self.calibration_prompts, "call": self.call} if self.recipe.calibrated else {}
+        family = {"keep": sorted(self.family.keep)} if self.recipe.keep == "family" else {}
         return fingerprint(
             source=weights,
             recipe=self.recipe.to_dict(),
             dtype=self.dtype_name,
             dmquant=dmquant.__version__,
+            **family,
             **data,
         )
 
@@ -222,7 +226,7 @@ def resolve(options: Options) -> Settings:
         batch_size=options.batch_size or batch_size_for(height, width),
         metrics=metrics,
         # Images of an earlier version have none: what hours have made is not made again for a default.
-        needs_latents=options.metrics is not None and LATENTS in metrics,
+        needs_latents=options.metrics is not None and any("latents" in METRICS[name].needs for name in metrics),
         real=options.real,
         clip=clip_source(options.clip or model.clip),
         device=device,
@@ -280,9 +284,9 @@ def resolve_metrics(listed: str | None, real: Path | None, own_clip: bool = Fals
     if real is not None:
         any_images(real)
     if listed is None:
-        return (*DEFAULT_METRICS, *((WITH_CLIP,) if own_clip else ()), *(WITH_REAL if real is not None else ()))
+        return default_names(real is not None, own_clip)
     if listed.strip() == ALL:
-        return tuple(name for name in METRICS if real is not None or name not in REAL)
+        return all_names(real is not None)
     names = tuple(dict.fromkeys(name.strip() for name in listed.split(",") if name.strip()))
     if not names:
         raise UsageError("--metrics is empty: name at least one, such as psnr")
@@ -295,14 +299,6 @@ def clip_source(name: str | None) -> str:
     if name is None:
         return CLIP
     return str(embedded_folder(name)) if name.startswith(EMBEDDED) else name
-
-
-def format_name(name: str) -> str:
-    """The full name of a format: `fp4` is `fp4_e2m1`; block formats and `none` are called as they are."""
-    lower = name.lower()
-    if name in NO_FORMAT:
-        return "none"
-    return lower if lower in BLOCK_FORMATS else get_format(name).name
 
 
 def versions() -> dict[str, str]:
@@ -318,7 +314,7 @@ def _recipe(model: ModelSpec, source: str, w: str | None, a: str | None) -> Reci
             f"recipe {recipe.name} is calibrated, block by block, and the family {GENERIC} knows no blocks: "
             "use --recipe rtn"
         )
-    return recipe.keeping(family_for(model).keep)
+    return recipe
 
 
 def _check_taken(options: Options, model: ModelSpec) -> None:

@@ -11,7 +11,7 @@ from dmquant.errors import UsageError
 from dmquant.layers import quantize_layer
 from dmquant.qtensor import WeightSpec
 from dmquant.recipe import Recipe
-from dmquant.transforms import alternate, chains, create
+from dmquant.transforms import alternate, chains, create, fit_of
 
 LAYERS = {
     "linear": lambda: nn.Linear(96, 48),
@@ -64,7 +64,7 @@ def test_a_turn_gives_the_branch_of_least_error_under_any_moments(rows, columns,
     left = generator.normal(size=(rows, columns))
     (branch,) = branch_of(nn.Linear(columns, rows), rank=rank)
     as_tensor = torch.from_numpy(left).float()
-    parts = branch.refit(as_tensor, as_tensor @ torch.from_numpy(root).float())
+    parts = fit_of(branch).refit(branch, as_tensor, as_tensor @ torch.from_numpy(root).float())
     found = (parts["up"].double() @ parts["down"].double()).numpy()
     values = np.linalg.svd(left @ root, compute_uv=False)
     least = np.square(values[rank:]).sum()

@@ -11,8 +11,8 @@ from dmquant.convert import plan, quantize_
 from dmquant.diffusers.families import families
 from dmquant.qtensor import quantize_tensor
 from dmquant.recipe import Recipe
-from dmquant.transforms import prepare_
-from dmquant.transforms.equalize import equalize_
+from dmquant.transforms import fold_first_
+from dmquant.transforms.equalize import equalizing
 from dmquant.transforms.pair import Pair, pairs
 from tests.tiny import TINY
 
@@ -46,7 +46,7 @@ def output(backbone, call):
 
 
 def equalized(backbone, recipe=EQUALIZE):
-    prepare_(backbone, {step.name: step.transforms for step in plan(backbone, recipe)})
+    fold_first_(backbone, {step.name: step.transforms for step in plan(backbone, recipe)})
 
 
 @pytest.mark.parametrize(
@@ -70,6 +70,10 @@ def test_the_backbone_computes_the_same(model, found):
     assert any(not torch.equal(tensor, weights[name]) for name, tensor in backbone.state_dict().items())
     after = output(backbone, call)
     assert (after - before).norm() <= 1e-6 * before.norm()
+
+
+def equalize_(pair):
+    pair.scale_(pair.allowed(equalizing(pair)))
 
 
 def two_layers(dtype=torch.float32):

@@ -13,7 +13,17 @@ from dmquant.errors import UsageError
 from dmquant.layers import QUANTIZED, quantize_layer
 from dmquant.qtensor import WeightSpec, quantize_tensor
 from dmquant.recipe import Recipe
-from dmquant.transforms import InputStatistics, Residuals, chains, create, get_method, method_names
+from dmquant.transforms import (
+    InputStatistics,
+    Residuals,
+    chains,
+    correction_of,
+    create,
+    fit_of,
+    get_method,
+    method_names,
+)
+from dmquant.transforms.rotate import hadamard
 
 FP4, FP6 = WeightSpec.parse("fp4", "group:16"), ActivationSpec.parse("fp6")
 LAYERS = {
@@ -242,9 +252,11 @@ class TestSmooth:
         weight = layer.weight.detach()
         absmax = torch.tensor([[1.0, 64.0, 1.0, 4.0], [4.0, 1.0, 1.0, 0.0]])
         (transform,) = create([("smooth", {"alpha": [0.0, 0.5], "ranges": 2})], layer, None)
-        assert transform.ranges() == 1  # nothing that the layer stores or computes differs by timestep
-        assert transform.observed_ranges() == 2
-        found = [parts["factor"] for parts in transform.fit(weight, InputStatistics(absmax, []))]
+        assert transform.timestep_ranges == 1  # nothing that the layer stores or computes differs by timestep
+        assert fit_of(transform).statistics == 2
+        found = [
+            parts["factor"] for parts in fit_of(transform).candidates(transform, weight, InputStatistics(absmax, []))
+        ]
         column = weight.abs().amax(0)
 
         def factor(alpha, x):
@@ -281,7 +293,7 @@ class TestSmooth:
         assert len(one.fit(weight, alone)) == 11
         found = three.fit(weight, alike)
         assert len(found) < 2 * 11  # but for the rounding of the mean
-        expected = one.fit(weight, InputStatistics(alike.absmax[:1], alone.sample))
+        expected = fit_of(one).candidates(one, weight, InputStatistics(alike.absmax[:1], alone.sample))
         assert all(torch.equal(a["factor"], b["factor"]) for a, b in zip(found, expected, strict=False))
 
     def test_outlier_channels_quantize_better_per_tensor(self):
@@ -383,7 +395,7 @@ class TestLowRank:
 
         def left(importance):
             (transform,) = create([("lowrank", {"rank": 4, "of": "error"})], layer, None)
-            parts = transform.correct(Residuals(error, importance, torch.zeros(1, len(weight))))
+            parts = correction_of(transform)(transform, Residuals(error, importance, torch.zeros(1, len(weight))))
             twin = copy.deepcopy(layer)
             twin.weight.data, twin.bias = transform.undo(-error, parts), None
             with torch.no_grad():
@@ -439,11 +451,10 @@ class TestRotate:
         [((8, 128), None, 64), ((8, 96), None, 32), ((8, 7), None, 1), ((8, 128), 80, 16), ((8, 24, 3, 3), None, 8)],
     )
     def test_the_block_is_the_largest_that_fits(self, shape, split, size):
-        module = get_method("rotate")
-        assert module.METHOD(module.Options(), shape, split).size == size
+        method = get_method("rotate")
+        assert method.storage(method.Options(), shape, split).size == size
 
     def test_it_is_the_orthogonal_matrix_of_sylvester(self):
-        hadamard = get_method("rotate").hadamard
         matrix = torch.tensor([[1.0]])
         for _ in range(3):
             matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])

@@ -1,6 +1,7 @@
 """Model families: what dmquant knows of the backbones of one architecture, each in one module of this package.
 
-To add one, write a module that defines `FAMILY`, and a YAML file in configs/models that names it.
+To add one, write a module that defines `FAMILY`, and a YAML file in configs/models that names it; or `register` one
+from outside.
 """
 
 import functools
@@ -10,7 +11,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from dmquant.errors import UserError
+from dmquant.errors import UsageError, UserError
+from dmquant.models import Known, knows_models
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -71,19 +73,61 @@ class Family:
     """The pipeline as something that is called with prompts; itself, unless its call takes something else."""
     without: Mapping[str, Any] = field(default_factory=dict)
     """Arguments of the pipeline's constructor that leave parts of it out, used where it has such a parameter."""
+    token_limits: Mapping[str, int] = field(default_factory=dict)
+    """Tokens of each tokenizer, by its name in the pipeline, where the pipeline fixes them and its call has no say."""
+
+    def known(self, backbone: "nn.Module") -> Known:
+        """What `keep: family` in a recipe stands for in this backbone."""
+        return Known(self.keep, self.concatenations(backbone))
+
+
+_registered: dict[str, Family] = {}
+
+
+def register(family: Family) -> None:
+    """Add a family that is not a module of this package; UsageError where its name or backbone is another's."""
+    for other in families().values():
+        if other.name == family.name or set(other.backbones) & set(family.backbones):
+            raise UsageError(f"family {family.name}: its name or a backbone of its is that of family {other.name}")
+    _registered[family.name] = family
 
 
 @functools.cache
-def families() -> dict[str, Family]:
-    """Every family by name."""
+def _own() -> dict[str, Family]:
     names = sorted(module.name for module in pkgutil.iter_modules(__path__))
     return {name: importlib.import_module(f"{__name__}.{name}").FAMILY for name in names}
+
+
+def families() -> dict[str, Family]:
+    """Every family by name."""
+    return _own() | _registered
+
+
+def family_of_backbone(class_name: str) -> Family | None:
+    """The family that knows a backbone of this class, None where none does."""
+    return next((family for family in families().values() if class_name in family.backbones), None)
+
+
+def family_of_pipeline(class_name: str) -> Family | None:
+    """The family that runs pipelines of this class, None where none does."""
+    return next((family for family in families().values() if class_name in family.pipelines), None)
+
+
+@knows_models
+def _known(model: "nn.Module") -> Known | None:
+    from dmquant.diffusers.families.generic import known_of_any
+
+    family = family_of_backbone(type(model).__name__)
+    return known_of_any(model) if family is None else family.known(model)
 
 
 def family_of(pipeline: "DiffusionPipeline") -> Family:
     """The family of a loaded pipeline's backbone; UserError, naming those that are known, if it has none."""
     for family in families().values():
-        if type(getattr(pipeline, family.component, None)).__name__ in family.backbones:
+        backbone = getattr(pipeline, family.component, None)
+        if hasattr(backbone, "_orig_mod"):
+            raise UserError(f"the {family.component} is compiled: quantize it first, then torch.compile it")
+        if type(backbone).__name__ in family.backbones:
             return family
     backbones = {type(getattr(pipeline, name)).__name__ for name in ("transformer", "unet") if hasattr(pipeline, name)}
     known = ", ".join(name for family in families().values() for name in family.backbones)

@@ -7,6 +7,7 @@ read latents, timestep or text, or that write the output, and the first and the 
 from typing import TYPE_CHECKING
 
 from dmquant.diffusers.families import Family
+from dmquant.models import USUAL, Known
 
 if TYPE_CHECKING:
     from torch import nn
@@ -28,16 +29,12 @@ FAMILY = Family(
     component=COMPONENTS[0],
     backbones=(),
     pipelines=(),
-    keep={
-        "conv_in": "sees the noisy latents themselves",
-        "*embed*": "embeds latents, timestep, text or size for the whole network",
-        "time_extra_emb.*": "conditions every block",
-        "adaln_single.*": "one embedding sets scale and shift of every block",
-        "caption_projection.*": "every cross-attention reads its output",
-        "norm_out.*": "scales and shifts all tokens just before they become noise",
-        "proj_out": "its error goes straight into the predicted noise",
-        "proj_out_[0-9]": "its error goes straight into the predicted noise",
-        "conv_out": "its error goes straight into the predicted noise",
-    },
+    keep=USUAL,
     blocks=lambda backbone: [],
 )
+
+
+def known_of_any(model: "nn.Module") -> Known | None:
+    """What stays in high precision in a diffusers model that no family knows; None for another model."""
+    bases = {(base.__module__.partition(".")[0], base.__name__) for base in type(model).__mro__}
+    return Known({**USUAL, **ends(model)}) if ("diffusers", "ModelMixin") in bases else None

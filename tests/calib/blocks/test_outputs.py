@@ -111,3 +111,15 @@ def test_what_was_never_written_to_disk_is_not_read_as_zeros(tmp_path):
     outputs.write([0], torch.ones(1, 4))
     with pytest.raises(UserError, match="shorter than it was written"):
         outputs.read([5], CPU)
+
+
+def test_nothing_is_unlinked_while_it_is_open(tmp_path, monkeypatch):
+    """Windows refuses that."""
+
+    def refused(path, missing_ok=False):
+        raise PermissionError(f"{path} is used by another process")
+
+    monkeypatch.setattr("pathlib.Path.unlink", refused)
+    disk = filled(torch.float32, Budget(0, tmp_path / "spill"))
+    disk.close()
+    assert list((tmp_path / "spill").iterdir()) == []

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from dmquant.calib.blocks import engine
+from dmquant.calib.blocks import decide
 from dmquant.calib.blocks.budget import SOLVING, STATE, Held, check_budget, passes
 from dmquant.calib.blocks.learn import UnitData, learn
 from dmquant.calib.blocks.units import Block
@@ -24,7 +24,7 @@ GPTQ = {"rounding": "gptq", "scale": "mse", "activations": "fp6"}
 
 @pytest.fixture(scope="module")
 def pixart(tmp_path_factory):
-    return captured("pixart-sigma", tmp_path_factory.mktemp("data"))
+    return captured("pixart-sigma", tmp_path_factory.mktemp("data"), blocks=2)
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def test_moments_are_collected_in_full_however_wide_the_layer(pixart, solved, tm
 def test_a_small_budget_takes_more_passes_for_the_same_codes(pixart, solved, tmp_path, monkeypatch):
     parts = []
     monkeypatch.setattr(
-        engine, "passes", lambda sizes, budget: parts.extend([[name] for name in sizes]) or parts[-len(sizes) :]
+        decide, "passes", lambda sizes, budget: parts.extend([[name] for name in sizes]) or parts[-len(sizes) :]
     )
     assert is_same(calibrated(pixart, recipe_of(**GPTQ), tmp_path)[0], solved[0])
     assert len(parts) == len(quantized_layers(solved[0]))
@@ -99,8 +99,10 @@ def other(grid):
 
 @pytest.mark.parametrize("better", [True, False])
 def test_of_the_solved_roundings_and_nearest_those_better_on_held_out_data_are_kept(better):
-    learner, (done, kept) = case_of(lambda grid: Fixed(other(grid)), other if better else lambda grid: grid.weight)
-    assert torch.equal(kept["layer"], learner.rounding.hard() if better else learner.grid.nearest)
+    learner, (done, kept) = case_of(
+        lambda grid: Fixed(grid, other(grid)), other if better else lambda grid: grid.weight
+    )
+    assert torch.equal(kept["layer"].values, learner.rounding.hard() if better else learner.grid.nearest)
     assert done.solved == better
     assert done.error == (0 if better else done.nearest_error)
     assert (done.best_step, done.undecided) == (0, 0.0)

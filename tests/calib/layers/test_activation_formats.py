@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from dmquant.activations import ActivationSpec, fake_quantize
-from dmquant.calib.blocks import engine
+from dmquant.calib.blocks import input_specs
 from dmquant.calib.layers.activation_formats import choose_activation_formats
 from dmquant.convert import LayerPlan, plan
 from dmquant.errors import UsageError
@@ -75,7 +75,7 @@ def test_calibrated_models_name_the_formats_and_are_read_back(model, granularity
     )
     assert recipe.calibrated
     backbone, done = calibrated(case, recipe, tmp_path / "out")
-    monkeypatch.setattr(engine, "choose_activation_formats", None)  # what was chosen is on disk
+    monkeypatch.setattr(input_specs, "choose_activation_formats", None)  # what was chosen is on disk
     again = calibrated(case, recipe, tmp_path / "out")
     assert is_same(again[0], backbone)
     assert again[1].recipe == done.recipe

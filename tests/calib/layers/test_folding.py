@@ -9,7 +9,7 @@ from torch import nn
 
 from dmquant.activations import ActivationSpec
 from dmquant.calib.layers.fitting import output_error, with_outputs
-from dmquant.calib.layers.folding import folds_of, shared_factor
+from dmquant.calib.layers.folding import folds_of, shared_factor, without
 from dmquant.calib.layers.statistics import InputObserver
 from dmquant.convert import footprint, plan
 from dmquant.layers import QuantLinear
@@ -89,11 +89,11 @@ def test_the_float_block_computes_the_same_and_its_readers_need_no_smoothing():
     assert [fold.readers[0] for fold in folds] == [*AFFINE, *LINEAR]
     assert folds[0].readers == ("attn1.to_q", "attn1.to_k", "attn1.to_v")
     for fold in folds:
-        fold.apply_(factor_of(fold.pair.channels), plans)
+        fold.pair.scale_(factor_of(fold.pair.channels))
     assert not torch.allclose(block.norm1.weight, before.norm1.weight)
     assert (called(block) - expected).norm() <= 1e-6 * expected.norm()
     folded = {name for fold in folds for name in fold.readers}
-    assert {name for name, step in plans.items() if not step.transforms} == folded
+    assert not any(without(plans[name], "smooth").transforms for name in folded)
     assert {"attn2.to_k", "attn2.to_v"} == plans.keys() - folded  # read the text, which comes from outside
 
 
@@ -102,7 +102,7 @@ def test_in_16_bits_not_a_bit_of_the_output_changes():
     plans, expected = plans_of(block), called(block)
     for fold in folds_of(block, "", plans, "smooth"):
         assert fold.pair.needs_powers_of_two
-        fold.apply_(factor_of(fold.pair.channels, powers_of_two=True), plans)
+        fold.pair.scale_(factor_of(fold.pair.channels, powers_of_two=True))
     assert torch.equal(called(block), expected)
 
 
@@ -259,7 +259,7 @@ def test_without_rounding_the_whole_backbone_computes_the_same(unet, tmp_path):
 )
 def test_interrupted_and_run_again_it_gives_the_same_model(unet, tmp_path, rounding, unit):
     transforms = [smoothing(alpha=[0.5], ranges=2), "outliers"]
-    blocks = (BLOCK, "up_blocks.1.attentions.0")
+    blocks = (f"{INSIDE}.attn1", f"{INSIDE}.ff", "up_blocks.1.attentions.0.transformer_blocks.0.ff")
     recipe = unet_recipe(transforms, blocks, rounding, FAST | {"unit": unit}, activations="int8")
     whole, reports = calibrated(unet, recipe, tmp_path / "whole")
     resumed, again = stopped_and_resumed(unet, recipe, tmp_path / "stopped")
@@ -270,11 +270,11 @@ def test_interrupted_and_run_again_it_gives_the_same_model(unet, tmp_path, round
 
 def test_norms_without_weights_take_no_factor(tmp_path):
     """PixArt's: its attention alone is linear in what it gives on."""
-    case = captured("pixart-sigma", tmp_path / "data")
-    recipe = recipe_of(transforms=[smoothing()], rounding="nearest", learning=FAST)
+    case = captured("pixart-sigma", tmp_path / "data", blocks=2)
+    recipe = recipe_of(transforms=[smoothing(alpha=[0.5])], rounding="nearest", learning=FAST)
     others = [{"match": "*.to_out.0", "transforms": []}]
     without = [
-        recipe_of(transforms=[smoothing(fold)], rounding="nearest", learning=FAST, rules=others)
+        recipe_of(transforms=[smoothing(fold, alpha=[0.5])], rounding="nearest", learning=FAST, rules=others)
         for fold in (True, False)
     ]
     backbone, done = calibrated(case, recipe, tmp_path / "folded")

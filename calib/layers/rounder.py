@@ -1,0 +1,63 @@
+"""A recipe's rounding method, and how a layer starts on it."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from pydantic import BaseModel
+from torch import Tensor, nn
+
+from dmquant.calib.layers.fitting import fit_to_codes
+from dmquant.calib.layers.learner import Learner
+from dmquant.calib.layers.moments import Moments, fit_grid, moments_for, needs_moments
+from dmquant.convert import LayerPlan
+from dmquant.layers import QuantConv2d, QuantLinear
+from dmquant.recipe import Recipe
+from dmquant.rounding import get_method, gptq, nearest
+
+
+@dataclass(frozen=True)
+class Rounder:
+    """A method of `dmquant.rounding` with its options."""
+
+    method: Any
+    options: BaseModel
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> "Rounder":
+        method = get_method(recipe.rounding.method)
+        return cls(method, method.Options.model_validate(recipe.rounding.options))
+
+    @property
+    def solving(self) -> BaseModel:
+        """Options of solving by moments: GPTQ's own where the method does not need them but a transform does."""
+        return self.options if self.method.NEEDS_MOMENTS else gptq.Options()
+
+    def moments_for(self, layer: nn.Module, plan: LayerPlan, device: torch.device) -> Moments | None:
+        """Where the moments of a layer's inputs are to be collected; None where nothing asks for them."""
+        return moments_for(layer, plan, self.method, self.solving, device)
+
+    def start(
+        self,
+        layer: nn.Linear | nn.Conv2d,
+        plan: LayerPlan,
+        quantized: QuantLinear | QuantConv2d,
+        weight: Tensor,
+        moments: Moments | None,
+    ) -> Learner:
+        """A layer with its grid fitted and its rounding started, or solved.
+
+        `weight` is what `fit_transforms` left to be quantized. A layer without moments takes scales of least weight
+        error, the recipe's own format, and nearest rounding where the method needs moments.
+        """
+        weight = fit_to_codes(plan, quantized, weight, moments, self.method, self.solving)
+        if moments is None and needs_moments(plan):
+            plan = replace(plan, weights=replace(plan.weights, scale="mse"), candidates=())
+        grid = fit_grid(weight, plan, moments, self.options)
+        if not self.method.NEEDS_MOMENTS:
+            rounding = self.method.start(grid, self.options)
+        elif moments is None or not moments.in_full:
+            rounding = nearest.start(grid, nearest.Options())
+        else:
+            rounding = self.method.start(grid, self.options, moments.blocks())
+        return Learner(plan.name, layer, grid, rounding, quantized)

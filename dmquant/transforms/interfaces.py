@@ -1,0 +1,185 @@
+"""What a transform is made of: three small interfaces, the folding of a pair, and the record that names them all."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+import torch
+from pydantic import BaseModel
+from torch import Tensor, nn
+
+from dmquant.errors import UsageError
+from dmquant.transforms.pair import Pair
+
+Parts = dict[str, Tensor]
+"""The tensors that one transform stores with a layer, by name."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Shape and dtype of a tensor that a transform stores with a layer."""
+
+    shape: tuple[int, int]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Storage:
+    """What a layer stores of one transform, and how it runs with it. This one stores nothing and changes nothing.
+
+    The parts follow from shape and options alone, so that an empty layer can be made before its file is read. Methods
+    get them by name, in their dtypes. Weights are (output channels, input channels of a group, ...), as `shape`.
+    """
+
+    options: Any
+    shape: tuple[int, ...]
+    split: int | None = None
+    """The input is a concatenation: its first `split` channels and the others share no scale."""
+
+    NAME: ClassVar[str]
+    STAGE: ClassVar[int]
+    """Transforms of a layer apply in this order."""
+    CHANGES_INPUT: ClassVar[bool] = False
+    """Whether what is quantized is another input than the layer's own."""
+
+    @property
+    def name(self) -> str:
+        return self.NAME
+
+    def check(self, layer: nn.Linear | nn.Conv2d) -> None:
+        """UsageError for a layer that cannot have this transform."""
+
+    def parts(self) -> dict[str, Part]:
+        """Shapes and dtypes of what the layer stores, by name."""
+        return {}
+
+    def to_quantize(self, weight: Tensor, parts: Parts) -> Tensor:
+        """The weight to be quantized, from the float layer's; float32, same shape."""
+        return weight
+
+    def complete(self, weight: Tensor, parts: Parts) -> Tensor:
+        """The weight that the input meets, from the dequantized one; same dtype and shape."""
+        return weight
+
+    def undo(self, weight: Tensor, parts: Parts) -> Tensor:
+        """The float layer's weight, from the one that the input meets; float32, same shape."""
+        return weight
+
+    def input(self, x: Tensor, parts: Parts, dim: int) -> Tensor:
+        """The input to be quantized, from the layer's own, channels along `dim`; same dtype and shape."""
+        return x
+
+    def add_to(self, y: Tensor, layer: nn.Module, x: Tensor, parts: Parts) -> Tensor:
+        """The output `y` with what is added to it, perhaps in place; `x` is the transformed input, not quantized."""
+        return y
+
+    @property
+    def timestep_ranges(self) -> int:
+        """How many timestep ranges have parts of their own."""
+        return 1
+
+    def added_products(self) -> int:
+        """Products of two 16-bit numbers that `add_to` takes for each position of the output."""
+        return 0
+
+    def __str__(self) -> str:
+        return self.name
+
+
+@dataclass(frozen=True)
+class InputStatistics:
+    """Summary of a layer's input on calibration data.
+
+    `absmax`: the largest magnitude of each channel in each timestep range, float32 (ranges, channels). `sample`: some
+    of the inputs, as the layer gets them.
+    """
+
+    absmax: Tensor
+    sample: Sequence[Tensor]
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How calibration fits a transform before codes are final. This one gives parts of zeros, which change nothing."""
+
+    statistics: int = 0
+    """Timestep ranges that the `InputStatistics` it looks at tell apart; 0: it looks at none."""
+    optional: bool = False
+    """Whether calibration may leave a layer without the transform, where its output is nearer then."""
+    turns: int = 0
+    """How many times it is fitted anew to what the codes beside it lose (`alternate`)."""
+    by_moments: bool = False
+    """Whether that loss counts by the second moments of the layer's input."""
+
+    def candidates(self, storage: Storage, weight: Tensor, statistics: InputStatistics | None) -> list[Parts]:
+        """Parts for a float32 weight, to choose from by output error; without statistics those that change nothing."""
+        return [{name: weight.new_zeros(part.shape, dtype=part.dtype) for name, part in storage.parts().items()}]
+
+    def refit(self, storage: Storage, lost: Tensor, seen: Tensor) -> Parts:
+        """Parts for what codes lose of a weight, float32 in its shape; `seen` (rows, n): what outputs see of it."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Residuals:
+    """Errors of a layer whose codes are decided.
+
+    `weight`: the weight that was to be quantized less the quantized one, float32 (output channels, ...). `inputs`: mean
+    magnitude of each channel of the transformed input, float32 (channels,). `outputs`: mean over samples and positions
+    of the float layer's output less the quantized one's, float32 (timestep ranges, output channels).
+    """
+
+    weight: Tensor
+    inputs: Tensor
+    outputs: Tensor
+
+
+class Correction(Protocol):
+    """How a transform is fitted to what rounding left wrong."""
+
+    def __call__(self, storage: Storage, residuals: Residuals) -> Parts:
+        """Parts that make up for it."""
+        ...
+
+
+@dataclass(frozen=True)
+class Folding:
+    """How a transform of the second layers of a pair goes into the weights of both, where nothing has to be stored.
+
+    `factors(pair, statistics)` gives what the channels may be multiplied by, each float32 (channels,). With `chosen`
+    calibration takes the one of least output error, block by block, the first without statistics. Otherwise the first
+    is taken, of all pairs of the model, before anything else.
+    """
+
+    factors: Callable[[Pair, InputStatistics | None], list[Tensor]]
+    chosen: bool
+
+
+@dataclass(frozen=True)
+class Method:
+    """A transform as `register` takes it: all but its storage depends on the options of a layer."""
+
+    Options: type[BaseModel]
+    """What a recipe may set."""
+    storage: type[Storage]
+    fit: Callable[[Any], Fit] = lambda options: Fit()
+    correction: Callable[[Any], Correction | None] = lambda options: None
+    folding: Callable[[Any], Folding | None] = lambda options: None
+
+    def takes_data(self, options: Any) -> bool:
+        """Whether a layer with these options needs calibration data."""
+        fit = self.fit(options)
+        return bool(fit.statistics or fit.by_moments or self.correction(options))
+
+
+def per_channel(values: Tensor, weight: Tensor) -> Tensor:
+    """Values of the input channels, shaped to broadcast to a weight (output channels, input channels, ...)."""
+    return values.reshape(1, -1, *[1] * (weight.ndim - 2))
+
+
+def refuse_groups(storage: Storage, layer: nn.Linear | nn.Conv2d) -> None:
+    """UsageError for a grouped convolution: for methods whose parts run over all input channels."""
+    if isinstance(layer, nn.Conv2d) and layer.groups > 1:
+        raise UsageError(
+            f"transform {storage.name} is not for grouped convolutions: give this layer `transforms: []` in a rule"
+        )
