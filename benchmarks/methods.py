@@ -27,13 +27,13 @@ from PIL import Image
 from torch import Tensor
 
 import dmquant
-from dmquant.convert import footprint
 from dmquant.errors import UserError
 from dmquant.evaluation.metrics.compute import score_pairs
 from dmquant.evaluation.networks import Networks
 from dmquant.host.files import fingerprint, write_text
 from dmquant.host.memory import peak_memory
 from dmquant.pipelines.runs.calibration import calibration_data
+from dmquant.pipelines.runs.footprint import footprint
 from dmquant.pipelines.runs.settings import Options, Settings, resolve, with_recipe
 from dmquant.pipelines.sweep.engines import Crew, local
 

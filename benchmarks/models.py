@@ -206,9 +206,9 @@ def quantize_while_loading(name: str, recipe: str, folder: Path) -> dict[str, An
     """Load the checkpoint in `folder`/full quantized, as a user would, and save it to `folder`/packed."""
     import torch
 
-    from dmquant.convert import footprint
     from dmquant.host.memory import peak_memory
     from dmquant.layers import QUANTIZED
+    from dmquant.pipelines.runs.footprint import footprint
 
     family, model = families()[BACKBONES[name].family], skeleton(name)
     layers = sum(type(layer) in QUANTIZED for layer in model.modules())

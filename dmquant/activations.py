@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dmquant.errors import UsageError, unknown
+from dmquant.errors import UsageError, check_choice, unknown
 from dmquant.formats import Format, get_format
-from dmquant.scaling import BLOCK_FORMATS, Granularity, absmax, check_choice, fit_absmax, from_groups, to_groups
+from dmquant.scaling import BLOCK_FORMATS, Granularity, absmax, fit_absmax, from_groups, to_groups
 from dmquant.stores import STORES
 
 SCHEDULE = 1000  # timesteps run from 0 to this, in diffusers also those of flow matching
@@ -48,7 +48,7 @@ class ActivationSpec:
         store."""
         ranges = parse_ranges(scale)
         if block := BLOCK_FORMATS.get(format.lower()):
-            format, granularity, store = block.format, block.granularity, block.store
+            format, granularity, store = block
         parsed = Granularity.parse(granularity)
         if ranges is None and parsed.kind == "channel":
             raise UsageError("granularity 'channel' is for weights: use token, group:N or tensor for activations")

@@ -1,7 +1,6 @@
-"""Swap the layers of a module for quantized ones, as a recipe says, and account for what that saves."""
+"""Swap the layers of a module for quantized ones, as a recipe says."""
 
 import logging
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -15,7 +14,7 @@ from dmquant.matching import without_match
 from dmquant.models import completed, known, record
 from dmquant.qtensor import WeightSpec
 from dmquant.recipe import Recipe, shipped_rules
-from dmquant.settings import NO_FORMAT, Settings
+from dmquant.settings import NO_FORMAT
 from dmquant.transforms import Storage, create, fold_first_
 
 Progress = Callable[[int, int, str], None]
@@ -45,24 +44,6 @@ class LayerReport:
     error: float
 
 
-@dataclass(frozen=True)
-class Footprint:
-    """Bytes of a model's parameters and buffers, and bits per quantized weight with all its scales."""
-
-    quantized_weights: int
-    quantized_bytes: int
-    kept_bytes: int
-
-    @property
-    def bytes(self) -> int:
-        return self.quantized_bytes + self.kept_bytes
-
-    @property
-    def bits_per_weight(self) -> float | None:
-        """Codes, scales and what transforms store over the weights; None where nothing is quantized."""
-        return 8 * self.quantized_bytes / self.quantized_weights if self.quantized_weights else None
-
-
 def plan(module: nn.Module, recipe: Recipe) -> list[LayerPlan]:
     """What `recipe` makes of each Linear and Conv2d of `module`, in the module's order; kept layers are left out.
 
@@ -77,19 +58,20 @@ def plan(module: nn.Module, recipe: Recipe) -> list[LayerPlan]:
             continue
         layer = layers[name]
         split = settings.split or None
-        _check_split(name, layer, split)
+        if split is not None:
+            _check_split(name, layer, split)
         weights = WeightSpec.parse(settings.weights, settings.granularity, settings.scale, settings.store, split)
         activations = None
         if settings.activations != NO_FORMAT:
             activations = ActivationSpec.parse(
-                settings.activations,
-                settings.activation_granularity,
-                scale=settings.activation_scale,
-                split=split,
+                settings.activations, settings.activation_granularity, scale=settings.activation_scale, split=split
             )
         candidates = tuple(map(get_format, settings.candidates or ()))
         of_input = tuple(map(get_format, settings.activation_candidates or ())) if activations else ()
-        transforms = _transforms(name, layer, settings, split)
+        try:
+            transforms = create(settings.check_transforms(), layer, split)
+        except UsageError as error:
+            raise UsageError(f"layer {name}: {error}") from None
         note = _remainder(layer, weights)
         plans.append(LayerPlan(name, weights, activations, note, candidates, of_input, transforms))
     return plans
@@ -118,7 +100,11 @@ def quantize_(module: nn.Module, recipe: Recipe | str, progress: Progress | None
 
 def quantize_layers_(module: nn.Module, recipe: Recipe, progress: Progress | None = None) -> list[LayerReport]:
     """`quantize_` for a caller that records in the module itself what became of it."""
-    refuse_without_data(recipe)
+    if recipe.calibrated:
+        raise UsageError(
+            f"recipe '{recipe.name}' needs calibration data: use `dmquant run` or `dmquant quantize`, "
+            "or a recipe without data such as rtn"
+        )
     if hasattr(module, "_orig_mod"):
         raise UsageError("the module is compiled: quantize it first, then torch.compile it")
     if holds_adapters(module):
@@ -154,15 +140,6 @@ def unmatched(module: nn.Module, recipe: Recipe) -> str | None:
     return f"recipe '{recipe.name}': no layer of {type(module).__name__} matches {patterns}, so that changes nothing"
 
 
-def refuse_without_data(recipe: Recipe) -> None:
-    """UsageError for a recipe that only calibration can carry out."""
-    if recipe.calibrated:
-        raise UsageError(
-            f"recipe '{recipe.name}' needs calibration data: use `dmquant run` or `dmquant quantize`, "
-            "or a recipe without data such as rtn"
-        )
-
-
 def holds_adapters(module: nn.Module) -> bool:
     """Whether peft has put layers of its own around those of `module`."""
     return any(hasattr(layer, "base_layer") for layer in module.modules())
@@ -175,22 +152,7 @@ def relative_error(weight: Tensor, quantized: QuantLinear | QuantConv2d) -> floa
     return (lost / exact.square().sum().clamp(min=1e-30)).item()
 
 
-def footprint(module: nn.Module) -> Footprint:
-    """What a model's parameters and buffers take; biases and everything in high precision count as kept."""
-    weights = quantized = 0
-    for layer in module.modules():
-        if isinstance(layer, (QuantLinear, QuantConv2d)):
-            rows, *rest = layer.weight_shape
-            weights += rows * math.prod(rest)
-            parts = (layer.qweight, layer.scale, layer.scale_base, *map(layer.get_parameter, layer.part_names))
-            quantized += sum(part.nbytes for part in parts if part is not None)
-    total = sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
-    return Footprint(weights, quantized, total - quantized)
-
-
-def _check_split(name: str, layer: nn.Linear | nn.Conv2d, split: int | None) -> None:
-    if split is None:
-        return
+def _check_split(name: str, layer: nn.Linear | nn.Conv2d, split: int) -> None:
     if isinstance(layer, nn.Conv2d) and layer.groups > 1:
         raise UsageError(f"layer {name} is a grouped convolution: its input cannot be split")
     channels = layer.weight.shape[1]
@@ -198,20 +160,11 @@ def _check_split(name: str, layer: nn.Linear | nn.Conv2d, split: int | None) -> 
         raise UsageError(f"layer {name} has {channels} input channels, which a split of {split} does not cut in two")
 
 
-def _transforms(name: str, layer: nn.Linear | nn.Conv2d, settings: Settings, split: int | None) -> tuple[Storage, ...]:
-    try:
-        return create(settings.check_transforms(), layer, split)
-    except UsageError as error:
-        raise UsageError(f"layer {name}: {error}") from None
-
-
 def _remainder(layer: nn.Linear | nn.Conv2d, spec: WeightSpec) -> str | None:
-    size = spec.granularity.size
+    """A note on groups that do not divide a layer's input channels; None where they do."""
+    size, part = spec.granularity.size, "" if spec.split is None else " of one half"
     for columns in spec.segments(layer.weight.shape):
         if size and columns % size:
-            part = "" if spec.split is None else " of one half"
-            return (
-                f"{columns} weights a channel{part} do not divide into groups of {size}; "
-                f"the last group has {columns % size}"
-            )
+            divided = f"{columns} weights a channel{part} do not divide into groups of {size}"
+            return f"{divided}; the last group has {columns % size}"
     return None

@@ -27,3 +27,10 @@ def unknown(kind: str, name: str, choices: Iterable[str], hint: str) -> UsageErr
     guess = nearest(name, choices)
     suggestion = f" did you mean '{guess}'?" if guess else ""
     return UsageError(f"unknown {kind} '{name}':{suggestion} {hint}".replace(":  ", ": "))
+
+
+def check_choice(kind: str, name: str, choices: Iterable[str]) -> str:
+    """`name` if it is one of `choices`, else a UsageError with the nearest one."""
+    if name not in choices:
+        raise unknown(kind, name, choices, f"known: {', '.join(choices)}")
+    return name

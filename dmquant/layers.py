@@ -74,8 +74,8 @@ class _QuantizedLayer(kernels.Chosen):
 
     def parts(self, transform: Storage) -> Parts:
         """What one of its transforms stored, in its dtypes."""
-        stored = {name: getattr(self, f"{transform.name}_{name}") for name in transform.parts()}
-        return {name: stored[name].view(part.dtype) for name, part in transform.parts().items()}
+        parts = transform.parts().items()
+        return {name: getattr(self, f"{transform.name}_{name}").view(part.dtype) for name, part in parts}
 
     def load_parts(self, parts: dict[str, Parts]) -> None:
         """Take over parts of transforms, by the name of the transform and of the part."""

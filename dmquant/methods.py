@@ -1,25 +1,20 @@
 """The methods that a recipe names, each with options of its own."""
 
-from types import ModuleType
-from typing import Any
+import importlib
+from typing import Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ValidationError, model_validator
 
 from dmquant.errors import UsageError
 from dmquant.yaml_models import problem
 
 
-class Method(BaseModel):
+class Method(BaseModel, extra="allow", frozen=True):
     """A method of a package by name, and that method's own options."""
 
-    model_config = ConfigDict(extra="allow", frozen=True)
-
     method: str
-
-    @staticmethod
-    def module(name: str) -> ModuleType:
-        """The method of this name; UsageError where there is none."""
-        raise NotImplementedError
+    package: ClassVar[str]
+    """Where the methods are found by name."""
 
     @model_validator(mode="before")
     @classmethod
@@ -28,15 +23,20 @@ class Method(BaseModel):
 
     @model_validator(mode="after")
     def _known_options(self) -> "Method":
-        method = self.module(self.method)
+        options = self.definition.Options
         try:
-            method.Options.model_validate(self.options)
+            options.model_validate(self.options)
         except ValidationError as error:
             first = error.errors()[0]
             option = ".".join(map(str, first["loc"] if first["type"] != "extra_forbidden" else ()))
-            said = problem(first, method.Options)
+            said = problem(first, options)
             raise UsageError(f"{option}: {said}" if option else said) from None
         return self
+
+    @property
+    def definition(self) -> Any:
+        """The method of this name; UsageError where there is none."""
+        return importlib.import_module(self.package).get_method(self.method)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -47,26 +47,16 @@ class Method(BaseModel):
 class Transformation(Method):
     """A method of dmquant.transforms."""
 
-    @staticmethod
-    def module(name: str) -> ModuleType:
-        from dmquant.transforms import get_method
-
-        return get_method(name)
+    package = "dmquant.transforms"
 
     @property
     def takes_data(self) -> bool:
         """Whether it is fitted to calibration data."""
-        method = self.module(self.method)
-        return method.takes_data(method.Options.model_validate(self.options))
+        return self.definition.takes_data(self.definition.Options.model_validate(self.options))
 
 
 class Rounding(Method):
     """A method of dmquant.rounding."""
 
+    package = "dmquant.rounding"
     method: str = "nearest"
-
-    @staticmethod
-    def module(name: str) -> ModuleType:
-        from dmquant.rounding import get_method
-
-        return get_method(name)

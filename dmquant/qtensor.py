@@ -1,12 +1,12 @@
 """A quantized tensor: packed codes and their scales, and the specification they were made by."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from dmquant.errors import UsageError
+from dmquant.errors import UsageError, check_choice
 from dmquant.formats import Format, get_format
 from dmquant.grids import Grid, grid_type
 from dmquant.packing import packed_size
@@ -17,7 +17,6 @@ from dmquant.scaling import (
     Granularity,
     Scales,
     absmax,
-    check_choice,
     from_matrix,
     to_groups,
     to_matrix,
@@ -49,26 +48,19 @@ class WeightSpec:
     ) -> "WeightSpec":
         """Checked; a block format such as `mxfp4` brings its own granularity and store."""
         if block := BLOCK_FORMATS.get(format.lower()):
-            format, granularity, store = block.format, block.granularity, block.store
+            format, granularity, store = block
         if granularity == "token":
             raise UsageError("granularity 'token' is for activations: use tensor, channel or group:N for weights")
         grid_type(store).check(format, granularity, scale)
-        return cls(
-            get_format(format),
-            Granularity.parse(granularity),
-            check_choice("scale rule", scale, (*RULES, *DATA_RULES)),
-            check_choice("scale storage", store, (*STORES, *TABLES)),
-            split,
-        )
+        fmt, parsed = get_format(format), Granularity.parse(granularity)
+        check_choice("scale rule", scale, (*RULES, *DATA_RULES))
+        check_choice("scale storage", store, (*STORES, *TABLES))
+        return cls(fmt, parsed, scale, store, split)
 
     @property
     def grid_type(self) -> type[Grid]:
         """The kind of grid that the weights are rounded to."""
         return grid_type(self.store)
-
-    def with_format(self, fmt: Format) -> "WeightSpec":
-        """The same but for the format."""
-        return replace(self, fmt=fmt)
 
     def segments(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Columns of the parts of a row that share no scale, in the matrix form of a weight of this shape."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from dmquant.errors import UsageError, unknown
 from dmquant.matching import Matcher
@@ -18,13 +18,12 @@ from dmquant.settings import NO_FORMAT, ONLINE, Rule, Settings, format_name
 from dmquant.yaml_models import parse_content, problem, read_yaml
 
 _BITS = re.compile(r"w(\d+)a(\d+)")
+_FOLDER = importlib.resources.files("dmquant.configs") / "recipes"
 _FLOAT_OF_BITS = {4: "fp4", 6: "fp6", 8: "fp8", 16: "none"}
 
 
-class Calibration(BaseModel):
+class Calibration(BaseModel, extra="forbid", frozen=True):
     """Which calls of the full-precision backbone are kept to calibrate on."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     prompts: int = Field(default=128, ge=2)
     steps_per_prompt: int = Field(default=10, ge=1)
@@ -34,10 +33,8 @@ class Calibration(BaseModel):
     seed: int = Field(default=0, ge=0)
 
 
-class Learning(BaseModel):
+class Learning(BaseModel, extra="forbid", frozen=True):
     """How the roundings of a unit are learned, whatever the rounding method."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     unit: Literal["layer", "block", "window"] = "block"
     window: int = Field(default=2, ge=2)
@@ -91,40 +88,35 @@ class Recipe(Settings):
     def _goes_together(self) -> "Recipe":
         """Refuse what cannot go together, for all layers and for those of each rule alone."""
         from dmquant.grids import grid_type
-        from dmquant.rounding import get_method
         from dmquant.scaling import BLOCK_FORMATS
 
         for rule in (self, *self.rules):
-            set_by_rule = {key: value for key in Settings.model_fields if (value := getattr(rule, key)) is not None}
-            merged = {key: getattr(self, key) for key in Settings.model_fields} | set_by_rule
-            if merged["scale"] == "lean" and not get_method(self.rounding.method).NEEDS_MOMENTS:
+            merged = self._merged([rule])
+            if merged.scale == "lean" and not self.rounding.definition.NEEDS_MOMENTS:
                 raise UsageError("scale: lean is fitted to the errors of rounding: gptq, and there is no other here")
-            if merged["weights"] != NO_FORMAT and merged["weights"] not in BLOCK_FORMATS:
-                grid_type(merged["store"]).check(merged["weights"], merged["granularity"], merged["scale"])
-            if merged["store"] == "table" and merged["candidates"]:
+            if merged.weights != NO_FORMAT and merged.weights not in BLOCK_FORMATS:
+                grid_type(merged.store).check(merged.weights, merged.granularity, merged.scale)
+            if merged.store == "table" and merged.candidates:
                 raise UsageError("a table is no format to choose: leave out candidates, or store: table")
-            Settings.model_construct(**merged).check_transforms()
+            merged.check_transforms()
         return self
 
     @property
     def calibrated(self) -> bool:
         """Whether making a model by this recipe takes data."""
-        from dmquant.rounding import get_method
         from dmquant.scaling import DATA_RULES
 
-        everywhere = [self, *self.rules]
-        method = get_method(self.rounding.method)
-        transforms = [transform for settings in everywhere for transform in settings.transforms or ()]
+        method = self.rounding.definition
         return (
             method.LEARNS
             or method.NEEDS_MOMENTS
-            or any(transform.takes_data for transform in transforms)
             or any(
                 settings.scale in DATA_RULES
                 or settings.candidates
                 or settings.activation_candidates
                 or settings.activation_scale not in (None, ONLINE)
-                for settings in everywhere
+                or any(transform.takes_data for transform in settings.transforms or ())
+                for settings in (self, *self.rules)
             )
         )
 
@@ -191,15 +183,20 @@ class Recipe(Settings):
     def settings_by_layer(self, names: Iterable[str]) -> dict[str, Settings | None]:
         """`settings_for` each of many layers, in time that grows with their number and not with its square."""
         matcher = Matcher([rule.match for rule in self.rules])
-        return {name: self._merged([self.rules[index] for index in matcher.matching(name)]) for name in names}
+        settings: dict[str, Settings | None] = {}
+        for name in names:
+            rules = [self.rules[index] for index in matcher.matching(name)]
+            keep = next((rule.keep for rule in reversed(rules) if rule.keep is not None), False)
+            merged = self._merged(rules)
+            settings[name] = None if keep or merged.weights == NO_FORMAT else merged
+        return settings
 
-    def _merged(self, rules: Iterable[Rule]) -> Settings | None:
+    def _merged(self, rules: Iterable[Settings]) -> Settings:
+        """The recipe's own settings under those of rules, of which later ones win."""
         merged = {key: getattr(self, key) for key in Settings.model_fields}
-        keep = False
         for rule in rules:
-            keep = keep if rule.keep is None else rule.keep
             merged |= {key: value for key in merged if (value := getattr(rule, key)) is not None}
-        return None if keep or merged["weights"] == NO_FORMAT else Settings.model_construct(**merged)
+        return Settings.model_construct(**merged)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types, without what was left at its default in rules or has no meaning without data."""
@@ -219,7 +216,7 @@ def shipped_rules() -> list[Rule]:
 
 def recipe_names() -> list[str]:
     """Names of the recipes that come with dmquant."""
-    return sorted(entry.name.removesuffix(".yaml") for entry in _folder().iterdir() if entry.name.endswith(".yaml"))
+    return sorted(entry.name.removesuffix(".yaml") for entry in _FOLDER.iterdir() if entry.name.endswith(".yaml"))
 
 
 def bits_names() -> list[str]:
@@ -233,13 +230,9 @@ def _float_of_bits(bits: str) -> str:
     return _FLOAT_OF_BITS[int(bits)]
 
 
-def _folder():
-    return importlib.resources.files("dmquant.configs") / "recipes"
-
-
 def _find(source: str):
     if source in recipe_names():
-        return _folder() / f"{source}.yaml"
+        return _FOLDER / f"{source}.yaml"
     path = Path(source)
     if path.suffix in (".yaml", ".yml", ".json") or "/" in source:
         if not path.is_file():

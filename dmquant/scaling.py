@@ -4,8 +4,9 @@ A scale is quantized first and the weights afterwards with the scale as stored, 
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -33,29 +34,26 @@ class Granularity:
             return cls(kind, int(size))
         if kind in ("tensor", "channel", "token") and not size:
             return cls(kind)
-        raise unknown(
-            "granularity", text, ["tensor", "channel", "token", "group:64"], "use tensor, channel, token, group:N"
-        )
+        likely = ("tensor", "channel", "token", "group:64")
+        raise unknown("granularity", text, likely, "use tensor, channel, token, group:N")
 
     def __str__(self) -> str:
         return self.kind if self.size is None else f"{self.kind}:{self.size}"
 
 
-@dataclass(frozen=True)
-class BlockFormat:
+class BlockFormat(NamedTuple):
     """A format together with the group size and scale storage that a standard prescribes."""
 
     format: str
     granularity: str
     store: str
-    source: str
 
 
-BLOCK_FORMATS = {
-    "mxfp4": BlockFormat("fp4_e2m1", "group:32", "e8m0", "OCP Microscaling Formats (MX) 1.0"),
-    "mxfp6": BlockFormat("fp6_e2m3", "group:32", "e8m0", "OCP Microscaling Formats (MX) 1.0"),
-    "mxfp8": BlockFormat("fp8_e4m3", "group:32", "e8m0", "OCP Microscaling Formats (MX) 1.0"),
-    "nvfp4": BlockFormat("fp4_e2m1", "group:16", "e4m3", "NVIDIA NVFP4: float32 tensor scale, E4M3 group scales"),
+BLOCK_FORMATS = {  # OCP Microscaling Formats (MX) 1.0; NVIDIA's NVFP4 has a float32 tensor scale, E4M3 group scales
+    "mxfp4": BlockFormat("fp4_e2m1", "group:32", "e8m0"),
+    "mxfp6": BlockFormat("fp6_e2m3", "group:32", "e8m0"),
+    "mxfp8": BlockFormat("fp8_e4m3", "group:32", "e8m0"),
+    "nvfp4": BlockFormat("fp4_e2m1", "group:16", "e4m3"),
 }
 
 
@@ -152,24 +150,7 @@ def fit_absmax(groups: Tensor, fmt: Format, store: str, base: Tensor | None = No
 
 def fit_mse(groups: Tensor, fmt: Format, store: str, base: Tensor | None = None) -> Scales:
     """The multiple of absmax with the least squared weight error, absmax among the candidates; else as `fit_absmax`."""
-    return _search(groups, fmt, store, base, lambda error: error.square_().sum(-1))
-
-
-def fit_hessian(groups: Tensor, fmt: Format, store: str, moments: Tensor) -> Scales:
-    """The multiple of absmax with the least squared error of the layer's output, at nearest rounding.
-
-    `moments` (scale columns, n, n) float32 are the second moments of the inputs that each group of n weights meets:
-    the error of a group is e^T H e, as if the other groups were exact. Granularity `tensor` sums that over the rows.
-    """
-    rows, columns = groups.shape[:2]
-    width = moments.shape[-1]
-
-    def output_error(error: Tensor) -> Tensor:
-        by_group = error.transpose(0, 1).reshape(columns, -1, width)
-        squared = (torch.bmm(by_group, moments) * by_group).sum(-1)
-        return squared.view(columns, rows, -1).sum(-1).T
-
-    return _search(groups, fmt, store, None, output_error)
+    return search(groups, fmt, store, lambda error: error.square_().sum(-1), base)
 
 
 def fit_weighted(groups: Tensor, fmt: Format, store: str, weights: Tensor) -> Scales:
@@ -179,7 +160,7 @@ def fit_weighted(groups: Tensor, fmt: Format, store: str, weights: Tensor) -> Sc
     clip more.
     """
     further = (0.125,) if STORES[store].search == OCTAVE_SEARCH else (0.3, 0.35, 0.4, 0.45, 0.5, 0.55)
-    return _search(groups, fmt, store, None, lambda error: error.square_().mul_(weights).sum(-1), further)
+    return search(groups, fmt, store, lambda error: error.square_().mul_(weights).sum(-1), further=further)
 
 
 def fit_gradient(groups: Tensor, fmt: Format, store: str, base: Tensor | None = None) -> Scales:
@@ -211,15 +192,13 @@ def fit_gradient(groups: Tensor, fmt: Format, store: str, base: Tensor | None = 
     return Scales(chosen, best.base, store)
 
 
-def _search(
-    groups: Tensor,
-    fmt: Format,
-    store: str,
-    base: Tensor | None,
-    measure: Callable[[Tensor], Tensor],
-    further: tuple[float, ...] = (),
+def search(
+    groups: Tensor, fmt: Format, store: str, measure: Callable[[Tensor], Tensor], base: Tensor | None = None, further=()
 ) -> Scales:
-    """Of absmax and the multiples of it in the store's list and `further` ones, what `measure` finds best by group."""
+    """Of absmax and the multiples of it in the store's list and `further` ones, the one of least error by group.
+
+    `measure` takes the error of every weight, in the shape of `groups`, to that of a group, (scale rows, scale columns).
+    """
     amplitude, kind, best = absmax(groups), STORES[store], fit_absmax(groups, fmt, store, base)
     chosen, least = best.stored, measure(_rounding_error(groups, best.decode(), fmt))
     for multiple in (*kind.search, *further):
@@ -235,16 +214,5 @@ def _rounding_error(groups: Tensor, scale: Tensor, fmt: Format) -> Tensor:
     return fmt.round(groups / scale).mul_(scale).sub_(groups)
 
 
-RULES: dict[str, Callable[[Tensor, Format, str, Tensor | None], Scales]] = {
-    "absmax": fit_absmax,
-    "mse": fit_mse,
-    "gradient": fit_gradient,
-}
+RULES: dict[str, Callable[..., Scales]] = {"absmax": fit_absmax, "mse": fit_mse, "gradient": fit_gradient}
 DATA_RULES = ("hessian", "lean")  # fitted where calibration data is at hand
-
-
-def check_choice(kind: str, name: str, choices: Iterable[str]) -> str:
-    """`name` if it is one of `choices`, else a UsageError with the nearest one."""
-    if name not in choices:
-        raise unknown(kind, name, choices, f"known: {', '.join(choices)}")
-    return name

@@ -1,10 +1,11 @@
 """What a recipe says of some layers: formats, scales and transforms, each checked by name."""
 
+from collections.abc import Callable
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, field_validator
+from pydantic import BaseModel, ValidationInfo, field_validator
 
-from dmquant.errors import UsageError
+from dmquant.errors import UsageError, check_choice
 from dmquant.methods import Transformation
 
 NO_FORMAT = "none"  # leave alone
@@ -23,10 +24,37 @@ def format_name(name: str) -> str:
     return lower if lower in BLOCK_FORMATS else get_format(name).name
 
 
-class Settings(BaseModel):
-    """What can be set for a whole model or, in a rule, for some of its layers."""
+def _one_size(names: list[str]) -> list[str]:
+    """The names of candidate formats; UsageError where they differ in bits."""
+    from dmquant.formats import get_format
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    formats = [get_format(name) for name in names]
+    if len({fmt.bits for fmt in formats}) > 1:
+        raise UsageError("candidates differ in bits: the one with more would always win")
+    return [fmt.name for fmt in formats]
+
+
+def _checks() -> dict[str, Callable[[Any], Any]]:
+    """What gives each setting its one name, or raises a UsageError; torch is imported only for this."""
+    from dmquant.activations import parse_ranges
+    from dmquant.scaling import DATA_RULES, RULES, Granularity
+    from dmquant.stores import STORES, TABLES
+
+    return {
+        "weights": format_name,
+        "activations": format_name,
+        "candidates": _one_size,
+        "activation_candidates": _one_size,
+        "granularity": lambda text: str(Granularity.parse(text)),
+        "activation_granularity": lambda text: str(Granularity.parse(text)),
+        "activation_scale": lambda text: text if parse_ranges(text) else ONLINE,
+        "scale": lambda name: check_choice("scale rule", name, (*RULES, *DATA_RULES)),
+        "store": lambda name: check_choice("scale storage", name, (*STORES, *TABLES)),
+    }
+
+
+class Settings(BaseModel, extra="forbid", frozen=True):
+    """What can be set for a whole model or, in a rule, for some of its layers."""
 
     weights: str | None = None
     activations: str | None = None
@@ -45,52 +73,12 @@ class Settings(BaseModel):
     transforms: list[Transformation] | None = None
     """Exact changes before quantizing, in whatever order they are named; an empty list in a rule: none."""
 
-    @field_validator("weights", "activations")
+    @field_validator("*")
     @classmethod
-    def _known_format(cls, name: str | None) -> str | None:
-        """Checked here, where the file and line are known; torch is imported only for this."""
-        return name if name is None else format_name(name)
-
-    @field_validator("candidates", "activation_candidates")
-    @classmethod
-    def _known_formats(cls, names: list[str] | None) -> list[str] | None:
-        from dmquant.formats import get_format
-
-        formats = [get_format(name) for name in names or ()]
-        if len({fmt.bits for fmt in formats}) > 1:
-            raise UsageError("candidates differ in bits: the one with more would always win")
-        return None if names is None else [fmt.name for fmt in formats]
-
-    @field_validator("activation_scale")
-    @classmethod
-    def _known_activation_scale(cls, text: str | None) -> str | None:
-        from dmquant.activations import parse_ranges
-
-        if text is not None:
-            parse_ranges(text)
-        return text
-
-    @field_validator("granularity", "activation_granularity")
-    @classmethod
-    def _known_granularity(cls, text: str | None) -> str | None:
-        from dmquant.scaling import Granularity
-
-        return text if text is None else str(Granularity.parse(text))
-
-    @field_validator("scale")
-    @classmethod
-    def _known_rule(cls, name: str | None) -> str | None:
-        from dmquant.scaling import DATA_RULES, RULES, check_choice
-
-        return name if name is None else check_choice("scale rule", name, (*RULES, *DATA_RULES))
-
-    @field_validator("store")
-    @classmethod
-    def _known_store(cls, name: str | None) -> str | None:
-        from dmquant.scaling import check_choice
-        from dmquant.stores import STORES, TABLES
-
-        return name if name is None else check_choice("scale storage", name, (*STORES, *TABLES))
+    def _known(cls, value: Any, info: ValidationInfo) -> Any:
+        """Checked here, where the file and line are known."""
+        check = _checks().get(info.field_name)
+        return check(value) if check and value is not None else value
 
     def check_transforms(self) -> list[tuple[str, dict[str, Any]]]:
         """Names and options of the transforms; UsageError where these settings cannot go together."""

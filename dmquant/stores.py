@@ -60,7 +60,7 @@ def power_of_two(exponent: Tensor) -> Tensor:
     return ((exponent.to(torch.int32) + 127) << 23).view(torch.float32)
 
 
-def _plain(amplitude: Tensor, fmt: Format) -> Tensor:
+def _plain(amplitude: Tensor, fmt: Format, base: Tensor | None = None) -> Tensor:
     return (amplitude / fmt.max).clamp(SMALLEST, LARGEST / fmt.max)
 
 
@@ -83,57 +83,32 @@ def _encode_e4m3(amplitude: Tensor, fmt: Format, base: Tensor | None) -> Tensor:
     return e4m3.encode((amplitude / fmt.max / base).clamp(min=e4m3.min_positive))
 
 
-def _octaves(stored: Tensor) -> Tensor:
-    return power_of_two(stored.to(torch.int32) - 127)
+def _as_float(stored: Tensor, base: Tensor | None) -> Tensor:
+    return stored.float()
+
+
+def _octaves(stored: Tensor, base: Tensor | None) -> Tensor:
+    scale = power_of_two(stored.to(torch.int32) - 127)
+    return scale if base is None else base * scale
 
 
 STORES = {
-    "fp32": Store(
-        dtype=torch.float32,
-        encode=lambda amplitude, fmt, base: _plain(amplitude, fmt),
-        decode=lambda stored, base: stored,
-        search=FINE_SEARCH,
-    ),
-    "bf16": Store(
-        dtype=torch.bfloat16,
-        encode=lambda amplitude, fmt, base: _plain(amplitude, fmt).bfloat16(),
-        decode=lambda stored, base: stored.float(),
-        search=FINE_SEARCH,
-    ),
-    "e8m0": Store(
-        dtype=torch.uint8,
-        encode=_encode_e8m0,
-        decode=lambda stored, base: _octaves(stored),
-        search=OCTAVE_SEARCH,
-    ),
-    "pow2": Store(
-        dtype=torch.uint8,
-        encode=_encode_pow2,
-        decode=lambda stored, base: base * _octaves(stored),
-        search=OCTAVE_SEARCH,
-        base_of="row",
-        fit_base=_plain,
-    ),
+    "fp32": Store(torch.float32, _plain, _as_float, FINE_SEARCH),
+    "bf16": Store(torch.bfloat16, lambda *args: _plain(*args).bfloat16(), _as_float, FINE_SEARCH),
+    "e8m0": Store(torch.uint8, _encode_e8m0, _octaves, OCTAVE_SEARCH),
+    "pow2": Store(torch.uint8, _encode_pow2, _octaves, OCTAVE_SEARCH, base_of="row", fit_base=_plain),
     "e4m3": Store(
-        dtype=torch.uint8,
-        encode=_encode_e4m3,
-        decode=lambda stored, base: base * get_format("fp8_e4m3").decode(stored),
-        search=FINE_SEARCH,
+        torch.uint8,
+        _encode_e4m3,
+        lambda stored, base: base * get_format("fp8_e4m3").decode(stored),
+        FINE_SEARCH,
         base_of="tensor",
         fit_base=lambda largest, fmt: _plain(largest / 448, fmt),
     ),
 }
 
-
 TABLE = "table"  # in place of scales the values themselves: dmquant.grids.table
-TABLES = {
-    TABLE: Store(
-        dtype=torch.bfloat16,
-        encode=lambda tables, fmt, base: tables.bfloat16(),
-        decode=lambda stored, base: stored.float(),
-        search=(),
-    )
-}
+TABLES = {TABLE: Store(torch.bfloat16, lambda tables, fmt, base: tables.bfloat16(), _as_float, search=())}
 
 
 def get_store(name: str) -> Store:

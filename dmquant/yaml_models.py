@@ -11,25 +11,20 @@ from pydantic import BaseModel, ValidationError
 
 from dmquant.errors import UsageError, unknown
 
-Location = tuple[str | int, ...]
 _quoted = reprlib.Repr()  # a few hundred bytes of nested aliases are megabytes when written out
 _quoted.maxlevel, _quoted.maxstring = 2, 80
 
 
 def read_yaml(model: type[BaseModel], path: Path, source: str) -> Any:
-    """The file as a `model`; raises as `parse_yaml` does, and UsageError for one that cannot be read as text."""
+    """The file as a `model`; a UsageError names the source, and the line of what is wrong with it."""
     try:
-        return parse_yaml(model, path.read_text("utf-8"), source)
-    except (OSError, UnicodeDecodeError) as error:
-        reason = "it is not UTF-8 text" if isinstance(error, UnicodeDecodeError) else error.strerror
-        raise UsageError(f"{source} cannot be read: {reason}") from None
-
-
-def parse_yaml(model: type[BaseModel], text: str, source: str) -> Any:
-    """`text` as a `model`; a UsageError names the source and line of what is wrong with it."""
-    try:
+        text = path.read_text("utf-8")
         root = yaml.compose(text, Loader=yaml.SafeLoader)
         return model.model_validate(yaml.safe_load(text))
+    except OSError as error:
+        raise UsageError(f"{source} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UsageError(f"{source} cannot be read: it is not UTF-8 text") from None
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise UsageError(f"{source}, line {line}: not valid YAML: {error.problem}") from None
@@ -68,7 +63,7 @@ def problem(error: typing.Mapping[str, Any], model: type[BaseModel]) -> str:
     return f"{error['msg']} (got {_quoted.repr(error['input'])})"
 
 
-def _model_at(model: type[BaseModel], location: Location) -> type[BaseModel]:
+def _model_at(model: type[BaseModel], location: tuple[str | int, ...]) -> type[BaseModel]:
     """The model of the fields at a pydantic location."""
     for step in location:
         if isinstance(step, str) and step in model.model_fields:
@@ -84,7 +79,7 @@ def _models_in(annotation: Any) -> Iterable[type[BaseModel]]:
         yield from _models_in(part)
 
 
-def _line_of(node: yaml.Node | None, location: Location) -> int:
+def _line_of(node: yaml.Node | None, location: tuple[str | int, ...]) -> int:
     """Line (from 1) of the node at a pydantic location, or of the deepest part of it that exists."""
     line = node.start_mark.line + 1 if node else 1
     for step in location:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from dmquant.convert import Footprint, LayerReport, footprint, holds_adapters, quantize_layers_, unmatched
+from dmquant.convert import LayerReport, holds_adapters, quantize_layers_, unmatched
 from dmquant.diffusers.families import Family, family_of
 from dmquant.diffusers.quantizer import mark_quantized
 from dmquant.errors import UsageError, UserError, unknown
@@ -28,6 +28,7 @@ from dmquant.pipelines.prompts.lists import load_prompts
 from dmquant.pipelines.runs import runfolder
 from dmquant.pipelines.runs.calibration import calibrate, weights_key
 from dmquant.pipelines.runs.defaults import DEFAULT_RECIPE
+from dmquant.pipelines.runs.footprint import Footprint, footprint
 from dmquant.pipelines.runs.settings import parse_size
 from dmquant.recipe import Recipe
 from dmquant.settings import format_name

@@ -4,10 +4,11 @@ import pytest
 import torch
 from torch import nn
 
-from dmquant.convert import footprint, plan, quantize_, unmatched
+from dmquant.convert import plan, quantize_, unmatched
 from dmquant.errors import UsageError
 from dmquant.layers import QuantConv2d, QuantLinear
 from dmquant.models import completed
+from dmquant.pipelines.runs.footprint import footprint
 from dmquant.recipe import Recipe, Rule
 
 

@@ -11,10 +11,11 @@ from torch import nn
 
 from dmquant import kernels
 from dmquant.activations import ActivationSpec, fake_quantize, static_scale
-from dmquant.convert import footprint, plan, quantize_
+from dmquant.convert import plan, quantize_
 from dmquant.errors import UsageError
 from dmquant.kernels import cpu, reference
 from dmquant.layers import QUANTIZED, quantize_layer
+from dmquant.pipelines.runs.footprint import footprint
 from dmquant.qtensor import WeightSpec, quantize
 from dmquant.recipe import Recipe, Rule
 from dmquant.scaling import STORES

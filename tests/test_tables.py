@@ -5,14 +5,15 @@ import pytest
 import torch
 from torch import nn
 
-from dmquant.convert import footprint, quantize_
+from dmquant.calib.layers.lean import scales_of
+from dmquant.convert import quantize_
 from dmquant.grids import TableGrid
 from dmquant.grids.kmeans import SIZE, fit_table
 from dmquant.layers import quantize_layer
+from dmquant.pipelines.runs.footprint import footprint
 from dmquant.qtensor import QuantizedTensor, WeightSpec, quantize
 from dmquant.recipe import Recipe
 from dmquant.rounding import gptq
-from dmquant.rounding.lean import scales_of
 from tests.calib.runs import PART_OF_UNET, calibrated, captured, is_same, quantized_layers, recipe_of, saved_and_loaded
 from tests.test_scale_rules import inputs
 

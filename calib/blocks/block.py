@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from torch import Tensor
@@ -88,7 +88,7 @@ def _read_back(
         state = decider.states[name]
         state.keep_transforms(facts["transforms"][name])
         state.parts = parts_of(tensors, name, state.plan.transforms)
-        spec = state.plan.weights.with_format(get_format(facts["formats"][name]))
+        spec = replace(state.plan.weights, fmt=get_format(facts["formats"][name]))
         weights[name] = weight_of(tensors, name, spec, tuple(state.layer.weight.shape))
     return weights
 

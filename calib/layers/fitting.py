@@ -78,12 +78,25 @@ def fit_to_codes(
         return grid.as_weight(gptq.solve(grid, factors)[0] if weighed and method.NEEDS_MOMENTS else grid.nearest)
 
     def seen(lost: Tensor) -> Tensor:
-        return gptq.seen(to_matrix(lost, step.weights.split), factors) if weighed else lost.flatten(1)
+        return seen_by_output(to_matrix(lost, step.weights.split), factors) if weighed else lost.flatten(1)
 
     parts = {transform.name: quantized.parts(transform) for transform in transforms}
     parts, weight = alternate(transforms, parts, weight, rounded, seen)
     quantized.load_parts(parts)
     return weight
+
+
+def seen_by_output(error: Tensor, factors: Sequence[gptq.Factor]) -> Tensor:
+    """The error of a weight (rows, columns) times a root of the damped moments, same shape, in the factors' dtype.
+
+    It is as large as what outputs see of the error: its squared norm is what `gptq.solve` gives.
+    """
+    parts, first = [], 0
+    for order, upper in factors:
+        block = error[:, first : first + len(order)][:, order].to(upper.dtype)
+        parts.append(torch.linalg.solve_triangular(upper, block, upper=True, left=False))  # H = (U^T U)^-1
+        first += len(order)
+    return torch.cat(parts, dim=1)
 
 
 def choose(candidates: Iterable[Candidate], error: Callable[[Candidate], float], worth: float = 1.0) -> Candidate:

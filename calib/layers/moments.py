@@ -1,6 +1,7 @@
 """Second moments of a layer's inputs, H = mean x x^T: what they say of the error of its output."""
 
 import math
+from dataclasses import replace
 from types import ModuleType
 
 import torch
@@ -8,13 +9,14 @@ import torch.nn.functional as F
 from pydantic import BaseModel
 from torch import Tensor, nn
 
+from dmquant.calib.layers.hessian import fit_hessian
+from dmquant.calib.layers.lean import fit_lean
 from dmquant.convert import LayerPlan
 from dmquant.errors import UsageError
 from dmquant.grids import Grid
 from dmquant.qtensor import WeightSpec
 from dmquant.rounding import gptq
-from dmquant.rounding.lean import fit_lean
-from dmquant.scaling import DATA_RULES, fit_hessian, from_matrix, to_groups, to_matrix
+from dmquant.scaling import DATA_RULES, from_matrix, to_groups, to_matrix
 from dmquant.transforms import fit_of
 
 LARGEST = (
@@ -159,7 +161,7 @@ def fit_grid(weight: Tensor, plan: LayerPlan, moments: Moments | None, options: 
     the rounding method, which scales that are fitted for it look at.
     """
     matrix, shape = to_matrix(weight.detach().float(), plan.weights.split), tuple(weight.shape)
-    specs = [plan.weights.with_format(fmt) for fmt in plan.candidates] or [plan.weights]
+    specs = [replace(plan.weights, fmt=fmt) for fmt in plan.candidates] or [plan.weights]
     grids = [_fit(matrix, spec, shape, moments, options) for spec in specs]
     if len(grids) == 1:
         return grids[0]

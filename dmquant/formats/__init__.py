@@ -10,17 +10,6 @@ from dmquant.formats.format import Format
 from dmquant.formats.integer import IntFormat
 from dmquant.formats.lookup import NF4, LookupFormat
 
-__all__ = [
-    "NF4",
-    "SHORT_NAMES",
-    "FloatFormat",
-    "Format",
-    "IntFormat",
-    "LookupFormat",
-    "get_format",
-    "known_formats",
-]
-
 SHORT_NAMES = {"fp4": "fp4_e2m1", "fp6": "fp6_e2m3", "fp8": "fp8_e4m3"}
 
 _FLOAT_NAMES = ("fp4_e2m1", "fp4_e1m2", "fp4_e3m0", "fp6_e2m3", "fp6_e3m2", "fp8_e4m3", "fp8_e5m2", "fp8_e3m4")

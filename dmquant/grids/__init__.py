@@ -5,8 +5,6 @@ from dmquant.grids.scaled import ScaledGrid
 from dmquant.grids.table import TableGrid
 from dmquant.stores import TABLE
 
-__all__ = ["Grid", "ScaledGrid", "TableGrid", "grid_type"]
-
 OTHER_THAN_SCALED: dict[str, type[Grid]] = {TABLE: TableGrid}
 
 

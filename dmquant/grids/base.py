@@ -24,7 +24,6 @@ class Spec(Protocol):
 
     def segments(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Columns of the parts of a row that share no scale, in the matrix form of a weight of this shape."""
-        ...
 
 
 @dataclass(frozen=True)

@@ -14,17 +14,15 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from dmquant.errors import UsageError, unknown
+from dmquant.errors import UsageError, check_choice
 from dmquant.kernels.chosen import PREFIX, Choice, Chosen
 from dmquant.kernels.reference import Reference
 
-__all__ = ["Chosen", "Reference", "conv2d", "forced", "linear", "names", "prepare_", "register", "select", "used"]
-
 VARIABLE = "DMQUANT_KERNEL"
 _NO_KERNELS = ("chosen",)
-_own = [module.name for module in pkgutil.iter_modules(__path__) if module.name not in _NO_KERNELS]
-_kernels = [importlib.import_module(f"{__name__}.{name}").KERNEL for name in _own]
-KERNELS: dict[str, Reference] = {kernel.name: kernel for kernel in _kernels}
+_own = [name for _, name, _ in pkgutil.iter_modules(__path__) if name not in _NO_KERNELS]
+_modules = [importlib.import_module(f"{__name__}.{name}") for name in _own]
+KERNELS: dict[str, Reference] = {module.KERNEL.name: module.KERNEL for module in _modules}
 _forced: str | None = None
 
 
@@ -47,7 +45,7 @@ def forced(name: str | None) -> Iterator[None]:
     Raises UsageError for a name there is none of; a layer that the kernel cannot run raises one when it is called.
     """
     global _forced
-    before, _forced = _forced, _known(name)
+    before, _forced = _forced, None if name is None else check_choice("kernel", name, names())
     try:
         yield
     finally:
@@ -56,7 +54,7 @@ def forced(name: str | None) -> Iterator[None]:
 
 def select(layer: nn.Module, device: torch.device) -> Reference:
     """The kernel of a quantized layer for tensors on `device`; asked once a layer and device."""
-    wanted = _forced or _known(os.environ.get(VARIABLE) or None)
+    wanted = _forced or (os.environ.get(VARIABLE) and check_choice("kernel", os.environ[VARIABLE], names()))
     if torch.compiler.is_compiling():  # a choice remembered would be a guard that fails once it is made
         return KERNELS[_ask(layer, device, wanted)]
     choice = layer.kernel_choice
@@ -118,9 +116,3 @@ def _ask(layer: nn.Module, device: torch.device, wanted: str | None) -> str:
         if not (KERNELS[name].missing() or KERNELS[name].refuses(layer, device)):
             return name
     raise AssertionError("the reference runs every layer")
-
-
-def _known(name: str | None) -> str | None:
-    if name is not None and name not in KERNELS:
-        raise unknown("kernel", name, names(), f"known: {', '.join(names())}")
-    return name

@@ -12,10 +12,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from dmquant import activations, qtensor
 from dmquant.activations import ActivationSpec, half_by_half
 from dmquant.formats import FloatFormat, Format
 from dmquant.grids import ScaledGrid
-from dmquant.kernels import reference
+from dmquant.kernels.reference import Reference
 from dmquant.qtensor import WeightSpec
 from dmquant.scaling import from_matrix
 
@@ -45,14 +46,14 @@ def _pair_table(fmt: Format, dtype: torch.dtype) -> Tensor | None:
 
 def dequantize(codes: Tensor, scale: Tensor, spec: WeightSpec, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """The weight in `dtype`; by the reference where pairs of codes cannot be looked up."""
-    scaled = spec.grid_type is ScaledGrid
-    if not scaled or torch.compiler.is_compiling():  # which fuses the reference better than it looks up tables
-        return reference.dequantize(codes, scale, spec, shape, dtype)
+    # Compiled code fuses the reference better than it looks up tables.
+    if spec.grid_type is not ScaledGrid or torch.compiler.is_compiling():
+        return qtensor.dequantize(codes, scale, spec, shape, dtype)
     segments, size = spec.segments(shape), spec.granularity.size
     table = _pair_table(spec.fmt, dtype)
     row_bits = sum(segments) * spec.fmt.bits
     if table is None or row_bits % 16 or any(columns % (size or 1) for columns in segments):
-        return reference.dequantize(codes, scale, spec, shape, dtype)
+        return qtensor.dequantize(codes, scale, spec, shape, dtype)
     index = codes.view(torch.uint16).flatten().int()
     matrix = table.index_select(0, index).view(dtype).view(shape[0], -1)
     scales = scale.expand(len(matrix), -1).split([columns // (size or columns) for columns in segments], 1)
@@ -108,27 +109,22 @@ def missing_to_compile() -> str | None:
     return None
 
 
-def can_compile() -> bool:
-    """Whether torch.compile works on the CPU."""
-    return missing_to_compile() is None
-
-
 @functools.cache
 def _compiled_fake_quantize():
-    return torch.compile(reference.fake_quantize, dynamic=True)
+    return torch.compile(activations.fake_quantize, dynamic=True)
 
 
 def _worth_compiling(x: Tensor, spec: ActivationSpec) -> bool:
     if x.numel() < WORTH_COMPILING:
         return False
     _seen[spec] += x.numel()
-    return _seen[spec] >= PAYS_AFTER and can_compile()
+    return _seen[spec] >= PAYS_AFTER and not missing_to_compile()
 
 
 def fake_quantize(x: Tensor, spec: ActivationSpec, dim: int, scale: Tensor | None = None) -> Tensor:
     """A layer's input rounded to what `spec` can represent; `scale` for static specs."""
     if scale is not None:
-        return reference.fake_quantize(x, spec, dim, scale)
+        return activations.fake_quantize(x, spec, dim, scale)
     if spec.split is not None:  # so that one compiled loop serves every split
         return half_by_half(fake_quantize, x, spec, dim)
     if not torch.compiler.is_compiling() and _worth_compiling(x, spec):
@@ -137,10 +133,10 @@ def fake_quantize(x: Tensor, spec: ActivationSpec, dim: int, scale: Tensor | Non
             return _compiled_fake_quantize()(x, spec, dim)
         matrix = tokens.flatten(0, -2)  # torch.compile gives up after eight variants: spare it the number of dimensions
         return _compiled_fake_quantize()(matrix, spec, -1).view(tokens.shape).movedim(-1, dim)
-    return reference.fake_quantize(x, spec, dim)
+    return activations.fake_quantize(x, spec, dim)
 
 
-class Cpu(reference.Reference):
+class Cpu(Reference):
     """The reference's product of weights that are looked up and inputs that are rounded in a compiled loop."""
 
     name, cost = "cpu", 50

@@ -4,19 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dmquant import activations, qtensor
-from dmquant.activations import ActivationSpec
-from dmquant.qtensor import WeightSpec
-
-
-def dequantize(codes: Tensor, scale: Tensor, spec: WeightSpec, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """The weight, (output channels, ...), in `dtype`, from packed codes and decoded float32 scales."""
-    return qtensor.dequantize(codes, scale, spec, shape, dtype)
-
-
-def fake_quantize(x: Tensor, spec: ActivationSpec, dim: int, scale: Tensor | None = None) -> Tensor:
-    """A layer's input rounded to what `spec` can represent; `scale` for static specs."""
-    return activations.fake_quantize(x, spec, dim, scale)
+from dmquant.activations import fake_quantize
+from dmquant.qtensor import dequantize
 
 
 class Reference:
@@ -46,15 +35,8 @@ class Reference:
         """Weights of its own, made from a layer's codes: by name, kept as `layer.kernel_<name>` and never saved."""
         return {}
 
-    def dequantize(
-        self, codes: Tensor, scale: Tensor, spec: WeightSpec, shape: tuple[int, ...], dtype: torch.dtype
-    ) -> Tensor:
-        """The weight in `dtype` from packed codes (rows, bytes) and decoded float32 scales."""
-        return dequantize(codes, scale, spec, shape, dtype)
-
-    def fake_quantize(self, x: Tensor, spec: ActivationSpec, dim: int, scale: Tensor | None = None) -> Tensor:
-        """A layer's input, channels along `dim`, rounded to what `spec` can represent; same dtype and shape."""
-        return fake_quantize(x, spec, dim, scale)
+    dequantize = staticmethod(dequantize)
+    fake_quantize = staticmethod(fake_quantize)
 
     def linear(self, x: Tensor, layer: nn.Module) -> Tensor:
         """(..., in features) to (..., out features), in the dtype of `x`; `x` is transformed, but not quantized."""

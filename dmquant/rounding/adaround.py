@@ -5,7 +5,7 @@ floating-point grid, which differs from weight to weight; and its scale-aware va
 """
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 from torch import Tensor, nn
 
 from dmquant.grids import Grid
@@ -16,10 +16,8 @@ NEEDS_MOMENTS = False
 ZETA, GAMMA = 1.1, -0.1  # the stretch of the sigmoid, arXiv 2004.10568, eq. 23
 
 
-class Options(BaseModel):
+class Options(BaseModel, extra="forbid"):
     """What a recipe may set."""
-
-    model_config = ConfigDict(extra="forbid")
 
     scale_aware: bool = False
     """Learn V' = V * step instead of V. Under Adam that is a learning rate divided by each weight's own step."""

@@ -48,3 +48,17 @@ class Rounding(nn.Module):
     def rounded(self) -> Rounded:
         """The decision with its grid, cut off from what is learned."""
         return Rounded(self.hard().detach(), self.decided_grid())
+
+
+class Fixed(Rounding):
+    """These `values` of a grid, (rows, columns) float32; decided from the start, without parameters."""
+
+    def __init__(self, grid: Grid, values: Tensor):
+        super().__init__(grid)
+        self.register_buffer("values", values)
+
+    def forward(self) -> Tensor:
+        return self.values
+
+    def hard(self) -> Tensor:
+        return self.values

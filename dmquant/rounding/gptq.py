@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 from torch import Tensor
 
 from dmquant.errors import UserError
 from dmquant.grids import Grid
-from dmquant.rounding.fixed import Fixed
+from dmquant.rounding.base import Fixed
 
 LEARNS = False
 NEEDS_MOMENTS = True
@@ -23,10 +23,8 @@ BLOCK = 128  # columns between two updates of all that are left
 TRIES = 8  # dampings to try, each ten times the one before
 
 
-class Options(BaseModel):
+class Options(BaseModel, extra="forbid"):
     """What a recipe may set."""
-
-    model_config = ConfigDict(extra="forbid")
 
     damping: float = Field(default=0.01, gt=0)
     """What is added to the diagonal of the second moments, as a share of its mean."""
@@ -112,19 +110,6 @@ def solve(grid: Grid, factors: Sequence[Factor]) -> tuple[Tensor, float]:
         values[:, first:last], of_block = _solve(grid, factor, first, last)
         error, first = error + of_block, last
     return values, error
-
-
-def seen(error: Tensor, factors: Sequence[Factor]) -> Tensor:
-    """The error of a weight (rows, columns) times a root of the damped moments, same shape, in the factors' dtype.
-
-    It is as large as what outputs see of the error: its squared norm is what `solve` gives.
-    """
-    parts, first = [], 0
-    for order, upper in factors:
-        block = error[:, first : first + len(order)][:, order].to(upper.dtype)
-        parts.append(torch.linalg.solve_triangular(upper, block, upper=True, left=False))  # H = (U^T U)^-1
-        first += len(order)
-    return torch.cat(parts, dim=1)
 
 
 def _solve(grid: Grid, factor: Factor, start: int, stop: int) -> tuple[Tensor, float]:

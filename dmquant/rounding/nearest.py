@@ -1,18 +1,16 @@
 """Nearest: every weight becomes the nearest value of its grid. What every other method is measured against."""
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 
 from dmquant.grids import Grid
-from dmquant.rounding.fixed import Fixed
+from dmquant.rounding.base import Fixed
 
 LEARNS = False
 NEEDS_MOMENTS = False
 
 
-class Options(BaseModel):
+class Options(BaseModel, extra="forbid"):
     """There is nothing to set."""
-
-    model_config = ConfigDict(extra="forbid")
 
 
 def start(grid: Grid, options: Options) -> Fixed:

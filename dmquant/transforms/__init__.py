@@ -11,42 +11,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from dmquant.transforms.alternating import alternate
-from dmquant.transforms.interfaces import (
-    Correction,
-    Fit,
-    Folding,
-    InputStatistics,
-    Method,
-    Part,
-    Parts,
-    Residuals,
-    Storage,
-)
+from dmquant.transforms.interfaces import Fit, Folding, InputStatistics, Method, Part, Parts, Residuals, Storage
 from dmquant.transforms.pair import pairs
 from dmquant.transforms.registry import correction_of, fit_of, folding_of, get_method, method_names, register
-
-__all__ = [
-    "Correction",
-    "Fit",
-    "Folding",
-    "InputStatistics",
-    "Method",
-    "Part",
-    "Parts",
-    "Residuals",
-    "Storage",
-    "alternate",
-    "chains",
-    "correction_of",
-    "create",
-    "fit_of",
-    "fold_first_",
-    "folding_of",
-    "folds_first",
-    "get_method",
-    "method_names",
-    "register",
-]
 
 
 def create(

@@ -5,17 +5,15 @@ the quantized layers before give, after rounding; over all timesteps or apart fo
 """
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 from torch import Tensor, nn
 
 from dmquant.activations import static_scale
 from dmquant.transforms.interfaces import Method, Part, Parts, Residuals, Storage
 
 
-class Options(BaseModel):
+class Options(BaseModel, extra="forbid"):
     """What a recipe may set."""
-
-    model_config = ConfigDict(extra="forbid")
 
     ranges: int = Field(default=1, ge=1)
     """Timestep ranges with a correction of their own."""

@@ -6,7 +6,7 @@ columns multiplied by it.
 """
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 from torch import Tensor, nn
 
 from dmquant.transforms.interfaces import Fit, Folding, InputStatistics, Method, Storage
@@ -15,10 +15,8 @@ from dmquant.transforms.pair import Pair
 _NO_RANGE = 1e-9
 
 
-class Options(BaseModel):
+class Options(BaseModel, extra="forbid"):
     """What a recipe may set."""
-
-    model_config = ConfigDict(extra="forbid")
 
     choose: bool = False
     """Whether calibration evens out those pairs alone whose second layers' outputs are nearer for it."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import torch
 from pydantic import BaseModel
@@ -41,6 +41,8 @@ class Storage:
     """Transforms of a layer apply in this order."""
     CHANGES_INPUT: ClassVar[bool] = False
     """Whether what is quantized is another input than the layer's own."""
+    GROUPED: ClassVar[bool] = True
+    """Whether a grouped convolution can have it: not where its parts run over all input channels."""
 
     @property
     def name(self) -> str:
@@ -48,6 +50,10 @@ class Storage:
 
     def check(self, layer: nn.Linear | nn.Conv2d) -> None:
         """UsageError for a layer that cannot have this transform."""
+        if not self.GROUPED and isinstance(layer, nn.Conv2d) and layer.groups > 1:
+            raise UsageError(
+                f"transform {self.name} is not for grouped convolutions: give this layer `transforms: []` in a rule"
+            )
 
     def parts(self) -> dict[str, Part]:
         """Shapes and dtypes of what the layer stores, by name."""
@@ -134,12 +140,8 @@ class Residuals:
     outputs: Tensor
 
 
-class Correction(Protocol):
-    """How a transform is fitted to what rounding left wrong."""
-
-    def __call__(self, storage: Storage, residuals: Residuals) -> Parts:
-        """Parts that make up for it."""
-        ...
+Correction = Callable[[Any, Residuals], Parts]
+"""Of a transform's storage and what rounding left wrong, the parts that make up for it."""
 
 
 @dataclass(frozen=True)
@@ -175,11 +177,3 @@ class Method:
 def per_channel(values: Tensor, weight: Tensor) -> Tensor:
     """Values of the input channels, shaped to broadcast to a weight (output channels, input channels, ...)."""
     return values.reshape(1, -1, *[1] * (weight.ndim - 2))
-
-
-def refuse_groups(storage: Storage, layer: nn.Linear | nn.Conv2d) -> None:
-    """UsageError for a grouped convolution: for methods whose parts run over all input channels."""
-    if isinstance(layer, nn.Conv2d) and layer.groups > 1:
-        raise UsageError(
-            f"transform {storage.name} is not for grouped convolutions: give this layer `transforms: []` in a rule"
-        )

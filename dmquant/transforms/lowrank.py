@@ -7,32 +7,20 @@ lets an error count by what the output sees of it, as CALDERA (arXiv 2405.18886)
 activations (L2QER, arXiv 2402.02446).
 """
 
+import math
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, Field, model_validator
 from torch import Tensor, nn
 
 from dmquant.errors import UsageError
-from dmquant.transforms.interfaces import (
-    Correction,
-    Fit,
-    InputStatistics,
-    Method,
-    Part,
-    Parts,
-    Residuals,
-    Storage,
-    per_channel,
-    refuse_groups,
-)
+from dmquant.transforms.interfaces import Fit, InputStatistics, Method, Part, Parts, Residuals, Storage, per_channel
 
 
-class Options(BaseModel):
+class Options(BaseModel, extra="forbid"):
     """What a recipe may set."""
-
-    model_config = ConfigDict(extra="forbid")
 
     rank: int = Field(default=16, ge=1)
     """At most the smaller side of the weight's matrix."""
@@ -54,9 +42,7 @@ class LowRank(Storage):
 
     NAME = "lowrank"
     STAGE = 30
-
-    def check(self, layer: nn.Linear | nn.Conv2d) -> None:
-        refuse_groups(self, layer)
+    GROUPED = False
 
     @property
     def rank(self) -> int:
@@ -65,7 +51,7 @@ class LowRank(Storage):
     @property
     def columns(self) -> int:
         """Of the weight's matrix."""
-        return torch.Size(self.shape[1:]).numel()
+        return math.prod(self.shape[1:])
 
     def parts(self) -> dict[str, Part]:
         up, down = (self.shape[0], self.rank), (self.rank, self.columns)
@@ -141,8 +127,4 @@ def _fit(options: Options) -> Fit:
     return LargestPart(turns=options.iterations, by_moments=options.by == "output" and options.iterations > 0)
 
 
-def _correction(options: Options) -> Correction | None:
-    return correct if options.of == "error" else None
-
-
-METHOD = Method(Options, LowRank, fit=_fit, correction=_correction)
+METHOD = Method(Options, LowRank, fit=_fit, correction=lambda options: correct if options.of == "error" else None)

@@ -7,16 +7,14 @@ which gives 0.3 to 0.8 % of a weight; here the share is fixed, so that the shape
 import math
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 from torch import Tensor
 
 from dmquant.transforms.interfaces import Fit, InputStatistics, Method, Part, Parts, Storage
 
 
-class Options(BaseModel):
+class Options(BaseModel, extra="forbid"):
     """What a recipe may set."""
-
-    model_config = ConfigDict(extra="forbid")
 
     share: float = Field(default=0.005, gt=0, le=1)
     """Of a layer's weights."""

@@ -7,17 +7,15 @@ Blocks keep the rotation inside the groups that share a scale.
 import math
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, Field, field_validator
 from torch import Tensor
 
 from dmquant.errors import UsageError
 from dmquant.transforms.interfaces import Fit, Method, Parts, Storage
 
 
-class Options(BaseModel):
+class Options(BaseModel, extra="forbid"):
     """What a recipe may set."""
-
-    model_config = ConfigDict(extra="forbid")
 
     size: int = Field(default=64, ge=2)
     """Channels of a block, a power of two; where it does not divide a layer's channels, the largest that does."""

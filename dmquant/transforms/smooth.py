@@ -6,29 +6,17 @@ each layer by the error of its output on calibration data from the whole schedul
 """
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
-from torch import Tensor, nn
+from pydantic import BaseModel, Field
+from torch import Tensor
 
-from dmquant.transforms.interfaces import (
-    Fit,
-    Folding,
-    InputStatistics,
-    Method,
-    Part,
-    Parts,
-    Storage,
-    per_channel,
-    refuse_groups,
-)
+from dmquant.transforms.interfaces import Fit, Folding, InputStatistics, Method, Part, Parts, Storage, per_channel
 from dmquant.transforms.pair import Pair
 
 _NO_RANGE = 1e-9
 
 
-class Options(BaseModel):
+class Options(BaseModel, extra="forbid"):
     """What a recipe may set."""
-
-    model_config = ConfigDict(extra="forbid")
 
     alpha: list[float] = Field(default=[0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9], min_length=1)
     """What to choose from, beside no smoothing. 1: all of the difficulty moves from the input to the weight."""
@@ -44,9 +32,7 @@ class Smooth(Storage):
     NAME = "smooth"
     STAGE = 10
     CHANGES_INPUT = True
-
-    def check(self, layer: nn.Linear | nn.Conv2d) -> None:
-        refuse_groups(self, layer)
+    GROUPED = False
 
     def parts(self) -> dict[str, Part]:
         return {"factor": Part((1, self.shape[1]), torch.bfloat16)}

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import diffusers
 
-from dmquant.convert import LayerReport, footprint, quantize_layers_, unmatched
+from dmquant.convert import LayerReport, quantize_layers_, unmatched
 from dmquant.diffusers.quantizer import mark_quantized
 from dmquant.errors import UserError
 from dmquant.host import processes
@@ -25,6 +25,7 @@ from dmquant.pipelines.models.placing import place, place_backbone_alone
 from dmquant.pipelines.models.saving import model_card, narrow_exactly, save_whole
 from dmquant.pipelines.models.shared_parts import SharedParts
 from dmquant.pipelines.runs.calibration import calibrate, calibration_data
+from dmquant.pipelines.runs.footprint import footprint
 from dmquant.pipelines.runs.settings import Settings
 
 if TYPE_CHECKING:

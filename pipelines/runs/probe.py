@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from dmquant.calib.blocks.replay import Arguments
 from dmquant.calib.data.tree import flatten, unflatten
-from dmquant.convert import footprint
 from dmquant.diffusers.calling import backbone_calls, final_latents
 from dmquant.diffusers.watching import watching_steps
 from dmquant.errors import UserError
@@ -29,6 +28,7 @@ from dmquant.evaluation.result import LayerError
 from dmquant.host.console import Console
 from dmquant.host.files import fingerprint, replacing
 from dmquant.layers import QUANTIZED
+from dmquant.pipelines.runs.footprint import footprint
 from dmquant.pipelines.runs.settings import Settings
 
 if TYPE_CHECKING:

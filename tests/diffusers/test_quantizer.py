@@ -13,11 +13,12 @@ from safetensors import safe_open
 
 import dmquant
 from dmquant.activations import ActivationSpec
-from dmquant.convert import footprint, plan, quantize_
+from dmquant.convert import plan, quantize_
 from dmquant.diffusers.families import families
 from dmquant.diffusers.quantizer import QuantConfig, load_pipeline, mark_quantized, save_pipeline
 from dmquant.errors import UsageError, UserError
 from dmquant.layers import QuantConv2d, QuantLinear, quantize_layer
+from dmquant.pipelines.runs.footprint import footprint
 from dmquant.qtensor import WeightSpec
 from dmquant.recipe import Recipe
 from tests.tiny import IMAGE_SIZE, PIXART_CALL, tiny_pixart, tiny_sd

@@ -46,7 +46,7 @@ class LearnedScales(rounding.Rounding):
 
 @pytest.fixture
 def registered(monkeypatch):
-    monkeypatch.setattr(rounding, "_registered", {})
+    monkeypatch.setattr(rounding.METHODS, "registered", {})
     method = SimpleNamespace(
         Options=Options, LEARNS=True, NEEDS_MOMENTS=False, start=lambda grid, options: LearnedScales(grid)
     )

@@ -7,9 +7,10 @@ import torch
 from torch import nn
 
 from dmquant.activations import ActivationSpec
-from dmquant.convert import footprint, quantize_
+from dmquant.convert import quantize_
 from dmquant.diffusers.quantizer import QuantConfig, mark_quantized
 from dmquant.layers import QuantConv2d, QuantLinear, quantize_layer, share_timesteps
+from dmquant.pipelines.runs.footprint import footprint
 from dmquant.qtensor import WeightSpec
 from dmquant.recipe import Recipe
 from dmquant.transforms import create

@@ -36,7 +36,7 @@ class RowMeans(Fit):
 
 @pytest.fixture
 def mean(monkeypatch):
-    monkeypatch.setattr(registry, "_registered", {})
+    monkeypatch.setattr(registry.METHODS, "registered", {})
     return register(Method(Options, Mean, fit=lambda options: RowMeans()))
 
 

@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 from dmquant.activations import ActivationSpec, TimestepRanges
-from dmquant.convert import footprint, plan, quantize_
+from dmquant.convert import plan, quantize_
 from dmquant.errors import UsageError
 from dmquant.layers import QUANTIZED, quantize_layer
+from dmquant.pipelines.runs.footprint import footprint
 from dmquant.qtensor import WeightSpec, quantize_tensor
 from dmquant.recipe import Recipe
 from dmquant.transforms import (

@@ -15,7 +15,7 @@ from dmquant.calib.data.sampling import Sample
 from dmquant.calib.data.store import CalibrationStore
 from dmquant.convert import plan, quantize_
 from dmquant.errors import UsageError, UserError
-from dmquant.kernels.cpu import can_compile
+from dmquant.kernels.cpu import missing_to_compile
 from dmquant.pipelines.runs.settings import parse_size
 from tests.calib.runs import calibrated, captured, is_same, packed, quantized_layers, recipe_of, saved_and_loaded
 from tests.forked import Forked
@@ -407,7 +407,7 @@ def test_carrying_the_quantized_stream_beats_learning_each_block_on_full_precisi
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not can_compile(), reason="torch.compile needs a C++ compiler and Python's headers")
+@pytest.mark.skipif(missing_to_compile(), reason="torch.compile needs a C++ compiler and Python's headers")
 def test_compiled_units_learn_what_eager_ones_do(pixart, tmp_path):
     learning = {"iterations": 6, "dtype": "fp32"}
     rules = [{"match": "transformer_blocks.2.*", "keep": True}]  # two of a kind show whether one graph serves both

@@ -16,7 +16,7 @@ from dmquant.layers import QUANTIZED
 from dmquant.qtensor import WeightSpec
 from dmquant.recipe import Learning
 from dmquant.rounding import get_method
-from dmquant.rounding.fixed import Fixed
+from dmquant.rounding.base import Fixed
 from tests.calib.runs import calibrated, captured, is_same, packed, quantized_layers, recipe_of, saved_and_loaded
 
 GPTQ = {"rounding": "gptq", "scale": "mse", "activations": "fp6"}

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from dmquant.calib.layers.fitting import fit_to_codes
+from dmquant.calib.layers.fitting import fit_to_codes, seen_by_output
 from dmquant.calib.layers.moments import Moments, columns_of, fit_grid
 from dmquant.convert import LayerPlan
 from dmquant.layers import QUANTIZED
@@ -109,7 +109,7 @@ def test_what_outputs_see_of_an_error_has_the_size_of_the_loss(together):
         moments.sums[first // moments.size, : block.shape[1], : block.shape[1]] = block.T @ block
     error = torch.randn(64, 96, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     error[:, 7] = 0
-    seen = gptq.seen(error, gptq.factorize(moments.blocks(), gptq.Options(damping=0.02)))
+    seen = seen_by_output(error, gptq.factorize(moments.blocks(), gptq.Options(damping=0.02)))
     expected = 0.0
     for first, block in zip(range(0, 96, moments.size), moments.blocks(), strict=True):
         lost = error[:, first : first + len(block)]

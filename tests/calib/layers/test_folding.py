@@ -11,8 +11,9 @@ from dmquant.activations import ActivationSpec
 from dmquant.calib.layers.fitting import output_error, with_outputs
 from dmquant.calib.layers.folding import folds_of, shared_factor, without
 from dmquant.calib.layers.statistics import InputObserver
-from dmquant.convert import footprint, plan
+from dmquant.convert import plan
 from dmquant.layers import QuantLinear
+from dmquant.pipelines.runs.footprint import footprint
 from dmquant.qtensor import WeightSpec, quantize
 from dmquant.recipe import Recipe
 from dmquant.transforms import chains, create

@@ -1,17 +1,20 @@
 """Second moments of inputs: what they say of an output's error, and the scales and formats chosen by it."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from dmquant.calib.layers import moments as module
+from dmquant.calib.layers.hessian import fit_hessian
 from dmquant.calib.layers.moments import POSITIONS, Moments, columns_of, fit_grid
 from dmquant.convert import LayerPlan
 from dmquant.errors import UsageError
 from dmquant.formats import get_format
 from dmquant.qtensor import WeightSpec, to_matrix
-from dmquant.scaling import fit_hessian, fit_mse, to_groups
+from dmquant.scaling import fit_mse, to_groups
 
 CPU = torch.device("cpu")
 GRANULARITIES = ["tensor", "channel", "group:16", "group:64"]
@@ -160,7 +163,7 @@ def test_the_format_chosen_for_a_split_convolution_is_that_of_least_output_error
         collected.add(columns_of(layer, x))
 
         def error(fmt, spec=spec):
-            grid = fit_grid(layer.weight, LayerPlan("conv", spec.with_format(fmt), None), None)
+            grid = fit_grid(layer.weight, LayerPlan("conv", replace(spec, fmt=fmt), None), None)
             return F.conv2d(x, grid.as_weight(grid.nearest) - layer.weight).square().mean().item()
 
         grid = fit_grid(layer.weight, LayerPlan("conv", spec, None, candidates=candidates), collected)
@@ -193,7 +196,7 @@ def test_the_format_of_least_output_error_is_chosen():
         plan = LayerPlan("layer", spec_of(scale="absmax"), None, candidates=candidates)
         alone = {
             fmt.name: collected.output_error(
-                fit_grid(matrix, LayerPlan("layer", plan.weights.with_format(fmt), None), None).nearest - matrix
+                fit_grid(matrix, LayerPlan("layer", replace(plan.weights, fmt=fmt), None), None).nearest - matrix
             )
             for fmt in candidates
         }

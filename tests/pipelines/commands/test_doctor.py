@@ -32,7 +32,7 @@ def test_without_pythons_headers_torch_compile_is_not_said_to_work(tmp_path, mon
     monkeypatch.setattr(cpu.sysconfig, "get_path", lambda name: str(tmp_path))
     cpu.missing_to_compile.cache_clear()
     try:
-        assert not cpu.can_compile()
+        assert cpu.missing_to_compile()
         found = doctor._compiler()
         assert (found.name, found.status) == ("torch.compile", "missing")
         assert "install" in found.remedy

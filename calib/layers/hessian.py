@@ -1,0 +1,24 @@
+"""Scales by what the outputs see of a weight's error, on the second moments of the inputs."""
+
+import torch
+from torch import Tensor
+
+from dmquant.formats import Format
+from dmquant.scaling import Scales, search
+
+
+def fit_hessian(groups: Tensor, fmt: Format, store: str, moments: Tensor) -> Scales:
+    """The multiple of absmax with the least squared error of the layer's output, at nearest rounding.
+
+    `moments` (scale columns, n, n) float32 are the second moments of the inputs that each group of n weights meets:
+    the error of a group is e^T H e, as if the other groups were exact. Granularity `tensor` sums that over the rows.
+    """
+    rows, columns = groups.shape[:2]
+    width = moments.shape[-1]
+
+    def output_error(error: Tensor) -> Tensor:
+        by_group = error.transpose(0, 1).reshape(columns, -1, width)
+        squared = (torch.bmm(by_group, moments) * by_group).sum(-1)
+        return squared.view(columns, rows, -1).sum(-1).T
+
+    return search(groups, fmt, store, output_error)

@@ -1,0 +1,42 @@
+"""Things found by name: the modules of a package, and what is registered from outside."""
+
+import functools
+import importlib
+import pkgutil
+from collections.abc import Collection
+from typing import Any
+
+from dmquant.errors import UsageError, check_choice
+
+
+class Registry:
+    """The modules of `package`, but for those in `no_methods`, each imported when asked for, and what is registered.
+
+    `attribute` is what of a module is meant; by default the module itself.
+    """
+
+    def __init__(self, kind: str, package: str, no_methods: Collection[str], attribute: str | None = None):
+        self.kind, self.package, self.no_methods, self.attribute = kind, package, no_methods, attribute
+        self.registered: dict[str, Any] = {}
+
+    @functools.cached_property
+    def own_names(self) -> tuple[str, ...]:
+        path = importlib.import_module(self.package).__path__
+        return tuple(module.name for module in pkgutil.iter_modules(path) if module.name not in self.no_methods)
+
+    def names(self) -> tuple[str, ...]:
+        """All names, sorted."""
+        return tuple(sorted((*self.own_names, *self.registered)))
+
+    def get(self, name: str) -> Any:
+        """What has this name; UsageError where nothing has."""
+        if check_choice(self.kind, name, self.names()) in self.registered:
+            return self.registered[name]
+        module = importlib.import_module(f"{self.package}.{name}")
+        return getattr(module, self.attribute) if self.attribute else module
+
+    def register(self, name: str, entry: Any) -> None:
+        """Make something from outside known by this name; UsageError for a name that is taken."""
+        if name in self.names():
+            raise UsageError(f"there is a {self.kind} '{name}' already: choose another name")
+        self.registered[name] = entry
