@@ -143,9 +143,7 @@ def static_scale(scale: Tensor, ranges: TimestepRanges | None, x: Tensor, dim: i
     return scale.view(shape)
 
 
-def half_by_half(
-    quantize: Callable[[Tensor, ActivationSpec, int], Tensor], x: Tensor, spec: ActivationSpec, dim: int
-) -> Tensor:
+def half_by_half(quantize: Callable[..., Tensor], x: Tensor, spec: ActivationSpec, dim: int) -> Tensor:
     """A concatenation whose halves, by the spec's `split`, are quantized each on its own; dtype and shape of `x`."""
     each = ActivationSpec(spec.fmt, spec.granularity, spec.store)
     return torch.cat([quantize(half, each, dim) for half in x.split(spec.segments(x.shape[dim]), dim)], dim)

@@ -16,16 +16,10 @@ class UsageError(UserError, ValueError):
     exit_code = 2
 
 
-def nearest(name: str, choices: Iterable[str]) -> str | None:
-    """The choice that `name` most likely meant, or None."""
-    matches = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.5)
-    return matches[0] if matches else None
-
-
 def unknown(kind: str, name: str, choices: Iterable[str], hint: str) -> UsageError:
     """A UsageError like "unknown format 'fp44': did you mean 'fp4'? `dmquant formats` lists them"."""
-    guess = nearest(name, choices)
-    suggestion = f" did you mean '{guess}'?" if guess else ""
+    likely = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.5)
+    suggestion = f" did you mean '{likely[0]}'?" if likely else ""
     return UsageError(f"unknown {kind} '{name}':{suggestion} {hint}".replace(":  ", ": "))
 
 

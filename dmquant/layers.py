@@ -122,7 +122,7 @@ class _QuantizedLayer(kernels.Chosen):
     @property
     def kernel(self) -> str:
         """The kernel that ran last, or, before the first call, the one that would run."""
-        return self.kernel_choice.kernel if self.kernel_choice else kernels.select(self, self.qweight.device).name
+        return self.kernel_choice[0] if self.kernel_choice else kernels.select(self, self.qweight.device).name
 
     def _apply(self, fn, recurse: bool = True) -> "_QuantizedLayer":
         self._dtype = fn(torch.empty(0, dtype=self._dtype, device="cpu")).dtype

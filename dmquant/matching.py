@@ -14,14 +14,11 @@ class Matcher:
         self._named: dict[str, set[int]] = {}
         self._globs: list[tuple[int, re.Pattern[str]]] = []
         for rule, listed in enumerate(patterns):
-            globs = []
-            for pattern in as_list(listed):
-                if _WILD.search(pattern):
-                    globs.append(fnmatch.translate(pattern))
-                else:
-                    self._named.setdefault(pattern, set()).add(rule)
+            globs = [pattern for pattern in as_list(listed) if _WILD.search(pattern)]
+            for name in set(as_list(listed)).difference(globs):
+                self._named.setdefault(name, set()).add(rule)
             if globs:
-                self._globs.append((rule, re.compile("|".join(globs))))
+                self._globs.append((rule, re.compile("|".join(map(fnmatch.translate, globs)))))
 
     def matching(self, name: str) -> list[int]:
         """Indices of the rules that match, ascending."""

@@ -4,6 +4,7 @@ Asked are which layers stay in high precision and which inputs are concatenation
 a model that was quantized in place is saved so that it loads again.
 """
 
+import functools
 from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any
 
@@ -68,18 +69,13 @@ def record(model: "nn.Module", recipe: Recipe, layers: Collection[str]) -> None:
     for name, part in model.named_modules():
         holds = any(layer.startswith(f"{name}." if name else "") for layer in layers)
         if holds and hasattr(part, "save_pretrained") and not (recorded and part is model):
-            part.save_pretrained = _RefusesToSave(type(part).__name__)
+            part.save_pretrained = functools.partial(_refuse_to_save, type(part).__name__)  # which can be copied
 
 
-class _RefusesToSave:
-    """Stands in place of a model's `save_pretrained`; a class, so that copies and pickles keep it."""
-
-    def __init__(self, name: str):
-        self.name = name
-
-    def __call__(self, *args: Any, **kwargs: Any) -> None:
-        raise UserError(
-            f"this {self.name} was quantized in place in a way that its save_pretrained does not record, so it would "
-            "load with random weights: save it before it is quantized, or torch.save its state_dict() and load that "
-            "into one that dmquant.quantize_ made by the same recipe"
-        )
+def _refuse_to_save(kind: str, *args: Any, **kwargs: Any) -> None:
+    """Stands in place of a model's `save_pretrained`."""
+    raise UserError(
+        f"this {kind} was quantized in place in a way that its save_pretrained does not record, so it would "
+        "load with random weights: save it before it is quantized, or torch.save its state_dict() and load that "
+        "into one that dmquant.quantize_ made by the same recipe"
+    )

@@ -104,7 +104,8 @@ class QuantizedTensor:
     @property
     def nbytes(self) -> int:
         """Bytes of codes and scales together."""
-        return self.codes.nbytes + self.scales.nbytes
+        parts = (self.codes, self.scales.stored, self.scales.base)
+        return sum(part.nbytes for part in parts if part is not None)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The tensor these codes stand for: decoded and scaled in float32, then cast to `dtype`."""

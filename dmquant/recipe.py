@@ -13,8 +13,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from dmquant.errors import UsageError, unknown
 from dmquant.matching import Matcher
-from dmquant.methods import Rounding, Transformation
-from dmquant.settings import NO_FORMAT, ONLINE, Rule, Settings, format_name
+from dmquant.settings import NO_FORMAT, ONLINE, Rounding, Rule, Settings, Transformation, format_name
 from dmquant.yaml_models import parse_content, problem, read_yaml
 
 _BITS = re.compile(r"w(\d+)a(\d+)")
@@ -141,13 +140,10 @@ class Recipe(Settings):
 
     def in_formats(self, w: str | None, a: str | None) -> "Recipe":
         """A copy in other formats; None is the recipe's own. Candidates stand for that, and go with it."""
-        named = {"weights": w, "activations": a}
-        names = {key: format_name(name) for key, name in named.items() if name is not None}
-        changed: dict[str, Any] = {key: name for key, name in names.items() if name != getattr(self, key)}
-        if "weights" in changed:
-            changed["candidates"] = None
-        if "activations" in changed:
-            changed["activation_candidates"] = None
+        changed: dict[str, Any] = {}
+        for name, key, candidates in ((w, "weights", "candidates"), (a, "activations", "activation_candidates")):
+            if name is not None and format_name(name) != getattr(self, key):
+                changed |= {key: name, candidates: None}
         return self.with_settings(**changed)
 
     def with_settings(self, **settings: Any) -> "Recipe":

@@ -1,6 +1,5 @@
 """Things found by name: the modules of a package, and what is registered from outside."""
 
-import functools
 import importlib
 import pkgutil
 from collections.abc import Collection
@@ -16,13 +15,10 @@ class Registry:
     """
 
     def __init__(self, kind: str, package: str, no_methods: Collection[str], attribute: str | None = None):
-        self.kind, self.package, self.no_methods, self.attribute = kind, package, no_methods, attribute
+        self.kind, self.package, self.attribute = kind, package, attribute
+        modules = pkgutil.iter_modules(importlib.import_module(package).__path__)
+        self.own_names = [module.name for module in modules if module.name not in no_methods]
         self.registered: dict[str, Any] = {}
-
-    @functools.cached_property
-    def own_names(self) -> tuple[str, ...]:
-        path = importlib.import_module(self.package).__path__
-        return tuple(module.name for module in pkgutil.iter_modules(path) if module.name not in self.no_methods)
 
     def names(self) -> tuple[str, ...]:
         """All names, sorted."""

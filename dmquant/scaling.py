@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dmquant.errors import unknown
 from dmquant.formats import Format
-from dmquant.stores import LARGEST, OCTAVE_SEARCH, SMALLEST, STORES, get_store
+from dmquant.stores import LARGEST, SMALLEST, STORES, get_store
 
 GRADIENT_STEPS, GRADIENT_RATE = 100, 0.03
 
@@ -122,11 +122,6 @@ class Scales:
     base: Tensor | None
     store: str
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of what is stored, the base included."""
-        return self.stored.nbytes + (0 if self.base is None else self.base.nbytes)
-
     def decode(self) -> Tensor:
         """Float32 scales, (scale rows, scale columns), or tables."""
         return get_store(self.store).decode(self.stored, self.base)
@@ -151,16 +146,6 @@ def fit_absmax(groups: Tensor, fmt: Format, store: str, base: Tensor | None = No
 def fit_mse(groups: Tensor, fmt: Format, store: str, base: Tensor | None = None) -> Scales:
     """The multiple of absmax with the least squared weight error, absmax among the candidates; else as `fit_absmax`."""
     return search(groups, fmt, store, lambda error: error.square_().sum(-1), base)
-
-
-def fit_weighted(groups: Tensor, fmt: Format, store: str, weights: Tensor) -> Scales:
-    """The multiple of absmax with the least squared weight error, every element counting by its weight.
-
-    `weights`, float32, broadcast to `groups`. Those of a few elements may exceed all others: multiples are tried that
-    clip more.
-    """
-    further = (0.125,) if STORES[store].search == OCTAVE_SEARCH else (0.3, 0.35, 0.4, 0.45, 0.5, 0.55)
-    return search(groups, fmt, store, lambda error: error.square_().mul_(weights).sum(-1), further=further)
 
 
 def fit_gradient(groups: Tensor, fmt: Format, store: str, base: Tensor | None = None) -> Scales:
@@ -197,7 +182,7 @@ def search(
 ) -> Scales:
     """Of absmax and the multiples of it in the store's list and `further` ones, the one of least error by group.
 
-    `measure` takes the error of every weight, in the shape of `groups`, to that of a group, (scale rows, scale columns).
+    `measure` takes the error of every weight, shaped as `groups`, to that of each group, (scale rows, scale columns).
     """
     amplitude, kind, best = absmax(groups), STORES[store], fit_absmax(groups, fmt, store, base)
     chosen, least = best.stored, measure(_rounding_error(groups, best.decode(), fmt))

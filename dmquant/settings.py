@@ -1,15 +1,15 @@
-"""What a recipe says of some layers: formats, scales and transforms, each checked by name."""
+"""What a recipe says of some layers: formats, scales and methods with their options, each checked by name."""
 
+import importlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
-from pydantic import BaseModel, ValidationInfo, field_validator
+from pydantic import BaseModel, ValidationError, ValidationInfo, field_validator, model_validator
 
 from dmquant.errors import UsageError, check_choice
-from dmquant.methods import Transformation
+from dmquant.yaml_models import problem
 
 NO_FORMAT = "none"  # leave alone
-_ALSO_NO_FORMAT = "bf16"
 ONLINE = "online"
 
 
@@ -19,7 +19,7 @@ def format_name(name: str) -> str:
     from dmquant.scaling import BLOCK_FORMATS
 
     lower = name.lower()
-    if lower in (NO_FORMAT, _ALSO_NO_FORMAT):
+    if lower in (NO_FORMAT, "bf16"):
         return NO_FORMAT
     return lower if lower in BLOCK_FORMATS else get_format(name).name
 
@@ -51,6 +51,59 @@ def _checks() -> dict[str, Callable[[Any], Any]]:
         "scale": lambda name: check_choice("scale rule", name, (*RULES, *DATA_RULES)),
         "store": lambda name: check_choice("scale storage", name, (*STORES, *TABLES)),
     }
+
+
+class Method(BaseModel, extra="allow", frozen=True):
+    """A method of a package by name, and that method's own options."""
+
+    method: str
+    package: ClassVar[str]
+    """Where the methods are found by name."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_name(cls, given: Any) -> Any:
+        return {"method": given} if isinstance(given, str) else given
+
+    @model_validator(mode="after")
+    def _known_options(self) -> "Method":
+        options = self.definition.Options
+        try:
+            options.model_validate(self.options)
+        except ValidationError as error:
+            first = error.errors()[0]
+            option = ".".join(map(str, first["loc"] if first["type"] != "extra_forbidden" else ()))
+            said = problem(first, options)
+            raise UsageError(f"{option}: {said}" if option else said) from None
+        return self
+
+    @property
+    def definition(self) -> Any:
+        """The method of this name; UsageError where there is none."""
+        return importlib.import_module(self.package).get_method(self.method)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What was set of the method's own options."""
+        return dict(self.model_extra or {})
+
+
+class Transformation(Method):
+    """A method of dmquant.transforms."""
+
+    package = "dmquant.transforms"
+
+    @property
+    def takes_data(self) -> bool:
+        """Whether it is fitted to calibration data."""
+        return self.definition.takes_data(self.definition.Options.model_validate(self.options))
+
+
+class Rounding(Method):
+    """A method of dmquant.rounding."""
+
+    package = "dmquant.rounding"
+    method: str = "nearest"
 
 
 class Settings(BaseModel, extra="forbid", frozen=True):
@@ -89,18 +142,13 @@ class Settings(BaseModel, extra="forbid", frozen=True):
         for name in names:
             if names.count(name) > 1:
                 raise UsageError(f"transform {name} is named twice for the same layers: set it once")
-            if not get_method(name).storage.CHANGES_INPUT:
-                continue
+            clash = None
             if self.activation_scale not in (None, ONLINE):
-                raise UsageError(
-                    f"transform {name} changes the input that is quantized, and static activation scales are observed "
-                    "on the input as it was: use activation_scale: online"
-                )
-            if self.activation_candidates:
-                raise UsageError(
-                    f"transform {name} changes the input that is quantized, and activation_candidates are tried on the "
-                    "input as it was: name one format in activations"
-                )
+                clash = "static activation scales are observed on the input as it was: use activation_scale: online"
+            elif self.activation_candidates:
+                clash = "activation_candidates are tried on the input as it was: name one format in activations"
+            if clash and get_method(name).storage.CHANGES_INPUT:
+                raise UsageError(f"transform {name} changes the input that is quantized, and {clash}")
         return chosen
 
 

@@ -8,13 +8,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dmquant.calib.layers.lean import POWERS, column_weights, fit_lean, scales_of
+from dmquant.calib.layers.lean import POWERS, column_weights, fit_lean, fit_weighted, scales_of
 from dmquant.errors import UsageError
 from dmquant.formats import get_format
 from dmquant.qtensor import WeightSpec, quantize, quantize_tensor, to_matrix
 from dmquant.recipe import Recipe
 from dmquant.rounding import gptq
-from dmquant.scaling import STORES, absmax, fit_absmax, fit_gradient, fit_mse, fit_weighted
+from dmquant.scaling import STORES, absmax, fit_absmax, fit_gradient, fit_mse
 
 FORMATS = ["fp4", "fp4_e3m0", "fp6", "fp8", "int4"]
 

@@ -11,10 +11,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from dmquant.grids import Grid
+from dmquant.formats import Format
+from dmquant.grids import Grid, ScaledGrid, TableGrid
+from dmquant.grids.kmeans import fit_table
 from dmquant.qtensor import WeightSpec
 from dmquant.rounding.gptq import Factor, solve
-from dmquant.scaling import Scales
+from dmquant.scaling import Scales, search, to_groups
+from dmquant.stores import OCTAVE_SEARCH, STORES
 
 POWERS = (0, 1, 2, 4)
 
@@ -38,7 +41,7 @@ def scales_of(
     matrix: Tensor, spec: WeightSpec, shape: tuple[int, ...], factors: Sequence[Factor], power: float
 ) -> Scales:
     """Scales, or tables, of least error under the weights h^-power."""
-    return spec.grid_type.fit_weighted(matrix, spec, spec.segments(shape), column_weights(factors, power))
+    return WEIGHTED[spec.grid_type](matrix, spec, spec.segments(shape), column_weights(factors, power))
 
 
 def column_weights(factors: Sequence[Factor], power: float) -> Tensor:
@@ -50,3 +53,28 @@ def column_weights(factors: Sequence[Factor], power: float) -> Tensor:
         logarithms.append(logarithm)
     logarithm = torch.cat(logarithms)
     return torch.exp(-power * (logarithm - logarithm.mean()))
+
+
+def weighted_scales(matrix: Tensor, spec: WeightSpec, segments: tuple[int, ...], weights: Tensor) -> Scales:
+    """Scales of least squared error when each column counts by its weight, (columns,) float64."""
+    rows = len(matrix) if spec.granularity.kind == "tensor" else 1
+    of_groups = to_groups(weights.expand(rows, -1), spec.granularity, segments)
+    of_groups = of_groups / of_groups.amax(-1, keepdim=True)  # in float64, so that no group's all become 0
+    groups = to_groups(matrix, spec.granularity, segments)
+    return fit_weighted(groups, spec.fmt, spec.store, of_groups.float())
+
+
+def fit_weighted(groups: Tensor, fmt: Format, store: str, weights: Tensor) -> Scales:
+    """The multiple of absmax with the least squared weight error, every element counting by its weight.
+
+    `weights`, float32, broadcast to `groups`. Those of a few elements may exceed all others: multiples are tried that
+    clip more.
+    """
+    further = (0.125,) if STORES[store].search == OCTAVE_SEARCH else (0.3, 0.35, 0.4, 0.45, 0.5, 0.55)
+    return search(groups, fmt, store, lambda error: error.square_().mul_(weights).sum(-1), further=further)
+
+
+WEIGHTED = {
+    ScaledGrid: weighted_scales,
+    TableGrid: lambda matrix, spec, segments, weights: fit_table(matrix, weights),
+}

@@ -15,25 +15,16 @@ class Format(Protocol):
     straight-through estimator is `x + (fmt.round(x) - x).detach()`.
     """
 
-    @property
-    def name(self) -> str:
-        """The full name that `get_format` knows, such as "fp4_e2m1"."""
-
-    @property
-    def bits(self) -> int:
-        """Bits of a code."""
-
-    @property
-    def max(self) -> float:
-        """The largest value: what `absmax` scales to."""
-
-    @property
-    def min_positive(self) -> float:
-        """The smallest value above zero."""
-
-    @property
-    def values(self) -> Tensor:
-        """All distinct finite values, ascending; float32 on the CPU."""
+    name: str
+    """The full name that `get_format` knows, such as "fp4_e2m1"."""
+    bits: int
+    """Bits of a code."""
+    max: float
+    """The largest value: what `absmax` scales to."""
+    min_positive: float
+    """The smallest value above zero."""
+    values: Tensor
+    """All distinct finite values, ascending; float32 on the CPU."""
 
     def round(self, x: Tensor) -> Tensor:
         """The nearest value: ties to the even code, saturating (infinities too); NaN stays NaN."""

@@ -3,27 +3,15 @@
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from dmquant.formats import Format
-from dmquant.packing import packed_size
-from dmquant.scaling import Granularity, Scales, from_matrix
+from dmquant.scaling import Scales, from_matrix
 
-
-class Spec(Protocol):
-    """What a grid reads of a specification (`dmquant.qtensor.WeightSpec`)."""
-
-    fmt: Format
-    granularity: Granularity
-    scale: str
-    store: str
-    split: int | None
-
-    def segments(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Columns of the parts of a row that share no scale, in the matrix form of a weight of this shape."""
+Spec = Any
+"""A `dmquant.qtensor.WeightSpec`, which is made with these grids."""
 
 
 @dataclass(frozen=True)
@@ -61,11 +49,6 @@ class Grid(ABC):
 
     @staticmethod
     @abstractmethod
-    def fit_weighted(matrix: Tensor, spec: Spec, segments: tuple[int, ...], weights: Tensor) -> Scales:
-        """Scales, or tables, of least squared error when each column counts by its weight, (columns,) float64."""
-
-    @staticmethod
-    @abstractmethod
     def encode(values: Tensor, scale: Tensor, spec: Spec, segments: tuple[int, ...]) -> Tensor:
         """Packed codes (rows, bytes), uint8, of what is nearest to float32 values, by decoded scales or tables."""
 
@@ -92,11 +75,6 @@ class Grid(ABC):
     @abstractmethod
     def round_column(self, values: Tensor, column: int) -> Tensor:
         """The nearest values (rows,) of the grid in one column to any others, such as weights that were moved."""
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that codes and scales of the weight take."""
-        return len(self.weight) * packed_size(self.weight.shape[1], self.spec.fmt.bits) + self.scales.nbytes
 
     def fraction(self) -> Tensor:
         """Where each weight lies between its neighbours, 0 to 1; 0 where they are equal."""

@@ -37,9 +37,7 @@ def _fit(matrix: Tensor, weights: Tensor) -> Tensor:
     mass = weights.expand_as(values).gather(1, order)
     sums = [torch.cat([zero, (mass * values**power).cumsum(1)], 1) for power in range(3)]
     # Evenly spaced; quantiles; and in proportion to the cube root of the density, which is best for many entries.
-    even = torch.lerp(
-        values[:, :1], values[:, -1:], torch.linspace(0, 1, SIZE, dtype=values.dtype, device=values.device)
-    )
+    even = values[:, :1].lerp(values[:, -1:], torch.linspace(0, 1, SIZE, dtype=values.dtype, device=values.device))
     gaps = torch.cat([zero, values.diff(dim=1)], 1)
     cube_root = (mass * gaps.square()).pow(1 / 3).cumsum(1)
     starts = [even, _quantiles(values, sums[0][:, 1:]), _quantiles(values, cube_root)]

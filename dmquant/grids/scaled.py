@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dmquant.grids.base import Grid, Spec
 from dmquant.packing import pack, unpack
-from dmquant.scaling import RULES, Scales, fit_weighted, from_groups, to_groups
+from dmquant.scaling import RULES, Scales, from_groups, to_groups
 
 
 @dataclass(frozen=True)
@@ -28,14 +28,6 @@ class ScaledGrid(Grid):
     @staticmethod
     def fit(matrix: Tensor, spec: Spec, segments: tuple[int, ...], base: Tensor | None = None) -> Scales:
         return RULES[spec.scale](to_groups(matrix, spec.granularity, segments), spec.fmt, spec.store, base)
-
-    @staticmethod
-    def fit_weighted(matrix: Tensor, spec: Spec, segments: tuple[int, ...], weights: Tensor) -> Scales:
-        rows = len(matrix) if spec.granularity.kind == "tensor" else 1
-        of_groups = to_groups(weights.expand(rows, -1), spec.granularity, segments)
-        of_groups = of_groups / of_groups.amax(-1, keepdim=True)  # in float64, so that no group's all become 0
-        groups = to_groups(matrix, spec.granularity, segments)
-        return fit_weighted(groups, spec.fmt, spec.store, of_groups.float())
 
     @staticmethod
     def encode(values: Tensor, scale: Tensor, spec: Spec, segments: tuple[int, ...]) -> Tensor:

@@ -37,10 +37,6 @@ class TableGrid(Grid):
         return fit_table(matrix)
 
     @staticmethod
-    def fit_weighted(matrix: Tensor, spec: Spec, segments: tuple[int, ...], weights: Tensor) -> Scales:
-        return fit_table(matrix, weights)
-
-    @staticmethod
     def encode(values: Tensor, scale: Tensor, spec: Spec, segments: tuple[int, ...]) -> Tensor:
         return pack(_nearest_entries(values, scale).to(torch.uint8), spec.fmt.bits)
 

@@ -15,12 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from dmquant.errors import UsageError, check_choice
-from dmquant.kernels.chosen import PREFIX, Choice, Chosen
+from dmquant.kernels.chosen import PREFIX, Chosen
 from dmquant.kernels.reference import Reference
 
 VARIABLE = "DMQUANT_KERNEL"
-_NO_KERNELS = ("chosen",)
-_own = [name for _, name, _ in pkgutil.iter_modules(__path__) if name not in _NO_KERNELS]
+_own = [module.name for module in pkgutil.iter_modules(__path__) if module.name != "chosen"]
 _modules = [importlib.import_module(f"{__name__}.{name}") for name in _own]
 KERNELS: dict[str, Reference] = {module.KERNEL.name: module.KERNEL for module in _modules}
 _forced: str | None = None
@@ -54,13 +53,13 @@ def forced(name: str | None) -> Iterator[None]:
 
 def select(layer: nn.Module, device: torch.device) -> Reference:
     """The kernel of a quantized layer for tensors on `device`; asked once a layer and device."""
-    wanted = _forced or (os.environ.get(VARIABLE) and check_choice("kernel", os.environ[VARIABLE], names()))
+    wanted = _forced or os.environ.get(VARIABLE) or None
     if torch.compiler.is_compiling():  # a choice remembered would be a guard that fails once it is made
         return KERNELS[_ask(layer, device, wanted)]
     choice = layer.kernel_choice
     if choice is None or choice[1:] != (device, wanted):
-        layer.kernel_choice = choice = Choice(_ask(layer, device, wanted), device, wanted)
-    return KERNELS[choice.kernel]
+        layer.kernel_choice = choice = (_ask(layer, device, wanted), device, wanted)
+    return KERNELS[choice[0]]
 
 
 def linear(x: Tensor, layer: nn.Module) -> Tensor:
@@ -78,17 +77,14 @@ def prepare_(module: nn.Module) -> None:
 
     A first call does so too, but inside of torch.compile that breaks the graph.
     """
-    for layer in _quantized(module):
-        _prepared(layer, layer.qweight.device)
+    for layer in module.modules():
+        if isinstance(layer, Chosen):
+            _prepared(layer, layer.qweight.device)
 
 
 def used(module: nn.Module) -> dict[str, int]:
     """How many quantized layers of `module` each kernel runs: by its last call, or, before any, by what it would be."""
-    return dict(Counter(layer.kernel for layer in _quantized(module)))
-
-
-def _quantized(module: nn.Module) -> Iterator[nn.Module]:
-    return (layer for layer in module.modules() if isinstance(layer, Chosen))
+    return dict(Counter(layer.kernel for layer in module.modules() if isinstance(layer, Chosen)))
 
 
 def _prepared(layer: nn.Module, device: torch.device) -> Reference:
@@ -109,7 +105,8 @@ def _make_weights(layer: nn.Module, kernel: Reference, device: torch.device) -> 
 
 def _ask(layer: nn.Module, device: torch.device, wanted: str | None) -> str:
     if wanted is not None:
-        if reason := KERNELS[wanted].missing() or KERNELS[wanted].refuses(layer, device):
+        kernel = KERNELS[check_choice("kernel", wanted, names())]
+        if reason := kernel.missing() or kernel.refuses(layer, device):
             raise UsageError(f"kernel '{wanted}' cannot run this layer: {reason}; force no kernel, or reference")
         return wanted
     for name in names():

@@ -1,6 +1,6 @@
 """What a layer remembers of its kernel: which it chose, and what that made of the layer's codes."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -9,21 +9,14 @@ CODES = ("qweight", "scale", "scale_base")
 PREFIX = "kernel_"
 
 
-class Choice(NamedTuple):
-    """A kernel's name, and what it was chosen for."""
-
-    kernel: str
-    device: torch.device
-    forced: str | None
-
-
 class Chosen(nn.Module):
     """A layer whose kernel is asked for anew, and makes its weights anew, when the layer moves or its codes change.
 
     Neither is saved or copied.
     """
 
-    kernel_choice: Choice | None = None
+    kernel_choice: tuple[str, torch.device, str | None] | None = None
+    """The kernel's name, and what it was chosen for: a device, and the kernel that was forced, if any."""
     kernel_weights_of: tuple[str, torch.device] | None = None
     """The kernel that made weights of its own here, as buffers `kernel_<name>`, and where."""
 

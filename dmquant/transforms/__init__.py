@@ -61,9 +61,7 @@ def fold_first_(module: nn.Module, layers: dict[str, tuple[Storage, ...]]) -> No
     in 16 bits its factors are powers of two, which round no weight.
     """
     names = {layer: name for name, layer in module.named_modules()}
-    folding = {
-        (type(storage), name): storage for name, own in layers.items() for storage in own if folds_first(storage)
-    }
+    folding = {(type(one), name): one for name, own in layers.items() for one in own if folds_first(one)}
     for method in sorted({method for method, _ in folding}, key=lambda method: method.STAGE):
         for pair in pairs(module):
             readers = [folding.get((method, names[second])) for second in pair.seconds]

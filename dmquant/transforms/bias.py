@@ -22,7 +22,7 @@ class Options(BaseModel, extra="forbid"):
 class Bias(Storage):
     """A table (ranges, output channels) in float32, beside the layer's own bias, which it may lack."""
 
-    NAME = "bias"
+    name = "bias"
     STAGE = 40
 
     @property

@@ -25,7 +25,7 @@ class Options(BaseModel, extra="forbid"):
 class Equalize(Storage):
     """Nothing is stored: the float weights are others."""
 
-    NAME = "equalize"
+    name = "equalize"
     STAGE = 0
 
 
@@ -52,9 +52,4 @@ def _folding(options: Options) -> Folding:
     return Folding(factors, chosen=options.choose)
 
 
-METHOD = Method(
-    Options,
-    Equalize,
-    fit=lambda options: Fit(statistics=int(options.choose), optional=options.choose),
-    folding=_folding,
-)
+METHOD = Method(Options, Equalize, lambda options: Fit(int(options.choose), optional=options.choose), folding=_folding)

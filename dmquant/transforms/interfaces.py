@@ -36,17 +36,13 @@ class Storage:
     split: int | None = None
     """The input is a concatenation: its first `split` channels and the others share no scale."""
 
-    NAME: ClassVar[str]
+    name: ClassVar[str]
     STAGE: ClassVar[int]
     """Transforms of a layer apply in this order."""
     CHANGES_INPUT: ClassVar[bool] = False
     """Whether what is quantized is another input than the layer's own."""
     GROUPED: ClassVar[bool] = True
     """Whether a grouped convolution can have it: not where its parts run over all input channels."""
-
-    @property
-    def name(self) -> str:
-        return self.NAME
 
     def check(self, layer: nn.Linear | nn.Conv2d) -> None:
         """UsageError for a layer that cannot have this transform."""

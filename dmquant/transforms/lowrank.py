@@ -40,7 +40,7 @@ class Options(BaseModel, extra="forbid"):
 class LowRank(Storage):
     """y = W^ x^ + up (down x)."""
 
-    NAME = "lowrank"
+    name = "lowrank"
     STAGE = 30
     GROUPED = False
 

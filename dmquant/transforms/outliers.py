@@ -26,7 +26,7 @@ class Outliers(Storage):
     What bfloat16 leaves of an outlier is quantized with the rest, so that nothing is lost before quantization.
     """
 
-    NAME = "outliers"
+    name = "outliers"
     STAGE = 20
 
     @property
@@ -68,15 +68,10 @@ class Farthest(Fit):
     def candidates(self, storage: Outliers, weight: Tensor, statistics: InputStatistics | None) -> list[Parts]:
         distance = (weight - weight.mean()).abs().flatten()
         chosen = distance.topk(storage.count).indices.sort().values
-        columns = math.prod(storage.shape[1:])
-        counts = torch.bincount(chosen // columns, minlength=storage.shape[0])
-        return [
-            {
-                "counts": counts.to(storage.index_dtype).view(-1, 1),
-                "columns": (chosen % columns).to(storage.index_dtype).view(1, -1),
-                "values": weight.flatten()[chosen].bfloat16().view(1, -1),
-            }
-        ]
+        width, dtype = math.prod(storage.shape[1:]), storage.index_dtype
+        counts = torch.bincount(chosen // width, minlength=storage.shape[0]).to(dtype).view(-1, 1)
+        values = weight.flatten()[chosen].bfloat16().view(1, -1)
+        return [{"counts": counts, "columns": (chosen % width).to(dtype).view(1, -1), "values": values}]
 
 
 METHOD = Method(Options, Outliers, fit=lambda options: Farthest())

@@ -15,14 +15,10 @@ class Pair:
     seconds: tuple[nn.Linear, ...]
     channels: int
 
-    @property
-    def needs_powers_of_two(self) -> bool:
-        """Whether other factors would round weights: in 16 bits, not in float32."""
-        return self.seconds[0].weight.dtype.itemsize < 4
-
     def allowed(self, factor: Tensor) -> Tensor:
-        """`factor` as it is, or each at the nearest power of two; same shape and dtype."""
-        return factor.float().log2().round().exp2().to(factor.dtype) if self.needs_powers_of_two else factor
+        """`factor`, or its nearest powers of two for weights in 16 bits, which others would round; its dtype."""
+        wide = self.seconds[0].weight.dtype.itemsize >= 4
+        return factor if wide else factor.float().log2().round().exp2().to(factor.dtype)
 
     @torch.no_grad()
     def scale_(self, factor: Tensor) -> None:

@@ -3,15 +3,13 @@
 from dmquant.registry import Registry
 from dmquant.transforms.interfaces import Correction, Fit, Folding, Method, Storage
 
-METHODS = Registry(
-    "transform", __name__.rpartition(".")[0], ("alternating", "interfaces", "pair", "registry"), attribute="METHOD"
-)
+METHODS = Registry("transform", __package__, ("alternating", "interfaces", "pair", "registry"), attribute="METHOD")
 get_method, method_names = METHODS.get, METHODS.names
 
 
 def register(method: Method) -> Method:
-    """Make a transform known by its storage's NAME; UsageError where there is one of this name."""
-    METHODS.register(method.storage.NAME, method)
+    """Make a transform known by its storage's name; UsageError where there is one of this name."""
+    METHODS.register(method.storage.name, method)
     return method
 
 

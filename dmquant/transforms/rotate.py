@@ -33,7 +33,7 @@ class Options(BaseModel, extra="forbid"):
 class Rotate(Storage):
     """Nothing is stored: the rotation is its own inverse, and computed where it is needed."""
 
-    NAME = "rotate"
+    name = "rotate"
     STAGE = 15
     CHANGES_INPUT = True
 

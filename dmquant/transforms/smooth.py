@@ -29,7 +29,7 @@ class Options(BaseModel, extra="forbid"):
 class Smooth(Storage):
     """y = (W / f) (f x), with f = 1 / s stored in bfloat16, or folded into the layer before (calib.layers.folding)."""
 
-    NAME = "smooth"
+    name = "smooth"
     STAGE = 10
     CHANGES_INPUT = True
     GROUPED = False

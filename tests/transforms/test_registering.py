@@ -17,7 +17,7 @@ class Options(BaseModel):
 class Mean(Storage):
     """The mean of each row stands beside the codes of what is left."""
 
-    NAME, STAGE = "mean", 25
+    name, STAGE = "mean", 25
 
     def parts(self):
         return {"rows": Part((self.shape[0], 1), torch.float32)}
@@ -61,7 +61,7 @@ def test_recipes_check_its_options_and_its_name_is_listed(mean):
 
 @pytest.mark.parametrize("name", ["mean", "smooth"])
 def test_a_name_is_given_once(mean, name):
-    taken = type("Taken", (Storage,), {"NAME": name, "STAGE": 1})
+    taken = type("Taken", (Storage,), {"name": name, "STAGE": 1})
     with pytest.raises(UsageError, match=f"there is a transform '{name}' already"):
         register(Method(Options, taken))
 
