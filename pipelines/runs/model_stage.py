@@ -2,13 +2,16 @@
 
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+import diffusers
+
 from dmquant.convert import LayerReport, footprint, quantize_layers_, unmatched
-from dmquant.diffusers.quantizer import load_pipeline, mark_quantized
+from dmquant.diffusers.quantizer import mark_quantized
 from dmquant.errors import UserError
 from dmquant.host import processes
 from dmquant.host.console import Console
@@ -17,6 +20,8 @@ from dmquant.host.units import size_text
 from dmquant.pipelines.models import folders
 from dmquant.pipelines.models.attention import check_attention
 from dmquant.pipelines.models.hashes import pipeline_hashes
+from dmquant.pipelines.models.loading import load_full_precision
+from dmquant.pipelines.models.placing import place, place_backbone_alone
 from dmquant.pipelines.models.saving import model_card, narrow_exactly, save_whole
 from dmquant.pipelines.models.shared_parts import SharedParts
 from dmquant.pipelines.runs.calibration import calibrate, calibration_data
@@ -77,6 +82,8 @@ def make_model(
         calibrated = calibrate(pipeline, replace(settings, recipe=recipe), workspace, console, weights)
         layers, recipe = calibrated.layers, calibrated.recipe
     else:
+        if settings.offload:
+            place_backbone_alone(pipeline, settings.family.component, settings.device)
         with console.bar("quantizing") as bar:
             layers = quantize_layers_(backbone, recipe, lambda done, total, name: bar(done, total))
     for note, names in _notes(layers).items():
@@ -123,6 +130,15 @@ def _notes(layers: Sequence[LayerReport]) -> dict[str, list[str]]:
     return notes
 
 
+def load_source(
+    settings: Settings, console: Console, parts: Mapping[str, Any] = MappingProxyType({})
+) -> "DiffusionPipeline":
+    """The full-precision pipeline of a run, on its device; `parts` are in memory already and not loaded again."""
+    return load_full_precision(
+        settings.model, settings.dtype, settings.device, console.say, parts, offload=settings.offload
+    )
+
+
 def load_quantized(folder: Path, settings: Settings, **parts: Any) -> "DiffusionPipeline":
     """A pipeline that dmquant saved, as any diffusers app loads it, on the device of the run.
 
@@ -130,9 +146,10 @@ def load_quantized(folder: Path, settings: Settings, **parts: Any) -> "Diffusion
     attention backend that is not installed.
     """
     folders.check_whole(folder)
-    pipeline = load_pipeline(folder, torch_dtype=settings.dtype, local_files_only=True, **parts)
+    kind = getattr(diffusers, folders.pipeline_class(folder)) if parts else diffusers.DiffusionPipeline
+    pipeline = kind.from_pretrained(folder, torch_dtype=settings.dtype, local_files_only=True, **parts)
     check_attention(getattr(pipeline, settings.family.component))
-    return pipeline.to(settings.device)
+    return place(pipeline, settings.device, settings.offload)
 
 
 def is_as_written(folder: Path, sha256: dict[str, str]) -> bool:
