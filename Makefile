@@ -19,7 +19,7 @@ demo: $(INSTALLED) ## quantize the embedded model to W4A6 and compare it with fu
 	@echo "report: $(DEMO)/report.html (also report.md and report.json)"
 
 test: lint ## lint, then run all tests
-	$(BIN)/python -m pytest -n auto --dist loadfile
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 lint: $(INSTALLED) ## check style and formatting
 	$(BIN)/ruff check

@@ -29,10 +29,9 @@ from dmquant.calib.data.store import CalibrationStore
 from dmquant.convert import quantize_
 from dmquant.diffusers.calling import final_latents
 from dmquant.host.console import Console, quiet_libraries
-from dmquant.host.files import write_text
+from dmquant.host.files import fingerprint, write_text
 from dmquant.pipelines.models.loading import load_full_precision
-from dmquant.pipelines.runs.calibration import calibrate, weights_hash
-from dmquant.pipelines.runs.runfolder import fingerprint
+from dmquant.pipelines.runs.calibration import calibrate, weights_key
 from dmquant.pipelines.runs.settings import Options, Settings, resolve, resolve_all
 
 MODEL = "emoji-pixart"
@@ -75,7 +74,7 @@ class Bench:
         self.pipeline = load_full_precision(self.settings.model, self.settings.dtype, self.settings.device)
         self.full = getattr(self.pipeline, self.settings.family.component).requires_grad_(False)
         self.blocks = self.settings.family.blocks(self.full)
-        self.made_for = {"backbone": weights_hash(self.full), "dtype": self.settings.dtype_name}
+        self.made_for = {"weights": weights_key(self.pipeline), "dtype": self.settings.dtype_name}
 
     def capture(
         self, prompts: Sequence[str], sampling: Sampling, seed: int, steps: int | None = None
@@ -159,13 +158,14 @@ class Bench:
 
     def quantized(self, settings: Settings) -> tuple[nn.Module, float]:
         """The backbone that a recipe makes, and the seconds that its blocks took to calibrate."""
-        backbone, family = self.copy(), self.settings.family
+        backbone = self.copy()
         self._install(backbone)
-        recipe = settings.recipe.splitting(family.concatenations(backbone))
+        recipe = settings.recipe_for(backbone)
         if not recipe.calibrated:
             quantize_(backbone, recipe)
             return backbone, 0.0
-        calibrated = calibrate(self.pipeline, replace(settings, recipe=recipe), self.out / "calibration", self.console)
+        settings, workspace = replace(settings, recipe=recipe), self.out / "calibration"
+        calibrated = calibrate(self.pipeline, settings, workspace, self.console, self.made_for["weights"])
         return backbone, sum(block["seconds"] for block in calibrated.blocks)
 
     def _install(self, backbone: nn.Module) -> None:

@@ -36,10 +36,9 @@ from dmquant.calib.layers.learner import Learner
 from dmquant.calib.layers.moments import fit_grid
 from dmquant.convert import LayerPlan
 from dmquant.diffusers.calling import final_latents
-from dmquant.host.files import write_text
+from dmquant.host.files import fingerprint, write_text
 from dmquant.layers import quantize_layer
 from dmquant.pipelines.runs.calibration import FIRST_SEED
-from dmquant.pipelines.runs.runfolder import fingerprint
 from dmquant.qtensor import WeightSpec
 from dmquant.recipe import Learning
 from dmquant.rounding import adaround

@@ -18,10 +18,10 @@ import scipy.linalg
 from PIL import Image
 from torch import Tensor
 
-from dmquant.evaluation.features import FeatureStore
 from dmquant.evaluation.images import generated_images, save_image
-from dmquant.evaluation.inception import Inception
-from dmquant.evaluation.metrics.sets import frechet_distance, polynomial_kernel, squared_mmd
+from dmquant.evaluation.networks.features import FeatureStore
+from dmquant.evaluation.networks.inception import Inception
+from dmquant.evaluation.set_distances import frechet_distance, polynomial_kernel, squared_mmd
 
 SIDE, SHEET = 32, 10_000  # pixels; images of a sheet, one a row of the PNG, channels last
 SHEETS = {"train": [f"data_batch_{number}.png" for number in range(1, 6)], "test": ["test_batch.png"]}

@@ -29,12 +29,11 @@ from torch import Tensor
 import dmquant
 from dmquant.convert import footprint
 from dmquant.errors import UserError
+from dmquant.evaluation.metrics.compute import score_pairs
 from dmquant.evaluation.networks import Networks
-from dmquant.evaluation.score import score_pairs
-from dmquant.host.files import write_text
+from dmquant.host.files import fingerprint, write_text
 from dmquant.host.memory import peak_memory
 from dmquant.pipelines.runs.calibration import calibration_data
-from dmquant.pipelines.runs.runfolder import fingerprint
 from dmquant.pipelines.runs.settings import Options, Settings, resolve, with_recipe
 from dmquant.pipelines.sweep.engines import Crew, local
 
@@ -66,7 +65,7 @@ def measure(task: Task) -> dict[str, Any]:
     """What the recipe makes of the model; kept in the row's file."""
     bench, settings = Bench(task.out, len(task.settings.prompts), task.settings.model.name), task.settings
     if settings.recipe.calibrated:
-        calibration_data(bench.pipeline, settings, task.out / "calibration", bench.console)
+        calibration_data(bench.pipeline, settings, task.out / "calibration", bench.console, bench.made_for["weights"])
     began = time.perf_counter()
     with peak_memory(settings.device) as peak:
         backbone, of_blocks = bench.quantized(settings)

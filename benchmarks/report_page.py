@@ -17,7 +17,7 @@ from PIL import Image
 from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
 
-from dmquant.evaluation.report_files import write_report
+from dmquant.evaluation.report.files import write_report
 from dmquant.evaluation.result import LayerError, RecipeResult, Reference, Report, StepError
 
 TIMES = """

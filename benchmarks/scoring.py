@@ -17,10 +17,10 @@ from pathlib import Path
 import torch
 from report_page import picture
 
-from dmquant.evaluation.clip import ClipModel, open_clip
-from dmquant.evaluation.features import FeatureStore, ImageNetwork
 from dmquant.evaluation.images import generated_images, open_rgb, save_image
-from dmquant.evaluation.inception import Inception
+from dmquant.evaluation.networks.clip import ClipModel, open_clip
+from dmquant.evaluation.networks.features import FeatureStore, ImageNetwork
+from dmquant.evaluation.networks.inception import Inception
 from dmquant.evaluation.result import Backbone
 
 

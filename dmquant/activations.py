@@ -8,7 +8,8 @@ from torch import Tensor
 
 from dmquant.errors import UsageError, unknown
 from dmquant.formats import Format, get_format
-from dmquant.scaling import BLOCK_FORMATS, STORES, Granularity, check_choice, fit_absmax, from_groups, to_groups
+from dmquant.scaling import BLOCK_FORMATS, Granularity, absmax, check_choice, fit_absmax, from_groups, to_groups
+from dmquant.stores import STORES
 
 SCHEDULE = 1000  # timesteps run from 0 to this, in diffusers also those of flow matching
 
@@ -58,6 +59,11 @@ class ActivationSpec:
             )
         halves = None if parsed.kind == "channel" else split
         return cls(get_format(format), parsed, check_choice("scale storage", store, STORES), ranges, halves)
+
+    @property
+    def scale_by_row(self) -> bool:
+        """Whether the scale of a token looks at the other tokens of its row."""
+        return STORES[self.store].base_of == "tensor" and self.granularity.kind != "tensor"
 
     def segments(self, channels: int) -> tuple[int, ...]:
         """Channels of the parts of a token that share no scale."""
@@ -109,7 +115,7 @@ class TimestepRanges:
 
 
 def static_scale(scale: Tensor, ranges: TimestepRanges | None, x: Tensor, dim: int, split: int | None = None) -> Tensor:
-    """The scales, of those fitted (ranges, 1 or channels), that apply to the rows of `x`; they broadcast to it.
+    """The scales, of those fitted (ranges, 1 or channels), float32, that apply to the rows of `x`; broadcast to it.
 
     With `split`, those fitted are (ranges, 2): of the first `split` channels and of the others. Where the first
     dimension of `x` is a multiple of the rows, each row's scale is repeated. A RuntimeError says if it is no multiple,
@@ -140,7 +146,7 @@ def static_scale(scale: Tensor, ranges: TimestepRanges | None, x: Tensor, dim: i
 def half_by_half(
     quantize: Callable[[Tensor, ActivationSpec, int], Tensor], x: Tensor, spec: ActivationSpec, dim: int
 ) -> Tensor:
-    """What `quantize` makes of a concatenation whose halves, by the spec's `split`, have online scales of their own."""
+    """A concatenation whose halves, by the spec's `split`, are quantized each on its own; dtype and shape of `x`."""
     each = ActivationSpec(spec.fmt, spec.granularity, spec.store)
     return torch.cat([quantize(half, each, dim) for half in x.split(spec.segments(x.shape[dim]), dim)], dim)
 
@@ -148,8 +154,9 @@ def half_by_half(
 def fake_quantize(x: Tensor, spec: ActivationSpec, dim: int = -1, scale: Tensor | None = None) -> Tensor:
     """Round `x` to values that `spec` can represent, channels along `dim`; same dtype and shape.
 
-    `scale`, for a static spec alone, is float32 and broadcasts to `x`. Scale, quotient and product are float32. NaN
-    stays NaN; a token of zeros stays zero.
+    The first dimension of `x` is the rows of the batch; of online scales only those of granularity `tensor` look at
+    more than one. `scale`, for a static spec alone, is float32 and broadcasts to `x`. Scale, quotient and product are
+    float32. NaN stays NaN; a token of zeros stays zero.
     """
     if spec.ranges is not None:
         return spec.fmt.round(x.float() / scale).mul_(scale).to(x.dtype)
@@ -158,6 +165,18 @@ def fake_quantize(x: Tensor, spec: ActivationSpec, dim: int = -1, scale: Tensor 
     channels_last = x.movedim(dim, -1)
     tokens = channels_last.reshape(-1, channels_last.shape[-1]).float()
     groups = to_groups(tokens, spec.granularity)
-    scale = fit_absmax(groups, spec.fmt, spec.store).decode().unsqueeze(-1)
+    scale = _online_scale(groups, 1 if dim % x.ndim == 0 else len(x), spec).unsqueeze(-1)
     rounded = from_groups(spec.fmt.round(groups / scale).mul_(scale), spec.granularity, (tokens.shape[1],))
     return rounded.reshape(channels_last.shape).movedim(-1, dim).to(x.dtype)
+
+
+def _online_scale(groups: Tensor, rows: int, spec: ActivationSpec) -> Tensor:
+    """Absmax scales of groups (tokens of all rows, groups of a token, elements), float32, without the last dimension.
+
+    The base of a store that has one for a tensor is fitted to each row, so that no row depends on the others.
+    """
+    base = None
+    if spec.scale_by_row:
+        of_rows = absmax(groups).unflatten(0, (rows, -1))
+        base = STORES[spec.store].base(of_rows, spec.fmt).expand(-1, of_rows.shape[1], -1).flatten(0, 1)
+    return fit_absmax(groups, spec.fmt, spec.store, base).decode()

@@ -1,5 +1,6 @@
 """Swap the layers of a module for quantized ones, as a recipe says, and account for what that saves."""
 
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,9 +11,14 @@ from dmquant.activations import ActivationSpec
 from dmquant.errors import UsageError
 from dmquant.formats import Format, get_format
 from dmquant.layers import QUANTIZED, QuantConv2d, QuantLinear, quantize_layer
+from dmquant.matching import without_match
+from dmquant.models import completed, known, record
 from dmquant.qtensor import WeightSpec
-from dmquant.recipe import NO_FORMAT, Recipe, Settings
+from dmquant.recipe import Recipe, shipped_rules
+from dmquant.settings import NO_FORMAT, Settings
 from dmquant.transforms import Storage, create, fold_first_
+
+Progress = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True)
@@ -65,14 +71,16 @@ def plan(module: nn.Module, recipe: Recipe) -> list[LayerPlan]:
     it cannot have.
     """
     plans = []
-    for name, layer in module.named_modules():
-        if type(layer) not in QUANTIZED or (settings := recipe.settings_for(name)) is None:
+    layers = layers_in(module)
+    for name, settings in completed(recipe, module).settings_by_layer(layers).items():
+        if settings is None:
             continue
+        layer = layers[name]
         split = settings.split or None
         _check_split(name, layer, split)
         weights = WeightSpec.parse(settings.weights, settings.granularity, settings.scale, settings.store, split)
         activations = None
-        if settings.activations not in NO_FORMAT:
+        if settings.activations != NO_FORMAT:
             activations = ActivationSpec.parse(
                 settings.activations,
                 settings.activation_granularity,
@@ -87,16 +95,32 @@ def plan(module: nn.Module, recipe: Recipe) -> list[LayerPlan]:
     return plans
 
 
-def quantize_(
-    module: nn.Module, recipe: Recipe | str, progress: Callable[[int, int, str], None] | None = None
-) -> list[LayerReport]:
+def layers_in(module: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
+    """The layers of a module that a recipe can quantize, by name, in the module's order."""
+    return {name: layer for name, layer in module.named_modules() if type(layer) in QUANTIZED}
+
+
+def quantize_(module: nn.Module, recipe: Recipe | str, progress: Progress | None = None) -> list[LayerReport]:
     """Replace the layers of `module` by quantized ones in place, round to nearest, without data.
 
+    A diffusers model is saved as what it is then; another that has a `save_pretrained` refuses to be saved with it.
     `progress(done, total, name)` is called after each layer. Raises UsageError if no layer is left to quantize, a
-    weight is NaN or infinite, the recipe needs calibration data, or `module` holds adapters.
+    weight is NaN or infinite, the recipe needs calibration data, or `module` holds adapters or is compiled.
     """
     recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
+    if warning := unmatched(module, recipe):
+        logging.getLogger("dmquant").warning(warning)
+    recipe = completed(recipe, module)
+    reports = quantize_layers_(module, recipe, progress)
+    record(module, recipe, [report.plan.name for report in reports])
+    return reports
+
+
+def quantize_layers_(module: nn.Module, recipe: Recipe, progress: Progress | None = None) -> list[LayerReport]:
+    """`quantize_` for a caller that records in the module itself what became of it."""
     refuse_without_data(recipe)
+    if hasattr(module, "_orig_mod"):
+        raise UsageError("the module is compiled: quantize it first, then torch.compile it")
     if holds_adapters(module):
         raise UsageError(f"{type(module).__name__} holds LoRA adapters: merge or unload them, then quantize")
     plans = plan(module, recipe)
@@ -115,6 +139,19 @@ def quantize_(
         if progress:
             progress(done, len(plans), step.name)
     return reports
+
+
+def unmatched(module: nn.Module, recipe: Recipe) -> str | None:
+    """One line on the patterns of a recipe's own rules that match no layer of `module`; None where all match one.
+
+    Rules that come with dmquant, and what a family keeps, are for many models and may match nothing.
+    """
+    own, of_family = [rule.match for rule in recipe.rules if rule not in shipped_rules()], known(module).keep
+    missed = [pattern for pattern in without_match(own, layers_in(module)) if pattern not in of_family]
+    if not missed:
+        return None
+    patterns = ", ".join(f"'{pattern}'" for pattern in missed)
+    return f"recipe '{recipe.name}': no layer of {type(module).__name__} matches {patterns}, so that changes nothing"
 
 
 def refuse_without_data(recipe: Recipe) -> None:
@@ -161,9 +198,7 @@ def _check_split(name: str, layer: nn.Linear | nn.Conv2d, split: int | None) -> 
         raise UsageError(f"layer {name} has {channels} input channels, which a split of {split} does not cut in two")
 
 
-def _transforms(
-    name: str, layer: nn.Linear | nn.Conv2d, settings: Settings, split: int | None
-) -> tuple[Storage, ...]:
+def _transforms(name: str, layer: nn.Linear | nn.Conv2d, settings: Settings, split: int | None) -> tuple[Storage, ...]:
     try:
         return create(settings.check_transforms(), layer, split)
     except UsageError as error:

@@ -6,7 +6,6 @@ floating-point tensors, can change them.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dmquant import kernels
@@ -14,28 +13,13 @@ from dmquant.activations import ActivationSpec, TimestepRanges, static_scale
 from dmquant.errors import UsageError
 from dmquant.packing import packed_size
 from dmquant.qtensor import QuantizedTensor, WeightSpec, check_finite, quantize
-from dmquant.scaling import Scales, stored_dtype
+from dmquant.scaling import Scales
+from dmquant.stores import get_store
 from dmquant.transforms import Parts, Storage, alternate, chains
+from dmquant.weights import DequantizedWeight
 
 
-class DequantizedWeight(Tensor):
-    """What `layer.weight` of a quantized layer gives: readable like any tensor, but no place to write to."""
-
-    __torch_function__ = torch._C._disabled_torch_function_impl
-
-    @property
-    def data(self) -> Tensor:
-        return self.detach().as_subclass(Tensor)
-
-    @data.setter
-    def data(self, value: Tensor) -> None:
-        raise RuntimeError(
-            "a quantized layer's weight cannot be written to, so nothing can be fused into it: "
-            "keep the LoRA adapter unfused, or fuse it into the full-precision model and quantize again"
-        )
-
-
-class _QuantizedLayer(nn.Module):
+class _QuantizedLayer(kernels.Chosen):
     """Packed weight, optional activation quantization, and what both kinds of layer share."""
 
     channel_dim: int  # of the input
@@ -54,8 +38,9 @@ class _QuantizedLayer(nn.Module):
     ) -> None:
         self.weight_shape, self.weight_spec, self.activations, self.transforms = shape, spec, activations, transforms
         rows, columns = shape[0], sum(spec.segments(shape))
+        self._dtype = torch.get_default_dtype() if dtype is None else dtype
         self.qweight = _bytes_parameter((rows, packed_size(columns, spec.fmt.bits)), torch.uint8, device)
-        self.scale = _bytes_parameter(spec.scale_shape(shape), stored_dtype(spec.store), device)
+        self.scale = _bytes_parameter(spec.scale_shape(shape), get_store(spec.store).dtype, device)
         base = spec.base_shape(shape)
         self.scale_base = None if base is None else _bytes_parameter(base, torch.float32, device)
         self.input_scale, self.timestep_ranges = None, None
@@ -109,13 +94,27 @@ class _QuantizedLayer(nn.Module):
     @property
     def scales(self) -> Scales:
         spec = self.weight_spec
-        stored = self.scale.view(stored_dtype(spec.store))
+        stored = self.scale.view(get_store(spec.store).dtype)
         base = None if self.scale_base is None else self.scale_base.view(torch.float32)
         return Scales(stored, base, spec.store)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What `weight` and new adapters are in: the dtype of the float layer, and whatever `.to` made of it since."""
+        return self._dtype if self.bias is None else self.bias.dtype
+
+    @property
+    def kernel(self) -> str:
+        """The kernel that ran last, or, before the first call, the one that would run."""
+        return self.kernel_choice.kernel if self.kernel_choice else kernels.select(self, self.qweight.device).name
+
+    def _apply(self, fn, recurse: bool = True) -> "_QuantizedLayer":
+        self._dtype = fn(torch.empty(0, dtype=self._dtype, device="cpu")).dtype
+        return super()._apply(fn, recurse)
+
     def dequantize(self, dtype: torch.dtype) -> Tensor:
-        """The weight that the input meets, in the float layer's shape."""
-        kernel = kernels.select(self.qweight.device)
+        """The weight that the input meets, in `dtype` and the float layer's shape."""
+        kernel = kernels.select(self, self.qweight.device)
         weight = kernel.dequantize(self.qweight, self.scales.decode(), self.weight_spec, self.weight_shape, dtype)
         return self.complete(weight)
 
@@ -133,10 +132,12 @@ class _QuantizedLayer(nn.Module):
         return weight
 
     @property
-    def weight(self) -> Tensor:
-        dtype = torch.get_default_dtype() if self.bias is None else self.bias.dtype
-        weight = self.float_weight().to(dtype) if self.transforms else self.dequantize(dtype)
-        return weight.as_subclass(DequantizedWeight)
+    def weight(self) -> DequantizedWeight:
+        """What stands for the float layer's weight, in its shape and `dtype`; computed when its data is asked for."""
+        return DequantizedWeight(self._weight_in_dtype, self.weight_shape, self.dtype, self.qweight.device)
+
+    def _weight_in_dtype(self) -> Tensor:
+        return self.float_weight().to(self.dtype) if self.transforms else self.dequantize(self.dtype)
 
     def transform_input(self, x: Tensor) -> Tensor:
         """`x` before it is quantized: changed as the transforms say, same dtype and shape."""
@@ -158,7 +159,7 @@ class _QuantizedLayer(nn.Module):
         if self.is_static:
             fitted, split = self.input_scale.view(torch.float32), self.activations.split
             scale = static_scale(fitted, self.timestep_ranges, x, self.channel_dim, split)
-        return kernels.select(x.device).fake_quantize(x, self.activations, self.channel_dim, scale)
+        return kernels.select(self, x.device).fake_quantize(x, self.activations, self.channel_dim, scale)
 
     def _specs_repr(self) -> str:
         spec = self.weight_spec
@@ -166,6 +167,7 @@ class _QuantizedLayer(nn.Module):
         transforms = f", transforms={'+'.join(map(str, self.transforms))}" if self.transforms else ""
         return (
             f", weights={spec.fmt.name}/{spec.granularity}, activations={self.activations or 'none'}{split}{transforms}"
+            f", kernel={self.kernel}"
         )
 
 
@@ -199,15 +201,12 @@ class QuantLinear(_QuantizedLayer, nn.Linear):
         transforms: tuple[Storage, ...] = (),
     ) -> "QuantLinear":
         """An empty quantized layer of the same shape, to be filled by `load_quantized` or from a checkpoint."""
-        bias = layer.bias
-        dtype = None if bias is None else bias.dtype
-        return cls(
-            layer.in_features, layer.out_features, bias is not None, spec, activations, device, dtype, transforms
-        )
+        biased, dtype = layer.bias is not None, layer.weight.dtype
+        return cls(layer.in_features, layer.out_features, biased, spec, activations, device, dtype, transforms)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.transform_input(x)
-        return self.complete_output(F.linear(self.quantize_input(x), self.dequantize(x.dtype), self.bias), x)
+        return self.complete_output(kernels.linear(x, self), x)
 
     def extra_repr(self) -> str:
         return nn.Linear.extra_repr(self) + self._specs_repr()
@@ -262,7 +261,7 @@ class QuantConv2d(_QuantizedLayer, nn.Conv2d):
             spec=spec,
             activations=activations,
             device=device,
-            dtype=None if layer.bias is None else layer.bias.dtype,
+            dtype=layer.weight.dtype,
             transforms=transforms,
             stride=layer.stride,
             padding=layer.padding,
@@ -273,8 +272,7 @@ class QuantConv2d(_QuantizedLayer, nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.transform_input(x)
-        y = self._conv_forward(self.quantize_input(x), self.dequantize(x.dtype), self.bias)
-        return self.complete_output(y, x)
+        return self.complete_output(kernels.conv2d(x, self), x)
 
     def extra_repr(self) -> str:
         return nn.Conv2d.extra_repr(self) + self._specs_repr()

@@ -1,30 +1,28 @@
 """A quantized tensor: packed codes and their scales, and the specification they were made by."""
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from dmquant import tables
 from dmquant.errors import UsageError
-from dmquant.formats import NF4, Format, get_format
-from dmquant.packing import pack, packed_size, unpack
+from dmquant.formats import Format, get_format
+from dmquant.grids import Grid, grid_type
+from dmquant.packing import packed_size
 from dmquant.scaling import (
     BLOCK_FORMATS,
     DATA_RULES,
     RULES,
-    STORES,
-    TABLE,
     Granularity,
     Scales,
     absmax,
     check_choice,
-    from_groups,
-    stored_dtype,
+    from_matrix,
     to_groups,
+    to_matrix,
 )
+from dmquant.stores import STORES, TABLES, get_store
 
 _PART = 1 << 20  # weights quantized at once
 
@@ -54,24 +52,19 @@ class WeightSpec:
             format, granularity, store = block.format, block.granularity, block.store
         if granularity == "token":
             raise UsageError("granularity 'token' is for activations: use tensor, channel or group:N for weights")
-        check_table(format, granularity, scale, store)
+        grid_type(store).check(format, granularity, scale)
         return cls(
             get_format(format),
             Granularity.parse(granularity),
             check_choice("scale rule", scale, (*RULES, *DATA_RULES)),
-            check_choice("scale storage", store, (*STORES, TABLE)),
+            check_choice("scale storage", store, (*STORES, *TABLES)),
             split,
         )
 
     @property
-    def has_table(self) -> bool:
-        """Whether every row has values of its own, and codes are their indices; there are no scales then."""
-        return self.store == TABLE
-
-    @property
-    def rule(self) -> Callable[..., Scales]:
-        """The function that fits scales without data."""
-        return RULES[self.scale]
+    def grid_type(self) -> type[Grid]:
+        """The kind of grid that the weights are rounded to."""
+        return grid_type(self.store)
 
     def with_format(self, fmt: Format) -> "WeightSpec":
         """The same but for the format."""
@@ -86,31 +79,15 @@ class WeightSpec:
         return first, columns - first
 
     def scale_shape(self, shape: tuple[int, ...]) -> tuple[int, int]:
-        """Scale rows and scale columns of a weight of this shape; of its tables rows and values."""
-        if self.has_table:
-            return shape[0], tables.SIZE
-        columns = sum(math.ceil(part / (self.granularity.size or part)) for part in self.segments(shape))
-        return 1 if self.granularity.kind == "tensor" else shape[0], columns
+        """Scale rows and scale columns of a weight of this shape; of its tables rows and entries."""
+        return self.grid_type.scale_shape(self, shape)
 
     def base_shape(self, shape: tuple[int, ...]) -> tuple[int, int] | None:
         """Shape of the float32 base that the stored scales are relative to, or None.
 
         It is one for both halves of a split weight, so that a kernel can apply it to the sum of their products.
         """
-        return {"pow2": (self.scale_shape(shape)[0], 1), "e4m3": (1, 1)}.get(self.store)
-
-
-def check_table(fmt: str, granularity: str, scale: str, store: str) -> None:
-    """UsageError for a table for other than 4-bit codes of whole rows, or that nothing fits."""
-    if store != TABLE:
-        return
-    if fmt.lower() != NF4.name or granularity != "channel":
-        raise UsageError(
-            f"store: table is 16 values of each output channel: it goes with weights: lut4 and granularity: channel, "
-            f"not {fmt} and {granularity}"
-        )
-    if scale not in ("mse", "lean"):
-        raise UsageError(f"a table is fitted by scale: mse or lean, not {scale}")
+        return get_store(self.store).base_shape(self.scale_shape(shape))
 
 
 @dataclass(frozen=True)
@@ -122,6 +99,11 @@ class QuantizedTensor:
     spec: WeightSpec
     shape: tuple[int, ...]
 
+    @classmethod
+    def of(cls, grid: Grid, values: Tensor) -> "QuantizedTensor":
+        """The codes of `values` (rows, columns), float32, which must be values of this grid."""
+        return cls(grid.encode(values, grid.scale, grid.spec, grid.segments), grid.scales, grid.spec, grid.shape)
+
     @property
     def scale(self) -> Tensor:
         """Float32 scales, (scale rows, scale columns)."""
@@ -130,8 +112,7 @@ class QuantizedTensor:
     @property
     def nbytes(self) -> int:
         """Bytes of codes and scales together."""
-        parts = (self.codes, self.scales.stored, self.scales.base)
-        return sum(part.nbytes for part in parts if part is not None)
+        return self.codes.nbytes + self.scales.nbytes
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The tensor these codes stand for: decoded and scaled in float32, then cast to `dtype`."""
@@ -149,30 +130,6 @@ def quantize_tensor(
     return quantize(weight, WeightSpec.parse(format, granularity, scale, store))
 
 
-def to_matrix(weight: Tensor, split: int | None = None) -> Tensor:
-    """The matrix form (rows, columns) of a weight (rows, input channels, ...), channels last.
-
-    Columns run over the positions of the kernel and, within each, over the input channels, as an implicit GEMM reads
-    them. With `split`, all columns of the first `split` channels come before those of the others.
-    """
-    if split is None or weight.ndim == 2:
-        return weight.movedim(1, -1).flatten(1)
-    return torch.cat([to_matrix(weight[:, :split]), to_matrix(weight[:, split:])], 1)
-
-
-def from_matrix(matrix: Tensor, shape: tuple[int, ...], split: int | None = None) -> Tensor:
-    """Undo `to_matrix`. A convolution's weight comes in the memory format channels last, as a view where it can."""
-    rows, channels, *kernel = shape
-    positions = math.prod(kernel)
-    if positions == 1:
-        return matrix.reshape(shape)
-    if split is None:
-        return matrix.unflatten(1, (*kernel, channels)).movedim(-1, 1)
-    first, rest = matrix.split((split * positions, (channels - split) * positions), 1)
-    halves = from_matrix(first, (rows, split, *kernel)), from_matrix(rest, (rows, channels - split, *kernel))
-    return torch.cat(halves, 1)
-
-
 def quantize(weight: Tensor, spec: WeightSpec) -> QuantizedTensor:
     """`quantize_tensor` for a specification already parsed."""
     if spec.scale in DATA_RULES:
@@ -185,15 +142,14 @@ def quantize(weight: Tensor, spec: WeightSpec) -> QuantizedTensor:
     parts = _parts(rows, columns, spec.granularity)
     # The results first, then what a part needs for a while: so that memory peaks near the size of the results.
     codes = matrix.new_empty(rows, packed_size(columns, spec.fmt.bits), dtype=torch.uint8)
-    stored = matrix.new_empty(spec.scale_shape(shape), dtype=stored_dtype(spec.store))
+    stored = matrix.new_empty(spec.scale_shape(shape), dtype=get_store(spec.store).dtype)
     amplitude = torch.cat([absmax(to_groups(matrix[part].float(), spec.granularity, segments)) for part in parts])
     check_finite(amplitude)
-    base = None if spec.has_table else STORES[spec.store].base(amplitude, spec.fmt)
+    base, grid = get_store(spec.store).base(amplitude, spec.fmt), spec.grid_type
     for part in parts:
         exact = matrix[part].float()
-        base_of_part = base if base is None or len(base) == 1 else base[part]
-        scales = fit(exact, spec, segments, base_of_part)
-        stored[part], codes[part] = scales.stored, encode(exact, scales.decode(), spec, segments)
+        scales = grid.fit(exact, spec, segments, base if base is None or len(base) == 1 else base[part])
+        stored[part], codes[part] = scales.stored, grid.encode(exact, scales.decode(), spec, segments)
     return QuantizedTensor(codes, Scales(stored, base, spec.store), spec, shape)
 
 
@@ -209,28 +165,10 @@ def _parts(rows: int, columns: int, granularity: Granularity) -> list[slice]:
     return [slice(start, start + size) for start in range(0, rows, size)]
 
 
-def fit(matrix: Tensor, spec: WeightSpec, segments: tuple[int, ...], base: Tensor | None = None) -> Scales:
-    """Scales or tables of a float32 matrix by the rule of its specification, without data."""
-    if spec.has_table:
-        return tables.fit_table(matrix)
-    return spec.rule(to_groups(matrix, spec.granularity, segments), spec.fmt, spec.store, base)
-
-
-def encode(matrix: Tensor, scale: Tensor, spec: WeightSpec, segments: tuple[int, ...]) -> Tensor:
-    """Packed nearest codes (rows x bytes) of a float32 matrix under float32 scales or tables."""
-    if spec.has_table:
-        return pack(tables.nearest_entries(matrix, scale).to(torch.uint8), spec.fmt.bits)
-    groups = to_groups(matrix, spec.granularity, segments)
-    codes = spec.fmt.encode(groups / scale.unsqueeze(-1))
-    return pack(from_groups(codes, spec.granularity, segments), spec.fmt.bits)
-
-
 def dequantize(codes: Tensor, scale: Tensor, spec: WeightSpec, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """What packed codes and float32 scales stand for; this defines the meaning of a quantized weight."""
-    segments = spec.segments(shape)
-    if spec.has_table:
-        indices = unpack(codes, spec.fmt.bits, sum(segments))
-        return from_matrix(tables.look_up(indices, scale), shape, spec.split).to(dtype)
-    values = spec.fmt.decode(unpack(codes, spec.fmt.bits, sum(segments)))
-    groups = to_groups(values, spec.granularity, segments) * scale.unsqueeze(-1)
-    return from_matrix(from_groups(groups, spec.granularity, segments), shape, spec.split).to(dtype)
+    """The weight of this shape, in `dtype`, that packed codes (rows, bytes) and decoded float32 scales stand for.
+
+    Decoded and scaled in float32, then rounded once to `dtype`: the meaning of a quantized weight.
+    """
+    matrix = spec.grid_type.decode(codes, scale, spec, spec.segments(shape))
+    return from_matrix(matrix, shape, spec.split).to(dtype)

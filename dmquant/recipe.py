@@ -1,187 +1,24 @@
 """Recipes: which layers of a model become which format, and how. YAML or JSON, checked when read."""
 
-import fnmatch
+import functools
 import importlib.resources
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from dmquant.errors import UsageError, unknown
+from dmquant.matching import Matcher
+from dmquant.methods import Rounding, Transformation
+from dmquant.settings import NO_FORMAT, ONLINE, Rule, Settings, format_name
+from dmquant.yaml_models import parse_content, problem, read_yaml
 
-NO_FORMAT = ("none", "bf16")  # leave alone
-ONLINE = "online"
 _BITS = re.compile(r"w(\d+)a(\d+)")
 _FLOAT_OF_BITS = {4: "fp4", 6: "fp6", 8: "fp8", 16: "none"}
-
-
-class Method(BaseModel):
-    """A method of a package by name, and that method's own options."""
-
-    model_config = ConfigDict(extra="allow", frozen=True)
-
-    method: str
-
-    @staticmethod
-    def module(name: str) -> ModuleType:
-        """The method of this name; UsageError where there is none."""
-        raise NotImplementedError
-
-    @model_validator(mode="before")
-    @classmethod
-    def _from_name(cls, given: Any) -> Any:
-        return {"method": given} if isinstance(given, str) else given
-
-    @model_validator(mode="after")
-    def _known_options(self) -> "Method":
-        method = self.module(self.method)
-        try:
-            method.Options.model_validate(self.options)
-        except ValidationError as error:
-            first = error.errors()[0]
-            option = ".".join(map(str, first["loc"] if first["type"] != "extra_forbidden" else ()))
-            said = _in_words(first, method.Options)
-            raise UsageError(f"{option}: {said}" if option else said) from None
-        return self
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """What was set of the method's own options."""
-        return dict(self.model_extra or {})
-
-
-class Transformation(Method):
-    """A method of dmquant.transforms."""
-
-    @staticmethod
-    def module(name: str) -> ModuleType:
-        from dmquant.transforms import get_method
-
-        return get_method(name)
-
-
-class Settings(BaseModel):
-    """What can be set for a whole model or, in a rule, for some of its layers."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    weights: str | None = None
-    activations: str | None = None
-    granularity: str | None = None
-    activation_granularity: str | None = None
-    activation_scale: str | None = None
-    """`online`: from the data, at run time; `static:R`: fixed at calibration, one for each of R timestep ranges."""
-    scale: str | None = None
-    store: str | None = None
-    candidates: list[str] | None = None
-    """Formats of one size: calibration takes for each layer the one of least output error."""
-    activation_candidates: list[str] | None = None
-    """Likewise for the layer's input."""
-    split: int | None = None
-    """The input is a concatenation: its first `split` channels and the others get scales of their own; 0: it is not."""
-    transforms: list[Transformation] | None = None
-    """Exact changes before quantizing, in whatever order they are named; an empty list in a rule: none."""
-
-    @field_validator("weights", "activations")
-    @classmethod
-    def _known_format(cls, name: str | None) -> str | None:
-        """Checked here, where the file and line are known; torch is imported only for this."""
-        from dmquant.formats import get_format
-        from dmquant.scaling import BLOCK_FORMATS
-
-        if name is not None and name not in NO_FORMAT and name.lower() not in BLOCK_FORMATS:
-            get_format(name)
-        return name
-
-    @field_validator("candidates", "activation_candidates")
-    @classmethod
-    def _known_formats(cls, names: list[str] | None) -> list[str] | None:
-        from dmquant.formats import get_format
-
-        formats = [get_format(name) for name in names or ()]
-        if len({fmt.bits for fmt in formats}) > 1:
-            raise UsageError("candidates differ in bits: the one with more would always win")
-        return None if names is None else [fmt.name for fmt in formats]
-
-    @field_validator("activation_scale")
-    @classmethod
-    def _known_activation_scale(cls, text: str | None) -> str | None:
-        from dmquant.activations import parse_ranges
-
-        if text is not None:
-            parse_ranges(text)
-        return text
-
-    @field_validator("granularity", "activation_granularity")
-    @classmethod
-    def _known_granularity(cls, text: str | None) -> str | None:
-        from dmquant.scaling import Granularity
-
-        return text if text is None else str(Granularity.parse(text))
-
-    @field_validator("scale")
-    @classmethod
-    def _known_rule(cls, name: str | None) -> str | None:
-        from dmquant.scaling import DATA_RULES, RULES, check_choice
-
-        return name if name is None else check_choice("scale rule", name, (*RULES, *DATA_RULES))
-
-    @field_validator("store")
-    @classmethod
-    def _known_store(cls, name: str | None) -> str | None:
-        from dmquant.scaling import STORES, TABLE, check_choice
-
-        return name if name is None else check_choice("scale storage", name, (*STORES, TABLE))
-
-    def check_transforms(self) -> list[tuple[str, dict[str, Any]]]:
-        """Names and options of the transforms; UsageError where these settings cannot go together."""
-        from dmquant.transforms import get_method
-
-        chosen = [(transform.method, transform.options) for transform in self.transforms or ()]
-        names = [name for name, _ in chosen]
-        for name in names:
-            if names.count(name) > 1:
-                raise UsageError(f"transform {name} is named twice for the same layers: set it once")
-            if not get_method(name).storage.CHANGES_INPUT:
-                continue
-            if self.activation_scale not in (None, ONLINE):
-                raise UsageError(
-                    f"transform {name} changes the input that is quantized, and static activation scales are observed "
-                    "on the input as it was: use activation_scale: online"
-                )
-            if self.activation_candidates:
-                raise UsageError(
-                    f"transform {name} changes the input that is quantized, and activation_candidates are tried on the "
-                    "input as it was: name one format in activations"
-                )
-        return chosen
-
-
-class Rule(Settings):
-    """Settings for the layers whose module name matches a glob; `keep` leaves them in high precision."""
-
-    match: str | list[str]
-    keep: bool | None = None
-
-    def matches(self, name: str) -> bool:
-        globs = [self.match] if isinstance(self.match, str) else self.match
-        return any(fnmatch.fnmatchcase(name, glob) for glob in globs)
-
-
-class Rounding(Method):
-    """A method of dmquant.rounding."""
-
-    method: str = "nearest"
-
-    @staticmethod
-    def module(name: str) -> ModuleType:
-        from dmquant.rounding import get_method
-
-        return get_method(name)
 
 
 class Calibration(BaseModel):
@@ -220,13 +57,25 @@ class Learning(BaseModel):
     seed: int = Field(default=0, ge=0)
 
 
+@dataclass(frozen=True)
+class Known:
+    """What `keep: family` in a recipe stands for in one model."""
+
+    keep: Mapping[str, str]
+    """Globs of layers that stay in high precision, and why."""
+    splits: Mapping[str, int] = field(default_factory=dict)
+    """Layers whose input is a concatenation, with the channels of its first part."""
+
+
 class Recipe(Settings):
     """Everything that decides what a quantized model is: settings for all layers, and rules; later rules win."""
 
     name: str
     description: str = ""
-    weights: str = "fp4"
-    activations: str = "none"
+    keep: Literal["family", "none"] = "family"
+    """`family`: the layers that the model's family keeps, and the splits that it has, before all rules of one's own."""
+    weights: str = "fp4_e2m1"
+    activations: str = NO_FORMAT
     granularity: str = "group:64"
     activation_granularity: str = "token"
     activation_scale: str = ONLINE
@@ -241,7 +90,7 @@ class Recipe(Settings):
     @model_validator(mode="after")
     def _goes_together(self) -> "Recipe":
         """Refuse what cannot go together, for all layers and for those of each rule alone."""
-        from dmquant.qtensor import check_table
+        from dmquant.grids import grid_type
         from dmquant.rounding import get_method
         from dmquant.scaling import BLOCK_FORMATS
 
@@ -250,8 +99,8 @@ class Recipe(Settings):
             merged = {key: getattr(self, key) for key in Settings.model_fields} | set_by_rule
             if merged["scale"] == "lean" and not get_method(self.rounding.method).NEEDS_MOMENTS:
                 raise UsageError("scale: lean is fitted to the errors of rounding: gptq, and there is no other here")
-            if merged["weights"] not in NO_FORMAT and merged["weights"].lower() not in BLOCK_FORMATS:
-                check_table(merged["weights"], merged["granularity"], merged["scale"], merged["store"])
+            if merged["weights"] != NO_FORMAT and merged["weights"] not in BLOCK_FORMATS:
+                grid_type(merged["store"]).check(merged["weights"], merged["granularity"], merged["scale"])
             if merged["store"] == "table" and merged["candidates"]:
                 raise UsageError("a table is no format to choose: leave out candidates, or store: table")
             Settings.model_construct(**merged).check_transforms()
@@ -269,7 +118,7 @@ class Recipe(Settings):
         return (
             method.LEARNS
             or method.NEEDS_MOMENTS
-            or any(map(_takes_data, transforms))
+            or any(transform.takes_data for transform in transforms)
             or any(
                 settings.scale in DATA_RULES
                 or settings.candidates
@@ -286,26 +135,41 @@ class Recipe(Settings):
         Raises UsageError for an unknown name or format, a missing file, and for a file that is not a recipe,
         then with file and line.
         """
-        formats = {"weights": w, "activations": a}
         if bits := _BITS.fullmatch(str(source)):
-            named = dict(zip(formats, map(_float_of_bits, bits.groups()), strict=True))
+            named = dict(zip(("weights", "activations"), map(_float_of_bits, bits.groups()), strict=True))
             recipe = cls.load("rtn").with_settings(name=str(source), **named)
         else:
-            path = _find(str(source))
-            recipe = parse_yaml(cls, path.read_text(), str(source))
-        changed = {key: name for key, name in formats.items() if name is not None and name != getattr(recipe, key)}
-        if "weights" in changed:  # the candidates stood for the recipe's own format
+            recipe = read_yaml(cls, _find(str(source)), str(source))
+        return recipe.in_formats(w, a)
+
+    @classmethod
+    def from_dict(cls, content: Any, source: str) -> "Recipe":
+        """What `to_dict` gave; UsageError, naming the `source`, for what is no recipe."""
+        return parse_content(cls, content, source)
+
+    def in_formats(self, w: str | None, a: str | None) -> "Recipe":
+        """A copy in other formats; None is the recipe's own. Candidates stand for that, and go with it."""
+        named = {"weights": w, "activations": a}
+        names = {key: format_name(name) for key, name in named.items() if name is not None}
+        changed: dict[str, Any] = {key: name for key, name in names.items() if name != getattr(self, key)}
+        if "weights" in changed:
             changed["candidates"] = None
         if "activations" in changed:
             changed["activation_candidates"] = None
-        return recipe.with_settings(**changed)
+        return self.with_settings(**changed)
 
     def with_settings(self, **settings: Any) -> "Recipe":
         """A copy with some settings replaced, checked like the rest."""
         try:
             return Recipe.model_validate(self.model_dump() | settings)
         except ValidationError as error:
-            raise UsageError(_in_words(error.errors()[0], Recipe)) from None
+            raise UsageError(problem(error.errors()[0], Recipe)) from None
+
+    def for_model(self, known: Known) -> "Recipe":
+        """A copy whose rules say what `keep: family` stands for in a model; without that, the recipe as it is."""
+        if self.keep == "none":
+            return self
+        return self.with_settings(keep="none").keeping(known.keep).splitting(known.splits)
 
     def keeping(self, globs: Iterable[str]) -> "Recipe":
         """A copy that leaves the named layers in high precision unless one of its own rules says otherwise."""
@@ -320,15 +184,22 @@ class Recipe(Settings):
         rules = [Rule(match=names, split=split) for split, names in layers.items()]
         return self.with_settings(rules=[*rules, *self.rules]) if rules else self
 
-    def settings_for(self, name: str) -> "Settings | None":
-        """The settings of one layer, all filled in; None where it stays in high precision."""
+    def settings_for(self, name: str) -> Settings | None:
+        """The settings of one layer, all filled in; None where it stays in high precision. By the rules alone."""
+        return self.settings_by_layer([name])[name]
+
+    def settings_by_layer(self, names: Iterable[str]) -> dict[str, Settings | None]:
+        """`settings_for` each of many layers, in time that grows with their number and not with its square."""
+        matcher = Matcher([rule.match for rule in self.rules])
+        return {name: self._merged([self.rules[index] for index in matcher.matching(name)]) for name in names}
+
+    def _merged(self, rules: Iterable[Rule]) -> Settings | None:
         merged = {key: getattr(self, key) for key in Settings.model_fields}
         keep = False
-        for rule in self.rules:
-            if rule.matches(name):
-                keep = keep if rule.keep is None else rule.keep
-                merged |= {key: value for key in merged if (value := getattr(rule, key)) is not None}
-        return None if keep or merged["weights"] in NO_FORMAT else Settings.model_construct(**merged)
+        for rule in rules:
+            keep = keep if rule.keep is None else rule.keep
+            merged |= {key: value for key in merged if (value := getattr(rule, key)) is not None}
+        return None if keep or merged["weights"] == NO_FORMAT else Settings.model_construct(**merged)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types, without what was left at its default in rules or has no meaning without data."""
@@ -337,7 +208,13 @@ class Recipe(Settings):
 
     def save(self, path: str | Path) -> None:
         """Write as YAML; `Recipe.load(path)` gives an equal recipe."""
-        Path(path).write_text(yaml.safe_dump(self.to_dict(), sort_keys=False))
+        Path(path).write_text(yaml.safe_dump(self.to_dict(), sort_keys=False), "utf-8")
+
+
+@functools.cache
+def shipped_rules() -> list[Rule]:
+    """The rules of all recipes that come with dmquant."""
+    return [rule for name in recipe_names() for rule in Recipe.load(name).rules]
 
 
 def recipe_names() -> list[str]:
@@ -348,53 +225,6 @@ def recipe_names() -> list[str]:
 def bits_names() -> list[str]:
     """Names of the data-free recipes by bits, such as `w4a6`."""
     return [f"w{w}a{a}" for w in _FLOAT_OF_BITS for a in _FLOAT_OF_BITS if w <= a and w < 16]
-
-
-def parse_yaml(model: type[BaseModel], text: str, source: str) -> Any:
-    """`text` as a `model`; a UsageError names the source and line of what is wrong with it."""
-    try:
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
-        return model.model_validate(yaml.safe_load(text))
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise UsageError(f"{source}, line {line}: not valid YAML: {error.problem}") from None
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "the file"
-        problem = _in_words(first, model)
-        raise UsageError(f"{source}, line {_line_of(root, first['loc'])}: {where}: {problem}") from None
-
-
-def _in_words(error: dict[str, Any], model: type[BaseModel]) -> str:
-    if error["type"] == "extra_forbidden":
-        in_rule = len(error["loc"]) > 1
-        fields = (Rule if in_rule else model).model_fields
-        return str(unknown("key", str(error["loc"][-1]), fields, f"known: {', '.join(fields) or 'none'}"))
-    if error["type"] == "missing":
-        return "this key is required"
-    if error["type"] == "value_error":  # a UsageError of ours, raised while checking
-        return str(error["ctx"]["error"])
-    return f"{error['msg']} (got {error['input']!r})"
-
-
-def _line_of(node: yaml.Node | None, location: tuple[str | int, ...]) -> int:
-    """Line (from 1) of the node at a pydantic location, or of the deepest part of it that exists."""
-    line = node.start_mark.line + 1 if node else 1
-    for step in location:
-        if isinstance(node, yaml.MappingNode):
-            pair = next(((key, value) for key, value in node.value if key.value == str(step)), None)
-            if pair is None:
-                break
-            line, node = pair[0].start_mark.line + 1, pair[1]
-        elif isinstance(node, yaml.SequenceNode) and isinstance(step, int) and step < len(node.value):
-            node = node.value[step]
-            line = node.start_mark.line + 1
-    return line
-
-
-def _takes_data(transform: Transformation) -> bool:
-    method = transform.module(transform.method)
-    return method.takes_data(method.Options.model_validate(transform.options))
 
 
 def _float_of_bits(bits: str) -> str:

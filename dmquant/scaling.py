@@ -1,4 +1,4 @@
-"""Scales: which elements share one, how it is fitted, and how it is stored.
+"""Scales: which elements share one, and how it is fitted.
 
 A scale is quantized first and the weights afterwards with the scale as stored, so what was fitted is what runs.
 """
@@ -12,12 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dmquant.errors import unknown
-from dmquant.formats import Format, get_format
+from dmquant.formats import Format
+from dmquant.stores import LARGEST, OCTAVE_SEARCH, SMALLEST, STORES, get_store
 
-_SMALLEST = 2.0**-126  # the smallest normal float32: below it a quotient could overflow
-_LARGEST = 3.38e38  # a little under the largest bfloat16: a scale rounded up must not overflow when multiplied
 GRADIENT_STEPS, GRADIENT_RATE = 100, 0.03
-_EXAMPLES = ("tensor", "channel", "token", "group:32", "group:64", "group:128")
 
 
 @dataclass(frozen=True)
@@ -62,7 +60,7 @@ BLOCK_FORMATS = {
 
 
 def to_groups(matrix: Tensor, granularity: Granularity, segments: tuple[int, ...] | None = None) -> Tensor:
-    """View (rows, columns) as (scale rows, scale columns, elements sharing a scale).
+    """View (rows, columns) as (scale rows, scale columns, elements sharing a scale); same dtype.
 
     `segments` are the numbers of columns of the parts of a row that share no scale; by default all are one part. The
     last group of a part may be shorter: it is padded with zeros, which change neither its absmax nor its error.
@@ -76,7 +74,7 @@ def to_groups(matrix: Tensor, granularity: Granularity, segments: tuple[int, ...
 
 
 def from_groups(groups: Tensor, granularity: Granularity, segments: tuple[int, ...]) -> Tensor:
-    """Undo `to_groups`: (rows, columns), without the padding."""
+    """Undo `to_groups`: (scale rows, scale columns, elements) to (rows, columns), without padding; same dtype."""
     size = granularity.size or max(segments)
     if granularity.kind == "tensor":
         groups = groups.unflatten(-1, (-1, size)).squeeze(0).transpose(0, 1)
@@ -87,118 +85,35 @@ def from_groups(groups: Tensor, granularity: Granularity, segments: tuple[int, .
     return matrix
 
 
+def to_matrix(weight: Tensor, split: int | None = None) -> Tensor:
+    """The matrix form (rows, columns) of a weight (rows, input channels, ...), channels last; same dtype.
+
+    Columns run over the positions of the kernel and, within each, over the input channels, as an implicit GEMM reads
+    them. With `split`, all columns of the first `split` channels come before those of the others.
+    """
+    if split is None or weight.ndim == 2:
+        return weight.movedim(1, -1).flatten(1)
+    return torch.cat([to_matrix(weight[:, :split]), to_matrix(weight[:, split:])], 1)
+
+
+def from_matrix(matrix: Tensor, shape: tuple[int, ...], split: int | None = None) -> Tensor:
+    """Undo `to_matrix` for a weight of this shape; same dtype.
+
+    A convolution's weight comes in the memory format channels last, as a view where it can.
+    """
+    rows, channels, *kernel = shape
+    positions = math.prod(kernel)
+    if positions == 1:
+        return matrix.reshape(shape)
+    if split is None:
+        return matrix.unflatten(1, (*kernel, channels)).movedim(-1, 1)
+    first, rest = matrix.split((split * positions, (channels - split) * positions), 1)
+    halves = from_matrix(first, (rows, split, *kernel)), from_matrix(rest, (rows, channels - split, *kernel))
+    return torch.cat(halves, 1)
+
+
 def _side_by_side(parts: list[Tensor]) -> Tensor:
     return torch.cat(parts, 1) if len(parts) > 1 else parts[0]  # of one alone, cat would make a copy
-
-
-def floor_exponent(x: Tensor) -> Tensor:
-    """floor(log2(x)) of positive normal float32 values, exactly; int32, same shape."""
-    return (x.view(torch.int32) >> 23) - 127
-
-
-def power_of_two(exponent: Tensor) -> Tensor:
-    """2**exponent in float32, for integer exponents of -126..127."""
-    return ((exponent.to(torch.int32) + 127) << 23).view(torch.float32)
-
-
-@dataclass(frozen=True)
-class Store:
-    """How scales are kept.
-
-    `encode(amplitude, format, base)` gives the stored scales for groups whose largest magnitude is to be
-    `amplitude` (rows, columns; float32), in `dtype`; `decode(stored, base)` gives them back in float32.
-    `base(amplitude, format)` is the float32 scale that the stored ones are relative to, or None. `search` lists the
-    multiples of absmax that the `mse` rule tries.
-    """
-
-    dtype: torch.dtype
-    encode: Callable[[Tensor, Format, Tensor | None], Tensor]
-    decode: Callable[[Tensor, Tensor | None], Tensor]
-    base: Callable[[Tensor, Format], Tensor | None]
-    search: tuple[float, ...]
-
-
-def _encode_e8m0(amplitude: Tensor, fmt: Format, base: Tensor | None) -> Tensor:
-    """OCP MX 1.0, section 6.3: the exponent of the largest element less the format's largest exponent."""
-    largest = math.frexp(fmt.max)[1] - 1
-    return (floor_exponent(amplitude) - largest + 127).clamp(1, 254).to(torch.uint8)
-
-
-def _encode_pow2(amplitude: Tensor, fmt: Format, base: Tensor | None) -> Tensor:
-    """The smallest power of two of the channel scale that clips nothing, at most 14 octaves below it."""
-    ratio = (amplitude / fmt.max / base).clamp(min=2.0**-14)
-    exponent = floor_exponent(ratio)
-    exponent += ratio > power_of_two(exponent)
-    return (exponent.clamp(-14, 127) + 127).to(torch.uint8)
-
-
-def _encode_e4m3(amplitude: Tensor, fmt: Format, base: Tensor | None) -> Tensor:
-    e4m3 = get_format("fp8_e4m3")
-    return e4m3.encode((amplitude / fmt.max / base).clamp(min=e4m3.min_positive))
-
-
-def _no_base(amplitude: Tensor, fmt: Format) -> None:
-    return None
-
-
-# Three times as many candidates lower the weight error by 1 % more at four bits and 8 % in FP8.
-_FREE = (0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.05, 1.1, 1.15, 1.2, 1.3, 1.4, 1.5)
-_OCTAVES = (0.25, 0.5, 1.0, 2.0)
-
-
-def _plain(amplitude: Tensor, fmt: Format) -> Tensor:
-    return (amplitude / fmt.max).clamp(_SMALLEST, _LARGEST / fmt.max)
-
-
-def _octaves(stored: Tensor) -> Tensor:
-    return power_of_two(stored.to(torch.int32) - 127)
-
-
-STORES = {
-    "fp32": Store(
-        dtype=torch.float32,
-        encode=lambda amplitude, fmt, base: _plain(amplitude, fmt),
-        decode=lambda stored, base: stored,
-        base=_no_base,
-        search=_FREE,
-    ),
-    "bf16": Store(
-        dtype=torch.bfloat16,
-        encode=lambda amplitude, fmt, base: _plain(amplitude, fmt).bfloat16(),
-        decode=lambda stored, base: stored.float(),
-        base=_no_base,
-        search=_FREE,
-    ),
-    "e8m0": Store(
-        dtype=torch.uint8,
-        encode=_encode_e8m0,
-        decode=lambda stored, base: _octaves(stored),
-        base=_no_base,
-        search=_OCTAVES,
-    ),
-    "pow2": Store(
-        dtype=torch.uint8,
-        encode=_encode_pow2,
-        decode=lambda stored, base: base * _octaves(stored),
-        base=lambda amplitude, fmt: _plain(amplitude.amax(1, keepdim=True), fmt),
-        search=_OCTAVES,
-    ),
-    "e4m3": Store(
-        dtype=torch.uint8,
-        encode=_encode_e4m3,
-        decode=lambda stored, base: base * get_format("fp8_e4m3").decode(stored),
-        base=lambda amplitude, fmt: _plain(amplitude.amax().view(1, 1) / 448, fmt),
-        search=_FREE,
-    ),
-}
-
-
-TABLE = "table"  # instead of scales: the values themselves (dmquant.tables)
-
-
-def stored_dtype(store: str) -> torch.dtype:
-    """Of the scales, or of the tables, as they are stored."""
-    return torch.bfloat16 if store == TABLE else STORES[store].dtype
 
 
 @dataclass(frozen=True)
@@ -209,20 +124,26 @@ class Scales:
     base: Tensor | None
     store: str
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what is stored, the base included."""
+        return self.stored.nbytes + (0 if self.base is None else self.base.nbytes)
+
     def decode(self) -> Tensor:
         """Float32 scales, (scale rows, scale columns), or tables."""
-        return self.stored.float() if self.store == TABLE else STORES[self.store].decode(self.stored, self.base)
+        return get_store(self.store).decode(self.stored, self.base)
 
 
 def absmax(groups: Tensor) -> Tensor:
     """Largest magnitude of every group, (scale rows, scale columns); at least the smallest normal float32."""
-    return groups.abs().amax(-1).clamp(min=_SMALLEST)
+    return groups.abs().amax(-1).clamp(min=SMALLEST)
 
 
 def fit_absmax(groups: Tensor, fmt: Format, store: str, base: Tensor | None = None) -> Scales:
-    """The largest magnitude of a group becomes the largest value of the format (for e8m0: OCP's floor rule).
+    """The largest magnitude of a group becomes the largest value of the format (e8m0: OCP MX 1.0, section 6.3).
 
-    `base` is what the store's scales are relative to where `groups` is only a part of a tensor; by default its own.
+    `groups` (scale rows, scale columns, elements) float32 to scales (scale rows, scale columns), as stored. `base`,
+    (scale rows or 1, 1) float32, is what those are relative to where `groups` is part of a tensor; by default its own.
     """
     amplitude = absmax(groups)
     base = STORES[store].base(amplitude, fmt) if base is None else base
@@ -230,15 +151,15 @@ def fit_absmax(groups: Tensor, fmt: Format, store: str, base: Tensor | None = No
 
 
 def fit_mse(groups: Tensor, fmt: Format, store: str, base: Tensor | None = None) -> Scales:
-    """The multiple of absmax with the least squared weight error, absmax among the candidates; `base` as there."""
+    """The multiple of absmax with the least squared weight error, absmax among the candidates; else as `fit_absmax`."""
     return _search(groups, fmt, store, base, lambda error: error.square_().sum(-1))
 
 
 def fit_hessian(groups: Tensor, fmt: Format, store: str, moments: Tensor) -> Scales:
     """The multiple of absmax with the least squared error of the layer's output, at nearest rounding.
 
-    `moments` (scale columns, n, n) are the second moments of the inputs that each group of n weights meets: the error
-    of a group is e^T H e, as if the other groups were exact. Granularity `tensor` sums that over the rows.
+    `moments` (scale columns, n, n) float32 are the second moments of the inputs that each group of n weights meets:
+    the error of a group is e^T H e, as if the other groups were exact. Granularity `tensor` sums that over the rows.
     """
     rows, columns = groups.shape[:2]
     width = moments.shape[-1]
@@ -254,9 +175,10 @@ def fit_hessian(groups: Tensor, fmt: Format, store: str, moments: Tensor) -> Sca
 def fit_weighted(groups: Tensor, fmt: Format, store: str, weights: Tensor) -> Scales:
     """The multiple of absmax with the least squared weight error, every element counting by its weight.
 
-    `weights` broadcast to `groups`. The weights of a few may exceed all others, so multiples are tried that clip more.
+    `weights`, float32, broadcast to `groups`. Those of a few elements may exceed all others: multiples are tried that
+    clip more.
     """
-    further = (0.125,) if STORES[store].search == _OCTAVES else (0.3, 0.35, 0.4, 0.45, 0.5, 0.55)
+    further = (0.125,) if STORES[store].search == OCTAVE_SEARCH else (0.3, 0.35, 0.4, 0.45, 0.5, 0.55)
     return _search(groups, fmt, store, None, lambda error: error.square_().mul_(weights).sum(-1), further)
 
 
@@ -268,7 +190,7 @@ def fit_gradient(groups: Tensor, fmt: Format, store: str, base: Tensor | None = 
     """
     kind, best = STORES[store], fit_absmax(groups, fmt, store, base)
     amplitude, chosen = absmax(groups), best.stored
-    largest, smallest = (torch.full_like(amplitude, limit) for limit in (_LARGEST, _SMALLEST))
+    largest, smallest = (torch.full_like(amplitude, limit) for limit in (LARGEST, SMALLEST))
     shift, mean, square = (torch.zeros_like(amplitude) for _ in range(3))
     least = torch.full_like(amplitude, math.inf)
     for step in range(1, GRADIENT_STEPS + 1):
@@ -281,7 +203,7 @@ def fit_gradient(groups: Tensor, fmt: Format, store: str, base: Tensor | None = 
         better = error < least
         chosen, least = torch.where(better, stored, chosen), torch.where(better, error, least)
         # Of log s, over the squared weights: s c is the value itself.
-        slope = 2 * values.mul_(lost).sum(-1) / groups.square().sum(-1).clamp(min=_SMALLEST)
+        slope = 2 * values.mul_(lost).sum(-1) / groups.square().sum(-1).clamp(min=SMALLEST)
         mean.lerp_(slope, 0.1)
         square.lerp_(slope.square(), 0.001)
         unbiased = mean / (1 - 0.9**step), (square / (1 - 0.999**step)).sqrt() + 1e-12

@@ -5,8 +5,6 @@ device. Every PNG carries its prompt, its seed and the key of the settings that 
 right key is not made again. Beside it lie the image's final latents, and beside the first few their trajectories.
 """
 
-import hashlib
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -19,10 +17,11 @@ from PIL import Image, PngImagePlugin
 
 from dmquant.diffusers.calling import call_pipeline
 from dmquant.diffusers.watching import recording_latents
-from dmquant.evaluation.latents import latent_path, read_latent, save_latent
+from dmquant.evaluation.final_latents import has_latent, latent_path, save_latent
+from dmquant.evaluation.png import KEY, read_key
 from dmquant.evaluation.trajectory import TRAJECTORIES, recording_trajectories, save_trajectory, trajectory_path
 from dmquant.host import processes
-from dmquant.host.files import replacing
+from dmquant.host.files import json_sha256, replacing
 
 MAX_BATCH = 16
 PIXELS_PER_BATCH = 1024 * 1024
@@ -59,7 +58,7 @@ def image_requests(prompts: Sequence[str], seed: int, settings: str, latents: bo
     """One request a prompt; image `i` gets seed `seed + i`. `settings` stands for all that the prompts share."""
     requests = []
     for index, prompt in enumerate(prompts):
-        key = hashlib.sha256(json.dumps([settings, prompt, seed + index]).encode()).hexdigest()[:32]
+        key = json_sha256([settings, prompt, seed + index])[:32]
         requests.append(ImageRequest(index, prompt, seed + index, key, latents))
     return requests
 
@@ -67,22 +66,6 @@ def image_requests(prompts: Sequence[str], seed: int, settings: str, latents: bo
 def batch_size_for(height: int, width: int) -> int:
     """Images a batch: 16 at 64x64 and up to 256x256, 4 at 512x512, 1 at 1024x1024 and above."""
     return max(1, min(MAX_BATCH, PIXELS_PER_BATCH // (height * width)))
-
-
-def read_key(path: Path) -> str | None:
-    """The key of a whole, readable PNG of ours; None for anything else."""
-    try:
-        with Image.open(path) as image:
-            image.load()
-            return image.info.get("key")
-    except (OSError, SyntaxError, ValueError):
-        return None
-
-
-def read_prompt(path: Path) -> str | None:
-    """The prompt that a PNG of ours was made from, or None."""
-    with Image.open(path) as image:
-        return image.info.get("prompt")
 
 
 def missing(folder: Path, requests: Sequence[ImageRequest]) -> list[ImageRequest]:
@@ -93,7 +76,7 @@ def missing(folder: Path, requests: Sequence[ImageRequest]) -> list[ImageRequest
 def _is_there(path: Path, request: ImageRequest) -> bool:
     if read_key(path) != request.key:
         return False
-    return not request.latents or read_latent(path, request.key) is not None
+    return not request.latents or has_latent(path, request.key)
 
 
 def prune(folder: Path, requests: Sequence[ImageRequest]) -> None:
@@ -179,6 +162,6 @@ def _save(image: np.ndarray, request: ImageRequest, folder: Path) -> None:
     about = PngImagePlugin.PngInfo()
     about.add_itxt("prompt", request.prompt)
     about.add_text("seed", str(request.seed))
-    about.add_text("key", request.key)
+    about.add_text(KEY, request.key)
     with replacing(folder / request.name) as partial:
         Image.fromarray(pixels).save(partial, format="PNG", pnginfo=about)

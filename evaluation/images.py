@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dmquant.errors import UserError
 from dmquant.host.files import replacing
+from dmquant.host.hashes import sha256_once
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif"})
 EXIF_ORIENTATION = 0x0112
@@ -42,13 +43,26 @@ def image_size(path: Path) -> tuple[int, int]:
         return image.size[::-1] if turned else image.size
 
 
+def image_sha256(path: Path) -> str:
+    """SHA-256 of the file at `path` in hexadecimal; raises UserError when it is missing or cannot be read."""
+    try:
+        return sha256_once(path)
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+
+
 def load_image(path: Path) -> Tensor:
     """The image at `path` as uint8 [3, H, W]; errors as in `open_rgb`."""
     return torch.from_numpy(np.array(open_rgb(path))).permute(2, 0, 1).contiguous()
 
 
 def save_image(image: Image.Image | Tensor, path: Path) -> None:
-    """Write `image` (PIL, or a uint8 tensor [3, H, W]) to `path` as PNG, whole or not at all."""
+    """Write `image` (PIL, or a uint8 tensor [3, H, W]) to `path` as PNG, whole or not at all.
+
+    Raises UserError where the disk refuses.
+    """
     if isinstance(image, Tensor):
         image = Image.fromarray(image.permute(1, 2, 0).cpu().numpy())
     with replacing(path) as temporary:
@@ -56,8 +70,11 @@ def save_image(image: Image.Image | Tensor, path: Path) -> None:
 
 
 def generated_images(folder: Path) -> list[Path]:
-    """The PNG files directly in `folder`, sorted by name; raises UserError when there are none."""
-    return _some(_listed(folder, "*.png"), folder, "PNG image")
+    """The PNG files directly in `folder`, numbered ones by their number and then others by name.
+
+    Raises UserError when there are none.
+    """
+    return _some(sorted(_listed(folder, "*.png"), key=_place), folder, "PNG image")
 
 
 def any_images(folder: Path) -> list[Path]:
@@ -117,12 +134,9 @@ class ImagePairs:
                 batches.append(range(index, index + 1))
         return batches
 
-    def load(self, batch: range) -> tuple[Tensor, Tensor]:
-        """(reference, quantized) of some pairs of one size, both uint8 [N, 3, H, W]."""
-        reference, quantized = (
-            torch.stack([load_image(side[index]) for index in batch]) for side in (self.reference, self.quantized)
-        )
-        return reference, quantized
+    def load(self, index: int) -> tuple[Tensor, Tensor]:
+        """(reference, quantized) of one pair, both uint8 [3, H, W]; errors as in `open_rgb`."""
+        return load_image(self.reference[index]), load_image(self.quantized[index])
 
 
 @contextlib.contextmanager
@@ -159,6 +173,12 @@ def _listed(folder: Path, pattern: str) -> list[Path]:
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder of images")
     return sorted(path for path in folder.glob(pattern) if path.is_file() and not path.name.startswith("."))
+
+
+def _place(path: Path) -> tuple[bool, int, str]:
+    """Where an image stands among others: 99999.png before 100000.png, which the names alone would exchange."""
+    number = path.stem.isdecimal()
+    return not number, int(path.stem) if number else 0, path.name
 
 
 def _some(paths: Iterable[Path], folder: Path, kind: str) -> list[Path]:

@@ -7,8 +7,14 @@ writes; releases may add keys to it, so a reader ignores those it does not know.
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, TypeVar
 
+from dmquant.errors import UserError
+
 VERSION = 1
 T = TypeVar("T")
+
+
+class UnavailableError(UserError):
+    """The weights or the code that a metric looks through are not at hand; the message says what and how to get it."""
 
 
 @dataclass(frozen=True)

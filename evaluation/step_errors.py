@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from dmquant.evaluation.generate import read_key
+from dmquant.evaluation.png import read_key
 from dmquant.evaluation.result import StepError
 from dmquant.evaluation.trajectory import SUFFIX, Trajectory, read_trajectory
 

@@ -39,7 +39,7 @@ class TrajectoryRecorder:
         self._latents: list[Tensor] = []
 
     def add(self, timestep: float, latents: Tensor) -> None:
-        """Take in the latents [rows, ...] after a step; where guidance doubles the rows, the images come first."""
+        """Take in the latents [rows, ...] of any dtype after a step; with guidance, images are the first rows."""
         self._timesteps.append(timestep)
         self._latents.append(latents[: self._images].to("cpu", torch.float32, copy=True))
 

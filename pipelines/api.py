@@ -10,31 +10,31 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 
-from dmquant.convert import Footprint, LayerReport, footprint, holds_adapters, quantize_
+from dmquant.convert import Footprint, LayerReport, footprint, holds_adapters, quantize_layers_, unmatched
 from dmquant.diffusers.families import Family, family_of
 from dmquant.diffusers.quantizer import mark_quantized
 from dmquant.errors import UsageError, UserError, unknown
 from dmquant.evaluation.generate import batch_size_for
 from dmquant.host.console import Console
-from dmquant.layers import QuantConv2d, QuantLinear
+from dmquant.layers import QUANTIZED
+from dmquant.models import completed
 from dmquant.pipelines.models.attention import check_attention
 from dmquant.pipelines.models.loading import DTYPES
 from dmquant.pipelines.models.registry import registered_models
 from dmquant.pipelines.models.saving import model_card, save_whole
 from dmquant.pipelines.prompts.lists import load_prompts
 from dmquant.pipelines.runs import runfolder
-from dmquant.pipelines.runs.calibration import calibrate
+from dmquant.pipelines.runs.calibration import calibrate, weights_key
 from dmquant.pipelines.runs.defaults import DEFAULT_RECIPE
-from dmquant.pipelines.runs.settings import format_name, parse_size
+from dmquant.pipelines.runs.settings import parse_size
 from dmquant.recipe import Recipe
+from dmquant.settings import format_name
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-QUANTIZED_LAYERS = (QuantLinear, QuantConv2d)
 STEPS = "num_inference_steps"
 OURS = ("prompt", "generator", "output_type")  # of the pipeline's call: calibration gives these itself
 DEFAULT_PROMPTS = "default-calibration"
@@ -61,6 +61,8 @@ class _Calibration:
     call: dict[str, Any]
     dtype_name: str
     calibration_data: Path | None = None
+    device: str = ""
+    offload: bool = False
 
 
 class _LoggingConsole(Console):
@@ -108,18 +110,20 @@ def quantize_pipeline(
         recipe = Recipe.load(recipe, w, a)
     elif w or a:
         raise UsageError("w and a set the formats of a recipe given by name or file; this one has its own")
-    recipe = recipe.keeping(family.keep).splitting(family.concatenations(backbone))
+    if warning := unmatched(backbone, recipe):
+        logging.getLogger("dmquant").warning(warning)
+    recipe = completed(recipe, backbone)
     with _workspace(target) as workspace:
         if recipe.calibrated:
             check_attention(backbone)
             settings = _calibration(pipe, family, recipe, calibration, memory_budget, call)
-            calibrated = calibrate(pipe, settings, workspace, _LoggingConsole())
+            calibrated = calibrate(pipe, settings, workspace, _LoggingConsole(), weights_key(pipe))
             recipe, layers = calibrated.recipe, calibrated.layers
         else:
-            layers = quantize_(backbone, recipe)
+            layers = quantize_layers_(backbone, recipe)
         mark_quantized(backbone, recipe)
         if target is not None:
-            _save(pipe, target, recipe, backbone.dtype)
+            _save(pipe, target, recipe, family.component)
     return Quantized(recipe, layers, footprint(backbone))
 
 
@@ -136,16 +140,16 @@ def _free_folder(out: Path) -> Path:
     return out
 
 
-def _save(pipe: "DiffusionPipeline", folder: Path, recipe: Recipe, dtype: torch.dtype) -> None:
-    weights, activations = format_name(recipe.weights), format_name(recipe.activations)
-    save_whole(pipe, folder, model_card(folder.name, recipe.name, weights, activations, type(pipe).__name__, dtype))
+def _save(pipe: "DiffusionPipeline", folder: Path, recipe: Recipe, component: str) -> None:
+    formats, dtype = (format_name(recipe.weights), format_name(recipe.activations)), getattr(pipe, component).dtype
+    save_whole(pipe, folder, model_card(folder.name, recipe.name, *formats, type(pipe).__name__, dtype), component)
 
 
 def _check_backbone(backbone: nn.Module, component: str) -> None:
     """UserError for a backbone that is not plain weights in memory."""
     modules = list(backbone.modules())
     if getattr(backbone, "hf_quantizer", None) is not None or any(
-        isinstance(each, QUANTIZED_LAYERS) for each in modules
+        isinstance(each, tuple(QUANTIZED.values())) for each in modules
     ):
         raise UserError(f"the {component} is already quantized: start from the full-precision pipeline")
     if holds_adapters(backbone):

@@ -28,6 +28,25 @@ def test_a_token_does_not_see_its_neighbours():
     assert torch.equal(fake_quantize(x, spec)[0], fake_quantize(louder, spec)[0])
 
 
+@pytest.mark.parametrize("split", [None, 20])
+@pytest.mark.parametrize("name", ["mxfp6", "nvfp4", "fp6"])
+@pytest.mark.parametrize(("shape", "dim"), [((4, 6, 32), -1), ((4, 32), -1), ((4, 32, 3, 3), -3)])
+def test_a_row_of_the_batch_does_not_see_the_others(name, shape, dim, split):
+    x, spec = torch.randn(shape), ActivationSpec.parse(name, split=split)
+    louder = x.clone()
+    louder[1:] *= 37
+    assert torch.equal(fake_quantize(x, spec, dim)[0], fake_quantize(louder, spec, dim)[0])
+    assert torch.equal(fake_quantize(x, spec, dim)[2:3], fake_quantize(x[2:3], spec, dim))
+
+
+@pytest.mark.parametrize(("shape", "dim"), [((32,), -1), ((32, 3, 3), -3)])
+@pytest.mark.parametrize("name", ["nvfp4", "fp6"])
+def test_inputs_without_a_batch_are_one_row(name, shape, dim):
+    x, spec = torch.randn(shape), ActivationSpec.parse(name)
+    alone = fake_quantize(x.unsqueeze(0), spec, dim).squeeze(0)
+    assert torch.equal(fake_quantize(x, spec, dim), alone)
+
+
 def test_a_convolution_scales_each_pixel_over_its_channels():
     x = torch.randn(2, 16, 4, 5)
     spec = ActivationSpec.parse("fp6")
@@ -77,7 +96,13 @@ def test_channel_scales_are_refused_for_activations():
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("format", "granularity", "split"),
-    [("fp6", "token", None), ("int6", "token", None), ("mxfp6", "token", None), ("fp6", "token", 500)],
+    [
+        ("fp6", "token", None),
+        ("int6", "token", None),
+        ("mxfp6", "token", None),
+        ("nvfp4", "token", None),
+        ("fp6", "token", 500),
+    ],
 )
 def test_the_compiled_loop_gives_the_reference_bit_for_bit(format, granularity, split, monkeypatch):
     monkeypatch.setattr(cpu, "PAYS_AFTER", 0)
@@ -85,7 +110,7 @@ def test_the_compiled_loop_gives_the_reference_bit_for_bit(format, granularity, 
         pytest.skip("no C++ compiler: large activations run eagerly")
     spec = ActivationSpec.parse(format, granularity, split=split)
     for dtype in (torch.float32, torch.bfloat16):
-        x = torch.randn(1024, 1152, dtype=dtype)
+        x = torch.randn(4, 256, 1152, dtype=dtype)
         assert x.numel() >= cpu.WORTH_COMPILING
         assert torch.equal(cpu.fake_quantize(x, spec, -1), reference.fake_quantize(x, spec, -1))
 

@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from dmquant.convert import footprint, plan, quantize_
+from dmquant.convert import footprint, plan, quantize_, unmatched
 from dmquant.errors import UsageError
 from dmquant.layers import QuantConv2d, QuantLinear
+from dmquant.models import completed
 from dmquant.recipe import Recipe, Rule
 
 
@@ -28,7 +29,7 @@ def kinds(net):
     return {name for name, layer in net.named_modules() if isinstance(layer, (QuantLinear, QuantConv2d))}
 
 
-def test_the_packaged_recipe_keeps_first_and_last_layers():
+def test_what_no_family_knows_keeps_its_first_and_last_layers_by_their_usual_names():
     net = Net()
     reports = quantize_(net, "rtn")
     assert kinds(net) == {"blocks.0.conv", "blocks.0.ff", "blocks.1.conv", "blocks.1.ff"}
@@ -38,7 +39,7 @@ def test_the_packaged_recipe_keeps_first_and_last_layers():
 def test_rules_choose_format_and_granularity_by_name():
     net = Net()
     rules = [Rule(match="*conv*", weights="int8", granularity="channel"), Rule(match="blocks.1.*", keep=True)]
-    quantize_(net, Recipe(name="x", rules=rules))
+    quantize_(net, Recipe(name="x", keep="none", rules=rules))
     assert kinds(net) == {"conv_in", "blocks.0.conv", "blocks.0.ff", "proj_out"}
     conv, ff = net.blocks[0]["conv"].weight_spec, net.blocks[0]["ff"].weight_spec
     assert (conv.fmt.name, str(conv.granularity)) == ("int8", "channel")
@@ -64,6 +65,20 @@ def test_the_same_plan_on_meta():
     with torch.device("meta"):
         empty = Net()
     assert plan(empty, Recipe.load("rtn")) == plan(Net(), Recipe.load("rtn"))
+
+
+def test_a_pattern_of_ones_own_that_matches_no_layer_is_named_in_a_warning(caplog):
+    rules = [Rule(match=["block.*", "blocks.0.*"], weights="fp6"), Rule(match="proj_uot", keep=True)]
+    quantize_(Net(), Recipe(name="mine", rules=rules))
+    assert caplog.messages == [
+        "recipe 'mine': no layer of Net matches 'block.*', 'proj_uot', so that changes nothing",
+    ]
+
+
+@pytest.mark.parametrize("name", ["rtn", "fp4dit"])
+def test_patterns_that_come_with_dmquant_may_match_nothing(name):
+    assert unmatched(Net(), Recipe.load(name)) is None
+    assert unmatched(Net(), completed(Recipe.load(name), Net())) is None
 
 
 def test_a_recipe_that_quantizes_nothing_is_an_error():

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import pickle
 
 import pytest
 import torch
@@ -113,6 +114,54 @@ def test_subclasses_count_as_linear_and_convolution():
     assert conv.weight.shape == (8, 8, 1, 1)
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("layer", [nn.Linear(24, 8), nn.Conv2d(24, 8, 3)])
+def test_a_layer_keeps_the_dtype_of_the_float_layer(layer, bias):
+    layer = copy.deepcopy(layer)
+    layer.bias = layer.bias if bias else None
+    quantized = quantize_layer(layer.bfloat16(), FP4, None)
+    assert quantized.weight.dtype == quantized.weight.data.dtype == torch.bfloat16
+    empty = type(quantized).like(layer, FP4, None, device="meta")
+    empty.load_state_dict(quantized.state_dict(), assign=True)
+    for one in (empty, copy.deepcopy(quantized), pickle.loads(pickle.dumps(quantized))):
+        assert one.weight.dtype == torch.bfloat16
+    assert quantized.half().weight.dtype == torch.float16
+    assert quantized.to("cpu").weight.dtype == torch.float16
+    assert not list(quantized.buffers())
+
+
+def test_looking_at_a_weight_from_outside_decodes_nothing(monkeypatch):
+    quantized = quantize_layer(nn.Linear(24, 8, bias=False).half(), FP4, None)
+    exact = quantized.weight.data
+
+    def decode(*args):
+        raise AssertionError("decoded")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(QuantLinear, "dequantize", decode)
+        weight = quantized.weight
+        assert (weight.shape, weight.dtype, weight.device) == ((8, 24), torch.float16, torch.device("cpu"))
+        assert (weight.ndim, weight.numel(), weight.size(1), len(weight)) == (2, 192, 24, 8)
+        assert isinstance(weight, torch.Tensor)
+        assert weight.is_floating_point()
+        with pytest.raises(AssertionError, match="decoded"):
+            weight.sum()
+    for plain in (weight.detach(), torch.cat([weight]), weight.double(), copy.deepcopy(weight), weight * 1, weight[:]):
+        assert type(plain) is torch.Tensor
+        assert torch.equal(plain.half(), exact)
+    assert torch.equal(weight.to("cpu"), exact)
+    assert weight.tolist() == exact.tolist()
+    assert (weight.numpy() == exact.numpy()).all()
+    assert torch.equal(pickle.loads(pickle.dumps(weight)), exact)
+
+
+def test_a_weight_is_no_place_to_write_to():
+    weight = quantize_layer(nn.Linear(24, 8), FP4, None).weight
+    for write in (lambda: weight.add_(1), lambda: weight.copy_(torch.zeros(8, 24)), lambda: setattr(weight, "data", 0)):
+        with pytest.raises(RuntimeError, match="cannot be written to"):
+            write()
+
+
 def test_gradients_reach_the_input_for_adapters_below():
     quantized = quantize_layer(nn.Linear(32, 8), FP4, None)
     x = torch.randn(4, 32, requires_grad=True)
@@ -124,11 +173,8 @@ def test_the_reference_kernels_can_be_forced_and_agree():
     quantized = quantize_layer(nn.Linear(128, 64), FP4, FP6)
     x = torch.randn(5, 128)
     fast = quantized(x)
-    kernels.use_reference(True)
-    try:
+    with kernels.forced("reference"):
         assert torch.equal(quantized(x), fast)
-    finally:
-        kernels.use_reference(False)
 
 
 @pytest.mark.slow

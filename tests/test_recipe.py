@@ -3,7 +3,7 @@
 import pytest
 
 from dmquant.errors import UsageError
-from dmquant.recipe import Recipe, Rule, bits_names, recipe_names
+from dmquant.recipe import Known, Recipe, Rule, bits_names, recipe_names
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -15,7 +15,8 @@ def test_packaged_recipes_load_and_round_trip(name, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "formats"), [("w4a6", ("fp4", "fp6")), ("w8a8", ("fp8", "fp8")), ("w4a16", ("fp4", "none"))]
+    ("name", "formats"),
+    [("w4a6", ("fp4_e2m1", "fp6_e2m3")), ("w8a8", ("fp8_e4m3", "fp8_e4m3")), ("w4a16", ("fp4_e2m1", "none"))],
 )
 def test_names_by_bits_are_floating_point(name, formats):
     recipe = Recipe.load(name)
@@ -41,8 +42,8 @@ def test_later_rules_win_and_keep_can_be_taken_back():
     assert recipe.settings_for("blocks.0.ff") is None
     assert recipe.settings_for("head") is None
     attn = recipe.settings_for("blocks.0.attn")
-    assert (attn.weights, attn.activations, attn.granularity) == ("fp6", "fp8", "channel")
-    assert recipe.settings_for("other").weights == "fp4"
+    assert (attn.weights, attn.activations, attn.granularity) == ("fp6_e2m3", "fp8_e4m3", "channel")
+    assert recipe.settings_for("other").weights == "fp4_e2m1"
 
 
 def test_no_format_for_weights_leaves_a_layer_alone():
@@ -53,6 +54,58 @@ def test_kept_layers_of_a_family_come_before_the_recipes_own_rules():
     recipe = Recipe(name="x", rules=[Rule(match="head", keep=False)]).keeping(["head", "tail"])
     assert recipe.settings_for("head") is not None
     assert recipe.settings_for("tail") is None
+
+
+def test_what_a_family_says_is_written_out_before_a_recipes_own_rules():
+    own = Rule(match="head", keep=False)
+    known = Known({"head": "writes", "tail": "reads"}, {"up.0": 64})
+    recipe = Recipe(name="x", rules=[own]).for_model(known)
+    assert recipe.keep == "none"
+    assert recipe.rules == [Rule(match=["up.0"], split=64), Rule(match=["head", "tail"], keep=True), own]
+    assert recipe.for_model(Known({"other": "late"})) is recipe
+    assert Recipe.load("rtn").with_settings(keep="none").for_model(known).rules == []
+
+
+def test_a_format_has_one_name_however_it_is_spelled():
+    short, full, upper = (Recipe.load("rtn", w, a) for w, a in (("fp4", "none"), ("fp4_e2m1", "bf16"), ("FP4", "BF16")))
+    assert short == full == upper
+    assert short.to_dict() == full.to_dict() == upper.to_dict()
+    assert Recipe.load("rtn", "NVFP4").weights == "nvfp4"
+    assert Recipe(name="x", rules=[Rule(match="a", weights="fp6")]) == Recipe(
+        name="x", rules=[Rule(match="a", weights="fp6_e2m3")]
+    )
+
+
+@pytest.mark.parametrize("name", ["adaround", "fpsearch"])
+def test_naming_a_recipes_own_format_in_full_keeps_its_candidates(name):
+    recipe = Recipe.load(name)
+    assert recipe.candidates
+    assert Recipe.load(name, "fp4_e2m1", "fp6_e2m3") == Recipe.load(name, "fp4", "fp6") == recipe
+    assert Recipe.load(name, "int4").candidates is None
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"name: \xff\n", "cannot be read: it is not UTF-8 text"),
+        (b"name: x\x00\n", "not valid YAML: special characters are not allowed"),
+        (b"name: x\nkeep: all\n", "line 2: keep: Input should be 'family' or 'none'"),
+        (b"name: x\nlearning: {itrations: 3}\n", "line 2: learning.itrations: .*did you mean 'iterations'"),
+    ],
+)
+def test_what_is_no_text_and_a_key_of_a_part_are_said_in_one_line(tmp_path, text, message):
+    path = tmp_path / "mine.yaml"
+    path.write_bytes(text)
+    with pytest.raises(UsageError, match=rf"^.*mine\.yaml.*{message}.*$"):
+        Recipe.load(path)
+
+
+def test_a_message_quotes_no_more_than_a_line_of_nested_aliases(tmp_path):
+    levels = "".join(f"  - &a{level} [{', '.join([f'*a{level - 1}'] * 9)}]\n" for level in range(1, 7))
+    (tmp_path / "bomb.yaml").write_text(f"name:\n  - &a0 [x]\n{levels}weights: fp4\n")
+    with pytest.raises(UsageError, match="name: Input should be a valid string") as error:
+        Recipe.load(tmp_path / "bomb.yaml")
+    assert len(str(error.value)) < 500
 
 
 @pytest.mark.parametrize(

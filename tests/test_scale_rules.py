@@ -12,7 +12,7 @@ from dmquant.errors import UsageError
 from dmquant.formats import get_format
 from dmquant.qtensor import WeightSpec, quantize, quantize_tensor, to_matrix
 from dmquant.recipe import Recipe
-from dmquant.rounding import Grid, gptq
+from dmquant.rounding import gptq
 from dmquant.rounding.lean import POWERS, column_weights, fit_lean, scales_of
 from dmquant.scaling import STORES, absmax, fit_absmax, fit_gradient, fit_mse, fit_weighted
 
@@ -24,11 +24,11 @@ def groups_of(groups=40, size=64, seed=0):
 
 
 def errors(groups, scale, fmt):
-    """Squared, by group, with the values of the format searched one by one."""
-    values, x = fmt.values.double().numpy(), groups.double().numpy()
-    scale = np.broadcast_to(scale.double().numpy()[..., None], x.shape)
-    nearest = np.abs(x[..., None] / scale[..., None] - values).min(-1) * scale
-    return (nearest**2).sum(-1)
+    """Squared, by group, with the nearest value of the format searched by numpy."""
+    values, x = np.unique(fmt.values.double().numpy()), groups.double().numpy()
+    scaled = x / scale.double().numpy()[..., None]
+    nearest = values[np.searchsorted((values[1:] + values[:-1]) / 2, scaled)]
+    return ((x - nearest * scale.double().numpy()[..., None]) ** 2).sum(-1)
 
 
 def exhaustive(groups, fmt):
@@ -155,10 +155,10 @@ def test_column_weights_are_conditional_variances(order):
 )
 def test_the_power_of_least_loss_is_taken(kind, format, granularity, store):
     matrix, spec, moments = lean_case(kind, format, granularity, store)
-    factors = gptq.factorize(gptq.factorize([moments], gptq.Options()))
+    factors = gptq.factorize([moments], gptq.Options())
     by_power = [scales_of(matrix, spec, (32, 96), factors, power) for power in POWERS]
-    losses = [gptq.solve(Grid(matrix, spec, scales, (32, 96)), factors)[1] for scales in by_power]
-    chosen = fit_lean(matrix, spec, (32, 96), gptq.factorize([moments], gptq.Options()))
+    losses = [gptq.solve(spec.grid_type(matrix, spec, scales, (32, 96)), factors)[1] for scales in by_power]
+    chosen = fit_lean(matrix, spec, (32, 96), factors)
     values, loss = gptq.solve(replace(chosen, solution=None), factors)
     assert loss == min(losses)
     assert torch.equal(chosen.solution, values)
@@ -167,10 +167,10 @@ def test_the_power_of_least_loss_is_taken(kind, format, granularity, store):
 
 def test_with_outlier_inputs_lean_scales_halve_the_error_of_those_by_weight_error():
     matrix, spec, moments = lean_case()
-    factors = gptq.factorize(gptq.factorize([moments], gptq.Options()))
+    factors = gptq.factorize([moments], gptq.Options())
     plain = fit_mse(matrix.unsqueeze(1), spec.fmt, spec.store)
-    lean = fit_lean(matrix, spec, (32, 96), gptq.factorize([moments], gptq.Options())).scales
-    losses = [gptq.solve(Grid(matrix, spec, scales, (32, 96)), factors)[1] for scales in (lean, plain)]
+    lean = fit_lean(matrix, spec, (32, 96), factors).scales
+    losses = [gptq.solve(spec.grid_type(matrix, spec, scales, (32, 96)), factors)[1] for scales in (lean, plain)]
     assert losses[0] <= 0.5 * losses[1]
 
 
@@ -206,7 +206,7 @@ def test_groups_of_a_split_convolution_are_weighted_by_their_own_columns():
     generator, shape = torch.Generator().manual_seed(0), (6, 10, 3, 3)
     spec, moments = WeightSpec.parse("fp4", "group:16", "lean", split=4), inputs("outliers", 90)
     matrix = to_matrix(torch.randn(shape, generator=generator), 4)
-    factors = gptq.factorize(gptq.factorize([moments], gptq.Options()))
+    factors = gptq.factorize([moments], gptq.Options())
     found = scales_of(matrix, spec, shape, factors, 1)
     weights = column_weights(factors, 1)
     for part, start, width in ((0, 0, 16), (2, 32, 4), (3, 36, 16), (6, 84, 6)):

@@ -187,11 +187,8 @@ def test_a_split_layer_is_two_layers_on_the_halves_added(name, granularity, acti
     assert torch.allclose(output, expected, atol=1e-5)
     unsplit = quantize_layer(layer, spec, activations, input_scale=one_each[0])
     assert not torch.allclose(output, unsplit(x), atol=1e-3)
-    kernels.use_reference(True)
-    try:
+    with kernels.forced("reference"):
         assert torch.equal(quantized(x), output)
-    finally:
-        kernels.use_reference(False)
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)

@@ -6,13 +6,14 @@ import torch
 from torch import nn
 
 from dmquant.convert import footprint, quantize_
+from dmquant.grids import TableGrid
+from dmquant.grids.kmeans import SIZE, fit_table
 from dmquant.layers import quantize_layer
-from dmquant.qtensor import WeightSpec, quantize
+from dmquant.qtensor import QuantizedTensor, WeightSpec, quantize
 from dmquant.recipe import Recipe
-from dmquant.rounding import Grid, gptq
+from dmquant.rounding import gptq
 from dmquant.rounding.lean import scales_of
-from dmquant.tables import SIZE, fit_table, look_up, nearest_entries
-from tests.calib.runs import calibrated, captured, is_same, quantized_layers, recipe_of, saved_and_loaded
+from tests.calib.runs import PART_OF_UNET, calibrated, captured, is_same, quantized_layers, recipe_of, saved_and_loaded
 from tests.test_scale_rules import inputs
 
 SPEC = WeightSpec.parse("lut4", "channel", "mse", "table")
@@ -79,7 +80,7 @@ def test_with_outlier_inputs_power_four_has_half_the_error_of_power_zero_at_most
     factors = gptq.factorize([moments], gptq.Options())
     error = {}
     for power in (0, 1, 2, 4):
-        grid = Grid(matrix, spec, scales_of(matrix, spec, (64, 128), factors, power), (64, 128))
+        grid = spec.grid_type(matrix, spec, scales_of(matrix, spec, (64, 128), factors, power), (64, 128))
         lost = (gptq.solve(grid, factors)[0] - matrix).double()
         error[power] = ((lost @ moments.double()) * lost).sum().item()
     assert error[4] <= 0.5 * error[0]
@@ -102,8 +103,9 @@ def test_codes_are_of_the_nearest_entry_and_a_row_has_sixteen_values_at_most():
     tables, values = quantized.scale, quantized.dequantize()
     assert torch.equal((values - matrix).abs(), (matrix[..., None] - tables[:, None]).abs().amin(-1))
     assert all(len(row.unique()) <= SIZE for row in values)
-    assert torch.equal(look_up(nearest_entries(values, tables), tables), values)
-    grid = Grid(matrix, SPEC, quantized.scales, (12, 200))
+    grid = TableGrid(matrix, SPEC, quantized.scales, (12, 200))
+    assert torch.equal(QuantizedTensor.of(grid, values).codes, quantized.codes)
+    assert grid.nbytes == quantized.nbytes
     assert torch.equal(grid.nearest, values)
     lower, upper = grid.neighbours
     assert torch.equal(torch.minimum((lower - matrix).abs(), (upper - matrix).abs()), (values - matrix).abs())
@@ -134,15 +136,15 @@ def test_a_model_without_data_is_made_of_tables():
     model = nn.Sequential(nn.Linear(40, 8), nn.Linear(8, 4))
     settings = {"weights": "lut4", "granularity": "channel", "scale": "mse", "store": "table"}
     quantize_(model, Recipe.model_validate({"name": "x", **settings}))
-    assert all(layer.weight_spec.has_table for layer in model)
+    assert all(layer.weight_spec.store == "table" for layer in model)
 
 
 @pytest.mark.parametrize("model", ["pixart-sigma", "sd15"])
 def test_calibrated_models_are_saved_and_read_back_bit_for_bit(model, tmp_path):
     case = captured(model, tmp_path / "data")
-    recipe = recipe_of(keep=False, **LEAN)
+    recipe = recipe_of(PART_OF_UNET if model == "sd15" else (), keep=False, **LEAN)
     backbone, done = calibrated(case, recipe, tmp_path / "out")
     assert is_same(calibrated(case, recipe, tmp_path / "out")[0], backbone)  # from the blocks on disk
     assert any(task["solved"] for block in done.blocks for task in block["tasks"])
-    assert all(layer.weight_spec.has_table for layer in quantized_layers(backbone).values())
+    assert all(layer.weight_spec.store == "table" for layer in quantized_layers(backbone).values())
     assert is_same(saved_and_loaded(model, backbone, done.recipe, tmp_path / "saved"), backbone)

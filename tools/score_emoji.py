@@ -26,8 +26,8 @@ from diffusers import DiffusionPipeline
 from diffusers.utils import logging
 from emoji_data import IMAGE_SIZE, TEXT_LENGTH, load_emoji
 
-from dmquant.evaluation.features import FeatureStore
-from dmquant.evaluation.inception import Inception
+from dmquant.evaluation.networks.features import FeatureStore
+from dmquant.evaluation.networks.inception import Inception
 
 COMPOSITIONS = (
     "blue apple, food & drink, food fruit",

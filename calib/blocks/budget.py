@@ -10,6 +10,7 @@ from dmquant.calib.blocks.learn import DTYPES
 from dmquant.calib.blocks.outputs import nbytes
 from dmquant.calib.blocks.units import Block, tasks_of
 from dmquant.errors import UsageError
+from dmquant.host.units import size_text
 from dmquant.recipe import Learning
 
 LEARNED, FITTED = 80, 24
@@ -48,9 +49,9 @@ def check_budget(
     }
     largest = max(needed, key=needed.get)
     if needed[largest] > total:
-        least = _megabytes(needed[largest])
+        least = size_text(needed[largest], round_up=True)
         raise UsageError(
-            f"a budget of {_megabytes(total)} of {where}memory is too small: {largest} alone takes {least}; "
+            f"a budget of {size_text(total)} of {where}memory is too small: {largest} alone takes {least}; "
             f"use --memory-budget {least.replace(' ', '')} or more, or a smaller learning.batch_size"
         )
     return needed[largest]
@@ -98,7 +99,3 @@ def _needed(
         solving = max((_solving([moments[name]]) for name in task.layers if name in moments), default=0)
         most = max(most, bytes_a_weight(learns) * weights + activations * learning.batch_size + solving)
     return most
-
-
-def _megabytes(count: int) -> str:
-    return f"{-(-count // 1_000_000)} MB"

@@ -88,7 +88,7 @@ class Decider:
             )
             error = correct(
                 learners,
-                kept,
+                {name: rounded.values for name, rounded in kept.items()},
                 learned.error,
                 streams.ranges,
                 lambda: inputs.run(task),
@@ -101,7 +101,7 @@ class Decider:
             state.parts = {one.name: quantized.parts(one) for one in quantized.transforms}
             if learner.name in streams.blocks[number].layers:
                 state.keep_transforms(state.parts)
-        codes = {learner.name: learner.grid.quantized(kept[learner.name]) for learner in learners}
+        codes = {name: rounded.quantized() for name, rounded in kept.items()}
         return replace(learned, error=error), codes
 
     def layer_to_be(self, name: str) -> QuantLinear | QuantConv2d:

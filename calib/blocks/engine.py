@@ -5,8 +5,6 @@ give them. Every block is computed a fixed number of times, so cost grows with t
 codes are on disk; a killed calibration reads them back and computes the same streams again.
 """
 
-import hashlib
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -36,7 +34,9 @@ from dmquant.calib.layers.fitting import fit_transforms
 from dmquant.calib.layers.rounder import Rounder
 from dmquant.convert import LayerReport
 from dmquant.errors import UsageError
+from dmquant.host.files import json_sha256
 from dmquant.host.memory import default_budget, return_freed_memory
+from dmquant.qtensor import QuantizedTensor
 from dmquant.recipe import Recipe
 from dmquant.transforms import fold_first_
 
@@ -147,7 +147,7 @@ def _key(recipe: Recipe, store: CalibrationStore, made_for: dict[str, Any], coun
         "layout": LAYOUT,
         "counted": {name: channels.tolist() for name, channels in counted.items()},
     }
-    return hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()
+    return json_sha256(depends_on)
 
 
 def _bytes_of_moments(rounder: Rounder, states: Mapping[str, LayerState]) -> dict[str, Held]:
@@ -166,7 +166,7 @@ def _round_without_data_(backbone: nn.Module, state: LayerState, rounder: Rounde
     weight = fit_transforms(state.layer, state.plan, quantized, None)
     grid = rounder.start(state.layer, state.plan, quantized, weight, None).grid
     state.parts = {one.name: quantized.parts(one) for one in quantized.transforms}
-    state.put_in_place_(backbone, grid.quantized(grid.nearest))
+    state.put_in_place_(backbone, QuantizedTensor.of(grid, grid.nearest))
 
 
 def _in_words(tasks: Sequence[dict[str, Any]], seconds: Sequence[float], left: int) -> str:

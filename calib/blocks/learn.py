@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from dmquant.calib.data.tree import flatten, map_floats
 from dmquant.calib.layers.learner import Learner
 from dmquant.errors import UserError
 from dmquant.recipe import Learning
+from dmquant.rounding import Rounded
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 REPORT_EVERY = 10  # steps
@@ -47,8 +48,8 @@ class UnitData:
 
 def learn(
     unit: str, learners: Sequence[Learner], data: UnitData, options: Learning, report: Callable[[int, float], None]
-) -> tuple[Learned, dict[str, Tensor]]:
-    """Learn the roundings of a unit's layers against full precision; returns how it went and the values kept.
+) -> tuple[Learned, dict[str, Rounded]]:
+    """Learn the roundings of a unit's layers against full precision; returns how it went and what was kept by layer.
 
     The loss is the mean squared error of the unit's output over that of nearest rounding, plus the roundings'
     penalties averaged over all weights, so one setting serves units of all sizes. Adam, constant rate. Mini-batches
@@ -58,14 +59,14 @@ def learn(
     Raises UserError for a loss that is not finite.
     """
     generator = torch.Generator().manual_seed(options.seed)
-    kept = {learner.name: learner.grid.nearest for learner in learners}
+    kept = {learner.name: Rounded(learner.grid.nearest, learner.grid) for learner in learners}
     nearest_error = least = held_out_error(learners, data, kept, options)
     if not math.isfinite(nearest_error):
         raise UserError(f"the error of {unit} is {nearest_error}: its activations hold NaN or infinity")
     parameters = [parameter for learner in learners for parameter in learner.rounding.parameters()]
     if not parameters:
-        hard = {learner.name: learner.rounding.hard() for learner in learners}
-        if all(torch.equal(hard[name], nearest) for name, nearest in kept.items()):
+        hard = {learner.name: learner.rounding.rounded() for learner in learners}
+        if all(torch.equal(hard[name].values, nearest.values) for name, nearest in kept.items()):
             return Learned(nearest_error, nearest_error, 0, 0.0), kept
         error = held_out_error(learners, data, hard, options)
         solved = error < nearest_error
@@ -89,7 +90,7 @@ def learn(
             report(step, loss.item())
         optimizer.step()
         if step * options.checks // options.iterations > (step - 1) * options.checks // options.iterations:
-            hard = {learner.name: learner.rounding.hard().detach() for learner in learners}
+            hard = {learner.name: learner.rounding.rounded() for learner in learners}
             error = held_out_error(learners, data, hard, options)
             if error < least:
                 kept, least, best_step = hard, error, step
@@ -119,11 +120,13 @@ def learning_layers(learners: Sequence[Learner]) -> Iterator[None]:
         yield
 
 
-def held_out_error(learners: Sequence[Learner], data: UnitData, values: dict[str, Tensor], options: Learning) -> float:
+def held_out_error(
+    learners: Sequence[Learner], data: UnitData, rounded: Mapping[str, Rounded], options: Learning
+) -> float:
     """Mean squared error of the unit's output on held-out samples, with these weights."""
     total = 0.0
     for learner in learners:
-        learner.values = values[learner.name]
+        learner.values = rounded[learner.name].values
     with torch.no_grad():
         for start in range(0, len(data.held_out), options.batch_size):
             batch = data.held_out[start : start + options.batch_size]

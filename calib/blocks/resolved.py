@@ -26,9 +26,9 @@ def resolved_recipe(recipe: Recipe, reports: Sequence[LayerReport], input_format
 
 def _decided_transforms(recipe: Recipe, reports: Sequence[LayerReport]) -> dict[str, list[Transformation]]:
     """The transforms of layers that lost one: it was folded into the layer before, or the layer is nearer without."""
-    left = {}
+    settings, left = recipe.settings_by_layer(report.plan.name for report in reports), {}
     for report in reports:
-        kept, asked = {one.name for one in report.plan.transforms}, recipe.settings_for(report.plan.name).transforms
+        kept, asked = {one.name for one in report.plan.transforms}, settings[report.plan.name].transforms
         if any(one.method not in kept for one in asked):
             left[report.plan.name] = [one for one in asked if one.method in kept]
     return left

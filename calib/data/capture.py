@@ -7,7 +7,6 @@ captured again, alone.
 """
 
 import dataclasses
-import hashlib
 import inspect
 import json
 from collections.abc import Callable, Sequence
@@ -26,6 +25,7 @@ from dmquant.calib.data.tree import Leaf, flatten
 from dmquant.diffusers.calling import backbone_calls, final_latents
 from dmquant.errors import UserError
 from dmquant.host import processes
+from dmquant.host.files import json_sha256
 
 Kept = tuple[Sample, Any, list[list[int] | int]]  # as in StoredSample, with the skeleton itself
 
@@ -266,7 +266,7 @@ def _dependencies(
 ) -> dict[str, Any]:
     """Everything that `capture` was given and its data depends on; batches change it by rounding at most."""
     drawn = asdict(sampling)
-    listed = hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest()
+    listed = json_sha256(list(prompts))
     return {
         "component": component,
         "prompts": listed,

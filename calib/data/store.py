@@ -22,7 +22,7 @@ from torch import Tensor
 from dmquant.calib.data.sampling import Sample
 from dmquant.calib.data.tree import unflatten
 from dmquant.errors import UserError
-from dmquant.host.files import replacing, sha256, write_text
+from dmquant.host.files import json_sha256, replacing, sha256, write_text
 
 VERSION = 1
 INDEX = "index.json"
@@ -78,7 +78,7 @@ class Index:
     @property
     def key(self) -> str:
         """Fingerprint of everything the data depends on."""
-        return hashlib.sha256(json.dumps(self.made_for, sort_keys=True).encode()).hexdigest()[:32]
+        return json_sha256(self.made_for)[:32]
 
     def missing(self) -> list[int]:
         """Prompts that no shard holds."""

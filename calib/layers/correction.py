@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from dmquant.activations import TimestepRanges
-from dmquant.calib.layers.learner import COMPUTE, Learner
+from dmquant.calib.layers.learner import Learner
 from dmquant.calib.layers.ranges import nearest_seen
 from dmquant.transforms import Parts, Residuals, Storage, correction_of
 
@@ -60,7 +60,7 @@ class _Observed:
 
     def __call__(self, layer: nn.Module, args: tuple[Tensor, ...]) -> None:
         x, quantized = args[0].to(layer.weight.dtype), self.learner.quantized
-        lacking = COMPUTE[type(layer)](layer, x, layer.weight).float() - self.learner.forward(x).float()
+        lacking = type(layer).forward(layer, x).float() - self.learner.forward(x).float()
         of_rows = self.timesteps.of_rows[self.count].cpu() if self.count > 1 else torch.zeros(len(x), dtype=torch.int64)
         magnitude = quantized.transform_input(x).abs().float()
         self.inputs = self.inputs + _row_means(magnitude, quantized.channel_dim, len(of_rows)).sum(0)

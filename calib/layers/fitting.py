@@ -13,8 +13,8 @@ from dmquant.calib.layers.learner import Learner
 from dmquant.calib.layers.moments import Moments, fit_grid
 from dmquant.convert import LayerPlan
 from dmquant.layers import QuantConv2d, QuantLinear
-from dmquant.qtensor import to_matrix
 from dmquant.rounding import gptq, nearest
+from dmquant.scaling import to_matrix
 from dmquant.transforms import InputStatistics, Storage, alternate, chains, fit_of
 
 WORTH = 0.9  # of the error without an optional transform; images do not gain from what takes less off a layer's own

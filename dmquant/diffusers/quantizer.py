@@ -7,6 +7,8 @@ quantized one fills empty quantized layers with its bytes. Registered by `dmquan
 import enum
 import inspect
 import json
+import logging
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +19,18 @@ from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import nn
 
 from dmquant.activations import TimestepRanges
-from dmquant.convert import plan, quantize_
-from dmquant.diffusers import pairs  # noqa: F401  (enters what it finds)
+from dmquant.convert import plan, quantize_layers_, unmatched
+from dmquant.diffusers import families, pairs  # noqa: F401  (enter what they know)
 from dmquant.errors import UsageError, UserError
 from dmquant.layers import QUANTIZED, quantize_layer, share_timesteps
+from dmquant.models import completed, records_quantization
 from dmquant.recipe import Recipe
 from dmquant.transforms import folds_first
 
 VERSION = 2
 """Of what config.json says. 1: the codes of a convolution were in the order (in, height, width), not channels last."""
-_PACKED = ("qweight", "scale", "scale_base", "input_scale")
+PACKED = ("qweight", "scale", "scale_base")
+"""Parameters of a quantized layer that hold its weight, beside what its transforms store."""
 
 
 class QuantMethod(str, enum.Enum):
@@ -39,7 +43,8 @@ class QuantConfig(QuantizationConfigMixin):
     """A `quantization_config` for diffusers: a recipe by name, by bits (`w4a6`), from a YAML file, or as a dict.
 
     `w` and `a` set its formats and `keep` names more layers (globs) to leave in high precision. In a saved model's
-    config.json it is the recipe in full, with the `version` of its codes. Keys that are not known here are ignored.
+    config.json it is the recipe in full, every rule written out, with the `version` of its codes. Keys that are not
+    known here are ignored; UserError for a version that is.
     """
 
     def __init__(
@@ -51,12 +56,25 @@ class QuantConfig(QuantizationConfigMixin):
         version: int = VERSION,
         **_later_versions: Any,
     ):
+        if not isinstance(version, int) or version > VERSION:
+            raise UserError(
+                f"this model was quantized by a later dmquant: its codes are of version {version}, and this one reads "
+                f"versions up to {VERSION}: install the dmquant that it was made with, or a later one"
+            )
         self.quant_method, self.version = QuantMethod.DMQUANT, version
         if isinstance(recipe, dict):
-            recipe = Recipe.model_validate(recipe)
+            recipe = Recipe.from_dict(recipe, "recipe")
         elif not isinstance(recipe, Recipe):
             recipe = Recipe.load(recipe, w, a)
         self.recipe = recipe.keeping(keep)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """What a config.json holds, where versions without `keep` in recipes wrote all rules out, too."""
+        recipe = config_dict.get("recipe")
+        if isinstance(recipe, dict):
+            config_dict = config_dict | {"recipe": {"keep": "none"} | recipe}
+        return super().from_dict(config_dict, return_unused_kwargs, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
         return {"quant_method": QuantMethod.DMQUANT.value, "version": VERSION, "recipe": self.recipe.to_dict()}
@@ -83,7 +101,13 @@ class DMQuantizer(DiffusersQuantizer):
         return torch_dtype or torch.float32
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
-        self._plans = {step.name: step for step in plan(model, self.quantization_config.recipe)}
+        recipe = self.quantization_config.recipe
+        if not self.pre_quantized and (warning := unmatched(model, recipe)):
+            logging.getLogger("dmquant").warning(warning)
+        recipe = completed(recipe, model)
+        # A copy, because the caller may load a model of another family with the same configuration.
+        self.quantization_config = QuantConfig(recipe, version=self.quantization_config.version)
+        self._plans = {step.name: step for step in plan(model, recipe)}
         self._whole_model = any(folds_first(one) for step in self._plans.values() for one in step.transforms)
         if self.pre_quantized:
             for name, step in self._plans.items():
@@ -95,7 +119,7 @@ class DMQuantizer(DiffusersQuantizer):
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         if self._whole_model and not self.pre_quantized:
-            quantize_(model, self.quantization_config.recipe)
+            quantize_layers_(model, self.quantization_config.recipe)
         return model
 
     def check_if_quantized_param(
@@ -105,7 +129,7 @@ class DMQuantizer(DiffusersQuantizer):
         if layer_name not in self._plans:
             return False
         if self.pre_quantized:
-            return leaf in (*_PACKED, *model.get_submodule(layer_name).part_names)
+            return leaf in (*PACKED, "input_scale", *model.get_submodule(layer_name).part_names)
         return leaf == "weight" and not self._whole_model
 
     def check_quantized_param_shape(self, param_name: str, current_param: Any, loaded_param: Any) -> bool:
@@ -190,7 +214,11 @@ def attach(model: nn.Module, quantizer: DMQuantizer) -> None:
     Where its layers differ by timestep range, every call tells them its timestep.
     """
     if ranges := share_timesteps(model):
-        model.register_forward_pre_hook(_TellTimestep(model, ranges), with_kwargs=True)
+        told = next((hook for hook in model._forward_pre_hooks.values() if isinstance(hook, _TellTimestep)), None)
+        if told is None:
+            model.register_forward_pre_hook(_TellTimestep(model, ranges), with_kwargs=True)
+        else:
+            told.ranges = ranges
     config = quantizer.quantization_config
     model.register_to_config(quantization_config=config.to_dict())
     model.hf_quantizer, model.is_quantized = quantizer, True
@@ -198,19 +226,34 @@ def attach(model: nn.Module, quantizer: DMQuantizer) -> None:
 
 
 def mark_quantized(model: nn.Module, recipe: Recipe) -> None:
-    """`attach` for a model whose layers were quantized in place by `quantize_(model, recipe)`."""
-    attach(model, DMQuantizer(QuantConfig(recipe), pre_quantized=True))
+    """`attach` for a model whose layers were quantized in place by `recipe`."""
+    attach(model, DMQuantizer(QuantConfig(completed(recipe, model)), pre_quantized=True))
+
+
+@records_quantization
+def _record(model: nn.Module, recipe: Recipe, layers: Collection[str]) -> bool:
+    """Mark a diffusers model, unless some of its layers were quantized by another recipe."""
+    from diffusers import ModelMixin
+
+    quantized = {name for name, layer in model.named_modules() if isinstance(layer, tuple(QUANTIZED.values()))}
+    if not isinstance(model, ModelMixin) or quantized != set(layers):
+        return False
+    mark_quantized(model, recipe)
+    return True
 
 
 def save_pipeline(pipeline: Any, folder: str | Path) -> None:
-    """`save_pretrained`, without what would tie the folder to this machine or to one dtype.
+    """`save_pretrained`, and `make_portable`. Raises OSError as the disk does."""
+    pipeline.save_pretrained(folder, safe_serialization=True)
+    make_portable(Path(folder))
+
+
+def make_portable(folder: Path) -> None:
+    """Remove from a pipeline folder's configurations what would tie it to this machine or to one dtype.
 
     diffusers writes local paths as `_name_or_path`. And transformers loads a text encoder in the dtype that its config
     names while diffusers loads everything else in float32, so by default the two would not fit together.
-    Raises OSError as the disk does.
     """
-    folder = Path(folder)
-    pipeline.save_pretrained(folder, safe_serialization=True)
     for file in (folder / "model_index.json", *folder.glob("*/*config.json")):
         content = json.loads(file.read_text())
         portable = {key: value for key, value in content.items() if key != "_name_or_path"}

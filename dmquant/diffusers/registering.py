@@ -1,50 +1,74 @@
-"""What `import dmquant` arranges for other packages' imports, without importing them itself.
+"""What `import dmquant` arranges for other packages' imports, without importing anything itself.
 
-Before diffusers, transformers, peft, open_clip or torchmetrics is imported, torchvision is made importable
-(`dmquant.diffusers.torchvision`). After diffusers' quantizer registry is imported, ours is entered there: diffusers
-offers no registration of its own.
+When diffusers' quantizer registry is imported, ours is entered there: diffusers offers no registration of its own. When
+torchvision is imported, what stops it beside a CPU build of torch is put right (`dmquant.diffusers.torchvision`).
 """
 
 import importlib
 import sys
-from importlib.abc import Loader, MetaPathFinder
+from collections.abc import Callable
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
+from typing import Any
 
-_USE_TORCHVISION = {"diffusers", "transformers", "peft", "open_clip", "torchmetrics"}
 _REGISTRY = "diffusers.quantizers.auto"
 _OURS = "dmquant.diffusers.quantizer"
 
+Execute = Callable[[ModuleType], None]
 
-class _Finder(MetaPathFinder):
+
+def _then_register(execute: Execute, module: ModuleType) -> None:
+    execute(module)
+    importlib.import_module(_OURS)  # which registers itself
+
+
+def _with_operators(execute: Execute, module: ModuleType) -> None:
+    from dmquant.diffusers.torchvision import execute_with_operators  # imports torch, as torchvision does
+
+    execute_with_operators(execute, module)
+
+
+_WATCHED: dict[str, Callable[[Execute, ModuleType], None]] = {
+    _REGISTRY: _then_register,
+    "torchvision": _with_operators,
+}
+
+
+class _Finder:
+    """Finds the watched modules where Python does; whoever only asks whether they are there imports nothing.
+
+    A MetaPathFinder by what it does: importlib.abc takes a quarter of the time of `dmquant --help` to import.
+    """
+
     def find_spec(self, name: str, path=None, target=None) -> ModuleSpec | None:
-        if name in _USE_TORCHVISION:
-            from dmquant.diffusers.torchvision import ensure_torchvision_imports
-
-            ensure_torchvision_imports()
-        if name != _REGISTRY:
+        if name not in _WATCHED:
             return None
         spec = PathFinder.find_spec(name, path, target)
         if spec is not None and spec.loader is not None:
-            spec.loader = _RegisteringLoader(spec.loader)
+            spec.loader = _Watching(spec.loader, _WATCHED[name])
         return spec
 
 
-class _RegisteringLoader(Loader):
-    def __init__(self, loader: Loader):
-        self.loader = loader
+class _Watching:
+    """A module's own loader, except that somebody has a hand in executing the module."""
+
+    def __init__(self, loader: Any, watch: Callable[[Execute, ModuleType], None]):
+        self._loader, self._watch = loader, watch
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loader, name)
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        return self.loader.create_module(spec)
+        return self._loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
-        self.loader.exec_module(module)
-        importlib.import_module(_OURS)  # which registers itself
+        module.__loader__ = module.__spec__.loader = self._loader
+        self._watch(self._loader.exec_module, module)
 
 
 def install() -> None:
     """Arrange all this, once; if diffusers is already imported, register at once."""
     if _REGISTRY in sys.modules:
         importlib.import_module(_OURS)
-    elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())

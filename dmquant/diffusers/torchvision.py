@@ -1,12 +1,16 @@
 """Make `import torchvision` work beside a CPU build of torch.
 
-The registry's torchvision wheel is a CUDA build. Next to a CPU torch its operator library does not load, and
-its Python side then fails on `operator torchvision::nms does not exist`, taking CLIP in transformers,
-open_clip and torchmetrics' FID with it. Nothing here needs those operators, so declaring the two schemas that
-the import registers fake kernels for is enough. Where torchvision imports normally, nothing is touched.
+PyPI's torchvision wheel is a CUDA build. Next to a CPU torch its operator library does not load, and its Python side
+then fails on `operator torchvision::nms does not exist`, taking CLIP in transformers, open_clip and torchmetrics' FID
+with it. Nothing here needs those operators, so declaring the two schemas that the import registers fake kernels for is
+enough. Where torchvision imports normally, nothing is touched.
 """
 
+import contextlib
+import importlib
 import sys
+from collections.abc import Callable
+from types import ModuleType
 
 import torch
 
@@ -17,22 +21,24 @@ _SCHEMAS = (
 _library: torch.library.Library | None = None  # the schemas live as long as this object
 
 
-def ensure_torchvision_imports() -> None:
-    """Import torchvision, declaring its missing operators if exactly that is what stops it.
-
-    Does nothing when torchvision is not installed: it is optional.
-    """
+def execute_with_operators(execute: Callable[[ModuleType], None], module: ModuleType) -> None:
+    """Execute torchvision's own module, again with its missing operators declared if exactly they stop it."""
     global _library
     try:
-        import torchvision
-    except ImportError:
+        execute(module)
         return
     except RuntimeError as error:
-        if "operator torchvision::nms does not exist" not in str(error):
+        if _library is not None or "operator torchvision::nms does not exist" not in str(error):
             raise
-        for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
-            del sys.modules[name]
-        _library = torch.library.Library("torchvision", "FRAGMENT")
-        for schema in _SCHEMAS:
-            _library.define(schema)
-        import torchvision  # noqa: F401
+    for name in [name for name in sys.modules if name.startswith("torchvision.")]:
+        del sys.modules[name]
+    _library = torch.library.Library("torchvision", "FRAGMENT")
+    for schema in _SCHEMAS:
+        _library.define(schema)
+    execute(module)
+
+
+def ensure_torchvision_imports() -> None:
+    """Import torchvision where it is installed; it is optional."""
+    with contextlib.suppress(ImportError):
+        importlib.import_module("torchvision")

@@ -5,18 +5,19 @@ Both give the reference's result bit for bit.
 
 import dataclasses
 import functools
-import shutil
 import sysconfig
 from collections import Counter
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dmquant.activations import ActivationSpec, half_by_half
 from dmquant.formats import FloatFormat, Format
+from dmquant.grids import ScaledGrid
 from dmquant.kernels import reference
-from dmquant.qtensor import WeightSpec, from_matrix
+from dmquant.qtensor import WeightSpec
+from dmquant.scaling import from_matrix
 
 WORTH_COMPILING = 1 << 18  # elements in a call; below, the compiled loop saves only microseconds
 PAYS_AFTER = 1 << 31  # elements in all; before, a run ends sooner without the seconds that compiling takes
@@ -43,8 +44,9 @@ def _pair_table(fmt: Format, dtype: torch.dtype) -> Tensor | None:
 
 
 def dequantize(codes: Tensor, scale: Tensor, spec: WeightSpec, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """The weight in `dtype`."""
-    if spec.has_table or torch.compiler.is_compiling():  # which fuses the reference better than it looks up tables
+    """The weight in `dtype`; by the reference where pairs of codes cannot be looked up."""
+    scaled = spec.grid_type is ScaledGrid
+    if not scaled or torch.compiler.is_compiling():  # which fuses the reference better than it looks up tables
         return reference.dequantize(codes, scale, spec, shape, dtype)
     segments, size = spec.segments(shape), spec.granularity.size
     table = _pair_table(spec.fmt, dtype)
@@ -92,10 +94,23 @@ def _to_compile(spec: ActivationSpec) -> ActivationSpec:
 
 
 @functools.cache
+def missing_to_compile() -> str | None:
+    """What torch.compile lacks on the CPU, and how to get it; None where it lacks nothing."""
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except (InvalidCxxCompiler, RuntimeError, OSError):
+        return "a C++ compiler: install g++ or clang"
+    if not Path(sysconfig.get_path("include"), "Python.h").exists():
+        return "Python's headers: install python3-dev, or the package that has Python.h"
+    return None
+
+
 def can_compile() -> bool:
-    """Whether torch.compile finds a C++ compiler and Python's headers."""
-    compiler = shutil.which("c++") or shutil.which("g++")
-    return compiler is not None and Path(sysconfig.get_path("include"), "Python.h").exists()
+    """Whether torch.compile works on the CPU."""
+    return missing_to_compile() is None
 
 
 @functools.cache
@@ -118,8 +133,23 @@ def fake_quantize(x: Tensor, spec: ActivationSpec, dim: int, scale: Tensor | Non
         return half_by_half(fake_quantize, x, spec, dim)
     if not torch.compiler.is_compiling() and _worth_compiling(x, spec):
         spec, tokens = _to_compile(spec), x.movedim(dim, -1)
-        if not tokens.is_contiguous():
+        if spec.scale_by_row or not tokens.is_contiguous():
             return _compiled_fake_quantize()(x, spec, dim)
         matrix = tokens.flatten(0, -2)  # torch.compile gives up after eight variants: spare it the number of dimensions
         return _compiled_fake_quantize()(matrix, spec, -1).view(tokens.shape).movedim(-1, dim)
     return reference.fake_quantize(x, spec, dim)
+
+
+class Cpu(reference.Reference):
+    """The reference's product of weights that are looked up and inputs that are rounded in a compiled loop."""
+
+    name, cost = "cpu", 50
+    description = "looks weights up two bytes at a time, compiles the rounding of large inputs"
+    dequantize = staticmethod(dequantize)
+    fake_quantize = staticmethod(fake_quantize)
+
+    def refuses(self, layer: nn.Module, device: torch.device) -> str | None:
+        return None if device.type == "cpu" else f"it runs on the CPU, not on {device}"
+
+
+KERNEL = Cpu()

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from dmquant.grids import Grid
+from dmquant.rounding.base import Rounding
 
 LEARNS = True
 NEEDS_MOMENTS = False
@@ -30,11 +31,11 @@ class Options(BaseModel):
     """The penalty's exponent after the warm-up and at the end; linear in between."""
 
 
-class AdaRound(nn.Module):
+class AdaRound(Rounding):
     """W~ = lower + h(V) (upper - lower), with h a sigmoid stretched beyond 0 and 1 and clipped to them."""
 
     def __init__(self, grid: Grid, options: Options):
-        super().__init__()
+        super().__init__(grid)
         self.options = options
         lower, upper = grid.neighbours
         self.register_buffer("lower", lower)

@@ -1,23 +1,20 @@
 """A rounding that is decided from the start."""
 
-from torch import Tensor, nn
+from torch import Tensor
+
+from dmquant.grids import Grid
+from dmquant.rounding.base import Rounding
 
 
-class Fixed(nn.Module):
-    """These `values` of a grid (rows, columns); no parameters."""
+class Fixed(Rounding):
+    """These `values` of a grid, (rows, columns) float32; no parameters."""
 
-    def __init__(self, values: Tensor):
-        super().__init__()
+    def __init__(self, grid: Grid, values: Tensor):
+        super().__init__(grid)
         self.register_buffer("values", values)
 
     def forward(self) -> Tensor:
         return self.values
 
-    def penalty(self, progress: float) -> None:
-        return None
-
     def hard(self) -> Tensor:
         return self.values
-
-    def undecided(self) -> int:
-        return 0

@@ -14,8 +14,7 @@ from torch import Tensor
 from dmquant.grids import Grid
 from dmquant.qtensor import WeightSpec
 from dmquant.rounding.gptq import Factor, solve
-from dmquant.scaling import Scales, fit_weighted, to_groups
-from dmquant.tables import fit_table
+from dmquant.scaling import Scales
 
 POWERS = (0, 1, 2, 4)
 
@@ -28,7 +27,7 @@ def fit_lean(matrix: Tensor, spec: WeightSpec, shape: tuple[int, ...], factors: 
     """
     best, least = None, float("inf")
     for power in POWERS:
-        grid = Grid(matrix, spec, scales_of(matrix, spec, shape, factors, power), shape)
+        grid = spec.grid_type(matrix, spec, scales_of(matrix, spec, shape, factors, power), shape)
         solution, error = solve(grid, factors)
         if best is None or error < least:
             best, least = replace(grid, solution=solution), error
@@ -39,14 +38,7 @@ def scales_of(
     matrix: Tensor, spec: WeightSpec, shape: tuple[int, ...], factors: Sequence[Factor], power: float
 ) -> Scales:
     """Scales, or tables, of least error under the weights h^-power."""
-    weights = column_weights(factors, power)
-    if spec.has_table:
-        return fit_table(matrix, weights)
-    segments = spec.segments(shape)
-    rows = len(matrix) if spec.granularity.kind == "tensor" else 1
-    of_groups = to_groups(weights.expand(rows, -1), spec.granularity, segments)
-    of_groups = of_groups / of_groups.amax(-1, keepdim=True)  # in float64, so that no group's all become 0
-    return fit_weighted(to_groups(matrix, spec.granularity, segments), spec.fmt, spec.store, of_groups.float())
+    return spec.grid_type.fit_weighted(matrix, spec, spec.segments(shape), column_weights(factors, power))
 
 
 def column_weights(factors: Sequence[Factor], power: float) -> Tensor:

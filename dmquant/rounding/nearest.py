@@ -17,4 +17,4 @@ class Options(BaseModel):
 
 def start(grid: Grid, options: Options) -> Fixed:
     """Nearest rounding, from the start."""
-    return Fixed(grid.nearest)
+    return Fixed(grid, grid.nearest)

@@ -14,9 +14,12 @@ from typing import Literal
 import torch
 from huggingface_hub import constants
 
+from dmquant import kernels
 from dmquant.diffusers.families import families
 from dmquant.diffusers.torchvision import ensure_torchvision_imports
 from dmquant.errors import UserError
+from dmquant.host.units import about_text
+from dmquant.kernels.cpu import missing_to_compile
 from dmquant.pipelines.models import folders, hub
 from dmquant.pipelines.models.loading import embedded_folder
 from dmquant.pipelines.models.registry import EMBEDDED, ModelSpec, registered_models
@@ -61,6 +64,7 @@ def _machine() -> Iterator[Check]:
     yield _memory()
     yield _compiler()
     yield from _cuda()
+    yield from _kernels()
     free = shutil.disk_usage(Path.cwd()).free
     status = "ok" if free > ROOMY_BYTES else "warn"
     remedy = "" if free > ROOMY_BYTES else "runs write images and models here: make room, or use --out on another disk"
@@ -77,13 +81,19 @@ def _memory() -> Check:
 
 
 def _compiler() -> Check:
-    from torch._inductor.cpp_builder import get_cpp_compiler
-    from torch._inductor.exc import InvalidCxxCompiler
+    if missing := missing_to_compile():
+        what, _, remedy = missing.partition(": ")
+        return Check("torch.compile", "missing", f"cannot be used on the CPU, for want of {what}", remedy)
+    return Check("torch.compile", "ok", "works on the CPU")
 
-    try:
-        return Check("C++ compiler", "ok", f"{get_cpp_compiler()}: torch.compile works on the CPU")
-    except (InvalidCxxCompiler, RuntimeError, OSError):
-        return Check("C++ compiler", "missing", "torch.compile cannot be used on the CPU", "install g++ or clang")
+
+def _kernels() -> Iterator[Check]:
+    for name in kernels.names():
+        if missing := kernels.KERNELS[name].missing():
+            what, _, remedy = missing.partition(": ")
+            yield Check(f"kernel {name}", "missing", what, remedy or "layers run on the others")
+        else:
+            yield Check(f"kernel {name}", "ok", kernels.KERNELS[name].description)
 
 
 def _cuda() -> Iterator[Check]:
@@ -129,7 +139,7 @@ def _torchvision() -> Check:
 
 
 def _weights() -> Iterator[Check]:
-    from dmquant.evaluation import inception
+    from dmquant.evaluation.networks import inception
 
     try:
         found = inception.find_weights()
@@ -142,25 +152,26 @@ def _weights() -> Iterator[Check]:
 
 
 def _text_weights() -> Iterator[Check]:
-    from dmquant.evaluation import clip, hpsv2, networks
+    from dmquant.evaluation.networks import CLIP, clip, preference_score
 
-    source = clip.find(networks.CLIP)
+    source = clip.find(CLIP)
     if path := source.cached():
         yield Check("CLIP weights", "ok", f"{source.name}, {path}")
     else:
-        remedy = f"downloaded when first used ({source.weights.size_text}); or --clip with a local folder"
+        remedy = f"downloaded when first used ({about_text(source.weights.size)}); or --clip with a local folder"
         yield Check("CLIP weights", "missing", f"{source.name} is not in the local cache", remedy)
-    for version in hpsv2.FILES:
-        name, file, remedy = f"HPSv2 {version} weights", hpsv2.on_hub(version), hpsv2.remedy(version)
+    for version in preference_score.FILES:
+        name = f"HPSv2 {version} weights"
+        file, remedy = preference_score.on_hub(version), preference_score.remedy(version)
         try:
-            path = hpsv2.find_given(version) or file.cached()
+            path = preference_score.find_given(version) or file.cached()
         except UserError as error:
             yield Check(name, "missing", str(error), remedy)
         else:
             if path:
                 yield Check(name, "ok", str(path))
             else:
-                remedy = f"downloaded when first used ({file.size_text}); or {remedy}"
+                remedy = f"downloaded when first used ({about_text(file.size)}); or {remedy}"
                 yield Check(name, "missing", "not in the local cache", remedy)
 
 
@@ -195,7 +206,7 @@ def _embedded(spec: ModelSpec) -> Check:
 def _cached(spec: ModelSpec) -> Check:
     folder = hub.cached(spec.source)
     if folder is None:
-        remedy = f"downloaded when first used ({hub.readable(spec.download_bytes)})"
+        remedy = f"downloaded when first used ({about_text(spec.download_bytes)})"
         return Check(spec.name, "missing", f"{spec.source} is not in the local cache", remedy)
     missing = folders.missing_parts(folder, frozenset(families()[spec.family].without))
     if missing:

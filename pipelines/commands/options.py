@@ -128,22 +128,18 @@ BatchSize = Annotated[
         min=1, help="Images made at once. Default: by size, 16 at 64x64 and 1 at 1024x1024.", rich_help_panel="Images"
     ),
 ]
-_METRICS = (
-    "Metrics, comma separated, or all: psnr, ssim, ms_ssim, lpips, lpips_vgg, latent_mse, fid_fp, kid_fp, "
-    "cmmd_fp, clip_score, hpsv2, hpsv21, and with --real fid_real, kid_real, cmmd_real."
-)
+_METRICS = "Metrics, comma separated, or all: {metrics}."  # help.py fills in what other packages may add to
 Metrics = Annotated[
     str | None,
     typer.Option(
         metavar="LIST",
-        help=f"{_METRICS} Default: psnr, ssim, latent_mse, fid_fp; clip_score where the model comes with a CLIP model; "
-        "fid_real with --real.",
+        help=_METRICS + " Default: {default_metrics}.",
         rich_help_panel="Scores",
     ),
 ]
 SweepMetrics = Annotated[
     str,
-    typer.Option(metavar="LIST", help=f"{_METRICS} The first is drawn against the costs.", rich_help_panel="Scores"),
+    typer.Option(metavar="LIST", help=_METRICS + " The first is drawn against the costs.", rich_help_panel="Scores"),
 ]
 Clip = Annotated[
     str | None,
@@ -161,6 +157,15 @@ Real = Annotated[
     ),
 ]
 Device = Annotated[str, typer.Option(metavar="auto|cpu|cuda[:i]", help="Where to compute.", rich_help_panel="Machine")]
+Offload = Annotated[
+    bool,
+    typer.Option(
+        "--offload",
+        help="For a GPU that is too small for the whole pipeline: each part is on it only while it runs; while the "
+        "backbone is quantized, that alone.",
+        rich_help_panel="Machine",
+    ),
+]
 Dtype = Annotated[
     str | None,
     typer.Option(
@@ -252,7 +257,7 @@ Engine = Annotated[
     typer.Option(
         metavar="local|ray",
         help="Processes of this machine, or a Ray cluster whose machines all see --out under one path "
-        "(pip install 'dmquant\\[ray]').",
+        "(pip install 'dmquant[ray]').",
         rich_help_panel="Machine",
     ),
 ]
@@ -273,7 +278,7 @@ _PROMPTS = {"prompts": (Prompts, None), "num_prompts": (NumPrompts, None), "prom
 _SAMPLING = {"steps": (Steps, None), "guidance": (Guidance, None), "height": (Height, None), "width": (Width, None)}
 _NOISE = {"seed": (Seed, 0), "batch_size": (BatchSize, None)}
 _SCORES = {"metrics": (Metrics, None), "real": (Real, None), "clip": (Clip, None)}
-_MACHINE = {"device": (Device, "auto"), "dtype": (Dtype, None)}
+_MACHINE = {"device": (Device, "auto"), "offload": (Offload, False), "dtype": (Dtype, None)}
 
 # Fields of pipelines.settings.Options by command, in the order in which --help lists them.
 GENERATE = _MODEL | _PROMPTS | _SAMPLING | _NOISE | _MACHINE

@@ -8,31 +8,28 @@ from typing import TYPE_CHECKING
 
 import yaml
 
+from dmquant.diffusers.quantizer import QuantMethod
 from dmquant.errors import UsageError, UserError
-from dmquant.evaluation.generate import pruned_and_missing, read_prompt
-from dmquant.evaluation.image_grid import draw_grid
+from dmquant.evaluation.generate import pruned_and_missing
 from dmquant.evaluation.images import generated_images
 from dmquant.evaluation.networks import Networks
+from dmquant.evaluation.png import read_prompt
+from dmquant.evaluation.report.image_grid import draw_grid
 from dmquant.host import processes
 from dmquant.host.console import Console, quiet_libraries
 from dmquant.pipelines.models import folders
-from dmquant.pipelines.models.hashes import pipeline_hashes
-from dmquant.pipelines.models.loading import checked_folder, load_full_precision, resolve_device
+from dmquant.pipelines.models.loading import checked_folder, resolve_device
 from dmquant.pipelines.prompts.lists import load_prompts
 from dmquant.pipelines.runs import runfolder
-from dmquant.pipelines.runs.report import (
-    build_report,
-    closing_table,
-    comparison_tables,
-    metrics_table,
-    unfinished,
-    write_all_reports,
-)
-from dmquant.pipelines.runs.run import Run, make_model_together
-from dmquant.pipelines.runs.runfolder import RunFolder, claim, fingerprint, is_full_disk
-from dmquant.pipelines.runs.scores import write_table
+from dmquant.pipelines.runs.closing_tables import closing_table, comparison_tables, metrics_table
+from dmquant.pipelines.runs.image_stage import make_images
+from dmquant.pipelines.runs.model_stage import load_quantized, load_source, make_model_together
+from dmquant.pipelines.runs.run import Run
+from dmquant.pipelines.runs.run_report import build_report, unfinished, write_all_reports
+from dmquant.pipelines.runs.runfolder import RunFolder, claim, is_full_disk
+from dmquant.pipelines.runs.scores import make_scores, write_table
 from dmquant.pipelines.runs.settings import Settings, clip_source, resolve_metrics
-from dmquant.pipelines.runs.work import load_quantized, make_images, make_scores
+from dmquant.pipelines.runs.source import source_of
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -45,6 +42,7 @@ def run(settings: Settings, out: Path, overwrite: bool) -> None:
     quiet_libraries()
     console = Console()
     source = processes.current().on_main(lambda: checked_folder(settings.model, console.say))
+    _keep_source(source, out)
     with (
         claim(out, settings.model.name, overwrite) as folder,
         console.logging_to(out / runfolder.LOG),
@@ -61,6 +59,7 @@ def compare(settings: Mapping[str, Settings], out: Path, overwrite: bool) -> Non
     console = Console()
     model = next(iter(settings.values())).model
     source = processes.current().on_main(lambda: checked_folder(model, console.say))
+    _keep_source(source, out)
     with (
         claim(out, model.name, overwrite) as folder,
         console.logging_to(out / runfolder.LOG),
@@ -79,6 +78,7 @@ def sweep(
     quiet_libraries()
     console, common = Console(), space.trials[0].settings
     source = checked_folder(common.model, console.say)
+    _keep_source(source, out)
     with (
         claim(out, common.model.name, overwrite) as folder,
         console.logging_to(out / runfolder.LOG),
@@ -108,24 +108,52 @@ def quantize(settings: Settings, out: Path, overwrite: bool) -> None:
     quiet_libraries()
     everyone, console = processes.current(), Console()
     everyone.on_main(lambda: _refuse_to_replace(out, overwrite))
+    path = everyone.on_main(lambda: checked_folder(settings.model, console.say))
+    _keep_apart(path, out)
+    weights = source_of(settings, path, console).key if settings.recipe.calibrated else ""
     workspace = out.with_name(f"{out.name}.{runfolder.CALIBRATION}")
 
     def load() -> "DiffusionPipeline":
-        return load_full_precision(settings.model, settings.dtype, settings.device, console.say)
+        return load_source(settings, console)
 
     with _explaining_a_full_disk(out):
-        make_model_together(load, settings, out, console, workspace)
+        make_model_together(load, settings, out, console, workspace, weights)
     everyone.on_main(lambda: shutil.rmtree(workspace, ignore_errors=True))
     console.say(f"model: {out}")
 
 
 def _refuse_to_replace(out: Path, overwrite: bool) -> None:
+    if Path.cwd().is_relative_to(out.resolve()):
+        raise UsageError(f"--out {out} is the folder you are in, or above it: name a new one, such as --out model")
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     if not (out / folders.INDEX).is_file():
         raise UserError(f"{out} holds something else than a pipeline; choose another folder with --out")
     if not overwrite:
         raise UserError(f"{out} already holds a pipeline; choose another folder with --out, or add --overwrite")
+    parts = [name for name in folders.components(out) if (out / name / "config.json").is_file()]
+    if not any(folders.quantization(out, name) == QuantMethod.DMQUANT.value for name in parts):
+        raise UserError(
+            f"{out} holds a pipeline that dmquant did not quantize, which --overwrite does not replace: "
+            "choose another folder with --out, or remove it yourself"
+        )
+
+
+def _keep_apart(source: Path, out: Path) -> None:
+    """UserError where one of the two folders is in the other: to write the one would change the other."""
+    source, target = source.resolve(), out.resolve()
+    if source.is_relative_to(target) or target.is_relative_to(source):
+        raise UserError(
+            f"--out {out} and the full-precision model in {source} are one folder, or one in the other: "
+            "choose another folder with --out"
+        )
+
+
+def _keep_source(source: Path, out: Path) -> None:
+    """UserError where a run in the folder `out` would write into its full-precision model, or over it."""
+    source, target = source.resolve(), out.resolve()
+    if source == target or any(source.is_relative_to(target / name) for name in runfolder.ENTRIES):
+        raise UserError(f"a run in {out} would write over its full-precision model: choose another folder with --out")
 
 
 def generate(settings: Settings, out: Path) -> None:
@@ -136,17 +164,12 @@ def generate(settings: Settings, out: Path) -> None:
     quantized = folder.is_absolute() and folders.quantization(folder, settings.family.component) is not None
     everyone = processes.current()
     source = folder if quantized else everyone.on_main(lambda: checked_folder(settings.model, console.say))
-    hashes = everyone.on_main(lambda: pipeline_hashes(source, settings.family.component))
-    requests = settings.requests(fingerprint(files=hashes))
+    requests = settings.requests(source_of(settings, source, console).key)
     if not everyone.on_main(lambda: pruned_and_missing(out, requests)):
         console.say(f"images: all {len(requests)} are in {out}")
         return
     with _explaining_a_full_disk(out):
-        pipeline = (
-            load_quantized(folder, settings)
-            if quantized
-            else load_full_precision(settings.model, settings.dtype, settings.device, console.say)
-        )
+        pipeline = load_quantized(folder, settings) if quantized else load_source(settings, console)
         make_images(pipeline, requests, out, settings, console, "images")
 
 
@@ -206,7 +229,7 @@ def _distinct_names(paths: Sequence[Path]) -> list[str]:
 def report(folder: Path) -> None:
     """Write the reports of a finished run again."""
     run_folder = RunFolder(folder)
-    settings = yaml.safe_load((folder / runfolder.SETTINGS).read_text(encoding="utf-8"))
+    settings = yaml.load((folder / runfolder.SETTINGS).read_text(encoding="utf-8"), runfolder.YAML_LOADER)
     if runfolder.TRIALS in settings:
         raise UserError(f"{folder} holds a sweep: its own command, given again, writes its tables again")
     absent = unfinished(run_folder, settings)

@@ -1,24 +1,27 @@
 """Which model this is: SHA-256 of the files that make a pipeline what it is."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
-from dmquant.host.files import sha256
+from dmquant.host.hashes import sha256_once
+from dmquant.pipelines.models import folders
+
+READ = {".json", ".safetensors", ".model", ".txt", ".vocab", ".spm", ".tiktoken", ".jinja"}
+"""Suffixes of what diffusers and transformers read of a part: configuration, weights, tokenizers."""
 
 
-def identifying_files(folder: Path, backbone: str) -> list[Path]:
-    """Every configuration of the pipeline in `folder`, and the weights of its backbone.
-
-    Text encoder and VAE are told apart by their configuration only: they can be 40 times the backbone's size.
-    """
-    return sorted({*folder.glob("*.json"), *folder.glob("*/*.json"), *folder.glob(f"{backbone}/*.safetensors")})
+def identifying_files(folder: Path, leave_out: Collection[str] = ()) -> list[Path]:
+    """Every file that a pipeline is loaded from: its index, and what is read of its parts but those to `leave_out`."""
+    parts = [folder / name for name in folders.components(folder) if name not in leave_out]
+    of_parts = [path for part in parts for path in part.glob("*") if path.suffix in READ and path.is_file()]
+    return sorted({*folder.glob("*.json"), *of_parts})
 
 
 def pipeline_hashes(
-    folder: Path, backbone: str, progress: Callable[[int, int], None] = lambda done, total: None
+    folder: Path, leave_out: Collection[str] = (), progress: Callable[[int, int], None] = lambda done, total: None
 ) -> dict[str, str]:
     """SHA-256 of the identifying files by relative path in POSIX form; `progress(done, total)` counts bytes."""
-    files = identifying_files(folder, backbone)
+    files = identifying_files(folder, leave_out)
     total, done = sum(path.stat().st_size for path in files), 0
 
     def on_bytes(count: int) -> None:
@@ -26,4 +29,4 @@ def pipeline_hashes(
         done += count
         progress(done, total)
 
-    return {path.relative_to(folder).as_posix(): sha256(path, on_bytes) for path in files}
+    return {path.relative_to(folder).as_posix(): sha256_once(path, on_bytes) for path in files}

@@ -12,6 +12,7 @@ from huggingface_hub import constants
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
 from dmquant.errors import UserError
+from dmquant.host.units import about_text, size_text
 from dmquant.pipelines.models import folders
 
 ANSWER_SECONDS = 10
@@ -63,18 +64,11 @@ def pipeline(repo: str, size: int | None, without: Collection[str], say: Callabl
         return folder
     size = _weight_bytes(repo, size)
     _check_disk(repo, size)
-    say(f"downloading {repo} ({readable(size)}) from the Hub into {constants.HF_HUB_CACHE}")
+    say(f"downloading {repo} ({about_text(size)}) from the Hub into {constants.HF_HUB_CACHE}")
     from diffusers import DiffusionPipeline
 
     with _explaining(repo, size):
         return Path(DiffusionPipeline.download(repo, use_safetensors=True, **dict.fromkeys(without)))
-
-
-def readable(size: int | None) -> str:
-    """A number of bytes for people, as in '21.8 GB'."""
-    if size is None:
-        return "size unknown"
-    return f"about {size / 1e9:.1f} GB" if size >= 1e8 else f"about {size / 1e6:.0f} MB"
 
 
 def _weight_bytes(repo: str, known: int | None) -> int | None:
@@ -90,7 +84,7 @@ def _check_disk(repo: str, size: int | None) -> None:
     free = shutil.disk_usage(existing).free
     if size is not None and free < size:
         raise UserError(
-            f"{repo} is {readable(size)} but {existing} has only {readable(free).removeprefix('about ')} free: "
+            f"{repo} is {about_text(size)} but {existing} has only {size_text(free)} free: "
             "make room, or set HF_HOME to a folder on another disk"
         )
 
@@ -110,9 +104,9 @@ def _explained(repo: str, size: int | None, error: Exception) -> UserError:
     if isinstance(error, RepositoryNotFoundError):
         return UserError(f"the Hub has no model '{repo}', or it is private: check the name or run `hf auth login`")
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return UserError(f"the disk is full: {repo} is {readable(size)}; set HF_HOME to a folder on another disk")
+        return UserError(f"the disk is full: {repo} is {about_text(size)}; set HF_HOME to a folder on another disk")
     reason = next(iter(str(error).split("\n")), "").strip() or type(error).__name__
     return UserError(
-        f"{repo} ({readable(size)}) is not in the local cache and cannot be had from the Hub ({reason}): "
+        f"{repo} ({about_text(size)}) is not in the local cache and cannot be had from the Hub ({reason}): "
         "give a local copy, as in `dmquant run /path/to/folder`, or set HF_HOME to a cache that holds it"
     )

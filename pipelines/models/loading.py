@@ -3,9 +3,10 @@
 import inspect
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -14,6 +15,7 @@ from dmquant.errors import UsageError, UserError
 from dmquant.host import processes
 from dmquant.pipelines.models import folders, hub
 from dmquant.pipelines.models.attention import check_attention
+from dmquant.pipelines.models.placing import place
 from dmquant.pipelines.models.registry import ModelSpec, embedded_folder, family_for
 
 if TYPE_CHECKING:
@@ -83,11 +85,18 @@ def checked_folder(spec: ModelSpec, say: Callable[[str], None]) -> Path:
 
 
 def load_full_precision(
-    spec: ModelSpec, dtype: torch.dtype, device: str, say: Callable[[str], None] | None = None
+    spec: ModelSpec,
+    dtype: torch.dtype,
+    device: str,
+    say: Callable[[str], None] | None = None,
+    parts: Mapping[str, Any] = MappingProxyType({}),
+    *,
+    offload: bool = False,
 ) -> "DiffusionPipeline":
-    """The model's pipeline in `dtype` on `device`, in eval mode, from safetensors only.
+    """The model's pipeline in `dtype` on `device` (`place`), in eval mode, from safetensors only.
 
-    Raises UserError as `checked_folder` does, and for a backbone with tensors that are absent or not finite.
+    `parts` are in memory already and not loaded again. Raises UserError as `checked_folder` does, and for a backbone
+    with tensors that are absent or not finite.
     """
     say = say or (lambda line: print(line, file=sys.stderr))
     folder = checked_folder(spec, say)
@@ -97,16 +106,17 @@ def load_full_precision(
             say(f"warning: {spec.name} in {name}: {trouble}")
     import diffusers
 
-    parameters = inspect.signature(getattr(diffusers, spec.pipeline).__init__).parameters
+    kind = getattr(diffusers, spec.pipeline)  # DiffusionPipeline takes no parts that are optional to one of its kinds
+    parameters = inspect.signature(kind.__init__).parameters
     without = {name: value for name, value in family.without.items() if name in parameters}
     try:
-        pipeline = diffusers.DiffusionPipeline.from_pretrained(
+        pipeline = kind.from_pretrained(
             folder,
             torch_dtype=dtype,
             use_safetensors=True,
             local_files_only=True,
             variant=folders.variant(folder, family.component),
-            **without,
+            **(without | dict(parts)),
         )
     except (OSError, ValueError, RuntimeError, ImportError, AttributeError, KeyError, TypeError) as error:
         reason = " ".join(str(error).split())
@@ -116,7 +126,7 @@ def load_full_precision(
     _check_backbone(pipeline, folder, family.component)
     _remember_configuration(pipeline, folder, parameters)
     check_attention(getattr(pipeline, family.component))
-    return pipeline.to(device)
+    return place(pipeline, device, offload)
 
 
 def _check_backbone(pipeline: "DiffusionPipeline", folder: Path, component: str) -> None:

@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from dmquant.diffusers.families import family_of_pipeline
+
 LENGTH = "max_sequence_length"
-FIXED: Mapping[str, Mapping[str, int]] = {"HunyuanDiTPipeline": {"tokenizer": 77, "tokenizer_2": 256}}
-"""Tokens of each tokenizer, by pipeline class, where the pipeline's code says so and its call has no say."""
 SHOWN = 8
 
 
@@ -82,9 +82,9 @@ def _limit(pipeline: Any, name: str, tokenizer: Any, encoder: Any, arguments: Ma
     CLIP has learned positions, so that every pipeline gives it what its tokenizer allows; `max_sequence_length` is for
     the others.
     """
-    fixed = FIXED.get(type(pipeline).__name__, {})
-    if name in fixed:
-        return fixed[name]
+    family = family_of_pipeline(type(pipeline).__name__)
+    if family is not None and name in family.token_limits:
+        return family.token_limits[name]
     is_clip = getattr(encoder.config, "model_type", "").startswith("clip")
     return (None if is_clip else arguments.get(LENGTH)) or tokenizer.model_max_length
 

@@ -5,8 +5,9 @@ from typing import Any
 
 import yaml
 
-from dmquant.evaluation import report_tables as tables
-from dmquant.evaluation.report_markdown import cell, markdown_table
+from dmquant.evaluation.metrics.registry import METRICS
+from dmquant.evaluation.report import wording
+from dmquant.evaluation.report.markdown import cell, markdown_table
 from dmquant.evaluation.result import RecipeResult, Report
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -31,13 +32,13 @@ def scored_card(report: Report, recipe_name: str, pipeline_class: str, dtype: st
         f"# {cell(report.model)}, weights in {recipe.weights}, activations in {recipe.activations}",
         f"A diffusers `{pipeline_class}` whose backbone dmquant quantized with the recipe `{recipe_name}`"
         + (f" from [{source}](https://huggingface.co/{source}). " if on_hub else ". ")
-        + tables.summary(_alone(report, recipe_name)),
+        + wording.summary(_alone(report, recipe_name)),
         _loading(dtype),
         "## Scores",
         _how(report),
         _scores(report, recipe),
         "## Size and speed",
-        markdown_table(tables.FACTS_HEADER, tables.facts(_alone(report, recipe_name))),
+        markdown_table(wording.FACTS_HEADER, wording.facts(_alone(report, recipe_name))),
         _recipe(recipe),
         f"## Repeat it\n\n```\n{report.command}\n```" if report.command and not _names_a_folder(report.command) else "",
         "## Versions",
@@ -85,16 +86,16 @@ def _scores(report: Report, recipe: RecipeResult) -> str:
     )
     rows = [
         (
-            tables.metric_title(name, metric),
-            tables.metric_value(name, metric),
-            tables.metric_interval(name, metric),
-            tables.metric_spread(name, metric),
-            tables.metric_short(name, report.reference.metrics.get(name)),
+            wording.metric_title(name, metric),
+            wording.metric_value(name, metric),
+            wording.metric_interval(name, metric),
+            wording.metric_spread(name, metric),
+            wording.metric_short(name, report.reference.metrics.get(name)),
             str(metric.images),
-            tables.backbone_text(metric.backbone),
+            wording.backbone_text(metric.backbone),
             metric.note or "",
         )
-        for name, metric in ((name, recipe.metrics.get(name)) for name in tables.STYLES)
+        for name, metric in ((name, recipe.metrics.get(name)) for name in METRICS)
         if metric is not None and metric.value is not None
     ]
     return markdown_table(header, rows) or "None were computed."

@@ -6,16 +6,22 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from dmquant.host import processes
 from dmquant.errors import UserError
-from dmquant.evaluation.image_grid import draw_grid
-from dmquant.evaluation.plot import draw_comparison
-from dmquant.pipelines.runs import runfolder
+from dmquant.evaluation.report.comparison_plot import draw_comparison
+from dmquant.evaluation.report.image_grid import draw_grid
+from dmquant.host import processes
 from dmquant.host.console import Console
-from dmquant.pipelines.runs.report import build_report, comparison_tables, write_all_reports
-from dmquant.pipelines.runs.run import FP, FullPrecision, Quantized, images_line, save_settings
-from dmquant.pipelines.runs.runfolder import RunFolder, claim, fingerprint, is_full_disk
+from dmquant.host.files import fingerprint
+from dmquant.pipelines.runs import runfolder
+from dmquant.pipelines.runs.closing_tables import comparison_tables
+from dmquant.pipelines.runs.image_stage import FP
+from dmquant.pipelines.runs.loaded_parts import LoadedParts
+from dmquant.pipelines.runs.run import images_line, save_settings
+from dmquant.pipelines.runs.run_report import build_report, write_all_reports
+from dmquant.pipelines.runs.runfolder import RunFolder, claim, is_full_disk
 from dmquant.pipelines.runs.settings import Settings
+from dmquant.pipelines.runs.sides import FullPrecision, Quantized, fingerprints_of, shared_parts
+from dmquant.pipelines.runs.source import resumed_source
 
 
 class Comparison:
@@ -24,7 +30,9 @@ class Comparison:
     def __init__(self, settings: Mapping[str, Settings], source: Path, folder: RunFolder, console: Console):
         self.settings, self.folder, self.console = settings, folder, console
         self.common = next(iter(settings.values()))
-        self.reference = FullPrecision(self.common, source, folder, console)
+        source = resumed_source(self.common, source, folder, console)
+        self.parts, self.shared = LoadedParts(), shared_parts(self.common, source, folder)
+        self.reference = FullPrecision(self.common, source, folder, console, self.parts)
 
     def finish(self) -> None:
         """Every recipe in turn, from where an earlier comparison stopped; one that fails does not stop the others.
@@ -32,12 +40,16 @@ class Comparison:
         Raises UserError at the end if any failed.
         """
         recipes = {"recipes": {name: settings.recipe.to_dict() for name, settings in self.settings.items()}}
-        record = save_settings(self.folder, self.common.to_dict(self.reference.source_hashes, recipes))
         self.folder.forget(runfolder.RECIPES)
+        of_recipes = {name: fingerprints_of(each, self.reference) for name, each in self.settings.items()}
+        fingerprints = {"fingerprints": self.reference.fingerprints | {"recipes": of_recipes}}
+        record = self.common.to_dict(self.reference.source.sha256, recipes) | fingerprints
+        save_settings(self.folder, record)
         self.console.say(f"{self.common.model.name}: {len(self.settings)} recipes; {images_line(self.common)}")
         self.reference.images()
         # Scores come last: the networks they look through would count in the peak memory of the recipes after them.
         made = [name for name in self.settings if self._tried(name, Quantized.make)]
+        self.parts.clear()
         finished = [name for name in made if self._tried(name, Quantized.score)]
         if finished:
             self.folder.finish(runfolder.RECIPES, fingerprint(recipes=finished), names=finished)
@@ -57,7 +69,7 @@ class Comparison:
 
         def attempt() -> None:
             with claim(self.folder.recipe(name), settings.model.name) as folder:
-                work(Quantized(settings, self.reference, folder, workspace))
+                work(Quantized(settings, self.reference, folder, workspace, shared=self.shared))
 
         try:
             processes.current().together(attempt)
@@ -65,6 +77,7 @@ class Comparison:
             if is_full_disk(error):
                 raise
             self.console.say(f"recipe {name} failed: {error}")
+            self.parts.clear()
             return False
         finally:
             _forget_compiled_code()

@@ -8,27 +8,38 @@ import contextlib
 import functools
 import json
 import math
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from dmquant.diffusers.calling import backbone_calls, final_latents
 from dmquant.calib.blocks.replay import Arguments
 from dmquant.calib.data.tree import flatten, unflatten
-from dmquant.errors import UserError
-from dmquant.host.files import replacing
-from dmquant.layers import QUANTIZED
+from dmquant.convert import footprint
+from dmquant.diffusers.calling import backbone_calls, final_latents
 from dmquant.diffusers.watching import watching_steps
+from dmquant.errors import UserError
+from dmquant.evaluation.generate import ImageRequest
+from dmquant.evaluation.result import LayerError
+from dmquant.host.console import Console
+from dmquant.host.files import fingerprint, replacing
+from dmquant.layers import QUANTIZED
+from dmquant.pipelines.runs.settings import Settings
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 CALLS = 4
 SAMPLE = 4096
 """Elements of one output that are looked at: the relative error of that many independent ones is known to 2 %."""
+PROMPTS = 2
+FILE = "fp.safetensors"
+KINDS = {quantized: plain.__name__ for plain, quantized in QUANTIZED.items()}
 
 Progress = Callable[[int, int], None]
 
@@ -65,6 +76,67 @@ class Probe:
             return None
 
 
+def probe_key(requests: Sequence[ImageRequest], settings: Settings) -> str:
+    """Fingerprint of all that the probe depends on: the keys of images stand for weights, call, dtype and device."""
+    return fingerprint(probe=[request.key for request in _probed(requests, settings)])
+
+
+def probe_full_precision(
+    load: Callable[[], "DiffusionPipeline"],
+    requests: Sequence[ImageRequest],
+    settings: Settings,
+    folder: Path,
+    console: Console,
+) -> Probe:
+    """The probe of the full-precision pipeline, from `folder` if it is there.
+
+    It takes the prompts and the noise of the first images of the run, as many as make a batch and at most two.
+    `requests` are those of the full-precision images; `load` gives their pipeline, and is called only where the probe
+    has to be made. Raises UserError as `make_probe` does.
+    """
+    path, key = folder / FILE, probe_key(requests, settings)
+    probe = Probe.load(path, key)
+    if probe is not None:
+        return probe
+    with console.bar("outputs of the layers at full precision") as bar:
+        probe = make_probe(
+            settings.family.prompted(load()),
+            settings.family.component,
+            [request.prompt for request in _probed(requests, settings)],
+            seed=settings.seed,
+            call=settings.call,
+            progress=bar,
+        )
+    probe.save(path, key)
+    return probe
+
+
+def layer_errors(
+    pipeline: "DiffusionPipeline",
+    probe: Probe,
+    weight_errors: Mapping[str, float],
+    settings: Settings,
+    console: Console,
+) -> list[LayerError]:
+    """What quantization did to each layer of a quantized pipeline, in the order of the backbone.
+
+    `weight_errors` are the relative squared errors of the weights by layer, as `quantize_` and calibration report them.
+    """
+    backbone = getattr(pipeline, settings.family.component)
+    with console.bar("outputs of the quantized layers") as bar:
+        outputs = output_errors(backbone, probe, bar)
+    return [_layer_error(backbone.get_submodule(name), name, weight_errors[name], outputs[name]) for name in outputs]
+
+
+def _probed(requests: Sequence[ImageRequest], settings: Settings) -> Sequence[ImageRequest]:
+    return requests[: min(PROMPTS, settings.batch_size)]
+
+
+def _layer_error(layer: nn.Module, name: str, weight_error: float, output_error: float | None) -> LayerError:
+    kind, fmt = KINDS[type(layer)], layer.weight_spec.fmt.name
+    return LayerError(name, kind, fmt, footprint(layer).bits_per_weight, weight_error, output_error)
+
+
 def make_probe(
     pipeline: Any,
     component: str,
@@ -82,8 +154,11 @@ def make_probe(
         call: arguments of the pipeline's call other than prompt, generator and output type.
         progress: told after every step of the sampler, and every repeated call, how many are done of how many.
 
-    Raises UserError where the backbone is never called, or with arguments that cannot be kept.
+    Raises UserError where the backbone is never called, or with arguments that cannot be kept, and where the call takes
+    no number of steps.
     """
+    if "num_inference_steps" not in call:
+        raise UserError(f"a {type(pipeline).__name__} takes no num_inference_steps: its steps are not known beforehand")
     backbone, steps = getattr(pipeline, component), backbone_calls(pipeline, call["num_inference_steps"])
     chosen = _spread(steps)
     total = steps + len(chosen)

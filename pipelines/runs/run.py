@@ -1,199 +1,22 @@
-"""The two sides of every comparison, full precision and quantized, and the run that makes one of each.
+"""A run: a model and one recipe, from full precision to a report."""
 
-What is already done in a side's folder is not done again. Several processes go through the same stages: what is
-missing is decided by the main one, which also keeps the records, and made by all of them.
-"""
-
-import contextlib
-import gc
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
+from dmquant.evaluation.report.image_grid import draw_grid
 from dmquant.host import processes
-from dmquant.pipelines.runs.probe import Probe
-from dmquant.errors import UserError
-from dmquant.evaluation.generate import Generated, ImageRequest, pruned_and_missing
-from dmquant.evaluation.image_grid import draw_grid
-from dmquant.evaluation.networks import Networks
+from dmquant.host.console import Console
 from dmquant.host.files import write_text
 from dmquant.pipelines.runs import runfolder
-from dmquant.pipelines.runs.calibration import calibration_data
-from dmquant.host.console import Console
-from dmquant.pipelines.models.hashes import pipeline_hashes
-from dmquant.pipelines.models.loading import load_full_precision
-from dmquant.host.memory import peak_memory
-from dmquant.pipelines.runs.layer_errors import layer_errors, probe_full_precision, probe_key
-from dmquant.pipelines.runs.report import build_report, closing_table, write_all_reports
-from dmquant.pipelines.runs.runfolder import RunFolder, fingerprint
-from dmquant.pipelines.runs.scores import complete_scores
+from dmquant.pipelines.runs.closing_tables import closing_table
+from dmquant.pipelines.runs.image_stage import FP, QUANTIZED
+from dmquant.pipelines.runs.run_report import build_report, write_all_reports
+from dmquant.pipelines.runs.runfolder import RunFolder
 from dmquant.pipelines.runs.settings import Settings
-from dmquant.pipelines.models.truncation import cut_line, cut_prompts
-from dmquant.pipelines.runs.work import is_as_written, load_quantized, make_images, make_model
-
-if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline
-
-FP, QUANTIZED = "fp", "quantized"
-TITLES = {FP: "full-precision images", QUANTIZED: "quantized images"}
-
-
-class FullPrecision:
-    """The full-precision side: its weights' hashes, its images, and its pipeline for as long as it is needed.
-
-    `source_hashes` are those of the weights where they are known already.
-    """
-
-    def __init__(
-        self,
-        settings: Settings,
-        source: Path,
-        folder: RunFolder,
-        console: Console,
-        source_hashes: dict[str, str] | None = None,
-    ):
-        self.settings, self.folder, self.console = settings, folder, console
-        self.source_hashes = self._hashes(source) if source_hashes is None else source_hashes
-        self.source_key = fingerprint(files=self.source_hashes)
-        self.requests = settings.requests(self.source_key)
-        self.networks = Networks(settings.device, settings.clip, folder.path / runfolder.FEATURES, console.say)
-        self._pipeline: DiffusionPipeline | None = None
-
-    def _hashes(self, source: Path) -> dict[str, str]:
-        with self.console.bar("hash of the weights") as bar:
-            return processes.current().on_main(lambda: pipeline_hashes(source, self.settings.family.component, bar))
-
-    def images(self) -> None:
-        """Make the images that are missing."""
-        _complete_images(FP, self.requests, self.load, self.folder, self.settings, self.console)
-        if self._pipeline is not None:
-            self._tell_cut_prompts(self._pipeline)
-
-    def _tell_cut_prompts(self, pipeline: "DiffusionPipeline") -> None:
-        settings = self.settings
-        cuts = cut_prompts(settings.family.prompted(pipeline), settings.prompts, settings.call)
-        line = cut_line(cuts, len(settings.prompts))
-        self.folder.note(runfolder.CUT_PROMPTS, {"line": line})
-        if line:
-            self.console.say(f"note: {line}")
-
-    def probe(self) -> Probe:
-        """What the layers give, for comparison: from an earlier run, or made with the pipeline."""
-        return probe_full_precision(
-            self.load, self.requests, self.settings, self.folder.path / runfolder.PROBE, self.console
-        )
-
-    def load(self) -> "DiffusionPipeline":
-        """The pipeline, loaded when first asked for."""
-        if self._pipeline is None:
-            settings = self.settings
-            self._pipeline = load_full_precision(settings.model, settings.dtype, settings.device, self.console.say)
-        return self._pipeline
-
-    def release(self) -> None:
-        """Drop the pipeline: it was quantized in place, or nothing needs it any more."""
-        self._pipeline = None
-        gc.collect()
-
-
-class Quantized:
-    """The quantized side of one recipe: its model, its images, and how these compare with full precision.
-
-    Calibration data, and the codes of units that are finished, are kept in `workspace`. The error of each layer is
-    left out unless `compares_layers`.
-    """
-
-    def __init__(
-        self,
-        settings: Settings,
-        reference: FullPrecision,
-        folder: RunFolder,
-        workspace: Path,
-        compares_layers: bool = True,
-    ):
-        self.settings, self.reference, self.folder, self.workspace = settings, reference, folder, workspace
-        self.compares_layers = compares_layers
-        self.console = reference.console
-        self.model_key = settings.model_key(reference.source_key)
-        self.requests = settings.requests(self.model_key)
-        self._pipeline: DiffusionPipeline | None = None
-
-    def make(self) -> None:
-        """Model, images and the error of each layer, from where an earlier run stopped."""
-        self._model()
-        _complete_images(QUANTIZED, self.requests, self._load, self.folder, self.settings, self.console)
-        if self.compares_layers:
-            processes.current().on_main(self._layers)
-        self._pipeline = None
-        self.reference.release()
-
-    def _load(self) -> "DiffusionPipeline":
-        """The quantized pipeline, loaded when first asked for."""
-        if self._pipeline is None:
-            self._pipeline = load_quantized(self.folder.path / runfolder.MODEL, self.settings)
-        return self._pipeline
-
-    def _probe_reference(self) -> None:
-        with self._going_on_without():
-            self.reference.probe()
-
-    def _layers(self) -> None:
-        settings, reference = self.settings, self.reference
-        key = fingerprint(model=self.model_key, probe=probe_key(reference.requests, settings))
-        weight_errors = self.folder.record("model").get("weight_errors")
-        if self.folder.finished(runfolder.LAYERS, key) or not weight_errors:
-            return
-        with self._going_on_without():
-            layers = layer_errors(self._load(), reference.probe(), weight_errors, settings, self.console)
-            self.folder.finish(runfolder.LAYERS, key, layers=[asdict(layer) for layer in layers])
-
-    @contextlib.contextmanager
-    def _going_on_without(self) -> Iterator[None]:
-        """A model is worth having without the errors of its layers."""
-        try:
-            yield
-        except UserError as error:
-            self.console.say(f"note: the errors of the layers are not known: {error}")
-
-    def _model(self) -> None:
-        path = self.folder.path / runfolder.MODEL
-        if processes.current().on_main(lambda: self._is_made(path)):
-            self.console.say("model: already there")
-            self.reference.release()
-            return
-        self.folder.forget("model")
-        if self.compares_layers:
-            processes.current().on_main(self._probe_reference)  # quantizing takes place in the same pipeline
-        try:
-            with peak_memory(self.settings.device) as peak:
-                facts = make_model_together(self.reference.load, self.settings, path, self.console, self.workspace)
-        finally:
-            self.reference.release()
-        self.folder.finish("model", self.model_key, **facts, peak_memory_bytes=peak.bytes, peak_memory_of=peak.what)
-
-    def _is_made(self, path: Path) -> bool:
-        """Whether the model is there as it was written."""
-        record = self.folder.finished("model", self.model_key)
-        if not record or not path.is_dir():
-            return False
-        as_written = is_as_written(path, self.settings.family.component, record["sha256"])
-        if not as_written:
-            self.console.say("model: its files are not what was written, making it again")
-        return as_written
-
-    def score(self) -> None:
-        """The scores that are missing."""
-        complete_scores(self.folder, self.sides(), self.settings, self.reference.networks, self.console)
-
-    def sides(self) -> dict[Path, list[str]]:
-        """The folders of images that are compared, full precision first, with the keys of their images."""
-        return {
-            self.reference.folder.images(FP): [request.key for request in self.reference.requests],
-            self.folder.images(QUANTIZED): [request.key for request in self.requests],
-        }
+from dmquant.pipelines.runs.sides import FullPrecision, Quantized, fingerprints_of
+from dmquant.pipelines.runs.source import resumed_source
 
 
 class Run:
@@ -201,14 +24,16 @@ class Run:
 
     def __init__(self, settings: Settings, source: Path, folder: RunFolder, console: Console):
         self.settings, self.folder, self.console = settings, folder, console
-        self.reference = FullPrecision(settings, source, folder, console)
+        self.reference = FullPrecision(settings, resumed_source(settings, source, folder, console), folder, console)
         self.quantized = Quantized(settings, self.reference, folder, folder.path / runfolder.CALIBRATION)
 
     def finish(self) -> None:
         """Every stage in order, from where an earlier run stopped."""
         self.console.say(f"{quantization_line(self.settings)}; {images_line(self.settings)}")
         recipe = {"recipe": self.settings.recipe.to_dict()}
-        record = save_settings(self.folder, self.settings.to_dict(self.reference.source_hashes, recipe))
+        fingerprints = {"fingerprints": self.reference.fingerprints | fingerprints_of(self.settings, self.reference)}
+        record = self.settings.to_dict(self.reference.source.sha256, recipe) | fingerprints
+        save_settings(self.folder, record)
         self.reference.images()
         self.quantized.make()
         self.quantized.score()
@@ -230,22 +55,6 @@ class Run:
         )
 
 
-def make_model_together(
-    load: Callable[[], "DiffusionPipeline"], settings: Settings, folder: Path, console: Console, workspace: Path
-) -> dict[str, Any]:
-    """`make_model` by the main process, with the data that it learns from captured by all."""
-
-    def work() -> dict[str, Any] | None:
-        if everyone.is_main:
-            return make_model(load(), settings, folder, console, workspace=workspace)
-        if settings.recipe.calibrated:
-            calibration_data(load(), settings, workspace, console)
-        return None
-
-    everyone = processes.current()
-    return everyone.together(work)[0]
-
-
 def quantization_line(settings: Settings) -> str:
     """Which model becomes what, for people."""
     weights, activations = settings.formats
@@ -260,44 +69,7 @@ def images_line(settings: Settings) -> str:
     )
 
 
-def save_settings(folder: RunFolder, record: dict[str, Any]) -> dict[str, Any]:
-    """Write run.yaml; returns what it holds."""
+def save_settings(folder: RunFolder, record: dict[str, Any]) -> None:
+    """Write run.yaml."""
     text = yaml.safe_dump(record, sort_keys=False, allow_unicode=True, width=120)
     processes.current().on_main(lambda: write_text(folder.path / runfolder.SETTINGS, text))
-    return record
-
-
-def _complete_images(
-    side: str,
-    requests: Sequence[ImageRequest],
-    load: Callable[[], "DiffusionPipeline"],
-    folder: RunFolder,
-    settings: Settings,
-    console: Console,
-) -> None:
-    """Make the images of one side that its folder lacks, and remember what they took."""
-    images, stage = folder.images(side), f"images_{side}"
-    absent = processes.current().on_main(lambda: pruned_and_missing(images, requests))
-    key = fingerprint(images=[request.key for request in requests])
-    if not absent and folder.finished(stage, key):
-        console.say(f"{TITLES[side]}: all {len(requests)} are there")
-        return
-    earlier = folder.record(stage) or {}
-    measured = {name: earlier.get(name) for name in ("peak_memory_bytes", "peak_memory_of", "not_finite")}
-    if absent:
-        note = _noting_seconds(folder, f"seconds_{side}", requests)
-        with peak_memory(settings.device) as peak:
-            generated = make_images(load(), requests, images, settings, console, TITLES[side], note)
-        measured = {
-            "peak_memory_bytes": peak.bytes,
-            "peak_memory_of": peak.what,
-            "not_finite": generated.not_finite,
-        }
-    folder.finish(stage, key, images=len(requests), **measured)
-
-
-def _noting_seconds(folder: RunFolder, kind: str, requests: Sequence[ImageRequest]) -> Callable[[Generated], None]:
-    """Remember after every batch what its images took, so that a killed run can still say it."""
-    keys = {request.key for request in requests}
-    before = {key: seconds for key, seconds in folder.notes(kind).items() if key in keys}
-    return lambda generated: folder.note(kind, before | generated.seconds)

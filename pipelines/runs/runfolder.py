@@ -5,12 +5,12 @@ run folder for the quantized side of each recipe below `recipes/`.
 
 `state.json` is the memory of a run. A stage is done when its record there carries the fingerprint of exactly the
 settings the stage depends on and the files it wrote are still what it wrote, so the same command continues after a
-kill, and a changed setting redoes what depends on it and nothing else.
+kill, and a changed setting redoes what depends on it and nothing else. Facts that come one by one while a stage runs
+are lines added to `state.journal`, which the next record takes into `state.json`.
 """
 
 import contextlib
 import errno
-import hashlib
 import json
 import os
 import re
@@ -19,9 +19,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from dmquant.host import processes
+import yaml
+
 from dmquant.errors import UserError
-from dmquant.host.files import write_text
+from dmquant.host import processes
+from dmquant.host.files import append_line, write_text
 
 try:
     import fcntl
@@ -29,26 +31,23 @@ except ImportError:  # Windows: a run is not protected against a second one in t
     fcntl = None
 
 VERSION = 1
-STATE, SETTINGS, LOG, LOCK = "state.json", "run.yaml", "log.txt", ".lock"
+STATE, JOURNAL, SETTINGS, LOG, LOCK = "state.json", "state.journal", "run.yaml", "log.txt", ".lock"
 GRID, PLOT = "grid.png", "compare.png"
 SCORES, FEATURES, PROBE = "scores.csv", "features", "probe"
 LAYERS, CUT_PROMPTS = "layers", "cut_prompts"  # a stage, and a kind of notes
 IMAGES, MODEL, PARTIAL_MODEL, CALIBRATION, RECIPES = "images", "model", "model.part", "calibration", "recipes"
-TRIALS = "trials"
+TRIALS, SHARED = "trials", "shared"
 SWEEP_TABLE, SWEEP_PLOT, SWEEP_PAGE, SWEEP_DATA = "sweep.csv", "sweep.png", "sweep.md", "sweep.json"
 REPORTS = ("report.md", "report.html", "report.json")
 ENTRIES = (
-    *(STATE, SETTINGS, LOG, LOCK, GRID, PLOT, SCORES, FEATURES, PROBE),
-    *(IMAGES, MODEL, PARTIAL_MODEL, CALIBRATION, RECIPES, TRIALS),
+    *(STATE, JOURNAL, SETTINGS, LOG, LOCK, GRID, PLOT, SCORES, FEATURES, PROBE),
+    *(IMAGES, MODEL, PARTIAL_MODEL, CALIBRATION, RECIPES, TRIALS, SHARED),
     *(SWEEP_TABLE, SWEEP_PLOT, SWEEP_PAGE, SWEEP_DATA),
     *REPORTS,
 )
 
 
-def fingerprint(**settings: Any) -> str:
-    """A short hash of settings that JSON can hold; equal settings in any order give equal hashes."""
-    text = json.dumps(settings, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
+YAML_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # run.yaml lists all prompts
 
 
 def folder_name(name: str) -> str:
@@ -77,6 +76,7 @@ class RunFolder:
             raise UserError(f"{path / STATE} is damaged ({error}); start again with --overwrite") from None
         if self._state.get("version") != VERSION:
             raise UserError(f"{path} was written by another version of dmquant; start again with --overwrite")
+        self._read_journal()
 
     @property
     def model(self) -> str:
@@ -100,6 +100,11 @@ class RunFolder:
         record = self.record(stage)
         return record if record and record["fingerprint"] == settings else None
 
+    def holds(self, stage: str, fingerprints: dict[str, str] | None) -> bool:
+        """Whether `stage` was finished under its one of `fingerprints`; None, of earlier versions, takes any."""
+        record = self.record(stage)
+        return bool(record) and (fingerprints is None or record["fingerprint"] == fingerprints[stage])
+
     def finish(self, stage: str, settings: str, **record: Any) -> dict[str, Any]:
         """Store that `stage` is done under the fingerprint `settings`, with whatever belongs to it."""
         self._state["stages"][stage] = {"fingerprint": settings, **record}
@@ -120,9 +125,24 @@ class RunFolder:
         self._state["notes"][kind] = facts
         self._save()
 
+    def add_notes(self, kind: str, facts: dict[str, Any]) -> None:
+        """Add to the facts of one kind: one line, however many there are. A kill loses no fact that was added."""
+        self._state["notes"].setdefault(kind, {}).update(facts)
+        if processes.current().is_main:
+            append_line(self.path / JOURNAL, json.dumps([kind, facts]))
+
+    def _read_journal(self) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            for line in (self.path / JOURNAL).read_text(encoding="utf-8").splitlines():
+                with contextlib.suppress(ValueError):  # half a line, where the disk was full or the machine stopped
+                    kind, facts = json.loads(line)
+                    self._state["notes"].setdefault(kind, {}).update(facts)
+
     def _save(self) -> None:
+        """Write all that is known; the journal is removed after that, and to read it twice does no harm."""
         if processes.current().is_main:
             write_text(self.path / STATE, json.dumps(self._state, indent=1) + "\n")
+            (self.path / JOURNAL).unlink(missing_ok=True)
 
     def _empty(self) -> bool:
         return not self._state["stages"] and not any(self.path.glob(f"{IMAGES}/*/*.png"))

@@ -1,20 +1,21 @@
 """The score stage: what has to be computed anew, and where it goes: the run's memory, and scores.csv image by image."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dmquant.host import processes
-from dmquant.evaluation.images import any_images, generated_images
-from dmquant.evaluation.metrics import PER_IMAGE, THROUGH_CLIP
+from dmquant.evaluation.images import any_images, generated_images, image_sha256
+from dmquant.evaluation.metrics.compute import score_pairs, score_reference
+from dmquant.evaluation.metrics.registry import METRICS
 from dmquant.evaluation.networks import Networks
 from dmquant.evaluation.result import Metric
-from dmquant.evaluation.score_table import columns, write_scores
+from dmquant.evaluation.scores_csv import columns, write_scores
+from dmquant.host import processes
 from dmquant.host.console import Console
-from dmquant.pipelines.runs.runfolder import SCORES, RunFolder, fingerprint
+from dmquant.host.files import fingerprint
+from dmquant.pipelines.runs.runfolder import SCORES, RunFolder
 from dmquant.pipelines.runs.settings import Settings
-from dmquant.pipelines.runs.work import make_scores
 
 STAGE = "scores"
 OF_REFERENCE = "_full_precision"  # ends the columns of what full precision itself scored
@@ -53,9 +54,33 @@ def complete_scores(
     console.say(f"scores: {', '.join(wanted)} in {seconds:.1f} s; of each image: {folder.path / SCORES}")
 
 
+def make_scores(
+    fp: Path,
+    quantized: Path,
+    metrics: Sequence[str],
+    real: Path | None,
+    networks: Networks,
+    console: Console,
+    prompts: Sequence[str] | None,
+) -> tuple[dict[str, Metric], dict[str, Metric]]:
+    """The metrics of the quantized images against full precision, and those that full precision itself has.
+
+    Without `prompts` the images are asked for theirs.
+    """
+    with console.bar("scores") as bar:
+
+        def progress(what: str, done: int, total: int) -> None:
+            bar(done, total, what)
+
+        return (
+            score_pairs(fp, quantized, metrics, real, networks, progress, prompts),
+            score_reference(fp, metrics, real, networks, progress, prompts),
+        )
+
+
 def scores_key(images: Mapping[str, list[str]], settings: Settings) -> str:
-    """Fingerprint of what scores depend on: the keys of the images of both sides, and the real images."""
-    return fingerprint(images=images, real=None if settings.real is None else _listing(settings.real))
+    """Fingerprint of what scores depend on: the keys of the images of both sides, and the content of the real ones."""
+    return fingerprint(images=images, real=None if settings.real is None else _contents(settings.real))
 
 
 def write_table(
@@ -81,11 +106,12 @@ def _kept(folder: RunFolder, key: str, names: list[str], settings: Settings) -> 
     table = columns(folder.path / SCORES, names) or {}
 
     def holds(name: str, metric: dict[str, Any]) -> bool:
-        if metric["value"] is None or (name in PER_IMAGE and name not in table):
+        if metric["value"] is None or (METRICS[name].per_image and name not in table):
             return False
-        return name not in THROUGH_CLIP or record.get("clip") == settings.clip
+        return "clip" not in METRICS[name].needs or record.get("clip") == settings.clip
 
-    metrics = {name: metric for name, metric in record["metrics"].items() if holds(name, metric)}
+    known = {name: metric for name, metric in record["metrics"].items() if name in METRICS}
+    metrics = {name: metric for name, metric in known.items() if holds(name, metric)}
     reference = {name: metric for name, metric in record["reference"].items() if name in metrics}
     return {"metrics": metrics, "reference": reference, "seconds": record["seconds"]}
 
@@ -94,6 +120,6 @@ def _as_json(metrics: Mapping[str, Metric]) -> dict[str, Any]:
     return {name: metric.to_json() for name, metric in metrics.items()}
 
 
-def _listing(folder: Path) -> list[tuple[str, int]]:
-    """Names and sizes of the images in a folder: enough to notice that it changed."""
-    return [(path.relative_to(folder).as_posix(), path.stat().st_size) for path in any_images(folder)]
+def _contents(folder: Path) -> list[tuple[str, str]]:
+    """Name and SHA-256 of every image in a folder."""
+    return [(path.relative_to(folder).as_posix(), image_sha256(path)) for path in any_images(folder)]

@@ -8,19 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 import dmquant
+from dmquant.diffusers.families import GENERIC, Family
 from dmquant.errors import UsageError
 from dmquant.evaluation.generate import ImageRequest, batch_size_for, image_requests
 from dmquant.evaluation.images import any_images
-from dmquant.evaluation.metrics import METRICS, REAL, check_names
+from dmquant.evaluation.metrics.registry import METRICS, all_names, check_names, default_names
 from dmquant.evaluation.networks import CLIP
-from dmquant.formats import get_format
-from dmquant.pipelines.runs.defaults import DEFAULT_RECIPE
-from dmquant.diffusers.families import Family
-from dmquant.diffusers.families.generic import GENERIC
+from dmquant.host.files import fingerprint
 from dmquant.pipelines.models.loading import resolve_device, resolve_dtype
-from dmquant.pipelines.prompts.lists import PromptSet, load_prompts, read_prompts
 from dmquant.pipelines.models.registry import (
     EMBEDDED,
     ModelSpec,
@@ -29,14 +27,13 @@ from dmquant.pipelines.models.registry import (
     family_for,
     resolve_model,
 )
-from dmquant.pipelines.runs.runfolder import fingerprint
-from dmquant.recipe import NO_FORMAT, Recipe
-from dmquant.scaling import BLOCK_FORMATS
+from dmquant.pipelines.prompts.lists import PromptSet, load_prompts, read_prompts
+from dmquant.pipelines.runs.defaults import DEFAULT_RECIPE
+from dmquant.recipe import Recipe
+from dmquant.settings import format_name
 
 DEFAULT_PROMPTS = 64
-LATENTS = "latent_mse"
-DEFAULT_METRICS = ("psnr", "ssim", LATENTS, "fid_fp")
-WITH_CLIP, WITH_REAL, ALL = "clip_score", ("fid_real",), "all"
+ALL = "all"
 PIXELS_A_LATENT = 8  # diffusers asks for sizes that this divides
 LIBRARIES = ("torch", "diffusers", "transformers")
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]i?)b?", re.IGNORECASE)
@@ -68,6 +65,7 @@ class Options:
     real: Path | None = None
     clip: str | None = None
     device: str = "auto"
+    offload: bool = False
     dtype: str | None = None
     command: str = ""
 
@@ -101,6 +99,7 @@ class Settings:
     real: Path | None
     clip: str
     device: str
+    offload: bool
     dtype_name: str
     folder_name: str
     command: str
@@ -137,17 +136,23 @@ class Settings:
         )
         return image_requests(self.prompts, self.seed, settings, self.needs_latents)
 
+    def recipe_for(self, backbone: nn.Module) -> Recipe:
+        """The recipe with all rules written out for a backbone of the family, whatever its class is called."""
+        return self.recipe.for_model(self.family.known(backbone))
+
     def model_key(self, weights: str) -> str:
         """Fingerprint of all that the quantized model depends on, `weights` being that of the full-precision ones.
 
         The memory budget is not part of it: it decides where data lies, not what is computed from it.
         """
         data = {"calibration_prompts": self.calibration_prompts, "call": self.call} if self.recipe.calibrated else {}
+        family = {"keep": sorted(self.family.keep)} if self.recipe.keep == "family" else {}
         return fingerprint(
             source=weights,
             recipe=self.recipe.to_dict(),
             dtype=self.dtype_name,
             dmquant=dmquant.__version__,
+            **family,
             **data,
         )
 
@@ -180,6 +185,7 @@ class Settings:
             "real": None if self.real is None else str(self.real),
             "clip": self.clip,
             "device": self.device,
+            "offload": self.offload,
             "dtype": self.dtype_name,
             "command": self.command,
             "versions": versions(),
@@ -198,6 +204,8 @@ def resolve(options: Options) -> Settings:
     recipe = _recipe(model, options.recipe, options.w, options.a)
     metrics = resolve_metrics(options.metrics, options.real, own_clip=model.clip is not None)
     device = resolve_device(options.device)
+    if options.offload and device == "cpu":
+        raise UsageError("--offload is for a GPU; with --device cpu all parts are in host memory anyway: leave it out")
     dtype_name = options.dtype or model.dtype
     resolve_dtype(dtype_name, device)
     _check_taken(options, model)
@@ -222,10 +230,11 @@ def resolve(options: Options) -> Settings:
         batch_size=options.batch_size or batch_size_for(height, width),
         metrics=metrics,
         # Images of an earlier version have none: what hours have made is not made again for a default.
-        needs_latents=options.metrics is not None and LATENTS in metrics,
+        needs_latents=options.metrics is not None and any("latents" in METRICS[name].needs for name in metrics),
         real=options.real,
         clip=clip_source(options.clip or model.clip),
         device=device,
+        offload=options.offload,
         dtype_name=dtype_name,
         command=options.command,
         folder_name="-".join(filter(None, (model.name, recipe.name, options.w, options.a))),
@@ -280,9 +289,9 @@ def resolve_metrics(listed: str | None, real: Path | None, own_clip: bool = Fals
     if real is not None:
         any_images(real)
     if listed is None:
-        return (*DEFAULT_METRICS, *((WITH_CLIP,) if own_clip else ()), *(WITH_REAL if real is not None else ()))
+        return default_names(real is not None, own_clip)
     if listed.strip() == ALL:
-        return tuple(name for name in METRICS if real is not None or name not in REAL)
+        return all_names(real is not None)
     names = tuple(dict.fromkeys(name.strip() for name in listed.split(",") if name.strip()))
     if not names:
         raise UsageError("--metrics is empty: name at least one, such as psnr")
@@ -291,18 +300,10 @@ def resolve_metrics(listed: str | None, real: Path | None, own_clip: bool = Fals
 
 
 def clip_source(name: str | None) -> str:
-    """What evaluation.clip loads for a name: the folder of an embedded model, the usual model where none is named."""
+    """What `networks.clip` loads for a name: the folder of an embedded model, the usual model where none is named."""
     if name is None:
         return CLIP
     return str(embedded_folder(name)) if name.startswith(EMBEDDED) else name
-
-
-def format_name(name: str) -> str:
-    """The full name of a format: `fp4` is `fp4_e2m1`; block formats and `none` are called as they are."""
-    lower = name.lower()
-    if name in NO_FORMAT:
-        return "none"
-    return lower if lower in BLOCK_FORMATS else get_format(name).name
 
 
 def versions() -> dict[str, str]:
@@ -318,7 +319,7 @@ def _recipe(model: ModelSpec, source: str, w: str | None, a: str | None) -> Reci
             f"recipe {recipe.name} is calibrated, block by block, and the family {GENERIC} knows no blocks: "
             "use --recipe rtn"
         )
-    return recipe.keeping(family_for(model).keep)
+    return recipe
 
 
 def _check_taken(options: Options, model: ModelSpec) -> None:

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dmquant.evaluation.plot import pareto_front
-from dmquant.evaluation.report_tables import STYLES
+from dmquant.evaluation.metrics.registry import METRICS
+from dmquant.evaluation.pareto_front import pareto_front
 from dmquant.evaluation.result import Metric
 from dmquant.pipelines.sweep.costs import Costs
 from dmquant.pipelines.sweep.space import Trial, bits_in
@@ -73,7 +73,7 @@ class Row:
 
 def sorted_rows(rows: Sequence[Row], metric: str) -> list[Row]:
     """By bits a weight, then bit operations, the better ones first; those that failed come last."""
-    sign = -1 if STYLES[metric].better == "higher" else 1
+    sign = -METRICS[metric].sign
 
     def place(row: Row) -> tuple:
         quality = row.metric(metric)
@@ -87,7 +87,7 @@ def sorted_rows(rows: Sequence[Row], metric: str) -> list[Row]:
 
 def pareto_fronts(rows: Sequence[Row], metric: str) -> dict[str, set[str]]:
     """By cost, the names of the trials than which none of lower or equal cost has a better `metric`."""
-    sign = 1 if STYLES[metric].better == "higher" else -1
+    sign = METRICS[metric].sign
     scored = [row for row in rows if not row.failed and row.metric(metric).value is not None]
     fronts = {}
     for cost in COSTS:

@@ -12,18 +12,21 @@ from typing import TYPE_CHECKING, Any
 from dmquant.convert import plan
 from dmquant.diffusers.calling import final_latents
 from dmquant.errors import UserError
-from dmquant.evaluation.pareto import Point, draw_pareto
-from dmquant.evaluation.report_tables import time_text, value_text
+from dmquant.evaluation.metrics.registry import METRICS
+from dmquant.evaluation.report.pareto_plot import Point, draw_pareto
 from dmquant.host import processes
 from dmquant.host.console import Console
 from dmquant.host.files import write_text
 from dmquant.host.memory import default_budget
+from dmquant.host.units import time_text
 from dmquant.pipelines.models.skeleton import skeleton
 from dmquant.pipelines.runs import runfolder
 from dmquant.pipelines.runs.calibration import calibration_data
-from dmquant.pipelines.runs.run import FullPrecision, images_line, save_settings
+from dmquant.pipelines.runs.run import images_line, save_settings
 from dmquant.pipelines.runs.runfolder import RunFolder, is_full_disk
 from dmquant.pipelines.runs.settings import Settings
+from dmquant.pipelines.runs.sides import FullPrecision, shared_parts
+from dmquant.pipelines.runs.source import resumed_source
 from dmquant.pipelines.sweep.costs import Costs, counting, fans_in, model_costs
 from dmquant.pipelines.sweep.engines import ENGINES, Crew, check_alone
 from dmquant.pipelines.sweep.results import BITS, VERSION, Row, as_csv, pareto_fronts, sorted_rows
@@ -37,8 +40,8 @@ if TYPE_CHECKING:
 
 AXES = {
     BITS: "bits a weight, scales included",
-    "bit_operations": "billion bit operations a backbone call",
-    "area": "area of a multiply-accumulate, full adders",
+    "bit_operations": "billion bit operations a backbone call, scales left out",
+    "area": "area of a multiply-accumulate, full adders, scales left out",
 }
 UNITS = {"bit_operations": 1e9}
 
@@ -59,8 +62,9 @@ class Sweep:
         check_alone(processes.current().count)
         self.space, self.folder, self.console = space, folder, console
         self.engine, self.crew, self.keep_images = engine, crew, keep_images
-        self.common, self.source = space.trials[0].settings, source
-        self.reference = FullPrecision(self.common, source, folder, console)
+        self.common = space.trials[0].settings
+        self.source = resumed_source(self.common, source, folder, console)
+        self.reference = FullPrecision(self.common, self.source, folder, console)
 
     def finish(self) -> None:
         """Every trial, from where an earlier sweep stopped; one that fails does not stop the others.
@@ -72,7 +76,8 @@ class Sweep:
         done = {name: record for name, task in tasks.items() if (record := task.done())}
         waiting = [task for name, task in tasks.items() if name not in done]
         recipes = {name: trial.settings.recipe.to_dict() for name, trial in trials.items()}
-        record = save_settings(self.folder, self.common.to_dict(self.reference.source_hashes, {"trials": recipes}))
+        record = self.common.to_dict(self.source.sha256, {"trials": recipes})
+        save_settings(self.folder, record)
         self.console.say(f"{self.common.model.name}: {count_line(self.space)}; {images_line(self.common)}")
         for name in done:
             if tasks[name].folder.exists():  # a sweep may have been killed before this
@@ -83,6 +88,7 @@ class Sweep:
             self._capture(waiting)
         self.reference.release()
         outcomes = done | self._run(waiting, trials, done)
+        shared_parts(self.common, self.source, self.folder).remove()
         rows = [Row(trial, costs[name], outcomes[name]) for name, trial in trials.items()]
         self._report(rows, record)
         if failed := [row.trial.name for row in rows if row.failed]:
@@ -94,11 +100,11 @@ class Sweep:
 
     def _task(self, trial: Trial) -> Task:
         out = self.folder.path.resolve()
-        given = with_shared_data(trial.settings, out)
+        given = with_shared_data(trial.settings, out, self.source.key)
         paths = {name: path.resolve() for name in ("calibration_data", "real") if (path := getattr(given, name))}
         if given.memory_budget is None and self.crew.workers > 1:
             paths["memory_budget"] = default_budget() // self.crew.workers
-        return Task(replace(given, **paths), self.source, self.reference.source_hashes, out, self.keep_images)
+        return Task(replace(given, **paths), self.source, out, self.keep_images)
 
     def _costs(self) -> dict[str, Costs]:
         """What the arithmetic of every trial costs, by its name."""
@@ -107,11 +113,13 @@ class Sweep:
         if counted is None:
             counts = first_call(self.reference.load(), self.common)
             counted = self.folder.finish("costs", key, multiply_accumulates=counts)
-        backbone = skeleton(self.source / self.common.family.component)  # names and shapes are all that is needed
-        fan_in, split = fans_in(backbone), self.common.family.concatenations(backbone)
+        backbone = skeleton(
+            self.source.folder / self.common.family.component
+        )  # names and shapes are all that is needed
+        fan_in = fans_in(backbone)
         return {
             trial.name: model_costs(
-                plan(backbone, trial.settings.recipe.splitting(split)), counted["multiply_accumulates"], fan_in
+                plan(backbone, trial.settings.recipe_for(backbone)), counted["multiply_accumulates"], fan_in
             )
             for trial in self.space.trials
         }
@@ -121,7 +129,7 @@ class Sweep:
         needed = {task.settings.calibration_data: task.settings for task in waiting if task.settings.recipe.calibrated}
         for settings in needed.values():
             try:
-                calibration_data(self.reference.load(), settings, self.folder.path, self.console)
+                calibration_data(self.reference.load(), settings, self.folder.path, self.console, self.source.key)
             except UserError as error:
                 if is_full_disk(error):
                     raise
@@ -167,7 +175,7 @@ class Sweep:
             return
         name = self.common.metrics[0]
         value = outcome["metrics"][name]["value"]
-        quality = f"{name} {'not computed' if value is None else value_text(name, value)}"
+        quality = f"{name} {'not computed' if value is None else METRICS[name].text(value)}"
         seconds = time_text(outcome["seconds"]["trial"])
         self.console.say(f"{count}: {task.name}: {quality}, {outcome[BITS]:.2f} bits a weight, in {seconds}; {to_go}")
 

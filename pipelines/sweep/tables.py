@@ -5,14 +5,10 @@ from typing import Any
 
 from rich.table import Table
 
-from dmquant.evaluation.report_tables import (
-    metric_interval,
-    metric_short,
-    metric_title,
-    size_text,
-    time_text,
-)
+from dmquant.evaluation.report.markdown import markdown_table
+from dmquant.evaluation.report.wording import metric_interval, metric_short, metric_title
 from dmquant.evaluation.result import Metric
+from dmquant.host.units import size_text, time_text
 from dmquant.pipelines.runs import runfolder
 
 SHOWN = 60  # rows on a terminal; of more only the fronts and what failed
@@ -46,13 +42,14 @@ def page(data: dict[str, Any], command: str) -> str:
     images = data["settings"]["images"]
     parts = [
         f"# {data['model']}: {len(rows)} trials of the design space",
-        f"{images['count']} images of {images['num_inference_steps']} steps at {images['width']}x{images['height']}, "
+        f"{images['count']} images{_steps(images)} at {images['width']}x{images['height']}, "
         f"seed {images['seed']}, on {data['settings']['device']} in {data['settings']['dtype']}. Made by `{command}`.",
         f"![{data['metrics'][0]} against three costs]({runfolder.SWEEP_PLOT})",
         "Bits are those of a quantized weight with all its scales. Bit operations are weight bits times activation "
         "bits times multiply-accumulates of the quantized layers, in one call of the backbone for one image. Area "
         "counts the full-adder cells of one multiply-accumulate unit: a gate-count model of partial products, exponent "
-        "adder and exact accumulator, not a synthesis result.",
+        "adder and exact accumulator, not a synthesis result. Both leave out scales, of which a recipe with small "
+        "groups of activations has more.",
         f"## Best {metric_title(metrics[0])} at its cost",
         _markdown(fronts, metrics, with_front=True),
         "## All trials",
@@ -62,14 +59,18 @@ def page(data: dict[str, Any], command: str) -> str:
         parts += ["## Failed", "\n".join(f"- {row['name']}: {row['error']}" for row in failed)]
     if data["left_out"]:
         parts += ["## Left out", "\n".join(f"- {name}: {reason}" for name, reason in data["left_out"].items())]
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def _steps(images: dict[str, Any]) -> str:
+    """How many steps an image takes, where the pipeline's call has an argument for it."""
+    return f" of {images['num_inference_steps']} steps" if "num_inference_steps" in images else ""
 
 
 def _markdown(rows: Sequence[dict[str, Any]], metrics: Sequence[str], with_front: bool) -> str:
     header = [*HEADER, *(metric_title(name) for name in metrics), "took"] + (["best at its"] if with_front else [])
-    lines = [header, ["---"] * len(header)]
-    lines += [[*_cells(row, metrics), *([" ".join(row["pareto"])] if with_front else [])] for row in rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    cells = ([*_cells(row, metrics), *([" ".join(row["pareto"])] if with_front else [])] for row in rows)
+    return markdown_table(header, cells)
 
 
 def _cells(row: dict[str, Any], metrics: Sequence[str], with_interval: bool = True) -> list[str]:

@@ -17,24 +17,26 @@ import torch
 from dmquant.errors import UserError
 from dmquant.evaluation.networks import Networks
 from dmquant.host.console import Console, quiet_libraries
-from dmquant.host.files import write_text
+from dmquant.host.files import fingerprint, write_text
 from dmquant.pipelines.runs import runfolder
-from dmquant.pipelines.runs.run import FP, QUANTIZED, FullPrecision, Quantized
-from dmquant.pipelines.runs.runfolder import RunFolder, claim, fingerprint, is_full_disk
+from dmquant.pipelines.runs.calibration import data_key
+from dmquant.pipelines.runs.image_stage import FP, QUANTIZED
+from dmquant.pipelines.runs.runfolder import RunFolder, claim, is_full_disk
 from dmquant.pipelines.runs.scores import scores_key
 from dmquant.pipelines.runs.settings import Settings
+from dmquant.pipelines.runs.sides import FullPrecision, Quantized, shared_parts
+from dmquant.pipelines.runs.source import Source
 
 
 @dataclass(frozen=True)
 class Task:
     """A trial as a process of its own can do it: all paths are absolute.
 
-    The folder `sweep` holds the full-precision images, of the pipeline in `source` whose files have `source_hashes`.
+    The folder `sweep` holds the full-precision images, which are those of `source`.
     """
 
     settings: Settings
-    source: Path
-    source_hashes: dict[str, str]
+    source: Source
     sweep: Path
     keep_images: bool
 
@@ -55,8 +57,7 @@ class Task:
     @property
     def key(self) -> str:
         """Fingerprint of all that the result depends on."""
-        weights = fingerprint(files=self.source_hashes)
-        sides = {FP: weights, QUANTIZED: self.settings.model_key(weights)}
+        sides = {FP: self.source.key, QUANTIZED: self.settings.model_key(self.source.key)}
         images = {side: [request.key for request in self.settings.requests(key)] for side, key in sides.items()}
         return fingerprint(scores=scores_key(images, self.settings), clip=self.settings.clip)
 
@@ -134,11 +135,13 @@ def _traceback_in(console: Console) -> Iterator[None]:
 
 def _do(task: Task, folder: RunFolder, console: Console) -> dict[str, Any]:
     settings, began = task.settings, time.perf_counter()
-    reference = FullPrecision(settings, task.source, RunFolder(task.sweep), console, task.source_hashes)
+    reference = FullPrecision(settings, task.source, RunFolder(task.sweep), console)
     # Features of a trial's images are of no use to another; in a shared folder they would add up.
     features = folder.path / runfolder.FEATURES
     reference.networks = Networks(settings.device, settings.clip, features, console.say)
-    quantized = Quantized(settings, reference, folder, folder.path / runfolder.CALIBRATION, compares_layers=False)
+    shared = shared_parts(settings, task.source, reference.folder)
+    calibration = folder.path / runfolder.CALIBRATION
+    quantized = Quantized(settings, reference, folder, calibration, compares_layers=False, shared=shared)
     quantized.make()
     quantized.score()
     model, images, scores = (folder.record(stage) for stage in ("model", f"images_{QUANTIZED}", "scores"))
@@ -164,10 +167,11 @@ def _do(task: Task, folder: RunFolder, console: Console) -> dict[str, Any]:
     }
 
 
-def with_shared_data(settings: Settings, sweep: Path) -> Settings:
-    """The same with the calibration data that all trials of one sampling share, in the folder `sweep` unless given."""
+def with_shared_data(settings: Settings, sweep: Path, weights: str) -> Settings:
+    """The same with the calibration data that all trials of one sampling share, in the folder `sweep` unless given.
+
+    `weights` is the key of the full-precision pipeline.
+    """
     if not settings.recipe.calibrated or settings.calibration_data is not None:
         return settings
-    sampling = settings.recipe.calibration.model_dump()
-    key = fingerprint(sampling=sampling, prompts=settings.calibration_prompts, call=settings.call)
-    return replace(settings, calibration_data=sweep / runfolder.CALIBRATION / key[:8])
+    return replace(settings, calibration_data=sweep / runfolder.CALIBRATION / data_key(settings, weights)[:8])

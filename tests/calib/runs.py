@@ -21,6 +21,12 @@ PROMPTS = 4
 STEPS = 4
 gc.freeze()  # calibration collects garbage after every block; what the imports made need not be looked at again
 KEEP = {"match": list(families()["pixart"].keep), "keep": True}
+# Of a tiny UNet: a way down, both resnets that join inputs, an attention of the way up, and layers outside of blocks.
+PART_OF_UNET = [
+    {"match": "*", "keep": True},
+    {"match": ["down_blocks.0.*", "up_blocks.1.resnets.*", "up_blocks.1.attentions.1.*"], "keep": False},
+    {"match": ["conv_out", "time_embedding.linear_1"], "keep": False},
+]
 
 
 def call_of(model: str, steps: int) -> dict:
@@ -30,10 +36,10 @@ def call_of(model: str, steps: int) -> dict:
     return size | {"num_inference_steps": steps, "guidance_scale": 3.0} | dict(tiny.call)
 
 
-def captured(model: str, folder: Path):
+def captured(model: str, folder: Path, **sizes):
     """Backbone of a tiny pipeline, names of its blocks, and calibration data: 12 samples to learn from, 4 held out."""
     tiny = TINY[model]
-    family, pipeline = families()[tiny.family], tiny.build()
+    family, pipeline = families()[tiny.family], tiny.build(**sizes)
     backbone = getattr(pipeline, family.component)
     with torch.no_grad():  # diffusers starts some with zeros, such as the gates of PixArt's blocks
         for parameter in backbone.parameters():
@@ -60,6 +66,7 @@ def recipe_of(rules=(), keep=True, learning=None, **settings) -> Recipe:
     return Recipe.model_validate(
         {
             "name": "test",
+            "keep": "none",
             "granularity": "group:16",
             "rounding": {"method": "adaround", "regularizer": 10.0},
             "learning": {"iterations": 12, "batch_size": 4, "checks": 2} | (learning or {}),

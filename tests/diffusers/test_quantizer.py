@@ -1,5 +1,7 @@
 """diffusers loads and saves quantized models: bit for bit, in any dtype, in shards, convolutions included."""
 
+import copy
+import functools
 import json
 import subprocess
 import sys
@@ -12,6 +14,7 @@ from safetensors import safe_open
 import dmquant
 from dmquant.activations import ActivationSpec
 from dmquant.convert import footprint, plan, quantize_
+from dmquant.diffusers.families import families
 from dmquant.diffusers.quantizer import QuantConfig, load_pipeline, mark_quantized, save_pipeline
 from dmquant.errors import UsageError, UserError
 from dmquant.layers import QuantConv2d, QuantLinear, quantize_layer
@@ -29,7 +32,7 @@ RECIPES = {
     "fp32 scales": Recipe.load("w4a8").with_settings(store="fp32", granularity="channel"),
     "nvfp4": Recipe.load("rtn", w="nvfp4", a="mxfp6"),
     "int3": Recipe.load("rtn", w="int3", a="int8"),
-    "split": Recipe.load("w4a6").splitting(SPLITS["pixart"] | SPLITS["unet"]),
+    "split": Recipe.load("w4a6").with_settings(keep="none").splitting(SPLITS["pixart"] | SPLITS["unet"]),
 }
 
 
@@ -47,8 +50,13 @@ def packed(model):
 
 
 def quantized_backbone(kind, recipe):
+    return copy.deepcopy(_quantized(kind, recipe.model_dump_json()))
+
+
+@functools.cache
+def _quantized(kind, recipe):
     build, component = BUILDERS[kind]
-    model = getattr(build(), component)
+    model, recipe = getattr(build(), component), Recipe.model_validate_json(recipe)
     quantize_(model, recipe)
     mark_quantized(model, recipe)
     return model
@@ -94,21 +102,21 @@ def example(model, dtype=torch.float32, timesteps=(5, 700)):
         return model(latents, encoder_hidden_states=text, return_dict=False, **options)[0]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES.keys())
 @pytest.mark.parametrize("kind", BUILDERS)
-def test_save_and_reload_is_bit_equal(kind, recipe, dtype, tmp_path):
+def test_save_and_reload_is_bit_equal(kind, recipe, tmp_path):
     model = quantized_backbone(kind, recipe)
     model.save_pretrained(tmp_path)
-    loaded = type(model).from_pretrained(tmp_path, torch_dtype=dtype)
-    before, after = packed(model), packed(loaded)
-    assert before.keys() == after.keys()
-    assert all(torch.equal(before[name], after[name]) for name in before)
-    if dtype == torch.float32:
-        assert torch.equal(example(loaded), example(model))
-    else:
-        again = type(model).from_pretrained(tmp_path, torch_dtype=dtype)
-        assert torch.equal(example(loaded, dtype), example(again, dtype))
+    for dtype in (torch.float32, torch.bfloat16):
+        loaded = type(model).from_pretrained(tmp_path, torch_dtype=dtype)
+        before, after = packed(model), packed(loaded)
+        assert before.keys() == after.keys()
+        assert all(torch.equal(before[name], after[name]) for name in before)
+        if dtype == torch.float32:
+            assert torch.equal(example(loaded), example(model))
+        else:
+            again = type(model).from_pretrained(tmp_path, torch_dtype=dtype)
+            assert torch.equal(example(loaded, dtype), example(again, dtype))
 
 
 @pytest.mark.parametrize("kind", BUILDERS)
@@ -129,12 +137,15 @@ def test_static_scales_of_halves_reload_bit_equal(tmp_path):
         assert torch.equal(example(loaded, timesteps=timesteps), example(model, timesteps=timesteps))
 
 
-def made_by_version_1(folder):
+def edit_quantization(folder, edit):
     file = folder / "config.json"
     config = json.loads(file.read_text())
-    assert config["quantization_config"]["version"] == 2
-    config["quantization_config"]["version"] = 1
+    edit(config["quantization_config"])
     file.write_text(json.dumps(config))
+
+
+def made_by_version_1(folder):
+    edit_quantization(folder, lambda config: config.update(version=1))
 
 
 def test_convolutions_of_version_1_are_refused_and_linear_layers_load(tmp_path):
@@ -149,6 +160,44 @@ def test_convolutions_of_version_1_are_refused_and_linear_layers_load(tmp_path):
     assert torch.equal(example(loaded), example(transformer))
     loaded.save_pretrained(tmp_path / "again")
     assert json.loads((tmp_path / "again" / "config.json").read_text())["quantization_config"]["version"] == 2
+
+
+def test_a_model_of_a_later_version_is_refused_in_one_line(tmp_path):
+    model = quantized_backbone("pixart", RECIPES["rtn"])
+    model.save_pretrained(tmp_path)
+    edit_quantization(tmp_path, lambda config: config.update(version=3))
+    with pytest.raises(UserError, match=r"^this model was quantized by a later dmquant.*version 3.*$"):
+        type(model).from_pretrained(tmp_path)
+
+
+def test_a_recipe_saved_before_there_was_keep_asks_no_family(tmp_path):
+    """Such a model has layers quantized that its family keeps, as `quantize_` once made them."""
+    recipe = RECIPES["rtn"].with_settings(keep="none")
+    model = quantized_backbone("pixart", recipe)
+    assert isinstance(model.proj_out, QuantLinear)
+    model.save_pretrained(tmp_path)
+    edit_quantization(tmp_path, lambda config: config["recipe"].pop("keep"))
+    loaded = type(model).from_pretrained(tmp_path)
+    assert torch.equal(example(loaded), example(model))
+    assert loaded.hf_quantizer.quantization_config.recipe == recipe
+
+
+def test_a_recipe_in_config_json_that_is_none_is_a_clear_error(tmp_path):
+    model = quantized_backbone("pixart", RECIPES["rtn"])
+    model.save_pretrained(tmp_path)
+    edit_quantization(tmp_path, lambda config: config["recipe"].update(weights="fp44"))
+    with pytest.raises(UserError, match=r"^recipe: weights: unknown format 'fp44'.*$"):
+        type(model).from_pretrained(tmp_path)
+
+
+def test_one_configuration_quantizes_models_of_several_families(tmp_path):
+    config = QuantConfig("w4a6")
+    for kind, (build, component) in BUILDERS.items():
+        model = getattr(build(), component)
+        model.save_pretrained(tmp_path / kind)
+        loaded = type(model).from_pretrained(tmp_path / kind, quantization_config=config)
+        expected = {step.name for step in plan(model, Recipe.load("w4a6"))}
+        assert {name for name, _ in quantized_layers(loaded)} == expected
 
 
 @pytest.mark.parametrize("kind", BUILDERS)
@@ -199,7 +248,9 @@ def test_config_holds_the_recipe_and_ignores_later_keys(tmp_path):
     file = tmp_path / "config.json"
     config = json.loads(file.read_text())
     assert config["quantization_config"]["quant_method"] == "dmquant"
-    assert Recipe.model_validate(config["quantization_config"]["recipe"]) == RECIPES["rtn"]
+    rules = [{"match": list(families()["pixart"].keep), "keep": True}]
+    saved = config["quantization_config"]["recipe"]
+    assert Recipe.model_validate(saved) == RECIPES["rtn"].with_settings(keep="none", rules=rules)
     config["quantization_config"]["from_the_future"] = 1
     file.write_text(json.dumps(config))
     assert torch.equal(example(type(model).from_pretrained(tmp_path)), example(model))

@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from dmquant.evaluation.images import load_image, save_image
+from dmquant.evaluation.metrics.compute import score_pairs
 from dmquant.evaluation.networks import Networks
 from dmquant.evaluation.result import Backbone
 
@@ -59,8 +60,9 @@ class RandomNetwork:
 
 @pytest.fixture
 def networks() -> Networks:
-    """Networks of which `inception` and `clip` are random ones."""
+    """Networks of which `inception` and `clip` are random ones, and the LPIPS distances stand-ins."""
     networks = Networks()
+    networks.lpips = {"alex": Distance(), "vgg": Distance()}.__getitem__
     networks.inception = RandomNetwork("random Inception")
     networks.clip = RandomNetwork("random CLIP")
     return networks
@@ -76,3 +78,27 @@ def cache(tmp_path, monkeypatch) -> Path:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", refuse)
     return tmp_path / "hub"
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """Write two image tensors as fp/ and quantized/ and return the folders."""
+
+    def write(reference, quantized):
+        return write_images(tmp_path / "fp", reference), write_images(tmp_path / "quantized", quantized)
+
+    return write
+
+
+def score(dirs, name, **options):
+    return score_pairs(*dirs, [name], **options)[name]
+
+
+class Distance(nn.Module):
+    """Stands in for LPIPS: the mean difference of two images."""
+
+    backbone = Backbone("random", "0" * 64)
+    smallest = 16
+
+    def forward(self, a, b):
+        return (a.float() - b.float()).abs().mean((1, 2, 3))

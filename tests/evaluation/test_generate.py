@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dmquant.evaluation.generate import batch_size_for, generate, image_requests, missing, prune, read_key, read_prompt
+from dmquant.evaluation.generate import batch_size_for, generate, image_requests, missing, prune
+from dmquant.evaluation.png import read_key, read_prompt
 from tests.tiny import IMAGE_SIZE, PIXART_CALL, tiny_pixart
 
 PROMPTS = ["red apple", "blue cat, animal", "a green house", "a boat on the tree"]

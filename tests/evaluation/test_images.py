@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from dmquant.errors import UserError
-from dmquant.evaluation.images import ImagePairs, any_images, image_size, load_image, save_image
+from dmquant.evaluation.images import ImagePairs, any_images, generated_images, image_size, load_image, save_image
 from dmquant.host.files import replacing, write_text
 from tests.evaluation.conftest import smooth_images, write_images
 
@@ -185,10 +185,18 @@ def test_batches_are_runs_of_one_size_and_load_bit_equal(tmp_path):
     pairs = ImagePairs.open(tmp_path / "fp", tmp_path / "quantized")
     batches = pairs.batches(pixels=2 * 8 * 8)
     assert batches == [range(2), range(2, 3), range(3, 4), range(4, 5), range(5, 6), range(6, 8), range(8, 9)]
-    for batch in batches:
-        reference, quantized = pairs.load(batch)
-        assert torch.equal(reference, torch.stack([images[index] for index in batch]))
-        assert torch.equal(quantized, 255 - reference)
+    for index, image in enumerate(images):
+        reference, quantized = pairs.load(index)
+        assert torch.equal(reference, image)
+        assert torch.equal(quantized, 255 - image)
+
+
+def test_the_hundred_thousandth_image_comes_after_those_before_it(tmp_path):
+    first, *images = smooth_images(3, size=8)
+    for name in ("99999.png", "100000.png"):
+        save_image(images.pop(0), tmp_path / name)
+    save_image(first, tmp_path / "cover.png")
+    assert [path.name for path in generated_images(tmp_path)] == ["99999.png", "100000.png", "cover.png"]
 
 
 @pytest.mark.parametrize("make", [lambda path: None, lambda path: path.mkdir()])

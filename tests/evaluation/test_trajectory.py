@@ -5,8 +5,9 @@ import torch
 
 from dmquant.convert import quantize_
 from dmquant.diffusers.families import families
-from dmquant.evaluation.generate import generate, image_requests, missing, prune, read_key
-from dmquant.evaluation.latents import read_latent
+from dmquant.evaluation.final_latents import read_latent
+from dmquant.evaluation.generate import generate, image_requests, missing, prune
+from dmquant.evaluation.png import read_key
 from dmquant.evaluation.step_errors import step_errors
 from dmquant.evaluation.trajectory import (
     TRAJECTORIES,

@@ -10,7 +10,7 @@ from PIL import Image
 
 from dmquant.errors import UserError
 from dmquant.pipelines.commands import stages
-from dmquant.pipelines.runs import run as run_module
+from dmquant.pipelines.runs import model_stage, sides
 from dmquant.pipelines.runs.runfolder import RunFolder
 from dmquant.pipelines.runs.settings import Options, resolve_all
 from tests.tiny import tiny_pixart
@@ -75,7 +75,7 @@ def refuse(*args, **kwargs):
 def test_it_leaves_one_set_of_full_precision_images_and_a_folder_a_recipe(finished):
     entries = {path.name for path in finished.iterdir() if not path.name.startswith(".")}
     files = {"run.yaml", "state.json", "report.json", "report.md", "report.html", "grid.png", "compare.png", "log.txt"}
-    assert entries == files | {"images", "recipes", "probe"}
+    assert entries == files | {"images", "recipes", "probe", "shared"}
     assert len(list(finished.glob("images/fp/*.png"))) == len(PROMPTS)
     assert sorted(path.name for path in (finished / "recipes").iterdir()) == NAMES
     for name in NAMES:
@@ -110,8 +110,8 @@ def test_a_recipe_gives_in_a_comparison_what_it_gives_alone(options, finished, t
 
 def test_the_same_command_again_does_nothing_again(options, again, monkeypatch):
     before, content = work_done(again), report(again)
-    monkeypatch.setattr(run_module, "load_full_precision", refuse)
-    monkeypatch.setattr(run_module, "load_quantized", refuse)
+    monkeypatch.setattr(sides, "load_full_precision", refuse)
+    monkeypatch.setattr(sides, "load_quantized", refuse)
     compare(options, RECIPES, again)
     assert work_done(again) == before
     assert report(again) == content
@@ -135,9 +135,9 @@ def test_what_a_stopped_comparison_finished_is_kept(options, tmp_path, monkeypat
         made.append(real(*args, **kwargs))
         return made[-1]
 
-    real = run_module.make_model
+    real = model_stage.make_model
     with monkeypatch.context() as patch:
-        patch.setattr(run_module, "make_model", stop_at_the_second)
+        patch.setattr(model_stage, "make_model", stop_at_the_second)
         with pytest.raises(KeyboardInterrupt):
             compare(options, RECIPES, out)
     assert not (out / "report.json").exists()
@@ -151,7 +151,7 @@ def test_what_a_stopped_comparison_finished_is_kept(options, tmp_path, monkeypat
 
 
 def test_a_failing_recipe_is_one_line_and_the_others_are_there(options, tmp_path, monkeypatch, capsys):
-    real = run_module.make_model
+    real = model_stage.make_model
 
     def failing(pipeline, settings, *args, **kwargs):
         if settings.recipe.name == "rtn":
@@ -161,7 +161,7 @@ def test_a_failing_recipe_is_one_line_and_the_others_are_there(options, tmp_path
         return real(pipeline, settings, *args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(run_module, "make_model", failing)
+        patch.setattr(model_stage, "make_model", failing)
         with pytest.raises(UserError, match=r"1 of 2 recipes failed \(rtn\)") as raised:
             compare(options, RECIPES, tmp_path / "run")
     assert raised.value.exit_code == 1
@@ -188,7 +188,7 @@ def test_when_all_recipes_fail_no_report_of_an_earlier_comparison_passes_for_the
     def failing(*args, **kwargs):
         raise UserError("no memory")
 
-    monkeypatch.setattr(run_module, "make_model", failing)
+    monkeypatch.setattr(model_stage, "make_model", failing)
     with pytest.raises(UserError, match="2 of 2 recipes failed"):
         compare(replace(options, w="fp6"), "rtn,w8a8", again)
     with pytest.raises(UserError, match="not finished"):

@@ -2,7 +2,7 @@
 
 import json
 import os
-import re
+import signal
 import socket
 import subprocess
 import sys
@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from dmquant.host import processes
 from dmquant.host.processes import Processes
 from dmquant.pipelines.models.loading import resolve_device
+from tests.forked import Forked, wait_until
 from tests.tiny import tiny_pixart
 
 ROOT = Path(__file__).parents[2]
@@ -26,7 +27,6 @@ PROMPTS = ["red apple, food", "blue cat", "a green house", "boat on the tree", "
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
 LAUNCH += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
 CLIP = ROOT / "pipelines" / "assets" / "emoji-clip"
-ALONE = [sys.executable]
 RECIPE = {
     "name": "small",
     "weights": "fp4",
@@ -45,22 +45,22 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-# What each of several processes sees: scripts without a launcher, given the variables that one sets.
+# What each of several processes sees: without a launcher, given the variables that one sets.
+
+
+def started(arguments: list, count: int = 2) -> list[Forked]:
+    """Several processes that are to join, by rank."""
+    shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    return [Forked(arguments, shared | {"RANK": str(rank)}) for rank in range(count)]
 
 
 def together(script: str, tmp_path: Path, count: int = 2) -> list:
     """Run the body of `script` in several processes that joined; returns what each left in `result`."""
     head = "import json, sys\nfrom dmquant.host import processes\nfrom dmquant.errors import UsageError, UserError\n"
     body = textwrap.indent(textwrap.dedent(script), "    ")
-    tail = "\n    open(sys.argv[1], 'w').write(json.dumps(result))\n"
-    (tmp_path / "script.py").write_text(f"{head}with processes.joined() as everyone:\n{body}{tail}")
-    shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    running = []
-    for rank in range(count):
-        environment = os.environ | shared | {"RANK": str(rank), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        command = [sys.executable, str(tmp_path / "script.py"), str(tmp_path / f"{rank}.json")]
-        running.append(subprocess.Popen(command, env=environment, cwd=ROOT))
-    assert [process.wait(PATIENCE) for process in running] == [0] * count
+    tail = "\n    open(f'{sys.argv[1]}/{everyone.rank}.json', 'w').write(json.dumps(result))\n"
+    running = started(["-c", f"{head}with processes.joined() as everyone:\n{body}{tail}", tmp_path], count)
+    assert [process.wait(PATIENCE) for process in running] == [0] * count, [one.communicate(0)[1] for one in running]
     return [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(count)]
 
 
@@ -145,9 +145,9 @@ def test_calibration_data_that_lacks_shards_is_completed_by_several_processes_as
 
 
 def test_a_process_alone_needs_no_torch():
-    script = "import sys; from dmquant.host import processes as p; e = p.current()"
-    script += "; print(e.together(lambda: e.gather(5)))"
-    script += "; print(e.on_main(lambda: 1), e.share([1, 2]), 'torch' in sys.modules)"
+    script = "import sys; from dmquant.host import processes as p; e = p.current(); "
+    script += "print(e.together(lambda: e.gather(5))); "
+    script += "print(e.on_main(lambda: 1), e.share([1, 2]), 'torch' in sys.modules)"
     printed = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
     assert printed.split("\n")[:2] == ["[[5]]", "1 [1, 2] False"]
 
@@ -203,38 +203,43 @@ def given(tmp_path_factory):
     return folder
 
 
-def options(given: Path, steps: int = 2) -> list[str]:
+def options(given: Path) -> list[str]:
     """Batches of two prompts: three of them for two processes, the last with one prompt."""
     options = ["--prompts", str(given / "prompts.txt"), "--calibration-prompts", str(given / "prompts.txt")]
-    return [*options, "--steps", str(steps), "--guidance", "3", "--batch-size", "2", "--dtype", "fp32"]
+    return [*options, "--steps", "2", "--guidance", "3", "--batch-size", "2", "--dtype", "fp32"]
 
 
-def run_options(given: Path, out: Path, **more) -> list[str]:
-    chosen = ["run", str(given / "tiny"), "--recipe", str(given / "small.yaml"), *options(given, **more)]
+def run_options(given: Path, out: Path) -> list[str]:
+    chosen = ["run", str(given / "tiny"), "--recipe", str(given / "small.yaml"), *options(given)]
     return [*chosen, "--metrics", "psnr,ssim,latent_mse,clip_score", "--clip", str(CLIP), "--out", str(out)]
 
 
-def start(launcher: list[str], arguments: list[str], **kwargs) -> subprocess.Popen:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen([*launcher, "-m", "dmquant", *arguments], env=environment, text=True, **kwargs)
+def finish(running: list[Forked]) -> tuple[int, str, str]:
+    """Wait for all; as a launcher does, end all when one fails. Its status, and what all wrote to either stream."""
+    while any(process.poll() is None for process in running) and not any(process.poll() for process in running):
+        time.sleep(0.01)
+    status = next((process.poll() for process in running if process.poll()), 0)
+    for process in running:
+        process.send_signal(signal.SIGTERM)
+    said = [process.communicate(PATIENCE) for process in running]
+    return status, *map("".join, zip(*said, strict=True))
 
 
-def finish(launcher: list[str], arguments: list[str]) -> subprocess.CompletedProcess:
-    process = start(launcher, arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    try:
-        out, err = process.communicate(timeout=PATIENCE)
-    finally:
-        process.kill()
-    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+def succeed(running: list[Forked]) -> str:
+    """What they wrote to standard output."""
+    status, out, err = finish(running)
+    assert status == 0, err
+    return out
 
 
 @pytest.fixture(scope="module")
 def runs(given, tmp_path_factory):
     """The same run by one process and by two, and what the two printed."""
     folder = tmp_path_factory.mktemp("runs")
-    alone = finish(ALONE, run_options(given, folder / "alone"))
-    assert alone.returncode == 0, alone.stderr
-    both = finish(LAUNCH, run_options(given, folder / "both"))
+    succeed([Forked(["-m", "dmquant", *run_options(given, folder / "alone")])])
+    command = [*LAUNCH, "-m", "dmquant", *run_options(given, folder / "both")]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    both = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE)
     assert both.returncode == 0, both.stderr
     return folder / "alone", folder / "both", both
 
@@ -308,20 +313,18 @@ def test_only_the_main_process_talks_and_keeps_records(runs):
 def test_two_processes_find_done_what_one_did(runs, given):
     alone, *_ = runs
     before = {path: path.stat().st_mtime_ns for path in alone.glob("images/*/*.png")}
-    again = finish(LAUNCH, run_options(given, alone))
-    assert again.returncode == 0, again.stderr
-    assert "model: already there" in again.stdout
-    assert "scores: already there" in again.stdout
+    said = succeed(started(["-m", "dmquant", *run_options(given, alone)]))
+    assert "model: already there" in said
+    assert "scores: already there" in said
     assert {path: path.stat().st_mtime_ns for path in alone.glob("images/*/*.png")} == before
 
 
 def test_wrong_usage_is_said_once(given, tmp_path):
-    failed = finish(LAUNCH, [*run_options(given, tmp_path / "out"), "--metrics", "pnsr"])
-    said = [line for line in failed.stderr.splitlines() if "unknown metric" in line]
+    status, _, err = finish(started(["-m", "dmquant", *run_options(given, tmp_path / "out"), "--metrics", "pnsr"]))
+    said = [line for line in err.splitlines() if "unknown metric" in line]
     assert len(said) == 1
     assert said[0].startswith("error: unknown metric 'pnsr'")
-    assert re.search(r"exitcode\s*: 2\b", failed.stderr)  # what the launcher says of the process; its own code is 1
-    assert failed.returncode != 0
+    assert status == 2
     assert not (tmp_path / "out").exists()
 
 
@@ -354,38 +357,32 @@ def test_a_failure_of_one_process_alone_names_it_and_ends_all(tmp_path):
     assert "Connection closed" not in ended.stderr
 
 
-@pytest.mark.slow
-def test_a_killed_run_of_two_is_finished_by_either_number(given, tmp_path):
-    out, steps = tmp_path / "out", 40
-    process = start(LAUNCH, run_options(given, out, steps=steps), stderr=subprocess.DEVNULL)
+def test_a_killed_run_of_two_is_finished_by_either_number(runs, given, tmp_path):
+    whole, *_ = runs
+    out = tmp_path / "out"
+    running = started(["-m", "tests.models.paused", 1, *run_options(given, out)])
     try:
-        waited = time.monotonic()
-        while not list(out.glob("images/fp/*.png")):
-            assert process.poll() is None
-            assert time.monotonic() - waited < PATIENCE
-            time.sleep(0.01)
+        wait_until(lambda: list(out.glob("images/fp/*.png")), running[0], PATIENCE)
     finally:
-        process.terminate()  # as a batch system does; the launcher passes it on
-        process.wait(PATIENCE)
+        for process in running:
+            process.send_signal(signal.SIGTERM)  # as a batch system does; the launcher passes it on
+            process.wait(PATIENCE)
     kept = {path.name: path.stat().st_mtime_ns for path in out.glob("images/fp/*.png")}
     assert 0 < len(kept) < len(PROMPTS)
-    resumed = finish(LAUNCH, run_options(given, out, steps=steps))
-    assert resumed.returncode == 0, resumed.stderr
+    succeed(started(["-m", "dmquant", *run_options(given, out)]))
     assert {name: (out / "images" / "fp" / name).stat().st_mtime_ns for name in kept} == kept
-    whole = finish(ALONE, run_options(given, tmp_path / "whole", steps=steps))
-    assert whole.returncode == 0, whole.stderr
     for side in ("fp", "quantized"):
-        same_images(out / "images" / side, tmp_path / "whole" / "images" / side)
+        same_images(out / "images" / side, whole / "images" / side)
 
 
-@pytest.mark.slow
 def test_in_a_comparison_of_two_processes_a_recipe_that_fails_does_not_stop_the_others(given, tmp_path):
     broken = RECIPE | {"name": "broken", "rules": [{"match": "*", "keep": True}]}  # found when nothing is left to learn
     (tmp_path / "broken.yaml").write_text(yaml.safe_dump(broken))
     arguments = ["compare", str(given / "tiny"), "--recipes", f"{tmp_path / 'broken.yaml'},{given / 'small.yaml'},rtn"]
-    ended = finish(LAUNCH, [*arguments, *options(given), "--metrics", "psnr", "--out", str(tmp_path / "out")])
-    assert ended.returncode != 0
-    assert ended.stdout.count("recipe broken failed") == 1
-    assert ended.stderr.count("error: 1 of 3 recipes failed (broken)") == 1
+    arguments += [*options(given), "--metrics", "psnr", "--out", str(tmp_path / "out")]
+    status, out, err = finish(started(["-m", "dmquant", *arguments]))
+    assert status == 1
+    assert out.count("recipe broken failed") == 1
+    assert err.count("error: 1 of 3 recipes failed (broken)") == 1
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert sorted(report["recipes"]) == ["rtn", "small"]

@@ -5,9 +5,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -19,10 +16,11 @@ from safetensors.torch import load_file, save_file
 
 from dmquant.errors import UserError
 from dmquant.pipelines.commands import stages
+from dmquant.pipelines.models.saving import narrow_exactly
 from dmquant.pipelines.prompts.lists import load_prompts
-from dmquant.pipelines.runs import run as run_module
-from dmquant.pipelines.runs import work
-from dmquant.pipelines.runs.settings import DEFAULT_METRICS, Options, resolve
+from dmquant.pipelines.runs import model_stage, sides
+from dmquant.pipelines.runs.settings import Options, resolve
+from tests.forked import Forked, wait_until
 from tests.tiny import IMAGE_SIZE, PIXART_CALL, tiny_pixart
 
 PROMPTS = ["red apple, food", "blue cat", "a green house", "boat on the tree"]
@@ -95,8 +93,8 @@ def refuse(*args, **kwargs):
 
 @pytest.fixture
 def nothing_loads(monkeypatch):
-    monkeypatch.setattr(run_module, "load_full_precision", refuse)
-    monkeypatch.setattr(run_module, "load_quantized", refuse)
+    monkeypatch.setattr(sides, "load_full_precision", refuse)
+    monkeypatch.setattr(sides, "load_quantized", refuse)
 
 
 def test_a_run_leaves_what_the_design_promises(finished):
@@ -120,6 +118,7 @@ def test_the_report_holds_what_a_reader_needs(finished):
     assert set(result["metrics"]) == {"psnr", "ssim"}
     assert 10 < result["metrics"]["psnr"]["value"] < 60
     assert result["metrics"]["psnr"]["images"] == len(PROMPTS)
+    assert result["settings"]["kernels"] == "cpu in {} layers".format(result["settings"]["quantized"].split()[0])
 
 
 def test_the_size_reported_is_the_size_on_disk(finished):
@@ -245,7 +244,6 @@ def options_for(options, model):
 
 def test_a_full_disk_is_one_line_keeps_what_is_done_and_leaves_no_half_model(options, tmp_path, monkeypatch):
     def full(pipeline, folder):
-        folder.mkdir()
         (folder / "half").write_bytes(b"half")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -298,8 +296,8 @@ def test_images_that_are_not_numbers_are_said(options, tmp_path, monkeypatch, ca
 
 
 def test_inception_is_shared_and_its_absence_is_a_reason_not_a_failure(options, again, monkeypatch):
-    from dmquant.evaluation.inception import Inception
-    from dmquant.evaluation.unavailable import UnavailableError
+    from dmquant.evaluation.networks.inception import Inception
+    from dmquant.evaluation.result import UnavailableError
 
     def unavailable(device="cpu"):
         raise UnavailableError("Inception-v3 weights not found: pip install 'dmquant[offline]'")
@@ -338,7 +336,7 @@ def without_latents(folder):
 def test_by_default_the_final_latents_are_compared_too(options, again, nothing_loads):
     run(options(metrics=None), again)
     metrics = report(again)["recipes"]["rtn"]["metrics"]
-    assert tuple(metrics) == DEFAULT_METRICS
+    assert list(metrics) == ["psnr", "ssim", "latent_mse", "fid_fp"]
     stored = [
         [load_file(again / "images" / side / f"{index:05d}.latent.safetensors")["latent"].numpy() for index in range(4)]
         for side in ("fp", "quantized")
@@ -352,8 +350,8 @@ def test_by_default_the_final_latents_are_compared_too(options, again, nothing_l
 def test_an_old_run_without_latents_makes_nothing_again_until_they_are_asked_for(options, again, monkeypatch):
     images, model = times(without_latents(again), "images/*/*.png"), times(again, "model/**/*")
     with monkeypatch.context() as patch:
-        patch.setattr(run_module, "load_full_precision", refuse)
-        patch.setattr(run_module, "load_quantized", refuse)
+        patch.setattr(sides, "load_full_precision", refuse)
+        patch.setattr(sides, "load_quantized", refuse)
         run(options(metrics=None), again)
     metric = report(again)["recipes"]["rtn"]["metrics"]["latent_mse"]
     assert metric["value"] is None
@@ -398,36 +396,37 @@ def test_the_model_depends_on_what_calibration_sees_and_only_where_there_is_any(
 
 def test_what_calibration_is_given_stands_in_run_yaml_and_reaches_the_engine(options, tmp_path, monkeypatch):
     out, calls = tmp_path / "run", []
-    monkeypatch.setattr(
-        run_module, "make_model", lambda *args, **named: (calls.append((args[1], named)), real(*args, **named))[1]
-    )
+    monkeypatch.setattr(model_stage, "make_model", lambda *args: (calls.append(args), real(*args))[1])
     calibration = {"memory_budget": "1.5GiB", "calibration_prompts": "emoji", "calibration_data": tmp_path / "data"}
     run(options(**calibration), out)
-    (settings, named), written = calls[0], yaml.safe_load((out / "run.yaml").read_text())["calibration"]
-    assert named == {"workspace": out / "calibration"}
+    (_, settings, _, _, workspace, *_), written = (
+        calls[0],
+        yaml.safe_load((out / "run.yaml").read_text())["calibration"],
+    )
+    assert workspace == out / "calibration"
     assert (settings.memory_budget, settings.calibration_data) == (3 << 29, tmp_path / "data")
     assert list(settings.calibration_prompts) == load_prompts("emoji") == written["prompts"]
     assert (written["memory_budget"], written["data"]) == (3 << 29, str(tmp_path / "data"))
 
 
-real = work.make_model
+real = model_stage.make_model
 
 
 def test_a_killed_quantize_finds_its_workspace_again_and_a_finished_one_leaves_none(options, tmp_path, monkeypatch):
     out, seen = tmp_path / "q", []
 
-    def stopped(*args, workspace, **named):
+    def stopped(pipeline, settings, folder, console, workspace, *others):
         workspace.mkdir()
         (workspace / "codes").write_bytes(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(run_module, "make_model", stopped)
+    monkeypatch.setattr(model_stage, "make_model", stopped)
     with pytest.raises(KeyboardInterrupt):
         stages.quantize(resolve(options()), out, False)
     monkeypatch.setattr(
-        run_module,
+        model_stage,
         "make_model",
-        lambda *args, workspace: (seen.append(sorted(workspace.iterdir())), real(*args, workspace=workspace))[1],
+        lambda *args: (seen.append(sorted(args[4].iterdir())), real(*args))[1],
     )
     stages.quantize(resolve(options()), out, False)
     assert [path.name for path in seen[0]] == ["codes"]
@@ -439,82 +438,49 @@ def test_16_bit_weights_go_back_to_16_bits_and_others_stay():
     published = torch.randn(4, 4).half()
     module.weight.data = published.float()
     module.bias.data = torch.tensor([1 / 3] * 4)
-    work.narrow_exactly(module)
+    narrow_exactly(module)
     assert torch.equal(module.weight, published)
     assert module.bias.dtype == torch.float32
     module.bias.data = torch.tensor([2.0**100] * 4)  # beyond float16
-    work.narrow_exactly(module)
+    narrow_exactly(module)
     assert module.bias.dtype == torch.bfloat16
 
 
-def start(model, prompts, out, steps):
-    arguments = [
-        "run",
-        model,
-        "--recipe",
-        "rtn",
-        "--w",
-        "fp4",
-        "--a",
-        "fp6",
-        "--prompts",
-        prompts,
-        "--steps",
-        steps,
-        "--batch-size",
-        1,
-        "--out",
-        out,
-    ]
-    arguments += ["--guidance", GUIDANCE, "--dtype", "fp32", "--metrics", "psnr"]
-    command = [sys.executable, "-m", "dmquant", *map(str, arguments)]
-    return subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        # Tests started in the background of a shell inherit an ignored SIGINT.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )
-
-
-def wait_for(path, process):
-    end = time.monotonic() + PATIENCE
-    while not path.exists():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < end, f"{path.name} did not appear"
-        time.sleep(0.01)
-
-
 def test_a_stopped_and_then_killed_run_continues_and_ends_the_same(options, model, prompts, tmp_path):
-    steps, out = 60, tmp_path / "stopped"
-    process = start(model, prompts, out, steps)
-    wait_for(out / "images" / "fp" / "00000.png", process)
+    out = tmp_path / "stopped"
+    arguments = ["run", model, "--recipe", "rtn", "--w", "fp4", "--a", "fp6", "--prompts", prompts, "--steps", STEPS]
+    arguments += ["--batch-size", 1, "--guidance", GUIDANCE, "--dtype", "fp32", "--metrics", "psnr", "--out", out]
+
+    def paused(images, last):
+        """A process that makes some images more, when it has made the last of them."""
+        process = Forked(["-m", "tests.models.paused", images, *arguments])
+        wait_until((out / "images" / last).exists, process, PATIENCE)
+        return process
+
+    process = paused(1, "fp/00000.png")
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=PATIENCE)
+    _, errors = process.communicate(PATIENCE)
     assert (process.returncode, errors) == (130, "stopped; run the same command to resume\n")
     first = times(out, "images/*/*.png")
     assert 1 <= len(first) < 2 * len(PROMPTS)
 
-    process = start(model, prompts, out, steps)
-    wait_for(out / "images" / "quantized" / "00001.png", process)
-    process.kill()
-    process.communicate()
+    process = paused(5, "quantized/00001.png")
+    process.send_signal(signal.SIGKILL)
+    assert process.wait(PATIENCE) == -signal.SIGKILL
     assert not (out / "report.json").exists()
     second = times(out, "images/*/*.png")
     assert first.items() <= second.items()
     assert len(second) >= len(PROMPTS) + 2
 
-    process = start(model, prompts, out, steps)
-    output, errors = process.communicate(timeout=PATIENCE)
+    process = Forked(["-m", "dmquant", *arguments])
+    output, errors = process.communicate(PATIENCE)
     assert (process.returncode, errors) == (0, "")
     assert "full-precision images: all 4 are there" in output
     assert "model: already there" in output
     assert second.items() <= times(out, "images/*/*.png").items()
 
     whole = tmp_path / "whole"
-    run(options(steps=steps, batch_size=1, metrics="psnr"), whole)
+    run(options(batch_size=1, metrics="psnr"), whole)
     for path in sorted(Path(whole).glob("images/*/*.png")):
         ours, theirs = (np.asarray(Image.open(side / path.relative_to(whole)), int) for side in (out, whole))
         assert np.abs(ours - theirs).max() <= 1  # another number of threads, another last bit

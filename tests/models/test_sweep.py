@@ -2,12 +2,8 @@
 
 import csv
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,16 +13,16 @@ from PIL import Image
 
 from dmquant.errors import UserError
 from dmquant.pipelines.commands import stages
-from dmquant.pipelines.runs import run as run_module
+from dmquant.pipelines.runs import image_stage, model_stage, sides
 from dmquant.pipelines.runs.settings import Options, resolve_all
 from dmquant.pipelines.sweep import engines
 from dmquant.pipelines.sweep import sweep as sweep_module
 from dmquant.pipelines.sweep.space import Choice, design_space
 from dmquant.pipelines.sweep.trial import Failure
+from tests.forked import Forked, wait_until
 from tests.models.test_processes import RECIPE
 from tests.tiny import tiny_pixart
 
-ROOT = Path(__file__).parents[2]
 PATIENCE = 300  # seconds for processes to start and do small things on a busy machine
 PROMPTS = ["red apple, food", "blue cat", "a green house"]
 BITS = "4,8"
@@ -176,7 +172,7 @@ def refuse(*args, **kwargs):
 def test_the_same_sweep_again_does_nothing_again(options, again, monkeypatch, capsys):
     before, content = when_written(again), data(again)
     monkeypatch.setitem(engines.ENGINES, "here", refuse)
-    monkeypatch.setattr(run_module, "load_full_precision", refuse)
+    monkeypatch.setattr(sides, "load_full_precision", refuse)
     sweep(options, again)
     assert when_written(again) == before
     assert data(again) == content
@@ -221,7 +217,7 @@ def test_images_are_kept_where_they_are_asked_for(options, again):
 
 
 def test_a_trial_that_stopped_goes_on_where_it_was(options, tmp_path, monkeypatch):
-    made, real = [], run_module.make_images
+    made, real = [], image_stage.make_images
 
     def stop(pipeline, requests, folder, settings, console, title, note=None):
         if folder.name == "quantized":
@@ -230,18 +226,18 @@ def test_a_trial_that_stopped_goes_on_where_it_was(options, tmp_path, monkeypatc
         return real(pipeline, requests, folder, settings, console, title, note)
 
     with monkeypatch.context() as patch:
-        patch.setattr(run_module, "make_images", stop)
+        patch.setattr(image_stage, "make_images", stop)
         with pytest.raises(KeyboardInterrupt):
             sweep(options, tmp_path / "run", formats="int8")
     assert len(made) == 1
     assert (tmp_path / "run" / "trials" / "rtn-int8-int8" / "model" / "model_index.json").is_file()
-    monkeypatch.setattr(run_module, "make_model", refuse)
+    monkeypatch.setattr(model_stage, "make_model", refuse)
     sweep(options, tmp_path / "run", formats="int8")
     assert trials(tmp_path / "run")["rtn-int8-int8"]["error"] is None
 
 
 def test_a_failing_trial_is_a_line_of_the_tables_and_the_others_are_there(options, tmp_path, monkeypatch, capsys):
-    real = run_module.make_model
+    real = model_stage.make_model
 
     def failing(pipeline, settings, *args, **kwargs):
         if settings.recipe.name == "rtn-int8-int8":
@@ -251,7 +247,7 @@ def test_a_failing_trial_is_a_line_of_the_tables_and_the_others_are_there(option
         return real(pipeline, settings, *args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(run_module, "make_model", failing)
+        patch.setattr(model_stage, "make_model", failing)
         with pytest.raises(UserError, match=r"2 of 4 trials failed \(rtn-fp4_e2m1-fp4_e2m1, rtn-int8-int8\)") as raised:
             sweep(options, tmp_path / "run")
     assert raised.value.exit_code == 1
@@ -298,38 +294,32 @@ def test_the_report_of_a_sweep_is_its_own_command(finished):
 
 def test_one_process_and_two_give_the_same_bits(options, tmp_path):
     small = str(Path(options.prompts).with_name("small.yaml"))
-    for count in (1, 2):
-        sweep(options, tmp_path / str(count), "local", count, techniques=f"rtn,{small}", formats="fp4,int8")
+    for folder, engine, count in (("1", "here", None), ("2", "local", 2)):
+        sweep(options, tmp_path / folder, engine, count, techniques=f"rtn,{small}", formats="fp4,int8")
     one, two = numbers(tmp_path / "1"), numbers(tmp_path / "2")
     assert len(one) == 4
     assert one == two
     assert {trial["technique"] for trial in trials(tmp_path / "1").values()} == {"rtn", "small"}
     (shared,) = (tmp_path / "2" / "calibration").iterdir()  # captured once, for all trials
     assert (shared / "index.json").is_file()
-    sweep(options, tmp_path / "here", techniques=f"rtn,{small}", formats="fp4,int8")
-    assert numbers(tmp_path / "here") == one
 
 
 def test_a_killed_sweep_goes_on_and_ends_as_one_that_was_not(options, finished, tmp_path):
     out = tmp_path / "run"
-    command = [sys.executable, "-m", "dmquant", "sweep", options.model, "--bits", BITS, "--formats", FORMATS]
+    command = ["-m", "dmquant", "sweep", options.model, "--bits", BITS, "--formats", FORMATS]
     command += ["--prompts", options.prompts, "--steps", "2", "--dtype", "fp32", "--device", "cpu", "--threads", "1"]
-    command += ["--out", str(out)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+    command += ["--out", out]
+    process = Forked(command)
     try:
-        began = time.monotonic()
-        while not when_written(out):
-            assert process.poll() is None
-            assert time.monotonic() - began < PATIENCE
-            time.sleep(0.01)
+        wait_until(lambda: when_written(out), process, PATIENCE)
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait(PATIENCE)
     kept = when_written(out)
     assert len(kept) < len(NAMES)
-    resumed = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE)
-    assert resumed.returncode == 0, resumed.stderr
+    resumed = Forked(command)
+    _, errors = resumed.communicate(PATIENCE)
+    assert resumed.returncode == 0, errors
     assert kept.items() <= when_written(out).items()
     assert numbers(out) == numbers(finished)
     assert {path.name for path in (out / "trials").iterdir()} == {f"{name}.json" for name in NAMES}

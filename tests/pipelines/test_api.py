@@ -1,6 +1,7 @@
 """The Python interface: a loaded pipeline is quantized in place, with and without data, or told why not."""
 
 import copy
+import fnmatch
 import json
 import logging
 from functools import partial
@@ -9,11 +10,12 @@ import pytest
 import torch
 
 import dmquant
-from dmquant.convert import quantize_
+from dmquant.convert import layers_in, quantize_
 from dmquant.diffusers.families import family_of
 from dmquant.errors import UsageError, UserError
 from dmquant.layers import QuantConv2d, QuantLinear
 from dmquant.pipelines import api
+from dmquant.pipelines.runs import settings
 from dmquant.recipe import Recipe
 from tests.tiny import IMAGE_SIZE, PIXART_CALL, TINY, tiny_pixart, tiny_sd
 
@@ -51,18 +53,29 @@ def same_weights(one, other):
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
+def recorded(backbone):
+    return backbone.config["quantization_config"]
+
+
 @pytest.mark.parametrize("kind", TINY)
-def test_without_data_the_backbone_becomes_what_the_recipe_makes_of_it_and_nothing_else_changes(kind):
+def test_one_name_gives_one_model_by_every_door_and_changes_nothing_but_the_backbone(kind, tmp_path):
     tiny = TINY[kind]
-    pipe, original = tiny.build(), tiny.build()
+    pipe, original = tiny.build(), tiny.build(tmp_path)
     family, expected = family_of(original), backbone_of(original)
     call = {"height": tiny.size, "width": tiny.size, "num_inference_steps": 2}
     made = dmquant.quantize_pipeline(pipe, "w4a6", **call, **tiny.call)
-    recipe = Recipe.load("w4a6").keeping(family.keep).splitting(family.concatenations(expected))
-    reports = quantize_(expected, recipe)
+    by_command = settings.resolve(settings.Options(model=str(tmp_path), recipe="w4a6")).recipe_for(expected)
+    assert made.recipe == by_command == Recipe.load("w4a6").for_model(family.known(expected))
+    kept = {name for glob in family.keep for name in fnmatch.filter(layers_in(expected), glob)}
+    assert kept
+    reports = quantize_(expected, "w4a6")
     assert [layer.plan for layer in made.layers] == [layer.plan for layer in reports]
-    assert made.recipe == recipe
+    assert kept.isdisjoint(layer.plan.name for layer in reports)
+    by_config = {"subfolder": family.component, "quantization_config": dmquant.QuantConfig("w4a6")}
+    while_loading = type(expected).from_pretrained(tmp_path, **by_config)
     assert same_weights(backbone_of(pipe), expected)
+    assert same_weights(while_loading, expected)
+    assert recorded(backbone_of(pipe)) == recorded(expected) == recorded(while_loading)
     others = [name for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)]
     others.remove(family.component)
     assert "vae" in others

@@ -1,5 +1,6 @@
 """GPTQ against the algorithm in numpy and against what its loss has to be; what it gains on correlated inputs."""
 
+import functools
 import itertools
 
 import numpy as np
@@ -10,9 +11,10 @@ from torch import nn
 from dmquant.calib.layers.moments import Moments, columns_of, fit_grid
 from dmquant.convert import LayerPlan
 from dmquant.errors import UserError
-from dmquant.qtensor import WeightSpec, to_matrix
+from dmquant.qtensor import QuantizedTensor, WeightSpec
 from dmquant.rounding import gptq
 from dmquant.rounding.gptq import Options
+from dmquant.scaling import to_matrix
 
 ROWS, COLUMNS, TOKENS = 128, 256, 4096
 FORMATS = ["fp4", "fp6", "fp8", "int4"]
@@ -57,8 +59,9 @@ def error_of(values, weight, moments):
     return ((lost @ moments.double()) * lost).sum().item()
 
 
-def problem(inputs, seed=0):
-    generator = torch.Generator().manual_seed(seed)
+@functools.cache
+def problem(inputs):
+    generator = torch.Generator().manual_seed(0)
     x, weight = inputs(generator), weight_of(generator)
     return weight, x.T @ x / len(x)
 
@@ -133,7 +136,7 @@ def test_values_survive_their_codes_bit_for_bit(format):
     weight, moments = problem(ar)
     grid = grid_of(weight, format, "group:48", "bf16")
     values = gptq.start(grid, Options(), [moments]).hard()
-    assert torch.equal(grid.quantized(values).dequantize(), values)
+    assert torch.equal(QuantizedTensor.of(grid, values).dequantize(), values)
 
 
 @pytest.mark.parametrize("order", ["activation", "given"])
@@ -231,7 +234,7 @@ def test_every_sweep_lowers_the_error_until_nothing_changes(inputs, format):
     assert errors[1] < errors[0]
     assert all(later <= earlier * (1 + 1e-6) for earlier, later in itertools.pairwise(errors))
     assert torch.equal(values, before)
-    assert torch.equal(grid.quantized(values).dequantize(), values)
+    assert torch.equal(QuantizedTensor.of(grid, values).dequantize(), values)
 
 
 def test_after_the_last_sweep_no_single_weight_can_do_better():

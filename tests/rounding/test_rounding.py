@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 from dmquant.calib.layers.moments import fit_grid
 from dmquant.convert import LayerPlan
 from dmquant.errors import UsageError
-from dmquant.qtensor import WeightSpec
+from dmquant.grids import ScaledGrid
+from dmquant.qtensor import QuantizedTensor, WeightSpec
 from dmquant.recipe import Recipe
-from dmquant.rounding import Grid, get_method, method_names
-from dmquant.scaling import to_groups
+from dmquant.rounding import get_method, method_names
 
 FORMATS = ["fp4_e2m1", "fp4_e1m2", "fp4_e3m0", "fp6", "fp6_e3m2", "int4", "lut4"]
 BOTH = pytest.mark.parametrize("scale_aware", [False, True])
@@ -22,14 +22,14 @@ def grid_of(format="fp4", granularity="group:16", scale="absmax", shape=(12, 40)
     """The last group of each row is shorter than the others."""
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
     spec = WeightSpec.parse(format, granularity, scale)
-    return Grid(weight, spec, spec.rule(to_groups(weight, spec.granularity), spec.fmt, spec.store), shape)
+    return ScaledGrid(weight, spec, ScaledGrid.fit(weight, spec, spec.segments(shape)), shape)
 
 
 def clipping_grid(format="fp4"):
     """Scales half of what absmax takes, so that many weights lie beyond the end of their grid."""
     grid = grid_of(format)
     halved = type(grid.scales)(grid.scales.stored / 2, grid.scales.base, grid.scales.store)
-    return Grid(grid.weight, grid.spec, halved, grid.shape)
+    return ScaledGrid(grid.weight, grid.spec, halved, grid.shape)
 
 
 def adaround(grid, **options):
@@ -96,7 +96,7 @@ def test_hard_weights_survive_their_codes_bit_for_bit(format, scale_aware):
     rounding = adaround(grid, scale_aware=scale_aware)
     rounding.v.data = torch.randn(grid.weight.shape, generator=torch.Generator().manual_seed(2))
     for values in (rounding.hard(), grid.nearest):
-        assert torch.equal(grid.quantized(values).dequantize(), values)
+        assert torch.equal(QuantizedTensor.of(grid, values).dequantize(), values)
 
 
 @settings(max_examples=60, deadline=None)
@@ -119,7 +119,7 @@ def test_any_choice_of_neighbours_survives_its_codes(format, rows, columns, expo
     assert (lower <= upper).all()
     assert torch.equal(grid.as_weight(grid.weight), weight)
     values = torch.where(torch.rand(lower.shape, generator=generator) < 0.5, lower, upper)
-    assert torch.equal(grid.quantized(values).dequantize(), grid.as_weight(values))
+    assert torch.equal(QuantizedTensor.of(grid, values).dequantize(), grid.as_weight(values))
 
 
 @BOTH

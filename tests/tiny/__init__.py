@@ -39,7 +39,7 @@ class Tiny:
 TINY = {
     "pixart-alpha-512": Tiny(tiny_pixart_alpha, "pixart", PIXART_CALL),
     "pixart-alpha-1024": Tiny(tiny_pixart_alpha_1024, "pixart", PIXART_CALL),
-    "pixart-sigma": Tiny(lambda folder=None: tiny_pixart(folder, blocks=3), "pixart", PIXART_CALL),
+    "pixart-sigma": Tiny(lambda folder=None, blocks=3: tiny_pixart(folder, blocks=blocks), "pixart", PIXART_CALL),
     "sd15": Tiny(tiny_sd, "unet"),
     "sdxl": Tiny(tiny_sdxl, "unet"),
     "hunyuan-1.1": Tiny(tiny_hunyuan_11, "hunyuan", {"use_resolution_binning": False}, size=64),

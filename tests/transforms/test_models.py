@@ -15,12 +15,13 @@ from dmquant.recipe import Recipe
 from dmquant.transforms import create
 from tests.diffusers.test_quantizer import BUILDERS, example, packed
 
+LOWRANK = {"method": "lowrank", "rank": 2, "iterations": 2}
 DATA_FREE = {
-    "lowrank": [{"method": "lowrank", "rank": 2}],
+    "lowrank": [LOWRANK],
     "outliers": ["outliers"],
     "rotate": ["rotate"],
     "equalize": ["equalize"],
-    "all": ["equalize", {"method": "lowrank", "rank": 2}, "outliers", "rotate"],
+    "all": ["equalize", LOWRANK, "outliers", "rotate"],
 }
 SPLITS = {"up_blocks.0.resnets.0.conv_shortcut": 20, "up_blocks.1.resnets.0.conv1": 7}
 
@@ -29,39 +30,49 @@ def recipe_of(transforms):
     return Recipe.load("w4a6").with_settings(transforms=transforms).splitting(SPLITS)
 
 
-@pytest.mark.parametrize("transforms", DATA_FREE.values(), ids=DATA_FREE.keys())
-@pytest.mark.parametrize("kind", BUILDERS)
+@pytest.fixture(scope="module", params=BUILDERS)
+def kind(request):
+    return request.param
+
+
+@pytest.fixture(scope="module", params=DATA_FREE)
+def transforms(request):
+    return DATA_FREE[request.param]
+
+
+@pytest.fixture(scope="module")
+def quantized(kind, transforms):
+    """A quantized backbone, not to be changed."""
+    build, component = BUILDERS[kind]
+    model, recipe = getattr(build(), component), recipe_of(transforms)
+    quantize_(model, recipe)
+    mark_quantized(model, recipe)
+    return model
+
+
 class TestDataFree:
     """Transforms that take no data, by `quantize_` and while a model is loaded."""
 
-    def quantized(self, kind, transforms):
-        build, component = BUILDERS[kind]
-        model, recipe = getattr(build(), component), recipe_of(transforms)
-        quantize_(model, recipe)
-        mark_quantized(model, recipe)
-        return model
+    def test_save_and_reload_is_bit_equal(self, quantized, tmp_path):
+        quantized.save_pretrained(tmp_path)
+        for dtype in (torch.float32, torch.bfloat16):
+            loaded = type(quantized).from_pretrained(tmp_path, torch_dtype=dtype)
+            before, after = packed(quantized), packed(loaded)
+            assert before.keys() == after.keys()
+            assert all(torch.equal(before[name], after[name]) for name in before)
+            assert footprint(loaded).quantized_bytes == footprint(quantized).quantized_bytes
+            if dtype == torch.float32:
+                assert torch.equal(example(loaded), example(quantized))
+            else:
+                assert example(loaded, dtype).isfinite().all()
 
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-    def test_save_and_reload_is_bit_equal(self, kind, transforms, dtype, tmp_path):
-        model = self.quantized(kind, transforms)
-        model.save_pretrained(tmp_path)
-        loaded = type(model).from_pretrained(tmp_path, torch_dtype=dtype)
-        before, after = packed(model), packed(loaded)
-        assert before.keys() == after.keys()
-        assert all(torch.equal(before[name], after[name]) for name in before)
-        assert footprint(loaded).quantized_bytes == footprint(model).quantized_bytes
-        if dtype == torch.float32:
-            assert torch.equal(example(loaded), example(model))
-        else:
-            assert example(loaded, dtype).isfinite().all()
-
-    def test_quantizing_while_loading_gives_the_same_model(self, kind, transforms, tmp_path):
+    def test_quantizing_while_loading_gives_the_same_model(self, kind, transforms, quantized, tmp_path):
         build, component = BUILDERS[kind]
         exact = getattr(build(), component)
         exact.save_pretrained(tmp_path / "exact")
         config = QuantConfig(recipe_of(transforms))
         loaded = type(exact).from_pretrained(tmp_path / "exact", quantization_config=config)
-        expected = packed(self.quantized(kind, transforms))
+        expected = packed(quantized)
         found = packed(loaded)
         assert expected.keys() == found.keys()
         assert all(torch.equal(expected[name], found[name]) for name in expected)

@@ -1,6 +1,7 @@
 """Model families: what dmquant knows of the backbones of one architecture, each in one module of this package.
 
-To add one, write a module that defines `FAMILY`, and a YAML file in configs/models that names it.
+To add one, write a module that defines `FAMILY`, and a YAML file in configs/models that names it; or `register` one
+from outside.
 """
 
 import functools
@@ -10,12 +11,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from dmquant.errors import UserError
+from dmquant.errors import UsageError, UserError
+from dmquant.models import knows_models
+from dmquant.recipe import Known
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
     from torch import Tensor, nn
 
+GENERIC = "generic"
 HOW_TO_ADD = 'docs/models.md, "Adding a family", says how one is added'
 
 
@@ -32,6 +36,14 @@ def first_of_each_patch(features: int, channels: int, first: int) -> "Tensor":
     import torch
 
     return torch.arange(features) % channels < first
+
+
+def ends(backbone: "nn.Module") -> dict[str, str]:
+    """The first and the last Linear or Conv2d in the order of the backbone's definition, and why they are kept."""
+    from torch import nn
+
+    layers = [name for name, module in backbone.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+    return {layers[0]: "the first layer", layers[-1]: "the last layer"} if layers else {}
 
 
 def _nothing(backbone: "nn.Module") -> dict[str, Any]:
@@ -71,19 +83,70 @@ class Family:
     """The pipeline as something that is called with prompts; itself, unless its call takes something else."""
     without: Mapping[str, Any] = field(default_factory=dict)
     """Arguments of the pipeline's constructor that leave parts of it out, used where it has such a parameter."""
+    token_limits: Mapping[str, int] = field(default_factory=dict)
+    """Tokens of each tokenizer, by its name in the pipeline, where the pipeline fixes them and its call has no say."""
+
+    keeps_ends: bool = False
+    """Whether the first and the last layer stay in high precision as well, whatever they are called."""
+
+    def known(self, backbone: "nn.Module") -> Known:
+        """What `keep: family` in a recipe stands for in this backbone."""
+        keep = {**self.keep, **ends(backbone)} if self.keeps_ends else self.keep
+        return Known(keep, self.concatenations(backbone))
+
+
+_registered: dict[str, Family] = {}
+
+
+def register(family: Family) -> None:
+    """Add a family that is not a module of this package; UsageError where its name or backbone is another's."""
+    for other in families().values():
+        if other.name == family.name or set(other.backbones) & set(family.backbones):
+            raise UsageError(f"family {family.name}: its name or a backbone of its is that of family {other.name}")
+    _registered[family.name] = family
 
 
 @functools.cache
-def families() -> dict[str, Family]:
-    """Every family by name."""
+def _own() -> dict[str, Family]:
     names = sorted(module.name for module in pkgutil.iter_modules(__path__))
     return {name: importlib.import_module(f"{__name__}.{name}").FAMILY for name in names}
+
+
+def families() -> dict[str, Family]:
+    """Every family by name."""
+    return _own() | _registered
+
+
+def family_of_backbone(class_name: str) -> Family | None:
+    """The family that knows a backbone of this class, None where none does."""
+    return next((family for family in families().values() if class_name in family.backbones), None)
+
+
+def family_of_pipeline(class_name: str) -> Family | None:
+    """The family that runs pipelines of this class, None where none does."""
+    return next((family for family in families().values() if class_name in family.pipelines), None)
+
+
+@knows_models
+def _known(model: "nn.Module") -> Known | None:
+    family = family_of_backbone(type(model).__name__)
+    if family is None and _is_of_diffusers(model):
+        family = families()[GENERIC]
+    return None if family is None else family.known(model)
+
+
+def _is_of_diffusers(model: "nn.Module") -> bool:
+    bases = {(base.__module__.partition(".")[0], base.__name__) for base in type(model).__mro__}
+    return ("diffusers", "ModelMixin") in bases
 
 
 def family_of(pipeline: "DiffusionPipeline") -> Family:
     """The family of a loaded pipeline's backbone; UserError, naming those that are known, if it has none."""
     for family in families().values():
-        if type(getattr(pipeline, family.component, None)).__name__ in family.backbones:
+        backbone = getattr(pipeline, family.component, None)
+        if hasattr(backbone, "_orig_mod"):
+            raise UserError(f"the {family.component} is compiled: quantize it first, then torch.compile it")
+        if type(backbone).__name__ in family.backbones:
             return family
     backbones = {type(getattr(pipeline, name)).__name__ for name in ("transformer", "unet") if hasattr(pipeline, name)}
     known = ", ".join(name for family in families().values() for name in family.backbones)

@@ -43,4 +43,5 @@ FAMILY = Family(
     concatenations=_concatenations,
     counted=_counted,
     shared=("image_rotary_emb",),
+    token_limits={"tokenizer": 77, "tokenizer_2": 256},
 )

@@ -10,6 +10,7 @@ from dmquant.calib.blocks.budget import FITTED, LEARNED, WORKING, check_budget
 from dmquant.calib.blocks.units import Block
 from dmquant.errors import UsageError
 from dmquant.host.memory import default_budget
+from dmquant.pipelines.runs.settings import parse_size
 from dmquant.recipe import Learning
 
 
@@ -45,10 +46,10 @@ def test_larger_batches_and_windows_take_more():
 
 def test_a_budget_too_small_names_the_unit_and_the_least_that_works():
     widths, options = (8, 256), Learning(batch_size=4)
-    with pytest.raises(UsageError, match=r"1 alone takes (\d+) MB; use --memory-budget \1MB or more") as caught:
+    with pytest.raises(UsageError, match=r"1 alone takes ([\d.]+) (\w*B); use --memory-budget \1\2 or more") as caught:
         check_budget(1_000_000, model(widths), blocks(widths), options, True)
     assert "\n" not in str(caught.value)
-    least = int(re.search(r"--memory-budget (\d+)MB", str(caught.value)).group(1)) * 1_000_000
+    least = parse_size(re.search(r"--memory-budget (\S+)", str(caught.value)).group(1), "--memory-budget")
     check_budget(least, model(widths), blocks(widths), options, True)
 
 

@@ -99,7 +99,7 @@ def test_where_there_is_nothing_to_gain_it_is_never_worse_than_nearest(format, l
     case = problem(iid, format)
     done, kept = learned(case, learning_rate=learning_rate, iterations=60)
     assert done.error <= done.nearest_error
-    assert torch.equal(kept["layer"], case[0].grid.nearest) == (done.best_step == 0)
+    assert torch.equal(kept["layer"].values, case[0].grid.nearest) == (done.best_step == 0)
 
 
 def test_the_errors_told_are_those_of_the_values_kept():
@@ -111,15 +111,15 @@ def test_the_errors_told_are_those_of_the_values_kept():
     def error(weight):
         return ((x[held_out] @ (weight - learner.layer.weight).T).square().mean()).item()
 
-    assert done.error == pytest.approx(error(kept["layer"]), rel=1e-4)
+    assert done.error == pytest.approx(error(kept["layer"].values), rel=1e-4)
     assert done.nearest_error == pytest.approx(error(learner.grid.nearest), rel=1e-4)
     assert done.best_step in (100, 200, 300)
     lower, upper = learner.grid.neighbours
-    assert ((kept["layer"] == lower) | (kept["layer"] == upper)).all()
+    assert ((kept["layer"].values == lower) | (kept["layer"].values == upper)).all()
 
 
 def test_it_repeats_bit_for_bit_and_follows_its_seed():
-    first, again, other = (learned(problem(ar), iterations=40, seed=seed)[1]["layer"] for seed in (0, 0, 1))
+    first, again, other = (learned(problem(ar), iterations=40, seed=seed)[1]["layer"].values for seed in (0, 0, 1))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
 
@@ -136,8 +136,8 @@ def test_units_of_any_magnitude_are_learned_alike():
     large_learner = Learner("layer", learner.layer, grid, method.start(grid, method.Options()), learner.quantized)
     targets = learner.layer(x)
     large_data = UnitData(data.run, lambda batch: targets[list(batch)], LEARNING, HELD_OUT)
-    expected = learned(small, iterations=50)[1]["layer"]
-    assert torch.equal(learned((large_learner, large_data, x), iterations=50)[1]["layer"], 64 * expected)
+    expected = learned(small, iterations=50)[1]["layer"].values
+    assert torch.equal(learned((large_learner, large_data, x), iterations=50)[1]["layer"].values, 64 * expected)
 
 
 def test_without_the_regularizer_weights_stay_undecided():
@@ -150,7 +150,7 @@ def test_with_nothing_to_learn_nearest_rounding_is_kept(method, iterations):
     case = problem(ar, method=method)
     done, kept = learned(case, iterations=iterations)
     assert (done.error, done.best_step, done.undecided) == (done.nearest_error, 0, 0.0)
-    assert torch.equal(kept["layer"], case[0].grid.nearest)
+    assert torch.equal(kept["layer"].values, case[0].grid.nearest)
 
 
 def test_progress_is_told_with_the_loss_of_nearest_rounding_as_one():
@@ -203,7 +203,7 @@ def test_convolutions_learn_with_their_own_geometry(groups, split):
     )
     done, kept = learned((learner, data, smooth))
     assert done.error <= 0.7 * done.nearest_error
-    quantized.load_quantized(grid.quantized(kept["conv"]), layer.bias)
+    quantized.load_quantized(kept["conv"].quantized(), layer.bias)
     error = (quantized(smooth[64:]) - target[64:]).square().mean().item()
     assert error == pytest.approx(done.error, rel=1e-4)
 

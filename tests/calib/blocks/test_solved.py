@@ -24,7 +24,7 @@ GPTQ = {"rounding": "gptq", "scale": "mse", "activations": "fp6"}
 
 @pytest.fixture(scope="module")
 def pixart(tmp_path_factory):
-    return captured("pixart-sigma", tmp_path_factory.mktemp("data"))
+    return captured("pixart-sigma", tmp_path_factory.mktemp("data"), blocks=2)
 
 
 @pytest.fixture(scope="module")
@@ -99,8 +99,10 @@ def other(grid):
 
 @pytest.mark.parametrize("better", [True, False])
 def test_of_the_solved_roundings_and_nearest_those_better_on_held_out_data_are_kept(better):
-    learner, (done, kept) = case_of(lambda grid: Fixed(other(grid)), other if better else lambda grid: grid.weight)
-    assert torch.equal(kept["layer"], learner.rounding.hard() if better else learner.grid.nearest)
+    learner, (done, kept) = case_of(
+        lambda grid: Fixed(grid, other(grid)), other if better else lambda grid: grid.weight
+    )
+    assert torch.equal(kept["layer"].values, learner.rounding.hard() if better else learner.grid.nearest)
     assert done.solved == better
     assert done.error == (0 if better else done.nearest_error)
     assert (done.best_step, done.undecided) == (0, 0.0)

@@ -3,10 +3,8 @@
 import copy
 import inspect
 import signal
-import subprocess
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -21,6 +19,7 @@ from dmquant.diffusers.families import Family, families
 from dmquant.errors import UsageError, UserError
 from tests.calib.runs import call_of
 from tests.calib.toy import Toy
+from tests.forked import Forked
 from tests.tiny import TINY, TOKENS
 from tests.tiny.hunyuan import BERT_TOKENS, T5_TOKENS
 
@@ -279,8 +278,7 @@ toy_capture(toy, Path(sys.argv[1]))
 @pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL")
 def test_a_killed_capture_continues_after_its_last_whole_shard(tmp_path):
     killed = tmp_path / "killed"
-    ended = subprocess.run([sys.executable, "-c", SCRIPT, str(killed)], cwd=Path(__file__).parents[3], check=False)
-    assert ended.returncode == -signal.SIGKILL
+    assert Forked(["-c", SCRIPT, killed]).wait(300) == -signal.SIGKILL
     assert Index.load(killed).missing() == [2, 3]
     toy = Toy([1.0, 1.0, 1.0])
     toy_capture(toy, killed)

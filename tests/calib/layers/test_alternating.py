@@ -8,10 +8,11 @@ from dmquant.calib.layers.fitting import fit_to_codes
 from dmquant.calib.layers.moments import Moments, columns_of, fit_grid
 from dmquant.convert import LayerPlan
 from dmquant.layers import QUANTIZED
-from dmquant.qtensor import WeightSpec
+from dmquant.qtensor import QuantizedTensor, WeightSpec
 from dmquant.rounding import get_method, gptq
 from dmquant.transforms import chains, create
 from tests.calib.runs import (
+    PART_OF_UNET,
     calibrated,
     captured,
     is_same,
@@ -23,11 +24,12 @@ from tests.calib.runs import (
 
 FAST = {"batch_size": 4, "checks": 1}
 BY_OUTPUT = {"method": "lowrank", "rank": 2, "by": "output"}
+BRIEFLY = BY_OUTPUT | {"iterations": 2}
 
 
 @pytest.fixture(scope="module")
 def pixart(tmp_path_factory):
-    return captured("pixart-sigma", tmp_path_factory.mktemp("data"))
+    return captured("pixart-sigma", tmp_path_factory.mktemp("data"), blocks=2)
 
 
 def inputs_of(layer, seed=0):
@@ -56,7 +58,7 @@ def fitted(layer, method, together=8192, split=None, seen=True, **options):
     values = grid.nearest
     if method == "gptq":
         values = gptq.solve(grid, gptq.factorize(moments.blocks(), gptq.Options()))[0]
-    quantized.load_quantized(grid.quantized(values), layer.bias, None)
+    quantized.load_quantized(QuantizedTensor.of(grid, values), layer.bias, None)
     with torch.no_grad():
         return ((quantized(x) - layer(x)).square().mean() / layer(x).square().mean()).item(), quantized
 
@@ -133,8 +135,8 @@ class TestCalibration:
     @pytest.mark.parametrize("unit", ["layer", "window"])
     def test_stopped_and_resumed_it_gives_the_same(self, pixart, tmp_path, unit):
         recipe = recipe_of(
-            rounding="gptq", scale="lean", activations="fp6", transforms=["smooth", BY_OUTPUT],
-            learning=FAST | {"unit": unit},
+            rounding="gptq", scale="lean", activations="fp6",
+            transforms=[{"method": "smooth", "alpha": [0.5]}, BRIEFLY], learning=FAST | {"unit": unit},
         )  # fmt: skip
         whole, _ = calibrated(pixart, recipe, tmp_path / "whole")
         resumed, _ = stopped_and_resumed(pixart, recipe, tmp_path / "stopped")
@@ -147,7 +149,7 @@ class TestCalibration:
 
     def test_convolutions_and_joined_inputs_of_a_unet_take_it(self, tmp_path):
         case = captured("sd15", tmp_path / "data")
-        recipe = recipe_of(keep=False, rounding="gptq", scale="mse", transforms=[BY_OUTPUT], learning=FAST)
+        recipe = recipe_of(PART_OF_UNET, keep=False, rounding="gptq", scale="mse", transforms=[BRIEFLY], learning=FAST)
         backbone, done = calibrated(case, recipe, tmp_path / "codes")
         layers = quantized_layers(backbone)
         assert any(isinstance(layer, nn.Conv2d) for layer in layers.values())

@@ -259,7 +259,7 @@ def test_without_rounding_the_whole_backbone_computes_the_same(unet, tmp_path):
 )
 def test_interrupted_and_run_again_it_gives_the_same_model(unet, tmp_path, rounding, unit):
     transforms = [smoothing(alpha=[0.5], ranges=2), "outliers"]
-    blocks = (BLOCK, "up_blocks.1.attentions.0")
+    blocks = (f"{INSIDE}.attn1", f"{INSIDE}.ff", "up_blocks.1.attentions.0.transformer_blocks.0.ff")
     recipe = unet_recipe(transforms, blocks, rounding, FAST | {"unit": unit}, activations="int8")
     whole, reports = calibrated(unet, recipe, tmp_path / "whole")
     resumed, again = stopped_and_resumed(unet, recipe, tmp_path / "stopped")
@@ -270,11 +270,11 @@ def test_interrupted_and_run_again_it_gives_the_same_model(unet, tmp_path, round
 
 def test_norms_without_weights_take_no_factor(tmp_path):
     """PixArt's: its attention alone is linear in what it gives on."""
-    case = captured("pixart-sigma", tmp_path / "data")
-    recipe = recipe_of(transforms=[smoothing()], rounding="nearest", learning=FAST)
+    case = captured("pixart-sigma", tmp_path / "data", blocks=2)
+    recipe = recipe_of(transforms=[smoothing(alpha=[0.5])], rounding="nearest", learning=FAST)
     others = [{"match": "*.to_out.0", "transforms": []}]
     without = [
-        recipe_of(transforms=[smoothing(fold)], rounding="nearest", learning=FAST, rules=others)
+        recipe_of(transforms=[smoothing(fold, alpha=[0.5])], rounding="nearest", learning=FAST, rules=others)
         for fold in (True, False)
     ]
     backbone, done = calibrated(case, recipe, tmp_path / "folded")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dmquant.evaluation.clip import ClipModel
+from dmquant.evaluation.networks.clip import ClipModel
 from dmquant.pipelines.models.loading import load_full_precision
 from dmquant.pipelines.models.registry import embedded_folder, registered_models
 from dmquant.pipelines.prompts.lists import load_prompts

@@ -1,45 +1,59 @@
 """Hashes that tell one model from another."""
 
-import hashlib
+import json
 
-from dmquant.pipelines.models.hashes import pipeline_hashes, sha256
+import pytest
 
+from dmquant.pipelines.models.hashes import pipeline_hashes
 
-def make(folder):
-    for name in ("model_index.json", "scheduler/config.json", "transformer/config.json"):
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text("{}")
-    (folder / "transformer" / "model.safetensors").write_bytes(b"abc")
-    (folder / "README.md").write_text("about")
-    return folder
-
-
-def test_sha256_of_a_file_is_the_published_one(tmp_path):
-    (tmp_path / "abc").write_bytes(b"abc")
-    # FIPS 180-2, appendix B.1
-    assert sha256(tmp_path / "abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
-
-
-def test_large_files_are_read_in_pieces_that_add_up(tmp_path):
-    content = bytes(range(256)) * 40_000
-    (tmp_path / "large").write_bytes(content)
-    pieces = []
-    assert sha256(tmp_path / "large", pieces.append) == hashlib.sha256(content).hexdigest()
-    assert len(pieces) > 1
-    assert sum(pieces) == len(content)
+INDEX = {
+    "_class_name": "PixArtSigmaPipeline",
+    "scheduler": ["diffusers", "DPMSolverMultistepScheduler"],
+    "transformer": ["diffusers", "PixArtTransformer2DModel"],
+    "text_encoder": ["transformers", "T5EncoderModel"],
+    "tokenizer": ["transformers", "T5Tokenizer"],
+    "safety_checker": [None, None],
+}
+FILES = (
+    *("scheduler/scheduler_config.json", "transformer/config.json", "transformer/model.safetensors"),
+    *("text_encoder/model.safetensors", "tokenizer/spiece.model", "tokenizer/merges.txt"),
+)
+OTHERS = (
+    *("README.md", "transformer/README.md", "text_encoder/pytorch_model.bin", "transformer/.cache.json.lock"),
+    *("safety_checker/model.safetensors", "runs/report.json", "samples/00000.png"),
+)
 
 
-def test_every_file_that_makes_the_model_counts_and_no_other(tmp_path):
-    folder = make(tmp_path)
-    before = pipeline_hashes(folder, "transformer")
-    assert len(before) == 4
-    (folder / "README.md").write_text("something else")
-    assert pipeline_hashes(folder, "transformer") == before
-    (folder / "scheduler" / "config.json").write_text('{"steps": 1}')
-    assert pipeline_hashes(folder, "transformer") != before
+@pytest.fixture
+def folder(tmp_path):
+    for name in (*FILES, *OTHERS):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    (tmp_path / "model_index.json").write_text(json.dumps(INDEX))
+    return tmp_path
 
 
-def test_progress_ends_at_the_total(tmp_path):
+@pytest.mark.parametrize("name", FILES)
+def test_every_file_that_makes_the_model_counts(folder, name):
+    before = pipeline_hashes(folder)
+    assert before.keys() == {"model_index.json", *FILES}
+    (folder / name).write_text("something else")
+    assert {other for other, digest in pipeline_hashes(folder).items() if before[other] != digest} == {name}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_no_other_file_counts(folder, name):
+    before = pipeline_hashes(folder)
+    (folder / name).write_text("something else")
+    assert pipeline_hashes(folder) == before
+
+
+def test_parts_that_are_left_out_do_not_count(folder):
+    assert pipeline_hashes(folder, {"text_encoder": None}).keys() == pipeline_hashes(folder).keys() - {FILES[3]}
+
+
+def test_progress_ends_at_the_total(folder):
     calls = []
-    pipeline_hashes(make(tmp_path), "transformer", lambda done, total: calls.append((done, total)))
-    assert calls[-1][0] == calls[-1][1] == 2 + 2 + 2 + 3
+    pipeline_hashes(folder, (), lambda done, total: calls.append((done, total)))
+    sizes = [(folder / name).stat().st_size for name in ("model_index.json", *FILES)]
+    assert calls[-1] == (sum(sizes), sum(sizes))

@@ -8,7 +8,7 @@ from dmquant.convert import quantize_
 from dmquant.diffusers.quantizer import load_pipeline, mark_quantized, save_pipeline
 from dmquant.host.console import Console
 from dmquant.pipelines.models.loading import load_full_precision
-from dmquant.pipelines.runs.layer_errors import FILE, layer_errors, probe_full_precision
+from dmquant.pipelines.runs.probe import FILE, layer_errors, probe_full_precision
 from dmquant.pipelines.runs.settings import Options, resolve
 from dmquant.recipe import Recipe
 
@@ -76,6 +76,7 @@ def test_every_quantized_layer_is_listed_with_what_it_became(settings, tmp_path)
     recipe = Recipe.model_validate(
         {
             "name": "mixed",
+            "keep": "none",
             "weights": "fp4",
             "activations": "none",
             "granularity": "channel",

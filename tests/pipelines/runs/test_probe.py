@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import nn
 
-from dmquant.pipelines.runs import probe as probing
-from dmquant.pipelines.runs.probe import Probe, layer_names, make_probe, output_errors, sampled_outputs
 from dmquant.calib.data.tree import flatten
 from dmquant.convert import quantize_
+from dmquant.diffusers.families import families
 from dmquant.errors import UserError
 from dmquant.layers import QUANTIZED
-from dmquant.diffusers.families import families
+from dmquant.pipelines.runs import probe as probing
+from dmquant.pipelines.runs.probe import Probe, layer_names, make_probe, output_errors, sampled_outputs
 from dmquant.recipe import Recipe
 from tests.calib.runs import call_of
 from tests.tiny import TINY
@@ -46,7 +46,7 @@ def case(request):
 def quantized(backbone, fmt, keep=()):
     backbone = copy.deepcopy(backbone)
     rules = [{"match": list(keep), "keep": True}] if keep else []
-    quantize_(backbone, Recipe.model_validate({"name": "t", "weights": fmt, "activations": "none", "rules": rules}))
+    quantize_(backbone, Recipe.model_validate({"name": "t", "keep": "none", "weights": fmt, "rules": rules}))
     return backbone
 
 
@@ -227,3 +227,8 @@ def test_a_backbone_that_is_never_called_is_said():
     pipeline = TwoCallsAStep(nn.Sequential(nn.Linear(4, 4)), 0)
     with pytest.raises(UserError, match="never called its Sequential"):
         make_probe(pipeline, "transformer", ["a"], seed=0, call={"num_inference_steps": 3})
+
+
+def test_a_pipeline_whose_call_takes_no_steps_is_said():
+    with pytest.raises(UserError, match="takes no num_inference_steps"):
+        make_probe(object(), "transformer", ["a"], seed=0, call={})

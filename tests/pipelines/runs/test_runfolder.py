@@ -1,12 +1,14 @@
 """The run folder: who may write it, what counts as done, and that a stop at any moment leaves it usable."""
 
 import errno
+import itertools
 import multiprocessing
 
 import pytest
 
 from dmquant.errors import UserError
-from dmquant.pipelines.runs.runfolder import RunFolder, claim, fingerprint, is_full_disk
+from dmquant.host.files import fingerprint
+from dmquant.pipelines.runs.runfolder import RunFolder, claim, is_full_disk
 
 
 def test_fingerprint_depends_on_every_setting_and_not_on_their_order():
@@ -142,3 +144,56 @@ def test_a_full_disk_is_recognised_through_other_errors():
     assert is_full_disk(ValueError("I/O error: No space left on device (os error 28)"))
     assert not is_full_disk(OSError(errno.EACCES, "Permission denied"))
     assert not is_full_disk(None)
+
+
+def notes_of(path):
+    return RunFolder(path).notes("seconds")
+
+
+def test_what_is_noted_image_by_image_survives_a_kill_and_costs_one_line_each(tmp_path):
+    path, sizes = tmp_path / "run", []
+    with claim(path, "emoji") as folder:
+        folder.finish("model", "settings", layers=[1.0] * 1000)
+        state = (path / "state.json").read_bytes()
+        for index in range(100):
+            folder.add_notes("seconds", {f"image {index}": index / 2})
+            sizes.append((path / "state.journal").stat().st_size)
+        assert (path / "state.json").read_bytes() == state  # not written again
+        assert max(after - before for before, after in itertools.pairwise(sizes)) < 60
+        expected = {f"image {index}": index / 2 for index in range(100)}
+        assert notes_of(path) == expected == folder.notes("seconds")
+        folder.finish("images_fp", "settings")
+    assert not (path / "state.journal").exists()
+    assert notes_of(path) == expected
+
+
+def test_half_a_line_of_a_full_disk_loses_that_line_only(tmp_path):
+    path = tmp_path / "run"
+    with claim(path, "emoji") as folder:
+        folder.add_notes("seconds", {"first": 1.0})
+        folder.add_notes("seconds", {"second": 2.0})
+        journal = path / "state.journal"
+        journal.write_bytes(journal.read_bytes()[:-4])
+        folder.add_notes("seconds", {"third": 3.0})
+        assert notes_of(path) == {"first": 1.0, "third": 3.0}
+
+
+def test_a_journal_read_twice_and_one_of_a_run_that_was_overwritten_do_no_harm(tmp_path):
+    path = tmp_path / "run"
+    with claim(path, "emoji") as folder:
+        folder.add_notes("seconds", {"first": 1.0})
+        journal = (path / "state.journal").read_bytes()
+        folder.finish("images_fp", "settings")
+        (path / "state.journal").write_bytes(journal)  # killed between the two
+    assert notes_of(path) == {"first": 1.0}
+    with claim(path, "emoji", overwrite=True):
+        assert notes_of(path) == {}
+
+
+def test_a_stage_holds_under_its_own_fingerprint_only(tmp_path):
+    with claim(tmp_path / "run", "emoji") as folder:
+        folder.finish("model", "settings")
+        assert folder.holds("model", {"model": "settings"})
+        assert not folder.holds("model", {"model": "others"})
+        assert folder.holds("model", None)  # an earlier version wrote none
+        assert not folder.holds("scores", None)

@@ -41,7 +41,7 @@ def counted():
 
 def costs(counted, **settings):
     module, counts = counted
-    recipe = Recipe.load("rtn").with_settings(granularity="channel", rules=[], **settings)
+    recipe = Recipe.load("rtn").with_settings(granularity="channel", keep="none", **settings)
     return model_costs(plan(module, recipe), counts, fans_in(module))
 
 
@@ -79,7 +79,7 @@ def test_a_low_rank_branch_counts_with_16_bits(rank):
         module(torch.zeros(2, 4, 8, 8))
     found = []
     for transforms in ([], [{"method": "lowrank", "rank": rank}]):
-        recipe = Recipe.load("rtn").with_settings(granularity="channel", rules=[], transforms=transforms)
+        recipe = Recipe.load("rtn").with_settings(granularity="channel", keep="none", transforms=transforms)
         found.append(model_costs(plan(module, recipe), counts, fans_in(module)))
     conv, linear = 2 * 4 * 4 * (4 * 9 + 8), 2 * 8 * (16 + 24)
     assert found[1].bit_operations - found[0].bit_operations == rank * (conv + linear) * 16 * 16

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import subprocess
 import sys
 import textwrap
 import time
@@ -14,35 +13,33 @@ import torch
 
 from dmquant.errors import UserError
 from dmquant.pipelines.sweep.engines import ENGINES, Crew, check_alone, check_engine, local, on_ray
+from tests.forked import Forked
 
 ROOT = Path(__file__).parents[3]
 PATIENCE = 120  # seconds for processes to start on a busy machine
 
 
 def threads_and_square(number):
-    return torch.get_num_threads(), number**2
-
-
-def die_at_two(number):
     if number == 2:
         os.kill(os.getpid(), signal.SIGKILL)
-    return number
+    return torch.get_num_threads(), number**2
 
 
 def process(number):
     return os.getpid()
 
 
-def test_every_item_is_done_once_by_as_many_processes_as_asked_for():
-    assert sorted(local(threads_and_square, [1, 2, 3], Crew(2, 1))) == [(n, (1, n**2)) for n in (1, 2, 3)]
+def test_one_process_does_all_items_one_after_another():
     assert len({result for _, result in local(process, range(4), Crew(1, 1))}) == 1
     assert list(local(process, [], Crew(2, 1))) == []
 
 
-def test_a_process_that_dies_loses_its_own_item_and_is_replaced():
-    outcomes = dict(local(die_at_two, [1, 2, 3, 4], Crew(2, 1)))
+def test_every_item_is_done_once_and_a_process_that_dies_loses_its_own_and_is_replaced():
+    done = list(local(threads_and_square, [1, 2, 3, 4], Crew(2, 1)))
+    outcomes = dict(done)
+    assert len(done) == len(outcomes)
     assert isinstance(outcomes.pop(2), UserError)
-    assert outcomes == {1: 1, 3: 3, 4: 4}
+    assert outcomes == {n: (1, n**2) for n in (1, 3, 4)}
 
 
 @pytest.mark.parametrize("ending", [signal.SIGKILL, signal.SIGINT])
@@ -51,7 +48,6 @@ def test_no_process_outlives_the_command(tmp_path, ending):
         import os, pathlib, signal, sys, time
         from dmquant.pipelines.sweep.engines import Crew, local
         sys.path.insert(0, {str(tmp_path)!r})
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # what starts the tests may have it ignored
         import work
         if __name__ == "__main__":
             list(local(work.sleep, [{str(tmp_path / "one")!r}, {str(tmp_path / "two")!r}], Crew(2, 1)))
@@ -61,8 +57,7 @@ def test_no_process_outlives_the_command(tmp_path, ending):
         "def sleep(path):\n    pathlib.Path(path).write_text(str(os.getpid()))\n    time.sleep(600)\n"
     )
     (tmp_path / "script.py").write_text(textwrap.dedent(script))
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{tmp_path}"}
-    main = subprocess.Popen([sys.executable, str(tmp_path / "script.py")], env=environment, stderr=subprocess.DEVNULL)
+    main = Forked([tmp_path / "script.py"], {"PYTHONPATH": f"{ROOT}:{tmp_path}"})
     try:
         pids = [int(_when(lambda name=name: (tmp_path / name).read_text())) for name in ("one", "two")]
     finally:

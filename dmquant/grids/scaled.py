@@ -1,0 +1,80 @@
+"""A format's values times the scale of each group."""
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from dmquant.grids.base import Grid, Spec
+from dmquant.packing import pack, unpack
+from dmquant.scaling import RULES, Scales, fit_weighted, from_groups, to_groups
+
+
+@dataclass(frozen=True)
+class ScaledGrid(Grid):
+    """Values of `spec.fmt`, those of each group times a scale of its own."""
+
+    @staticmethod
+    def check(format: str, granularity: str, scale: str) -> None:
+        """Every format has scales of every granularity by every rule."""
+
+    @staticmethod
+    def scale_shape(spec: Spec, shape: tuple[int, ...]) -> tuple[int, int]:
+        columns = sum(math.ceil(part / (spec.granularity.size or part)) for part in spec.segments(shape))
+        return 1 if spec.granularity.kind == "tensor" else shape[0], columns
+
+    @staticmethod
+    def fit(matrix: Tensor, spec: Spec, segments: tuple[int, ...], base: Tensor | None = None) -> Scales:
+        return RULES[spec.scale](to_groups(matrix, spec.granularity, segments), spec.fmt, spec.store, base)
+
+    @staticmethod
+    def fit_weighted(matrix: Tensor, spec: Spec, segments: tuple[int, ...], weights: Tensor) -> Scales:
+        rows = len(matrix) if spec.granularity.kind == "tensor" else 1
+        of_groups = to_groups(weights.expand(rows, -1), spec.granularity, segments)
+        of_groups = of_groups / of_groups.amax(-1, keepdim=True)  # in float64, so that no group's all become 0
+        groups = to_groups(matrix, spec.granularity, segments)
+        return fit_weighted(groups, spec.fmt, spec.store, of_groups.float())
+
+    @staticmethod
+    def encode(values: Tensor, scale: Tensor, spec: Spec, segments: tuple[int, ...]) -> Tensor:
+        codes = spec.fmt.encode(to_groups(values, spec.granularity, segments) / scale.unsqueeze(-1))
+        return pack(from_groups(codes, spec.granularity, segments), spec.fmt.bits)
+
+    @staticmethod
+    def decode(codes: Tensor, scale: Tensor, spec: Spec, segments: tuple[int, ...]) -> Tensor:
+        values = spec.fmt.decode(unpack(codes, spec.fmt.bits, sum(segments)))
+        groups = to_groups(values, spec.granularity, segments) * scale.unsqueeze(-1)
+        return from_groups(groups, spec.granularity, segments)
+
+    @cached_property
+    def nearest(self) -> Tensor:
+        return self._unscaled(self.spec.fmt.round(self._scaled))
+
+    @cached_property
+    def neighbours(self) -> tuple[Tensor, Tensor]:
+        lower, upper = self.spec.fmt.neighbours(self._scaled)
+        return self._unscaled(lower), self._unscaled(upper)
+
+    @cached_property
+    def step(self) -> Tensor:
+        return self._unscaled(self.spec.fmt.step(self._scaled))
+
+    def round_column(self, values: Tensor, column: int) -> Tensor:
+        scale = self._scale_of_columns[column]
+        return self.spec.fmt.round(values / scale) * scale
+
+    @cached_property
+    def _scale_of_columns(self) -> Tensor:
+        """The scale of every weight, (columns, rows)."""
+        groups = to_groups(torch.empty_like(self.weight), self.spec.granularity, self.segments)
+        scale = self.scale.unsqueeze(-1).expand_as(groups)
+        return from_groups(scale, self.spec.granularity, self.segments).T.contiguous()
+
+    @property
+    def _scaled(self) -> Tensor:
+        return to_groups(self.weight, self.spec.granularity, self.segments) / self.scale.unsqueeze(-1)
+
+    def _unscaled(self, groups: Tensor) -> Tensor:
+        return from_groups(groups * self.scale.unsqueeze(-1), self.spec.granularity, self.segments)

@@ -1,0 +1,54 @@
+"""What a layer remembers of its kernel: which it chose, and what that made of the layer's codes."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+CODES = ("qweight", "scale", "scale_base")
+PREFIX = "kernel_"
+
+
+class Choice(NamedTuple):
+    """A kernel's name, and what it was chosen for."""
+
+    kernel: str
+    device: torch.device
+    forced: str | None
+
+
+class Chosen(nn.Module):
+    """A layer whose kernel is asked for anew, and makes its weights anew, when the layer moves or its codes change.
+
+    Neither is saved or copied.
+    """
+
+    kernel_choice: Choice | None = None
+    kernel_weights_of: tuple[str, torch.device] | None = None
+    """The kernel that made weights of its own here, as buffers `kernel_<name>`, and where."""
+
+    def drop_kernel_weights(self) -> None:
+        """Let the next call choose a kernel, and that make its weights from the codes as they are then."""
+        for name in [name for name in self._buffers if name.startswith(PREFIX)]:
+            delattr(self, name)
+        self.kernel_choice = self.kernel_weights_of = None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in CODES and self.kernel_choice:
+            self.drop_kernel_weights()
+        super().__setattr__(name, value)
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = ("kernel_choice", "kernel_weights_of")
+        state = {name: value for name, value in self.__dict__.items() if name not in own}
+        buffers = {name: buffer for name, buffer in self._buffers.items() if not name.startswith(PREFIX)}
+        passing = {name for name in self._non_persistent_buffers_set if not name.startswith(PREFIX)}
+        return state | {"_buffers": buffers, "_non_persistent_buffers_set": passing}
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "Chosen":
+        self.drop_kernel_weights()
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.drop_kernel_weights()
+        super()._load_from_state_dict(*args, **kwargs)

@@ -1,0 +1,85 @@
+"""What others know of a model and torch does not tell. They register here; the core only asks.
+
+Asked are which layers stay in high precision and which inputs are concatenations (`keep: family` in a recipe), and how
+a model that was quantized in place is saved so that it loads again.
+"""
+
+from collections.abc import Callable, Collection
+from typing import TYPE_CHECKING, Any
+
+from dmquant.errors import UserError
+from dmquant.recipe import Known, Recipe
+
+if TYPE_CHECKING:
+    from torch import nn
+
+USUAL = {
+    "conv_in": "sees the noisy latents themselves",
+    "*embed*": "embeds latents, timestep, text or size for the whole network",
+    "time_extra_emb*": "conditions every block",
+    "adaln_single*": "one embedding sets scale and shift of every block",
+    "caption_projection*": "every cross-attention reads its output",
+    "norm_out*": "scales and shifts all tokens just before they become noise",
+    "proj_out": "its error goes straight into the predicted noise",
+    "proj_out_[0-9]": "its error goes straight into the predicted noise",
+    "conv_out": "its error goes straight into the predicted noise",
+}
+"""Globs of what backbones usually call the layers that see the raw latents, the timestep or the output: few, small, and
+the first to hurt an image."""
+
+Lookup = Callable[["nn.Module"], Known | None]
+Recorder = Callable[["nn.Module", Recipe, Collection[str]], bool]
+_lookups: list[Lookup] = []
+_recorders: list[Recorder] = []
+
+
+def knows_models(lookup: Lookup) -> Lookup:
+    """Decorate a function that says what is known of a model, None where that is nothing."""
+    _lookups.append(lookup)
+    return lookup
+
+
+def records_quantization(recorder: Recorder) -> Recorder:
+    """Decorate a function that writes into a model how it was quantized, so that it is saved with it.
+
+    It is given the model, the recipe with its rules written out and the names of the layers that were quantized, and
+    says whether it did so: not where the model is of another kind, or holds layers quantized otherwise.
+    """
+    _recorders.append(recorder)
+    return recorder
+
+
+def known(model: "nn.Module") -> Known:
+    """What the first that knows the model says of it; the usual names where nobody does."""
+    return next((found for lookup in _lookups if (found := lookup(model)) is not None), Known(USUAL))
+
+
+def completed(recipe: Recipe, model: "nn.Module") -> Recipe:
+    """The recipe with what its `keep: family` stands for in `model` written out as rules, which need no lookup."""
+    return recipe.for_model(known(model)) if recipe.keep == "family" else recipe
+
+
+def record(model: "nn.Module", recipe: Recipe, layers: Collection[str]) -> None:
+    """Have it recorded how the `layers` of a model were quantized in place, and refuse to save what nobody records.
+
+    A model that cannot be saved keeps its `state_dict`.
+    """
+    recorded = any(recorder(model, recipe, layers) for recorder in _recorders)
+    for name, part in model.named_modules():
+        holds = any(layer.startswith(f"{name}." if name else "") for layer in layers)
+        if holds and hasattr(part, "save_pretrained") and not (recorded and part is model):
+            part.save_pretrained = _RefusesToSave(type(part).__name__)
+
+
+class _RefusesToSave:
+    """Stands in place of a model's `save_pretrained`; a class, so that copies and pickles keep it."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        raise UserError(
+            f"this {self.name} was quantized in place in a way that its save_pretrained does not record, so it would "
+            "load with random weights: save it before it is quantized, or torch.save its state_dict() and load that "
+            "into one that dmquant.quantize_ made by the same recipe"
+        )

@@ -1,0 +1,148 @@
+"""Scale stores: how a scale is kept, and the float32 base that it may be relative to."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from dmquant.errors import UsageError
+from dmquant.formats import Format, get_format
+
+SMALLEST = 2.0**-126  # the smallest normal float32: below it a quotient could overflow
+LARGEST = 3.38e38  # a little under the largest bfloat16: a scale rounded up must not overflow when multiplied
+OCTAVES_BELOW = 14  # of its channel's scale that a `pow2` scale may be
+# Three times as many candidates lower the weight error by 1 % more at four bits and 8 % in FP8.
+FINE_SEARCH = (0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.05, 1.1, 1.15, 1.2, 1.3, 1.4, 1.5)
+OCTAVE_SEARCH = (0.25, 0.5, 1.0, 2.0)
+
+
+@dataclass(frozen=True)
+class Store:
+    """How scales are kept: in `dtype`, and relative to a float32 base if `base_of` says so.
+
+    Amplitudes, (..., rows, columns) float32, are the magnitudes that are to become the largest value of a format.
+    """
+
+    dtype: torch.dtype
+    encode: Callable[[Tensor, Format, Tensor | None], Tensor]
+    """Amplitudes, format and base to stored scales, of the amplitudes' shape."""
+    decode: Callable[[Tensor, Tensor | None], Tensor]
+    """Stored scales and base to float32 scales, of the stored ones' shape."""
+    search: tuple[float, ...]
+    """Multiples of absmax that the `mse` rule tries."""
+    base_of: Literal["row", "tensor"] | None = None
+    """What shares a base: a row of scales, or all of them."""
+    fit_base: Callable[[Tensor, Format], Tensor] | None = None
+    """Largest amplitudes, (..., 1, 1) or (..., rows, 1), and format to float32 bases of their shape."""
+
+    def base(self, amplitude: Tensor, fmt: Format) -> Tensor | None:
+        """The base for these amplitudes, (..., 1, 1) or (..., rows, 1) float32; None for a store without."""
+        if self.base_of is None:
+            return None
+        largest = amplitude.amax(-1 if self.base_of == "row" else (-2, -1), keepdim=True)
+        return self.fit_base(largest, fmt)
+
+    def base_shape(self, scale_shape: tuple[int, int]) -> tuple[int, int] | None:
+        """Shape of the base of scales (rows, columns); None for a store without."""
+        return {None: None, "row": (scale_shape[0], 1), "tensor": (1, 1)}[self.base_of]
+
+
+def floor_exponent(x: Tensor) -> Tensor:
+    """floor(log2(x)) of positive normal float32 values, exactly; int32, same shape."""
+    return (x.view(torch.int32) >> 23) - 127
+
+
+def power_of_two(exponent: Tensor) -> Tensor:
+    """2^exponent in float32, same shape, for integer exponents of -126..127."""
+    return ((exponent.to(torch.int32) + 127) << 23).view(torch.float32)
+
+
+def _plain(amplitude: Tensor, fmt: Format) -> Tensor:
+    return (amplitude / fmt.max).clamp(SMALLEST, LARGEST / fmt.max)
+
+
+def _encode_e8m0(amplitude: Tensor, fmt: Format, base: Tensor | None) -> Tensor:
+    """The exponent of the largest element less the format's largest exponent (OCP MX 1.0, section 6.3)."""
+    largest = math.frexp(fmt.max)[1] - 1
+    return (floor_exponent(amplitude) - largest + 127).clamp(1, 254).to(torch.uint8)
+
+
+def _encode_pow2(amplitude: Tensor, fmt: Format, base: Tensor | None) -> Tensor:
+    """The smallest power of two of the channel scale that clips nothing, at most OCTAVES_BELOW octaves below it."""
+    ratio = (amplitude / fmt.max / base).clamp(min=2.0**-OCTAVES_BELOW)
+    exponent = floor_exponent(ratio)
+    exponent += ratio > power_of_two(exponent)
+    return (exponent.clamp(-OCTAVES_BELOW, 127) + 127).to(torch.uint8)
+
+
+def _encode_e4m3(amplitude: Tensor, fmt: Format, base: Tensor | None) -> Tensor:
+    e4m3 = get_format("fp8_e4m3")
+    return e4m3.encode((amplitude / fmt.max / base).clamp(min=e4m3.min_positive))
+
+
+def _octaves(stored: Tensor) -> Tensor:
+    return power_of_two(stored.to(torch.int32) - 127)
+
+
+STORES = {
+    "fp32": Store(
+        dtype=torch.float32,
+        encode=lambda amplitude, fmt, base: _plain(amplitude, fmt),
+        decode=lambda stored, base: stored,
+        search=FINE_SEARCH,
+    ),
+    "bf16": Store(
+        dtype=torch.bfloat16,
+        encode=lambda amplitude, fmt, base: _plain(amplitude, fmt).bfloat16(),
+        decode=lambda stored, base: stored.float(),
+        search=FINE_SEARCH,
+    ),
+    "e8m0": Store(
+        dtype=torch.uint8,
+        encode=_encode_e8m0,
+        decode=lambda stored, base: _octaves(stored),
+        search=OCTAVE_SEARCH,
+    ),
+    "pow2": Store(
+        dtype=torch.uint8,
+        encode=_encode_pow2,
+        decode=lambda stored, base: base * _octaves(stored),
+        search=OCTAVE_SEARCH,
+        base_of="row",
+        fit_base=_plain,
+    ),
+    "e4m3": Store(
+        dtype=torch.uint8,
+        encode=_encode_e4m3,
+        decode=lambda stored, base: base * get_format("fp8_e4m3").decode(stored),
+        search=FINE_SEARCH,
+        base_of="tensor",
+        fit_base=lambda largest, fmt: _plain(largest / 448, fmt),
+    ),
+}
+
+
+TABLE = "table"  # in place of scales the values themselves: dmquant.grids.table
+TABLES = {
+    TABLE: Store(
+        dtype=torch.bfloat16,
+        encode=lambda tables, fmt, base: tables.bfloat16(),
+        decode=lambda stored, base: stored.float(),
+        search=(),
+    )
+}
+
+
+def get_store(name: str) -> Store:
+    """How scales, or tables, of a store that is known to exist are kept."""
+    return STORES[name] if name in STORES else TABLES[name]
+
+
+def register(name: str, store: Store) -> None:
+    """Make a store of scales known by this name to recipes and specifications; UsageError for a name that is taken."""
+    if name in (*STORES, *TABLES):
+        raise UsageError(f"there is a scale store '{name}' already: choose another name")
+    STORES[name] = store

@@ -1,0 +1,63 @@
+"""The final latents of generated images: what the sampler hands to the VAE, kept beside each image as float32.
+
+They show what quantization did before the VAE and 8-bit pixels blur it.
+"""
+
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dmquant.errors import UserError
+from dmquant.host.files import remembering, replacing
+
+SUFFIX = ".latent.safetensors"
+TENSOR = "latent"
+
+
+def latent_path(image: Path) -> Path:
+    """Where the final latents of the image at `image` are: `00042.latent.safetensors` beside `00042.png`."""
+    return image.with_suffix(SUFFIX)
+
+
+def save_latent(latent: Tensor, image: Path, key: str) -> None:
+    """Write the latents of one image beside it, whole or not at all; `key` is the image's own.
+
+    `latent` is float32 of any shape, in the units of the sampler; strides are not kept. Raises UserError where the disk
+    refuses.
+    """
+    with replacing(latent_path(image)) as partial:
+        save_file({TENSOR: latent.clone(memory_format=torch.contiguous_format)}, partial, metadata={"key": key})
+
+
+def read_latent(image: Path, key: str | None) -> Tensor | None:
+    """The final latents made together with the image of that key; None where there are none, or a damaged file.
+
+    They are float32 on the CPU, in the shape and the units they were saved in.
+    """
+    try:
+        with safe_open(latent_path(image), framework="pt") as file:
+            return file.get_tensor(TENSOR) if file.metadata() == {"key": key} else None
+    except (OSError, SafetensorError):
+        return None
+
+
+def has_latent(image: Path, key: str) -> bool:
+    """Whether `read_latent` would give any; a file that has not changed is not read again."""
+    try:
+        return _key(latent_path(image)) == key
+    except UserError:
+        return False
+
+
+@remembering
+def _key(path: Path) -> str | None:
+    """The key in a file of latents that is whole."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            file.get_tensor(TENSOR)
+            return (file.metadata() or {}).get("key")
+    except SafetensorError:
+        return None

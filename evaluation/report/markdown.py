@@ -1,0 +1,72 @@
+"""report.md: the report for a terminal, a code host or a message."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from dmquant.evaluation.report import wording
+from dmquant.evaluation.result import Measured, Report
+
+
+def render_markdown(folder: Path, report: Report) -> str:
+    """The report as Markdown; `folder` is where it will lie, for the grid."""
+    parts = [f"# {cell(wording.title(report))}", cell(wording.summary(report))]
+    if (folder / "grid.png").is_file():
+        parts.append("![Image pairs: full precision and quantized](grid.png)")
+    if (folder / "compare.png").is_file():
+        parts.append("![Quality of every recipe against its bits a weight](compare.png)")
+    parts += ["## Size and cost", markdown_table(wording.FACTS_HEADER, wording.facts(report))]
+    if len(report.recipes) > 1:
+        parts += ["## Metrics", _overview(report)]
+    for name, variant in wording.scored(report).items():
+        parts += [f"## Metrics: {cell(name)}", _metrics(variant)]
+    parts += ["## Recipes", markdown_table(("", *report.recipes), wording.recipe_settings(report))]
+    parts += [f"## Repeat it\n\n```\n{report.command}\n```"] if report.command else []
+    parts += [f"## Settings\n\nImage pairs share prompt, seed and initial noise. {len(report.prompts)} prompts."]
+    parts += [markdown_table(("setting", "value"), ((key, str(value)) for key, value in report.settings.items()))]
+    parts += [markdown_table(("package", "version"), report.versions.items())]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _overview(report: Report) -> str:
+    """A row a variant, a column a metric, values only."""
+    titles = wording.metric_titles(report)
+    rows = (
+        (variant_title, *(wording.metric_short(name, variant.metrics.get(name)) for name in titles))
+        for variant_title, variant in wording.scored(report).items()
+    )
+    return markdown_table(("", *titles.values()), rows)
+
+
+def _metrics(variant: Measured) -> str:
+    header = ("metric", "value", "95 % interval", "median and worst", "images", "backbone", "note")
+    return markdown_table(
+        header,
+        (
+            (
+                wording.metric_title(name, metric),
+                wording.metric_value(name, metric),
+                wording.metric_interval(name, metric),
+                wording.metric_spread(name, metric),
+                str(metric.images) if metric.value is not None else "",
+                wording.backbone_text(metric.backbone),
+                metric.note or "",
+            )
+            for name, metric in variant.metrics.items()
+        ),
+    )
+
+
+def cell(text: str) -> str:
+    """`text` on one line, with what Markdown or HTML would take for markup escaped."""
+    text = " ".join(str(text).split())
+    for character, escaped in (("\\", "\\\\"), ("|", "\\|"), ("<", "&lt;"), ("`", "\\`"), ("*", "\\*"), ("[", "\\[")):
+        text = text.replace(character, escaped)
+    return text
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table, or "" without rows."""
+    body = [f"| {' | '.join(map(cell, row))} |" for row in rows]
+    if not body:
+        return ""
+    return "\n".join([f"| {' | '.join(map(cell, header))} |", "|" + " --- |" * len(header), *body])

@@ -1,0 +1,1 @@
+"""Runs: a folder, and everything that is done in it."""

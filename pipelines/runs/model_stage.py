@@ -1,0 +1,171 @@
+"""The stage that makes a quantized model: quantize a loaded pipeline, save it whole, load it as any app would."""
+
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+import diffusers
+
+from dmquant.convert import LayerReport, footprint, quantize_layers_, unmatched
+from dmquant.diffusers.quantizer import mark_quantized
+from dmquant.errors import UserError
+from dmquant.host import processes
+from dmquant.host.console import Console
+from dmquant.host.hashes import sha256_once
+from dmquant.host.units import size_text
+from dmquant.pipelines.models import folders
+from dmquant.pipelines.models.attention import check_attention
+from dmquant.pipelines.models.hashes import pipeline_hashes
+from dmquant.pipelines.models.loading import load_full_precision
+from dmquant.pipelines.models.placing import place, place_backbone_alone
+from dmquant.pipelines.models.saving import model_card, narrow_exactly, save_whole
+from dmquant.pipelines.models.shared_parts import SharedParts
+from dmquant.pipelines.runs.calibration import calibrate, calibration_data
+from dmquant.pipelines.runs.settings import Settings
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+BYTES_IN_16_BIT = 2
+
+
+def make_model_together(
+    load: Callable[[], "DiffusionPipeline"],
+    settings: Settings,
+    folder: Path,
+    console: Console,
+    workspace: Path,
+    weights: str,
+    shared: SharedParts | None = None,
+) -> dict[str, Any]:
+    """`make_model` by the main process, with the data that it learns from captured by all."""
+
+    def work() -> dict[str, Any] | None:
+        if everyone.is_main:
+            return make_model(load(), settings, folder, console, workspace, weights, shared)
+        if settings.recipe.calibrated:
+            calibration_data(load(), settings, workspace, console, weights)
+        return None
+
+    everyone = processes.current()
+    return everyone.together(work)[0]
+
+
+def make_model(
+    pipeline: "DiffusionPipeline",
+    settings: Settings,
+    folder: Path,
+    console: Console,
+    workspace: Path,
+    weights: str,
+    shared: SharedParts | None = None,
+) -> dict[str, Any]:
+    """Quantize the backbone of a full-precision pipeline, whose key is `weights`, in place; save it whole to `folder`.
+
+    `workspace` is where a recipe that takes data keeps it, and the codes of finished blocks; `shared` has the parts
+    that are saved once for several models. Returns what the report
+    says of the model: number of layers and parameters, bits and bytes, formats, seconds, and file hashes. Bits over
+    all and bytes in full precision count what the file holds: parameters, and buffers that are saved with them.
+    """
+    backbone = getattr(pipeline, settings.family.component)
+    parameters = sum(parameter.numel() for parameter in backbone.parameters())
+    elements = sum(tensor.numel() for tensor in backbone.state_dict().values())
+    began = time.perf_counter()
+    if warning := unmatched(backbone, settings.recipe):
+        console.say(f"warning: {warning}")
+    recipe = settings.recipe_for(backbone)
+    if recipe.calibrated:
+        calibrated = calibrate(pipeline, replace(settings, recipe=recipe), workspace, console, weights)
+        layers, recipe = calibrated.layers, calibrated.recipe
+    else:
+        if settings.offload:
+            place_backbone_alone(pipeline, settings.family.component, settings.device)
+        with console.bar("quantizing") as bar:
+            layers = quantize_layers_(backbone, recipe, lambda done, total, name: bar(done, total))
+    for note, names in _notes(layers).items():
+        others = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        console.say(f"note: {names[0]}{others}: {note}")
+    mark_quantized(backbone, recipe)
+    narrow_exactly(backbone)
+    size, stored = footprint(backbone), sum(tensor.nbytes for tensor in backbone.state_dict().values())
+    weights, activations = settings.formats
+    card = model_card(
+        settings.model.name, settings.recipe.name, weights, activations, type(pipeline).__name__, settings.dtype
+    )
+    if kept := save_whole(pipeline, folder, card, settings.family.component, shared):
+        console.say(f"note: {folder} was replaced; what it held that is not of a pipeline is in {kept}")
+    seconds = time.perf_counter() - began
+    component = folder / settings.family.component
+    facts = {
+        "layers": len(layers),
+        "parameters": parameters,
+        "quantized_weights": size.quantized_weights,
+        "bits_per_quantized_weight": size.bits_per_weight,
+        "bits_per_weight": 8 * stored / elements,
+        "size_bytes": sum(path.stat().st_size for path in component.glob("*.safetensors")),
+        "full_precision_bytes": BYTES_IN_16_BIT * elements,
+        "weight_errors": {layer.plan.name: layer.error for layer in layers},
+        "formats": dict(Counter(layer.plan.weights.fmt.name for layer in layers)),
+        "seconds": seconds,
+        **_hashes(folder, settings.family.component),
+    }
+    console.say(
+        f"model: {facts['layers']} layers, {facts['bits_per_quantized_weight']:.2f} bits a quantized weight, "
+        f"{facts['bits_per_weight']:.2f} over all; {size_text(facts['size_bytes'])} "
+        f"({size_text(facts['full_precision_bytes'])} in 16 bit), in {seconds:.1f} s"
+    )
+    return facts
+
+
+def _notes(layers: Sequence[LayerReport]) -> dict[str, list[str]]:
+    """The layers that each note is about."""
+    notes: dict[str, list[str]] = {}
+    for layer in layers:
+        if layer.plan.note:
+            notes.setdefault(layer.plan.note, []).append(layer.plan.name)
+    return notes
+
+
+def load_source(
+    settings: Settings, console: Console, parts: Mapping[str, Any] = MappingProxyType({})
+) -> "DiffusionPipeline":
+    """The full-precision pipeline of a run, on its device; `parts` are in memory already and not loaded again."""
+    return load_full_precision(
+        settings.model, settings.dtype, settings.device, console.say, parts, offload=settings.offload
+    )
+
+
+def load_quantized(folder: Path, settings: Settings, **parts: Any) -> "DiffusionPipeline":
+    """A pipeline that dmquant saved, as any diffusers app loads it, on the device of the run.
+
+    `parts` are in memory already and not loaded again. Raises UserError for a folder that is not whole, and for an
+    attention backend that is not installed.
+    """
+    folders.check_whole(folder)
+    kind = getattr(diffusers, folders.pipeline_class(folder)) if parts else diffusers.DiffusionPipeline
+    pipeline = kind.from_pretrained(folder, torch_dtype=settings.dtype, local_files_only=True, **parts)
+    check_attention(getattr(pipeline, settings.family.component))
+    return place(pipeline, settings.device, settings.offload)
+
+
+def is_as_written(folder: Path, sha256: dict[str, str]) -> bool:
+    """Whether a pipeline folder is whole, and the files named have the hashes that they were written with."""
+    try:
+        folders.check_whole(folder)
+        return all(sha256_once(folder / name) == digest for name, digest in sha256.items())
+    except (UserError, OSError):
+        return False
+
+
+def _hashes(folder: Path, backbone: str) -> dict[str, dict[str, str]]:
+    """SHA-256 of the files of a model folder, those of other parts than the backbone by themselves."""
+    hashes = pipeline_hashes(folder)
+    of_backbone = {name for name in hashes if name.endswith(".json") or name.startswith(f"{backbone}/")}
+    return {
+        "sha256": {name: digest for name, digest in hashes.items() if name in of_backbone},
+        "parts_sha256": {name: digest for name, digest in hashes.items() if name not in of_backbone},
+    }

@@ -1,0 +1,195 @@
+"""The report of a run, built from what its folder remembers."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from dmquant.evaluation.metrics.registry import needing
+from dmquant.evaluation.report.files import write_report
+from dmquant.evaluation.result import LayerError, Metric, RecipeResult, Reference, Report
+from dmquant.evaluation.scores_csv import columns
+from dmquant.evaluation.step_errors import step_errors
+from dmquant.host.console import Console
+from dmquant.host.files import write_text
+from dmquant.pipelines.models.loading import DTYPES
+from dmquant.pipelines.runs import runfolder
+from dmquant.pipelines.runs.card import scored_card
+from dmquant.pipelines.runs.runfolder import RECIPES, RunFolder
+from dmquant.pipelines.runs.scores import OF_REFERENCE, generated_names
+from dmquant.settings import format_name
+
+NOT_TAKEN = "not taken by the pipeline"
+
+
+def build_report(folder: RunFolder, settings: dict[str, Any]) -> Report:
+    """The report of a finished run or comparison; `settings` is what its run.yaml holds."""
+    sides = quantized_sides(folder, settings)
+    side, _ = next(iter(sides.values()))
+    reference = Reference(
+        dtype=settings["dtype"],
+        size_bytes=side.record("model")["full_precision_bytes"],
+        seconds={"generate": _seconds(folder, "fp")},
+        peak_memory_bytes=_peak(folder, "fp"),
+        metrics=_metrics(side.record("scores")["reference"], settings["metrics"], _values(side), OF_REFERENCE),
+    )
+    return Report(
+        model=settings["model"]["name"],
+        reference=reference,
+        recipes={
+            name: _result(folder, side, recipe, settings["metrics"], _fingerprints(settings, name))
+            for name, (side, recipe) in sides.items()
+        },
+        prompts=settings["prompts"],
+        settings=_flat_settings(folder, side, settings),
+        versions=settings["versions"],
+        command=settings.get("command", ""),
+    )
+
+
+def write_all_reports(folder: RunFolder, settings: dict[str, Any], report: Report, console: Console) -> None:
+    """The report's files, and a card with the scores for every model of it."""
+    with console.bar("report") as bar:
+        write_report(folder.path, report, lambda what, done, total: bar(done, total, what))
+    for name, (side, _) in quantized_sides(folder, settings).items():
+        path = side.path / runfolder.MODEL / "README.md"
+        card = scored_card(report, name, settings["model"]["pipeline"], str(DTYPES[settings["dtype"]]))
+        if path.read_text(encoding="utf-8") != card:
+            write_text(path, card)
+
+
+def unfinished(folder: RunFolder, settings: dict[str, Any]) -> list[str]:
+    """The stages that are not done in a run or a comparison under the settings of its run.yaml."""
+    absent = [] if folder.holds("images_fp", settings.get("fingerprints")) else ["images_fp"]
+    if "recipes" in settings and not folder.record(RECIPES):
+        return [*absent, RECIPES]
+    of_side = ("model", "images_quantized", "scores")
+    for name, (side, _) in quantized_sides(folder, settings).items():
+        fingerprints = _fingerprints(settings, name)
+        stages = [stage for stage in of_side if not side.holds(stage, fingerprints)]
+        if "scores" not in stages and not _are_scored(side.record("scores"), settings):
+            stages.append("scores")
+        absent += [f"{stage} of {name}" if "recipes" in settings else stage for stage in stages]
+    return absent
+
+
+def _fingerprints(settings: dict[str, Any], recipe: str) -> dict[str, str] | None:
+    """Of the settings of one recipe, by stage; None in a run.yaml of an earlier version."""
+    given = settings.get("fingerprints")
+    return given["recipes"][recipe] if given and "recipes" in settings else given
+
+
+def _are_scored(record: dict[str, Any], settings: dict[str, Any]) -> bool:
+    """Whether a record of scores has all metrics of the settings, through their networks."""
+    listed = set(settings["metrics"])
+    same_clip = record.get("clip") == settings.get("clip") or not listed & set(needing("clip"))
+    return same_clip and listed <= record["metrics"].keys()
+
+
+def quantized_sides(folder: RunFolder, settings: dict[str, Any]) -> dict[str, tuple[RunFolder, dict[str, Any]]]:
+    """Folder and recipe of each quantized side that is finished, by the recipe's name."""
+    if "recipes" in settings:
+        names = folder.record(RECIPES)["names"]
+        return {name: (RunFolder(folder.recipe(name)), settings["recipes"][name]) for name in names}
+    return {settings["recipe"]["name"]: (folder, settings["recipe"])}
+
+
+def _result(
+    folder: RunFolder,
+    side: RunFolder,
+    recipe: dict[str, Any],
+    listed: list[str],
+    fingerprints: dict[str, str] | None,
+) -> RecipeResult:
+    model, scores = side.record("model"), side.record("scores")
+    layers = side.record(runfolder.LAYERS)["layers"] if side.holds(runfolder.LAYERS, fingerprints) else []
+    return RecipeResult(
+        weights=format_name(recipe["weights"]),
+        activations=format_name(recipe["activations"]),
+        bits_per_weight=model["bits_per_weight"],
+        size_bytes=model["size_bytes"],
+        images=side.images("quantized").relative_to(folder.path).as_posix(),
+        seconds={
+            "quantize": model["seconds"],
+            "generate": _seconds(side, "quantized"),
+            "score": scores["seconds"],
+        },
+        peak_memory_bytes=_peak(side, "quantized"),
+        metrics=_metrics(scores["metrics"], listed, _values(side)),
+        settings=_recipe_settings(side, recipe),
+        recipe=recipe,
+        layers=[LayerError(**layer) for layer in layers],
+        steps=step_errors(folder.images("fp"), side.images("quantized")),
+    )
+
+
+def _metrics(
+    stored: dict[str, Any], listed: list[str], values: Mapping[str, list[float]], suffix: str = ""
+) -> dict[str, Metric]:
+    """The listed metrics that are stored, with the values of their images, whose columns end in `suffix`."""
+    metrics = {name: Metric.from_json(stored[name]) for name in listed if name in stored}
+    return {
+        name: replace(metric, values=tuple(values[name + suffix])) if name + suffix in values else metric
+        for name, metric in metrics.items()
+    }
+
+
+def _values(side: RunFolder) -> dict[str, list[float]]:
+    """The metrics that have a value an image, from scores.csv."""
+    return columns(side.path / runfolder.SCORES, generated_names(side.images("quantized"))) or {}
+
+
+def _seconds(folder: RunFolder, side: str) -> float:
+    return sum(folder.notes(f"seconds_{side}").values())
+
+
+def _peak(folder: RunFolder, side: str) -> int | None:
+    return folder.record(f"images_{side}")["peak_memory_bytes"]
+
+
+def _flat_settings(folder: RunFolder, side: RunFolder, settings: dict[str, Any]) -> dict[str, Any]:
+    """What a reader needs to repeat the run, one value a line."""
+    images = settings["images"]
+    return {
+        "source": settings["model"]["source"],
+        "prompts": settings["prompt_set"],
+        "prompts (sha256)": settings["prompts_sha256"],
+        "prompts cut": folder.notes(runfolder.CUT_PROMPTS).get("line") or "none",
+        "images": images["count"],
+        "seed": f"{images['seed']} + image number",
+        "steps": images.get("num_inference_steps", NOT_TAKEN),
+        "guidance": images.get("guidance_scale", NOT_TAKEN),
+        "size": f"{images['width']}x{images['height']}",
+        "batch size": images["batch_size"],
+        "device": settings["device"],
+        "dtype": settings["dtype"],
+        "peak memory is": side.record("images_quantized")["peak_memory_of"] or "not measured",
+        "real images": settings["real"] or "none",
+    }
+
+
+def _recipe_settings(side: RunFolder, recipe: dict[str, Any]) -> dict[str, Any]:
+    """How one recipe made its model, one value a line."""
+    made, images = side.record("model"), side.record("images_quantized")
+    weights = [digest for name, digest in made["sha256"].items() if name.endswith(".safetensors")]
+    return {
+        "recipe": recipe["name"],
+        "rounding": _with_options(recipe["rounding"], "method"),
+        **({"calibration": _with_options(recipe["calibration"], "sampler")} if "calibration" in recipe else {}),
+        "formats": _in_layers(made["formats"]),
+        "granularity": f"weights {recipe['granularity']}, activations {recipe['activation_granularity']}",
+        "scale rule": f"{recipe['scale']}, stored as {recipe['store']}",
+        "quantized": f"{made['layers']} layers, {made['quantized_weights']} of {made['parameters']} weights, "
+        f"{made['bits_per_quantized_weight']:.3f} bits each",
+        "kernels": _in_layers(images.get("kernels") or {}) or "not recorded",
+        "weights (sha256)": ", ".join(weights),
+        "images with NaN or infinity": images["not_finite"] or 0,
+    }
+
+
+def _in_layers(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} in {count} layers" for name, count in sorted(counts.items()))
+
+
+def _with_options(given: dict[str, Any], first: str) -> str:
+    """The value of one key, then the others by name: "adaround, regularizer 0.01"."""
+    return ", ".join([str(given[first]), *(f"{key} {value}" for key, value in given.items() if key != first)])
