@@ -158,9 +158,9 @@ class Bench:
 
     def quantized(self, settings: Settings) -> tuple[nn.Module, float]:
         """The backbone that a recipe makes, and the seconds that its blocks took to calibrate."""
-        backbone, family = self.copy(), self.settings.family
+        backbone = self.copy()
         self._install(backbone)
-        recipe = settings.recipe.splitting(family.concatenations(backbone))
+        recipe = settings.recipe_for(backbone)
         if not recipe.calibrated:
             quantize_(backbone, recipe)
             return backbone, 0.0

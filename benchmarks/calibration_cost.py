@@ -96,7 +96,7 @@ def calibrate_one(blocks: int, budget: int) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder, peak_memory("cpu") as peak:
         calibrated = calibrate_(
             model,
-            recipe.keeping(FAMILY.keep),
+            recipe.for_model(FAMILY.known(model)),
             RandomData(),
             blocks=FAMILY.blocks(model),
             folder=Path(folder),

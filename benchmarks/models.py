@@ -212,11 +212,10 @@ def quantize_while_loading(name: str, recipe: str, folder: Path) -> dict[str, An
 
     family, model = families()[BACKBONES[name].family], skeleton(name)
     layers = sum(type(layer) in QUANTIZED for layer in model.modules())
-    split = dmquant.Recipe.load(recipe).keeping(family.keep).splitting(family.concatenations(model))
     with peak_memory("cpu") as peak:
         began = time.perf_counter()
         model = backbone_class(family).from_pretrained(
-            folder / "full", quantization_config=dmquant.QuantConfig(split), torch_dtype=torch.bfloat16
+            folder / "full", quantization_config=dmquant.QuantConfig(recipe), torch_dtype=torch.bfloat16
         )
         seconds = time.perf_counter() - began
         model.save_pretrained(folder / "packed")

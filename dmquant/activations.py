@@ -1,6 +1,5 @@
 """Activation quantization: online, where a scale comes from the input itself, or static, where calibration fixed it."""
 
-import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -116,7 +115,7 @@ class TimestepRanges:
 
 
 def static_scale(scale: Tensor, ranges: TimestepRanges | None, x: Tensor, dim: int, split: int | None = None) -> Tensor:
-    """The scales, of those fitted (ranges, 1 or channels), that apply to the rows of `x`; they broadcast to it.
+    """The scales, of those fitted (ranges, 1 or channels), float32, that apply to the rows of `x`; broadcast to it.
 
     With `split`, those fitted are (ranges, 2): of the first `split` channels and of the others. Where the first
     dimension of `x` is a multiple of the rows, each row's scale is repeated. A RuntimeError says if it is no multiple,
@@ -147,15 +146,9 @@ def static_scale(scale: Tensor, ranges: TimestepRanges | None, x: Tensor, dim: i
 def half_by_half(
     quantize: Callable[[Tensor, ActivationSpec, int], Tensor], x: Tensor, spec: ActivationSpec, dim: int
 ) -> Tensor:
-    """What `quantize` makes of a concatenation whose halves, by the spec's `split`, have online scales of their own."""
+    """A concatenation whose halves, by the spec's `split`, are quantized each on its own; dtype and shape of `x`."""
     each = ActivationSpec(spec.fmt, spec.granularity, spec.store)
     return torch.cat([quantize(half, each, dim) for half in x.split(spec.segments(x.shape[dim]), dim)], dim)
-
-
-def by_rows(x: Tensor, dim: int) -> Tensor:
-    """`x`, channels along `dim`, as (rows, tokens, channels): rows are its first dimension, or one if that is `dim`."""
-    rows, *tokens, channels = (x.unsqueeze(0) if dim % x.ndim == 0 else x).movedim(dim, -1).shape
-    return x.movedim(dim, -1).reshape(rows, math.prod(tokens), channels)
 
 
 def fake_quantize(x: Tensor, spec: ActivationSpec, dim: int = -1, scale: Tensor | None = None) -> Tensor:
@@ -169,12 +162,12 @@ def fake_quantize(x: Tensor, spec: ActivationSpec, dim: int = -1, scale: Tensor 
         return spec.fmt.round(x.float() / scale).mul_(scale).to(x.dtype)
     if spec.split is not None:
         return half_by_half(fake_quantize, x, spec, dim)
-    rows = by_rows(x, dim)
-    tokens = rows.flatten(0, 1).float()
+    channels_last = x.movedim(dim, -1)
+    tokens = channels_last.reshape(-1, channels_last.shape[-1]).float()
     groups = to_groups(tokens, spec.granularity)
-    scale = _online_scale(groups, len(rows), spec).unsqueeze(-1)
+    scale = _online_scale(groups, 1 if dim % x.ndim == 0 else len(x), spec).unsqueeze(-1)
     rounded = from_groups(spec.fmt.round(groups / scale).mul_(scale), spec.granularity, (tokens.shape[1],))
-    return rounded.reshape(x.movedim(dim, -1).shape).movedim(-1, dim).to(x.dtype)
+    return rounded.reshape(channels_last.shape).movedim(-1, dim).to(x.dtype)
 
 
 def _online_scale(groups: Tensor, rows: int, spec: ActivationSpec) -> Tensor:

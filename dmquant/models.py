@@ -4,16 +4,14 @@ Asked are which layers stay in high precision and which inputs are concatenation
 a model that was quantized in place is saved so that it loads again.
 """
 
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any
 
 from dmquant.errors import UserError
+from dmquant.recipe import Known, Recipe
 
 if TYPE_CHECKING:
     from torch import nn
-
-    from dmquant.recipe import Recipe
 
 USUAL = {
     "conv_in": "sees the noisy latents themselves",
@@ -29,19 +27,8 @@ USUAL = {
 """Globs of what backbones usually call the layers that see the raw latents, the timestep or the output: few, small, and
 the first to hurt an image."""
 
-
-@dataclass(frozen=True)
-class Known:
-    """What `keep: family` in a recipe stands for in one model."""
-
-    keep: Mapping[str, str]
-    """Globs of layers that stay in high precision, and why."""
-    splits: Mapping[str, int] = field(default_factory=dict)
-    """Layers whose input is a concatenation, with the channels of its first part."""
-
-
 Lookup = Callable[["nn.Module"], Known | None]
-Recorder = Callable[["nn.Module", "Recipe", Collection[str]], bool]
+Recorder = Callable[["nn.Module", Recipe, Collection[str]], bool]
 _lookups: list[Lookup] = []
 _recorders: list[Recorder] = []
 
@@ -67,12 +54,12 @@ def known(model: "nn.Module") -> Known:
     return next((found for lookup in _lookups if (found := lookup(model)) is not None), Known(USUAL))
 
 
-def completed(recipe: "Recipe", model: "nn.Module") -> "Recipe":
+def completed(recipe: Recipe, model: "nn.Module") -> Recipe:
     """The recipe with what its `keep: family` stands for in `model` written out as rules, which need no lookup."""
     return recipe.for_model(known(model)) if recipe.keep == "family" else recipe
 
 
-def record(model: "nn.Module", recipe: "Recipe", layers: Collection[str]) -> None:
+def record(model: "nn.Module", recipe: Recipe, layers: Collection[str]) -> None:
     """Have it recorded how the `layers` of a model were quantized in place, and refuse to save what nobody records.
 
     A model that cannot be saved keeps its `state_dict`.

@@ -4,8 +4,9 @@ import functools
 import importlib.resources
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -15,9 +16,6 @@ from dmquant.matching import Matcher
 from dmquant.methods import Rounding, Transformation
 from dmquant.settings import NO_FORMAT, ONLINE, Rule, Settings, format_name
 from dmquant.yaml_models import parse_content, problem, read_yaml
-
-if TYPE_CHECKING:
-    from dmquant.models import Known
 
 _BITS = re.compile(r"w(\d+)a(\d+)")
 _FLOAT_OF_BITS = {4: "fp4", 6: "fp6", 8: "fp8", 16: "none"}
@@ -57,6 +55,16 @@ class Learning(BaseModel):
     checks: int = Field(default=5, ge=1)
     """How often the hard-rounded unit is tried on held-out data; the best of these is kept."""
     seed: int = Field(default=0, ge=0)
+
+
+@dataclass(frozen=True)
+class Known:
+    """What `keep: family` in a recipe stands for in one model."""
+
+    keep: Mapping[str, str]
+    """Globs of layers that stay in high precision, and why."""
+    splits: Mapping[str, int] = field(default_factory=dict)
+    """Layers whose input is a concatenation, with the channels of its first part."""
 
 
 class Recipe(Settings):
@@ -157,7 +165,7 @@ class Recipe(Settings):
         except ValidationError as error:
             raise UsageError(problem(error.errors()[0], Recipe)) from None
 
-    def for_model(self, known: "Known") -> "Recipe":
+    def for_model(self, known: Known) -> "Recipe":
         """A copy whose rules say what `keep: family` stands for in a model; without that, the recipe as it is."""
         if self.keep == "none":
             return self

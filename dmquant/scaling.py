@@ -60,7 +60,7 @@ BLOCK_FORMATS = {
 
 
 def to_groups(matrix: Tensor, granularity: Granularity, segments: tuple[int, ...] | None = None) -> Tensor:
-    """View (rows, columns) as (scale rows, scale columns, elements sharing a scale).
+    """View (rows, columns) as (scale rows, scale columns, elements sharing a scale); same dtype.
 
     `segments` are the numbers of columns of the parts of a row that share no scale; by default all are one part. The
     last group of a part may be shorter: it is padded with zeros, which change neither its absmax nor its error.
@@ -74,7 +74,7 @@ def to_groups(matrix: Tensor, granularity: Granularity, segments: tuple[int, ...
 
 
 def from_groups(groups: Tensor, granularity: Granularity, segments: tuple[int, ...]) -> Tensor:
-    """Undo `to_groups`: (rows, columns), without the padding."""
+    """Undo `to_groups`: (scale rows, scale columns, elements) to (rows, columns), without padding; same dtype."""
     size = granularity.size or max(segments)
     if granularity.kind == "tensor":
         groups = groups.unflatten(-1, (-1, size)).squeeze(0).transpose(0, 1)
@@ -140,9 +140,10 @@ def absmax(groups: Tensor) -> Tensor:
 
 
 def fit_absmax(groups: Tensor, fmt: Format, store: str, base: Tensor | None = None) -> Scales:
-    """The largest magnitude of a group becomes the largest value of the format (for e8m0: OCP's floor rule).
+    """The largest magnitude of a group becomes the largest value of the format (e8m0: OCP MX 1.0, section 6.3).
 
-    `base` is what the store's scales are relative to where `groups` is only a part of a tensor; by default its own.
+    `groups` (scale rows, scale columns, elements) float32 to scales (scale rows, scale columns), as stored. `base`,
+    (scale rows or 1, 1) float32, is what those are relative to where `groups` is part of a tensor; by default its own.
     """
     amplitude = absmax(groups)
     base = STORES[store].base(amplitude, fmt) if base is None else base
@@ -150,15 +151,15 @@ def fit_absmax(groups: Tensor, fmt: Format, store: str, base: Tensor | None = No
 
 
 def fit_mse(groups: Tensor, fmt: Format, store: str, base: Tensor | None = None) -> Scales:
-    """The multiple of absmax with the least squared weight error, absmax among the candidates; `base` as there."""
+    """The multiple of absmax with the least squared weight error, absmax among the candidates; else as `fit_absmax`."""
     return _search(groups, fmt, store, base, lambda error: error.square_().sum(-1))
 
 
 def fit_hessian(groups: Tensor, fmt: Format, store: str, moments: Tensor) -> Scales:
     """The multiple of absmax with the least squared error of the layer's output, at nearest rounding.
 
-    `moments` (scale columns, n, n) are the second moments of the inputs that each group of n weights meets: the error
-    of a group is e^T H e, as if the other groups were exact. Granularity `tensor` sums that over the rows.
+    `moments` (scale columns, n, n) float32 are the second moments of the inputs that each group of n weights meets:
+    the error of a group is e^T H e, as if the other groups were exact. Granularity `tensor` sums that over the rows.
     """
     rows, columns = groups.shape[:2]
     width = moments.shape[-1]
@@ -174,7 +175,8 @@ def fit_hessian(groups: Tensor, fmt: Format, store: str, moments: Tensor) -> Sca
 def fit_weighted(groups: Tensor, fmt: Format, store: str, weights: Tensor) -> Scales:
     """The multiple of absmax with the least squared weight error, every element counting by its weight.
 
-    `weights` broadcast to `groups`. The weights of a few may exceed all others, so multiples are tried that clip more.
+    `weights`, float32, broadcast to `groups`. Those of a few elements may exceed all others: multiples are tried that
+    clip more.
     """
     further = (0.125,) if STORES[store].search == OCTAVE_SEARCH else (0.3, 0.35, 0.4, 0.45, 0.5, 0.55)
     return _search(groups, fmt, store, None, lambda error: error.square_().mul_(weights).sum(-1), further)

@@ -61,6 +61,8 @@ class _Calibration:
     call: dict[str, Any]
     dtype_name: str
     calibration_data: Path | None = None
+    device: str = ""
+    offload: bool = False
 
 
 class _LoggingConsole(Console):

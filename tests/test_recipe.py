@@ -3,8 +3,7 @@
 import pytest
 
 from dmquant.errors import UsageError
-from dmquant.models import Known
-from dmquant.recipe import Recipe, Rule, bits_names, recipe_names
+from dmquant.recipe import Known, Recipe, Rule, bits_names, recipe_names
 
 
 @pytest.mark.parametrize("name", recipe_names())

@@ -45,7 +45,7 @@ from dmquant.packing import unpack
 from dmquant.qtensor import WeightSpec, quantize, quantize_tensor, to_matrix
 from dmquant.rounding import gptq, nearest
 from dmquant.scaling import Scales, absmax, fit_mse, to_groups
-from dmquant.transforms import create
+from dmquant.transforms import create, fit_of
 from dmquant.transforms.equalize import equalize_
 from dmquant.transforms.pair import Pair
 from dmquant.transforms.rotate import hadamard
@@ -328,7 +328,7 @@ def test_smoothing_factors_are_those_of_torchao_and_brevitas(alpha):
             observed.add(batch)
             observer(batch)
             model(batch)
-    _, parts = smooth.fit(layer.weight, observed.statistics())
+    _, parts = fit_of(smooth).candidates(smooth, layer.weight, observed.statistics())
     factor = parts["factor"].float().flatten()
     for theirs in (1 / observer.calculate_qparams()[0], model[0].scale.weight.flatten()):
         assert torch.allclose(factor, theirs, rtol=BFLOAT16 + 1e-5, atol=0)
@@ -352,7 +352,7 @@ def test_the_corrected_bias_is_that_of_brevitas(shape, x):
     transforms = create([("bias", {})], layer, None)
     step = LayerPlan("layer", WeightSpec.parse("fp4", "channel", "absmax", "fp32"), None, transforms=transforms)
     quantized = QUANTIZED[type(layer)].like(layer, step.weights, None, "meta", transforms)
-    quantized.load_parts({"bias": transforms[0].fit(layer.weight, None)[0]})
+    quantized.load_parts({"bias": fit_of(transforms[0]).candidates(transforms[0], layer.weight, None)[0]})
     grid = fit_grid(layer.weight, step, None)
     learner = Learner("layer", layer, grid, nearest.start(grid, nearest.Options()), quantized)
 
@@ -372,7 +372,7 @@ def test_the_low_rank_branch_is_that_of_brevitas_svdquant():
     left, right = weight_of(64, 6), weight_of(6, 48, seed=1)
     layer = layer_of(left @ right + 0.1 * weight_of(64, 48, seed=2))
     (branch,) = create([("lowrank", {"rank": 6})], layer, None)
-    (parts,) = branch.fit(layer.weight, None)
+    (parts,) = fit_of(branch).candidates(branch, layer.weight, None)
     ours = parts["up"].float() @ parts["down"].float()
     model, _ = LayerwiseLowRankCorrection(nn.Sequential(in_brevitas(layer, Fp4))).apply(rank=6)
     theirs = model[0].correction.l2.weight @ model[0].correction.l1.weight

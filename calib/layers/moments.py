@@ -108,7 +108,7 @@ def has_columns(layer: nn.Module) -> bool:
 
 
 def alike(x: Tensor) -> Tensor:
-    """`x` with each row of the batch over its RMS, in float32: no timestep weighs more for its size.
+    """`x` (rows, ...) with each row of the batch over its RMS, float32: no timestep weighs more for its size.
 
     Rows, because the rows of a backbone call have timesteps of their own; their mean square is all that is taken off.
     """
@@ -117,9 +117,11 @@ def alike(x: Tensor) -> Tensor:
 
 
 def columns_of(layer: nn.Linear | nn.Conv2d, x: Tensor) -> Tensor:
-    """The inputs that output positions meet, (positions, columns); columns as in the weight's matrix form.
+    """The inputs `x` of a layer as output positions meet them, (positions, columns), in the dtype of `x`.
 
-    Of each row's tokens or pixels at most POSITIONS are taken, the same ones in every call.
+    Columns are in the order of the weight's matrix form without a split. Raises UsageError for a convolution of several
+    groups, or padded otherwise than with numbers of zeros. Of each row's tokens or pixels at most POSITIONS are taken,
+    the same ones in every call.
     """
     if isinstance(layer, nn.Linear):
         return (x if x.ndim < 3 else x[..., some_of(x.shape[-2], POSITIONS, x.device), :]).flatten(0, -2)
@@ -151,9 +153,10 @@ def some_of(count: int, most: int, device: torch.device) -> Tensor:
 
 
 def fit_grid(weight: Tensor, plan: LayerPlan, moments: Moments | None, options: BaseModel | None = None) -> Grid:
-    """The grid of a layer's weight: its scales fitted, and of its candidate formats the one of least output error.
+    """The grid of a weight (rows, input channels, ...), any dtype: its scales fitted, the best of its formats taken.
 
-    `options` are those of the rounding method, which scales that are fitted for it look at.
+    Of several candidate formats that of the least output error at nearest rounding is taken. `options` are those of
+    the rounding method, which scales that are fitted for it look at.
     """
     matrix, shape = to_matrix(weight.detach().float(), plan.weights.split), tuple(weight.shape)
     specs = [plan.weights.with_format(fmt) for fmt in plan.candidates] or [plan.weights]

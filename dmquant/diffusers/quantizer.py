@@ -29,7 +29,8 @@ from dmquant.transforms import folds_first
 
 VERSION = 2
 """Of what config.json says. 1: the codes of a convolution were in the order (in, height, width), not channels last."""
-_PACKED = ("qweight", "scale", "scale_base", "input_scale")
+PACKED = ("qweight", "scale", "scale_base")
+"""Parameters of a quantized layer that hold its weight, beside what its transforms store."""
 
 
 class QuantMethod(str, enum.Enum):
@@ -128,7 +129,7 @@ class DMQuantizer(DiffusersQuantizer):
         if layer_name not in self._plans:
             return False
         if self.pre_quantized:
-            return leaf in (*_PACKED, *model.get_submodule(layer_name).part_names)
+            return leaf in (*PACKED, "input_scale", *model.get_submodule(layer_name).part_names)
         return leaf == "weight" and not self._whole_model
 
     def check_quantized_param_shape(self, param_name: str, current_param: Any, loaded_param: Any) -> bool:

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from dmquant.activations import ActivationSpec, by_rows, half_by_half
+from dmquant.activations import ActivationSpec, half_by_half
 from dmquant.formats import FloatFormat, Format
 from dmquant.grids import ScaledGrid
 from dmquant.kernels import reference
@@ -45,7 +45,7 @@ def _pair_table(fmt: Format, dtype: torch.dtype) -> Tensor | None:
 
 def dequantize(codes: Tensor, scale: Tensor, spec: WeightSpec, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """The weight in `dtype`; by the reference where pairs of codes cannot be looked up."""
-    scaled = issubclass(spec.grid_type, ScaledGrid)
+    scaled = spec.grid_type is ScaledGrid
     if not scaled or torch.compiler.is_compiling():  # which fuses the reference better than it looks up tables
         return reference.dequantize(codes, scale, spec, shape, dtype)
     segments, size = spec.segments(shape), spec.granularity.size
@@ -133,10 +133,9 @@ def fake_quantize(x: Tensor, spec: ActivationSpec, dim: int, scale: Tensor | Non
         return half_by_half(fake_quantize, x, spec, dim)
     if not torch.compiler.is_compiling() and _worth_compiling(x, spec):
         spec, tokens = _to_compile(spec), x.movedim(dim, -1)
-        if not tokens.is_contiguous():
+        if spec.scale_by_row or not tokens.is_contiguous():
             return _compiled_fake_quantize()(x, spec, dim)
-        # torch.compile gives up after eight variants: spare it the number of dimensions.
-        matrix = by_rows(x, dim) if spec.scale_by_row else tokens.flatten(0, -2)
+        matrix = tokens.flatten(0, -2)  # torch.compile gives up after eight variants: spare it the number of dimensions
         return _compiled_fake_quantize()(matrix, spec, -1).view(tokens.shape).movedim(-1, dim)
     return reference.fake_quantize(x, spec, dim)
 

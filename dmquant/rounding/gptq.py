@@ -50,7 +50,11 @@ class Factor(NamedTuple):
 
 
 def start(grid: Grid, options: Options, moments: Sequence[Tensor]) -> Fixed:
-    """The solution for inputs of these second moments, their sums or means, in the order of the grid's columns."""
+    """GPTQ's values, and as many sweeps of coordinate descent over them as `options` say.
+
+    `moments`: the second moments (n, n), sums or means, of the inputs of one block of n columns after another, in the
+    order of the grid's columns. Raises UserError for moments that are not finite, or not positive definite when damped.
+    """
     values = grid.solution
     if values is None:
         values, _ = solve(grid, factorize(moments, options))
@@ -60,7 +64,7 @@ def start(grid: Grid, options: Options, moments: Sequence[Tensor]) -> Fixed:
 
 
 def factorize(moments: Sequence[Tensor], options: Options) -> list[Factor]:
-    """The factors of the damped moments of every block of columns, in their dtype.
+    """The factors of the damped moments (n, n) of every block of n columns, in their dtype.
 
     A column that no input reaches counts as independent of the others: it will be rounded to nearest. Raises UserError
     for moments that are not finite.
@@ -98,8 +102,10 @@ def _factorize(moments: Tensor, options: Options) -> Factor:
 
 
 def solve(grid: Grid, factors: Sequence[Factor]) -> tuple[Tensor, float]:
-    """Values of the grid (rows, columns), and their error tr((W - Q) (H + damping) (W - Q)^T), H without what lies
-    between blocks of columns."""
+    """GPTQ (arXiv 2210.17323, algorithm 1): values of the grid, (rows, columns) float32, and their error.
+
+    The error is tr((W - Q) (H + damping) (W - Q)^T), H without what lies between blocks of columns.
+    """
     values, error, first = torch.empty_like(grid.weight), 0.0, 0
     for factor in factors:
         last = first + len(factor.order)
@@ -109,9 +115,9 @@ def solve(grid: Grid, factors: Sequence[Factor]) -> tuple[Tensor, float]:
 
 
 def seen(error: Tensor, factors: Sequence[Factor]) -> Tensor:
-    """The error of a weight (rows, columns) times a root of the damped moments: as large as what outputs see of it.
+    """The error of a weight (rows, columns) times a root of the damped moments, same shape, in the factors' dtype.
 
-    Its squared norm is what `solve` gives as the error.
+    It is as large as what outputs see of the error: its squared norm is what `solve` gives.
     """
     parts, first = [], 0
     for order, upper in factors:
@@ -144,10 +150,10 @@ def _solve(grid: Grid, factor: Factor, start: int, stop: int) -> tuple[Tensor, f
 
 
 def descend(grid: Grid, moments: Sequence[Tensor], options: Options, values: Tensor) -> Tensor:
-    """`values` (rows, columns) after `options.sweeps` passes in which every weight in turn takes its best value.
+    """QuantEase: `values` (rows, columns) after passes in which every weight in turn takes its best value.
 
     The best value of w_j with all others as they are is the one nearest to q_j + (H (w - q))_j / H_jj, so the error
-    never grows: QuantEase, arXiv 2309.01885, eq. 4 and algorithm 1, with the damping that GPTQ has.
+    never grows: arXiv 2309.01885, eq. 4 and algorithm 1, with GPTQ's damping, at most `options.sweeps` times.
     """
     values, first = values.clone(), 0
     for block in moments:

@@ -67,7 +67,7 @@ def find_weights() -> Weights:
 
 
 class Inception:
-    """Inception-v3 up to its last pooling, as an image network of `evaluation.features`.
+    """Inception-v3 up to its last pooling, as an image network of `networks.features`.
 
     `network` maps prepared images, float32 [N, 3, 299, 299], to float [N, D].
     """

@@ -8,11 +8,11 @@ from rich.table import Table
 from torch import nn
 
 from dmquant.convert import plan
-from dmquant.diffusers.families import Family, families
-from dmquant.diffusers.families.generic import COMPONENTS, GENERIC, ends
-from dmquant.diffusers.quantizer import QuantConfig, QuantMethod
+from dmquant.diffusers.families import GENERIC, Family, families, family_of_backbone
+from dmquant.diffusers.families.generic import COMPONENTS
+from dmquant.diffusers.quantizer import PACKED, QuantConfig, QuantMethod
 from dmquant.errors import UserError
-from dmquant.formats import get_format
+from dmquant.formats import SHORT_NAMES, get_format, known_formats
 from dmquant.host.console import Console, quiet_libraries
 from dmquant.host.units import about_text, size_text
 from dmquant.pipelines.commands import doctor as examination
@@ -29,12 +29,6 @@ GUIDANCE = {
     "rows": "guidance by rows with and without the prompt in one call",
     "embedded": "guidance as an input, one row an image",
 }
-FORMATS = (
-    *("fp4_e2m1", "fp4_e1m2", "fp4_e3m0", "fp6_e2m3", "fp6_e3m2", "fp8_e4m3", "fp8_e5m2", "fp8_e3m4"),
-    *(f"int{bits}" for bits in range(2, 9)),
-)
-SHORT_NAMES = ("fp4", "fp6", "fp8")
-PACKED = ("qweight", "scale", "scale_base")
 MARKS = {"ok": "ok", "warn": "note", "missing": "missing"}
 
 
@@ -63,9 +57,9 @@ def models() -> None:
 
 def formats() -> None:
     """One row a number format, then the block formats."""
-    short = {get_format(name).name: name for name in SHORT_NAMES}
+    short = {full: name for name, full in SHORT_NAMES.items()}
     table = _table("format", "short", "bits", "values", "largest", "smallest above 0")
-    for name in FORMATS:
+    for name in known_formats():
         fmt = get_format(name)
         table.add_row(
             fmt.name,
@@ -143,7 +137,7 @@ def inspect(folder: Path, layers: bool) -> None:
         console.say(f"no {' or '.join(COMPONENTS)} in it")
         return
     backbone = folders.read_json(folder / component / "config.json").get("_class_name")
-    family = next((family for family in families().values() if backbone in family.backbones), None)
+    family = family_of_backbone(backbone)
     known = (
         f"no family knows it, --family {GENERIC} fits"
         if family is None
@@ -163,7 +157,7 @@ def _inspect_full_precision(folder: Path, family: Family | None, console: Consol
     """What stays in high precision when a backbone is quantized, and why."""
     backbone = skeleton(folder)
     layers = {name: each for name, each in backbone.named_modules() if isinstance(each, nn.Linear | nn.Conv2d)}
-    keep = {**families()[GENERIC].keep, **ends(backbone)} if family is None else family.keep
+    keep = (family or families()[GENERIC]).known(backbone).keep
     table = _table("kept in high precision", "layers", "weights", "why")
     for glob, why in keep.items():
         kept = fnmatch.filter(layers, glob)
@@ -176,7 +170,7 @@ def _inspect_full_precision(folder: Path, family: Family | None, console: Consol
 
 def _inspect_quantized(folder: Path, layers: bool, console: Console) -> None:
     """What the recipe in a backbone's config.json makes of its layers, and what its files hold."""
-    recipe = QuantConfig(**folders.read_json(folder / "config.json")["quantization_config"]).recipe
+    recipe = QuantConfig.from_dict(folders.read_json(folder / "config.json")["quantization_config"]).recipe
     backbone = skeleton(folder)
     plans = plan(backbone, recipe)
     sizes = _tensor_bytes(folder)

@@ -27,6 +27,7 @@ from dmquant.pipelines.commands.options import (
     Workers,
     takes,
 )
+from dmquant.pipelines.runs.defaults import SWEEP_BITS, SWEEP_TECHNIQUES
 
 
 @command(
@@ -116,11 +117,11 @@ def compare(
 def sweep(
     model: Model,
     *,
-    bits: Bits = "3-8",
+    bits: Bits = SWEEP_BITS,
     w_bits: WeightBits = None,
     a_bits: ActivationBits = None,
     formats: Formats = None,
-    techniques: Techniques = "rtn",
+    techniques: Techniques = SWEEP_TECHNIQUES,
     everything: Everything = False,
     dry_run: DryRun = False,
     workers: Workers = None,

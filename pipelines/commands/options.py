@@ -157,6 +157,15 @@ Real = Annotated[
     ),
 ]
 Device = Annotated[str, typer.Option(metavar="auto|cpu|cuda[:i]", help="Where to compute.", rich_help_panel="Machine")]
+Offload = Annotated[
+    bool,
+    typer.Option(
+        "--offload",
+        help="For a GPU that is too small for the whole pipeline: each part is on it only while it runs; while the "
+        "backbone is quantized, that alone.",
+        rich_help_panel="Machine",
+    ),
+]
 Dtype = Annotated[
     str | None,
     typer.Option(
@@ -269,7 +278,7 @@ _PROMPTS = {"prompts": (Prompts, None), "num_prompts": (NumPrompts, None), "prom
 _SAMPLING = {"steps": (Steps, None), "guidance": (Guidance, None), "height": (Height, None), "width": (Width, None)}
 _NOISE = {"seed": (Seed, 0), "batch_size": (BatchSize, None)}
 _SCORES = {"metrics": (Metrics, None), "real": (Real, None), "clip": (Clip, None)}
-_MACHINE = {"device": (Device, "auto"), "dtype": (Dtype, None)}
+_MACHINE = {"device": (Device, "auto"), "offload": (Offload, False), "dtype": (Dtype, None)}
 
 # Fields of pipelines.settings.Options by command, in the order in which --help lists them.
 GENERATE = _MODEL | _PROMPTS | _SAMPLING | _NOISE | _MACHINE

@@ -18,12 +18,12 @@ from dmquant.evaluation.report.image_grid import draw_grid
 from dmquant.host import processes
 from dmquant.host.console import Console, quiet_libraries
 from dmquant.pipelines.models import folders
-from dmquant.pipelines.models.loading import checked_folder, load_full_precision, resolve_device
+from dmquant.pipelines.models.loading import checked_folder, resolve_device
 from dmquant.pipelines.prompts.lists import load_prompts
 from dmquant.pipelines.runs import runfolder
 from dmquant.pipelines.runs.closing_tables import closing_table, comparison_tables, metrics_table
 from dmquant.pipelines.runs.image_stage import make_images
-from dmquant.pipelines.runs.model_stage import load_quantized, make_model_together
+from dmquant.pipelines.runs.model_stage import load_quantized, load_source, make_model_together
 from dmquant.pipelines.runs.run import Run
 from dmquant.pipelines.runs.run_report import build_report, unfinished, write_all_reports
 from dmquant.pipelines.runs.runfolder import RunFolder, claim, is_full_disk
@@ -114,7 +114,7 @@ def quantize(settings: Settings, out: Path, overwrite: bool) -> None:
     workspace = out.with_name(f"{out.name}.{runfolder.CALIBRATION}")
 
     def load() -> "DiffusionPipeline":
-        return load_full_precision(settings.model, settings.dtype, settings.device, console.say)
+        return load_source(settings, console)
 
     with _explaining_a_full_disk(out):
         make_model_together(load, settings, out, console, workspace, weights)
@@ -169,11 +169,7 @@ def generate(settings: Settings, out: Path) -> None:
         console.say(f"images: all {len(requests)} are in {out}")
         return
     with _explaining_a_full_disk(out):
-        pipeline = (
-            load_quantized(folder, settings)
-            if quantized
-            else load_full_precision(settings.model, settings.dtype, settings.device, console.say)
-        )
+        pipeline = load_quantized(folder, settings) if quantized else load_source(settings, console)
         make_images(pipeline, requests, out, settings, console, "images")
 
 

@@ -15,6 +15,7 @@ from dmquant.errors import UsageError, UserError
 from dmquant.host import processes
 from dmquant.pipelines.models import folders, hub
 from dmquant.pipelines.models.attention import check_attention
+from dmquant.pipelines.models.placing import place
 from dmquant.pipelines.models.registry import ModelSpec, embedded_folder, family_for
 
 if TYPE_CHECKING:
@@ -89,8 +90,10 @@ def load_full_precision(
     device: str,
     say: Callable[[str], None] | None = None,
     parts: Mapping[str, Any] = MappingProxyType({}),
+    *,
+    offload: bool = False,
 ) -> "DiffusionPipeline":
-    """The model's pipeline in `dtype` on `device`, in eval mode, from safetensors only.
+    """The model's pipeline in `dtype` on `device` (`place`), in eval mode, from safetensors only.
 
     `parts` are in memory already and not loaded again. Raises UserError as `checked_folder` does, and for a backbone
     with tensors that are absent or not finite.
@@ -123,7 +126,7 @@ def load_full_precision(
     _check_backbone(pipeline, folder, family.component)
     _remember_configuration(pipeline, folder, parameters)
     check_attention(getattr(pipeline, family.component))
-    return pipeline.to(device)
+    return place(pipeline, device, offload)
 
 
 def _check_backbone(pipeline: "DiffusionPipeline", folder: Path, component: str) -> None:

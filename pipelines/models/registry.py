@@ -15,8 +15,8 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
-from dmquant.diffusers.families import HOW_TO_ADD, Family, families
-from dmquant.diffusers.families.generic import COMPONENTS, GENERIC, ends
+from dmquant.diffusers.families import GENERIC, HOW_TO_ADD, Family, ends, families, family_of_pipeline
+from dmquant.diffusers.families.generic import COMPONENTS
 from dmquant.errors import UsageError, UserError, unknown
 from dmquant.pipelines.models import folders, hub
 from dmquant.pipelines.models.skeleton import skeleton
@@ -60,7 +60,7 @@ class ModelSpec(BaseModel):
     component: str | None = None
     """Attribute of the pipeline that is the backbone, where the family leaves it open."""
     clip: str | None = None
-    """The CLIP model that goes with its images (evaluation.clip), where the usual one does not."""
+    """The CLIP model that goes with its images (evaluation.networks.clip), where the usual one does not."""
     keep: dict[str, str] = {}
     """Globs of layers to keep in high precision beside the family's, and why."""
 
@@ -141,7 +141,8 @@ def _spec_of_folder(
 ) -> ModelSpec:
     """Settings for a folder that is not registered: its own size, the rest from its nearest relative."""
     pipeline = folders.pipeline_class(folder)
-    known = next((known.name for known in families().values() if pipeline in known.pipelines), None)
+    own = family_of_pipeline(pipeline)
+    known = None if own is None else own.name
     if known is None:
         _check_takes_a_prompt_alone(folder, pipeline, source)
     chosen = family or known

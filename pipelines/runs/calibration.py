@@ -14,6 +14,7 @@ from dmquant.calib.data.sampling import Sampling
 from dmquant.diffusers.families import Family
 from dmquant.host.console import Console
 from dmquant.host.files import fingerprint
+from dmquant.pipelines.models.placing import place_backbone_alone
 from dmquant.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -36,6 +37,8 @@ class CalibrationSettings(Protocol):
     batch_size: int
     call: dict[str, Any]
     dtype_name: str
+    device: str
+    offload: bool
 
 
 def calibrate(
@@ -49,6 +52,8 @@ def calibrate(
     family, recipe = settings.family, settings.recipe
     backbone = getattr(pipeline, family.component)
     store = calibration_data(pipeline, settings, workspace, console, weights)
+    if settings.offload:
+        place_backbone_alone(pipeline, family.component, settings.device)
     return calibrate_(
         backbone,
         recipe,

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dmquant import kernels
 from dmquant.evaluation.generate import Generated, ImageRequest, generate, missing, pruned_and_missing
 from dmquant.host import processes
 from dmquant.host.console import Console
@@ -36,16 +37,18 @@ def complete_images(
         console.say(f"{TITLES[side]}: all {len(requests)} are there")
         return
     earlier = folder.record(stage) or {}
-    measured = {name: earlier.get(name) for name in ("peak_memory_bytes", "peak_memory_of", "not_finite")}
+    measured = {name: earlier.get(name) for name in ("peak_memory_bytes", "peak_memory_of", "not_finite", "kernels")}
     seconds = _keep_seconds(folder, f"seconds_{side}", requests)
     if absent:
         folder.forget(stage)  # what it says of the images is about to be untrue
         with peak_memory(settings.device) as peak:
-            generated = make_images(load(), requests, images, settings, console, TITLES[side], seconds)
+            pipeline = load()
+            generated = make_images(pipeline, requests, images, settings, console, TITLES[side], seconds)
         measured = {
             "peak_memory_bytes": peak.bytes,
             "peak_memory_of": peak.what,
             "not_finite": generated.not_finite,
+            "kernels": kernels.used(getattr(pipeline, settings.family.component)),
         }
     folder.finish(stage, key, images=len(requests), **measured)
 

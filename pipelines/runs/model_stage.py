@@ -2,9 +2,10 @@
 
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import diffusers
@@ -19,6 +20,8 @@ from dmquant.host.units import size_text
 from dmquant.pipelines.models import folders
 from dmquant.pipelines.models.attention import check_attention
 from dmquant.pipelines.models.hashes import pipeline_hashes
+from dmquant.pipelines.models.loading import load_full_precision
+from dmquant.pipelines.models.placing import place, place_backbone_alone
 from dmquant.pipelines.models.saving import model_card, narrow_exactly, save_whole
 from dmquant.pipelines.models.shared_parts import SharedParts
 from dmquant.pipelines.runs.calibration import calibrate, calibration_data
@@ -79,6 +82,8 @@ def make_model(
         calibrated = calibrate(pipeline, replace(settings, recipe=recipe), workspace, console, weights)
         layers, recipe = calibrated.layers, calibrated.recipe
     else:
+        if settings.offload:
+            place_backbone_alone(pipeline, settings.family.component, settings.device)
         with console.bar("quantizing") as bar:
             layers = quantize_layers_(backbone, recipe, lambda done, total, name: bar(done, total))
     for note, names in _notes(layers).items():
@@ -123,6 +128,15 @@ def _notes(layers: Sequence[LayerReport]) -> dict[str, list[str]]:
     return notes
 
 
+def load_source(
+    settings: Settings, console: Console, parts: Mapping[str, Any] = MappingProxyType({})
+) -> "DiffusionPipeline":
+    """The full-precision pipeline of a run, on its device; `parts` are in memory already and not loaded again."""
+    return load_full_precision(
+        settings.model, settings.dtype, settings.device, console.say, parts, offload=settings.offload
+    )
+
+
 def load_quantized(folder: Path, settings: Settings, **parts: Any) -> "DiffusionPipeline":
     """A pipeline that dmquant saved, as any diffusers app loads it, on the device of the run.
 
@@ -133,7 +147,7 @@ def load_quantized(folder: Path, settings: Settings, **parts: Any) -> "Diffusion
     kind = getattr(diffusers, folders.pipeline_class(folder)) if parts else diffusers.DiffusionPipeline
     pipeline = kind.from_pretrained(folder, torch_dtype=settings.dtype, local_files_only=True, **parts)
     check_attention(getattr(pipeline, settings.family.component))
-    return pipeline.to(settings.device)
+    return place(pipeline, settings.device, settings.offload)
 
 
 def is_as_written(folder: Path, sha256: dict[str, str]) -> bool:

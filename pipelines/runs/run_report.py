@@ -169,20 +169,25 @@ def _flat_settings(folder: RunFolder, side: RunFolder, settings: dict[str, Any])
 
 def _recipe_settings(side: RunFolder, recipe: dict[str, Any]) -> dict[str, Any]:
     """How one recipe made its model, one value a line."""
-    made = side.record("model")
+    made, images = side.record("model"), side.record("images_quantized")
     weights = [digest for name, digest in made["sha256"].items() if name.endswith(".safetensors")]
     return {
         "recipe": recipe["name"],
         "rounding": _with_options(recipe["rounding"], "method"),
         **({"calibration": _with_options(recipe["calibration"], "sampler")} if "calibration" in recipe else {}),
-        "formats": ", ".join(f"{name} in {count} layers" for name, count in sorted(made["formats"].items())),
+        "formats": _in_layers(made["formats"]),
         "granularity": f"weights {recipe['granularity']}, activations {recipe['activation_granularity']}",
         "scale rule": f"{recipe['scale']}, stored as {recipe['store']}",
         "quantized": f"{made['layers']} layers, {made['quantized_weights']} of {made['parameters']} weights, "
         f"{made['bits_per_quantized_weight']:.3f} bits each",
+        "kernels": _in_layers(images.get("kernels") or {}) or "not recorded",
         "weights (sha256)": ", ".join(weights),
-        "images with NaN or infinity": side.record("images_quantized")["not_finite"] or 0,
+        "images with NaN or infinity": images["not_finite"] or 0,
     }
+
+
+def _in_layers(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} in {count} layers" for name, count in sorted(counts.items()))
 
 
 def _with_options(given: dict[str, Any], first: str) -> str:

@@ -11,8 +11,7 @@ import torch
 from torch import nn
 
 import dmquant
-from dmquant.diffusers.families import Family
-from dmquant.diffusers.families.generic import GENERIC
+from dmquant.diffusers.families import GENERIC, Family
 from dmquant.errors import UsageError
 from dmquant.evaluation.generate import ImageRequest, batch_size_for, image_requests
 from dmquant.evaluation.images import any_images
@@ -66,6 +65,7 @@ class Options:
     real: Path | None = None
     clip: str | None = None
     device: str = "auto"
+    offload: bool = False
     dtype: str | None = None
     command: str = ""
 
@@ -99,6 +99,7 @@ class Settings:
     real: Path | None
     clip: str
     device: str
+    offload: bool
     dtype_name: str
     folder_name: str
     command: str
@@ -184,6 +185,7 @@ class Settings:
             "real": None if self.real is None else str(self.real),
             "clip": self.clip,
             "device": self.device,
+            "offload": self.offload,
             "dtype": self.dtype_name,
             "command": self.command,
             "versions": versions(),
@@ -202,6 +204,8 @@ def resolve(options: Options) -> Settings:
     recipe = _recipe(model, options.recipe, options.w, options.a)
     metrics = resolve_metrics(options.metrics, options.real, own_clip=model.clip is not None)
     device = resolve_device(options.device)
+    if options.offload and device == "cpu":
+        raise UsageError("--offload is for a GPU; with --device cpu all parts are in host memory anyway: leave it out")
     dtype_name = options.dtype or model.dtype
     resolve_dtype(dtype_name, device)
     _check_taken(options, model)
@@ -230,6 +234,7 @@ def resolve(options: Options) -> Settings:
         real=options.real,
         clip=clip_source(options.clip or model.clip),
         device=device,
+        offload=options.offload,
         dtype_name=dtype_name,
         command=options.command,
         folder_name="-".join(filter(None, (model.name, recipe.name, options.w, options.a))),
@@ -295,7 +300,7 @@ def resolve_metrics(listed: str | None, real: Path | None, own_clip: bool = Fals
 
 
 def clip_source(name: str | None) -> str:
-    """What evaluation.clip loads for a name: the folder of an embedded model, the usual model where none is named."""
+    """What `networks.clip` loads for a name: the folder of an embedded model, the usual model where none is named."""
     if name is None:
         return CLIP
     return str(embedded_folder(name)) if name.startswith(EMBEDDED) else name

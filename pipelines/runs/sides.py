@@ -18,13 +18,12 @@ from dmquant.host import processes
 from dmquant.host.console import Console
 from dmquant.host.files import fingerprint
 from dmquant.host.memory import peak_memory
-from dmquant.pipelines.models.loading import load_full_precision
 from dmquant.pipelines.models.shared_parts import SharedParts
 from dmquant.pipelines.models.truncation import cut_line, cut_prompts
 from dmquant.pipelines.runs import runfolder
 from dmquant.pipelines.runs.image_stage import FP, QUANTIZED, complete_images, images_key
 from dmquant.pipelines.runs.loaded_parts import LoadedParts
-from dmquant.pipelines.runs.model_stage import is_as_written, load_quantized, make_model_together
+from dmquant.pipelines.runs.model_stage import is_as_written, load_quantized, load_source, make_model_together
 from dmquant.pipelines.runs.probe import Probe, layer_errors, probe_full_precision, probe_key
 from dmquant.pipelines.runs.runfolder import RunFolder
 from dmquant.pipelines.runs.scores import complete_scores, scores_key
@@ -85,10 +84,7 @@ class FullPrecision:
     def load(self) -> "DiffusionPipeline":
         """The pipeline, loaded when first asked for."""
         if self._pipeline is None:
-            settings = self.settings
-            self._pipeline = load_full_precision(
-                settings.model, settings.dtype, settings.device, self.console.say, self.parts.kept
-            )
+            self._pipeline = load_source(self.settings, self.console, self.parts.kept)
         return self._pipeline
 
     def release(self) -> None:

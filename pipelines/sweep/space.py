@@ -7,10 +7,10 @@ from itertools import product
 
 from dmquant.errors import UsageError
 from dmquant.formats import FloatFormat, IntFormat, get_format
+from dmquant.pipelines.runs.defaults import SWEEP_BITS, SWEEP_TECHNIQUES
 from dmquant.pipelines.runs.settings import Options, Settings, resolve, with_recipe
 from dmquant.pipelines.sweep.costs import BITS_LEFT_ALONE, bits_of
 
-BITS, TECHNIQUES = "3-8", "rtn"
 FLOAT, INTEGER, LEFT_ALONE = "fp", "int", "none"
 KINDS = {FloatFormat: FLOAT, IntFormat: INTEGER}
 FEWEST, MOST = 2, 8
@@ -21,11 +21,11 @@ _RANGE = re.compile(r"(\d+)(?:-(\d+))?")
 class Choice:
     """What of the design space was asked for, as typed; the two lists of bits stand in place of `bits`."""
 
-    bits: str = BITS
+    bits: str = SWEEP_BITS
     weight_bits: str | None = None
     activation_bits: str | None = None
     formats: str | None = None
-    techniques: str = TECHNIQUES
+    techniques: str = SWEEP_TECHNIQUES
     everything: bool = False
 
 

@@ -9,8 +9,7 @@ import torch
 from torch import nn
 
 from dmquant.diffusers.calling import call_pipeline
-from dmquant.diffusers.families import families, family_of
-from dmquant.diffusers.families.generic import GENERIC, ends
+from dmquant.diffusers.families import GENERIC, ends, families, family_of
 from dmquant.errors import UserError
 from dmquant.pipelines.models.registry import registered_models
 from tests.diffusers.architectures import ARCHITECTURES

@@ -228,7 +228,8 @@ class TestSmooth:
 
     def candidates(self, layer, x, alpha):
         (transform,) = create([("smooth", {"alpha": alpha})], layer, None)
-        return [parts["factor"].float().flatten() for parts in transform.fit(layer.weight, statistics_of(layer, x))]
+        found = fit_of(transform).candidates(transform, layer.weight, statistics_of(layer, x))
+        return [parts["factor"].float().flatten() for parts in found]
 
     def test_the_ends_of_alpha_level_the_weight_or_the_input(self):
         layer = made("linear")
@@ -290,8 +291,8 @@ class TestSmooth:
         alike = InputStatistics(alone.absmax.bfloat16().float().expand(3, -1), alone.sample)
         (one,), (three,) = (create([("smooth", {"ranges": ranges})], layer, None) for ranges in (1, 3))
         weight = layer.weight.detach()
-        assert len(one.fit(weight, alone)) == 11
-        found = three.fit(weight, alike)
+        assert len(fit_of(one).candidates(one, weight, alone)) == 11
+        found = fit_of(three).candidates(three, weight, alike)
         assert len(found) < 2 * 11  # but for the rounding of the mean
         expected = fit_of(one).candidates(one, weight, InputStatistics(alike.absmax[:1], alone.sample))
         assert all(torch.equal(a["factor"], b["factor"]) for a, b in zip(found, expected, strict=False))
@@ -319,7 +320,7 @@ class TestLowRank:
     def test_the_branch_of_the_weight_is_its_best_approximation(self, kind):
         layer = made(kind)
         (transform,) = create([("lowrank", {"rank": 5})], layer, None)
-        (parts,) = transform.fit(layer.weight.detach(), None)
+        (parts,) = fit_of(transform).candidates(transform, layer.weight.detach(), None)
         rest = transform.to_quantize(layer.weight.detach(), parts)
         values = torch.linalg.svdvals(layer.weight.detach().double().flatten(1))
         assert rest.square().sum() == pytest.approx(values[5:].square().sum().item(), rel=1e-3)

@@ -12,12 +12,14 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from dmquant.errors import UsageError, UserError
-from dmquant.models import Known, knows_models
+from dmquant.models import knows_models
+from dmquant.recipe import Known
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
     from torch import Tensor, nn
 
+GENERIC = "generic"
 HOW_TO_ADD = 'docs/models.md, "Adding a family", says how one is added'
 
 
@@ -34,6 +36,14 @@ def first_of_each_patch(features: int, channels: int, first: int) -> "Tensor":
     import torch
 
     return torch.arange(features) % channels < first
+
+
+def ends(backbone: "nn.Module") -> dict[str, str]:
+    """The first and the last Linear or Conv2d in the order of the backbone's definition, and why they are kept."""
+    from torch import nn
+
+    layers = [name for name, module in backbone.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+    return {layers[0]: "the first layer", layers[-1]: "the last layer"} if layers else {}
 
 
 def _nothing(backbone: "nn.Module") -> dict[str, Any]:
@@ -76,9 +86,13 @@ class Family:
     token_limits: Mapping[str, int] = field(default_factory=dict)
     """Tokens of each tokenizer, by its name in the pipeline, where the pipeline fixes them and its call has no say."""
 
+    keeps_ends: bool = False
+    """Whether the first and the last layer stay in high precision as well, whatever they are called."""
+
     def known(self, backbone: "nn.Module") -> Known:
         """What `keep: family` in a recipe stands for in this backbone."""
-        return Known(self.keep, self.concatenations(backbone))
+        keep = {**self.keep, **ends(backbone)} if self.keeps_ends else self.keep
+        return Known(keep, self.concatenations(backbone))
 
 
 _registered: dict[str, Family] = {}
@@ -115,10 +129,15 @@ def family_of_pipeline(class_name: str) -> Family | None:
 
 @knows_models
 def _known(model: "nn.Module") -> Known | None:
-    from dmquant.diffusers.families.generic import known_of_any
-
     family = family_of_backbone(type(model).__name__)
-    return known_of_any(model) if family is None else family.known(model)
+    if family is None and _is_of_diffusers(model):
+        family = families()[GENERIC]
+    return None if family is None else family.known(model)
+
+
+def _is_of_diffusers(model: "nn.Module") -> bool:
+    bases = {(base.__module__.partition(".")[0], base.__name__) for base in type(model).__mro__}
+    return ("diffusers", "ModelMixin") in bases
 
 
 def family_of(pipeline: "DiffusionPipeline") -> Family:

@@ -119,7 +119,7 @@ def test_the_errors_told_are_those_of_the_values_kept():
 
 
 def test_it_repeats_bit_for_bit_and_follows_its_seed():
-    first, again, other = (learned(problem(ar), iterations=40, seed=seed)[1]["layer"] for seed in (0, 0, 1))
+    first, again, other = (learned(problem(ar), iterations=40, seed=seed)[1]["layer"].values for seed in (0, 0, 1))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
 
@@ -136,8 +136,8 @@ def test_units_of_any_magnitude_are_learned_alike():
     large_learner = Learner("layer", learner.layer, grid, method.start(grid, method.Options()), learner.quantized)
     targets = learner.layer(x)
     large_data = UnitData(data.run, lambda batch: targets[list(batch)], LEARNING, HELD_OUT)
-    expected = learned(small, iterations=50)[1]["layer"]
-    assert torch.equal(learned((large_learner, large_data, x), iterations=50)[1]["layer"], 64 * expected)
+    expected = learned(small, iterations=50)[1]["layer"].values
+    assert torch.equal(learned((large_learner, large_data, x), iterations=50)[1]["layer"].values, 64 * expected)
 
 
 def test_without_the_regularizer_weights_stay_undecided():
