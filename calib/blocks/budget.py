@@ -6,14 +6,18 @@ from typing import NamedTuple
 
 from torch import nn
 
+from dmquant.calib.blocks.learn import DTYPES
 from dmquant.calib.blocks.outputs import nbytes
 from dmquant.calib.blocks.units import Block, tasks_of
 from dmquant.errors import UsageError
 from dmquant.host.units import size_text
 from dmquant.recipe import Learning
 
-STATE = 80
-"""Bytes a weight while its rounding is learned, measured: grid, bounds, V with gradient and moments, the graph."""
+LEARNED, FITTED = 80, 24
+"""Bytes a weight: while its rounding is learned (grid, bounds, V with gradient and moments, the graph), and where it is
+fitted or solved alone. These and WORKING are chosen by benchmarks/calibration_memory.py."""
+WORKING = 48
+"""Bytes an element of the largest input of a layer while it is quantized and multiplied."""
 SOLVING = 7
 """Times the size of a block of moments that solving it takes beside them: three matrices in float64, one in float32."""
 BACKWARD = 2  # what autograd keeps, and gradients of about the same size
@@ -31,21 +35,31 @@ def check_budget(
     backbone: nn.Module,
     blocks: Sequence[Block],
     learning: Learning,
+    learns: bool,
     moments: Mapping[str, Held] = MappingProxyType({}),
+    where: str = "",
 ) -> int:
-    """Bytes that learning the largest unit takes; UsageError where that is more than `total`.
+    """Bytes that deciding the largest unit takes; UsageError where that is more than `total`.
 
-    `moments`: bytes of the second moments of those layers that are solved by them, of which one at a time has to fit.
+    `learns`: whether roundings are learned, with gradients. `moments`: bytes of the second moments of those layers that
+    are solved by them, of which one at a time has to fit. `where`: the memory meant, in words, such as "GPU ".
     """
-    needed = {block.name: _needed(backbone, blocks, number, learning, moments) for number, block in enumerate(blocks)}
+    needed = {
+        block.name: _needed(backbone, blocks, number, learning, learns, moments) for number, block in enumerate(blocks)
+    }
     largest = max(needed, key=needed.get)
     if needed[largest] > total:
         least = size_text(needed[largest], round_up=True)
         raise UsageError(
-            f"a memory budget of {size_text(total)} is too small: {largest} alone takes {least}; "
+            f"a budget of {size_text(total)} of {where}memory is too small: {largest} alone takes {least}; "
             f"use --memory-budget {least.replace(' ', '')} or more, or a smaller learning.batch_size"
         )
     return needed[largest]
+
+
+def bytes_a_weight(learns: bool) -> int:
+    """What is held of a weight while its unit is decided."""
+    return LEARNED if learns else FITTED
 
 
 def passes(moments: Mapping[str, Held], budget: int) -> list[list[str]]:
@@ -66,14 +80,22 @@ def _solving(held: Sequence[Held]) -> int:
 
 
 def _needed(
-    backbone: nn.Module, blocks: Sequence[Block], number: int, learning: Learning, moments: Mapping[str, Held]
+    backbone: nn.Module,
+    blocks: Sequence[Block],
+    number: int,
+    learning: Learning,
+    learns: bool,
+    moments: Mapping[str, Held],
 ) -> int:
+    own = next(backbone.parameters()).dtype.itemsize  # what the trace saw was computed in it
+    kept = BACKWARD * max(1, DTYPES[learning.dtype].itemsize / own) if learns else 0
     by_name = {block.name: block for block in blocks}
     most = 0
     for task in tasks_of(blocks, number, learning):
         weights = sum(backbone.get_submodule(name).weight.numel() for name in task.layers)
         members = [by_name[name] for name in task.blocks]
-        activations = sum(block.saved_bytes * BACKWARD + 2 * nbytes(block.output) for block in members)
+        activations = sum(int(block.saved_bytes * kept) + 2 * nbytes(block.output) for block in members)
+        activations += WORKING * max(block.largest_input for block in members)
         solving = max((_solving([moments[name]]) for name in task.layers if name in moments), default=0)
-        most = max(most, STATE * weights + max(activations * learning.batch_size, solving))
+        most = max(most, bytes_a_weight(learns) * weights + activations * learning.batch_size + solving)
     return most

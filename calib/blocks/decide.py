@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dmquant.calib.blocks.budget import STATE, Held, passes
+from dmquant.calib.blocks.budget import Held, bytes_a_weight, passes
 from dmquant.calib.blocks.inputs import BlockInputs
 from dmquant.calib.blocks.learn import (
     DTYPES,
@@ -146,7 +146,8 @@ class Decider:
         }
         learners = {}
         sizes = {name: self.moments.get(name, Held(0, 0)) for name in layers}
-        for names in passes(sizes, self.needed - STATE * sum(weight.numel() for weight in weights.values())):
+        held = bytes_a_weight(self.rounder.method.LEARNS) * sum(weight.numel() for weight in weights.values())
+        for names in passes(sizes, self.needed - held):
             device = self.streams.device
             collected = {
                 name: self.rounder.moments_for(states[name].layer, states[name].plan, device) for name in names

@@ -73,7 +73,8 @@ def calibrate_(
         made_for: what the codes depend on besides recipe and data, as JSON can hold it (hash of the weights, dtype).
         counted: layers some of whose output channels nothing reads: bool (channels,), True for those that enter the
             error where a unit ends in that layer.
-        memory_budget: bytes for activations and learning; by default half of the memory that is free.
+        memory_budget: bytes for activations and learning; by default half of the memory that is free. On a GPU as much
+            of its memory for learning, and as much of the CPU's for activations between blocks.
         bar: gives a progress bar, called as bar(done, total, what, speed).
 
     Raises UsageError where the recipe quantizes nothing, the data is too little or the budget too small, UserError for
@@ -87,8 +88,9 @@ def calibrate_(
     in_order = find_blocks(blocks, states, lambda names: trace(backbone, one, names))
     rounder = Rounder.of(recipe)
     moments = _bytes_of_moments(rounder, states)
-    total = default_budget() if memory_budget is None else memory_budget
-    needed = check_budget(total, backbone, in_order, options, moments)
+    total = default_budget(device) if memory_budget is None else memory_budget
+    where = "GPU " if device.type == "cuda" else ""
+    needed = check_budget(total, backbone, in_order, options, rounder.method.LEARNS, moments, where)
     counted = {name: channels for name, channels in counted.items() if name in states}
     codes = CodesFolder(folder / "blocks", _key(recipe, store, made_for, counted))
 
@@ -96,8 +98,9 @@ def calibrate_(
     choose_formats_(backbone, states, store, options.batch_size, codes, len(in_order), bar)
     fit_static_scales_(backbone, states, store, options.batch_size, bar)
 
+    held = (memory_budget or default_budget()) if device.type == "cuda" else total - needed  # outputs are on the CPU
     ranges = next(iter(states.values())).ranges
-    streams = Streams(backbone, in_order, store, ranges, Budget(total - needed, folder / "spill"), options)
+    streams = Streams(backbone, in_order, store, ranges, Budget(held, folder / "spill"), options)
     counted = {name: channels.to(device) for name, channels in counted.items()}
     decider = Decider(backbone, states, streams, samples, rounder, options, counted, moments, needed)
     facts, learned_seconds = [], []

@@ -77,6 +77,8 @@ class Traced:
     """Index of the last block that needs the output through what runs between the blocks."""
     saved_bytes: int
     """Activations that autograd keeps of the block for one sample."""
+    largest_input: int
+    """Elements, for one sample, of the largest input of a linear layer or convolution in the block."""
 
 
 def trace(backbone: nn.Module, arguments: Arguments, names: Sequence[str]) -> list[Traced]:
@@ -85,17 +87,21 @@ def trace(backbone: nn.Module, arguments: Arguments, names: Sequence[str]) -> li
     Which block needs which output is found by trying: every output in turn is replaced by NaN, and the blocks whose
     inputs then hold NaN are those that need it. Raises UserError for a module that is called more than once.
     """
-    outputs, saved = _first_pass(backbone, arguments, names)
+    outputs, saved, largest = _first_pass(backbone, arguments, names)
     order = list(outputs)
     return [
-        Traced(name, outputs[name], _last_use(backbone, arguments, outputs, order, name), saved[name]) for name in order
-    ]
+        Traced(
+            name, outputs[name], _last_use(backbone, arguments, outputs, order, name), saved[name], max(largest[name])
+        )
+        for name in order
+    ]  # fmt: skip
 
 
 def _first_pass(
     backbone: nn.Module, arguments: Arguments, names: Sequence[str]
-) -> tuple[dict[str, Any], dict[str, int]]:
+) -> tuple[dict[str, Any], dict[str, int], dict[str, list[int]]]:
     outputs: dict[str, Any] = {}
+    inputs: dict[str, list[int]] = {name: [0] for name in names}
     storages: dict[str, dict[int, int]] = {name: {} for name in names}
     parameters = {parameter.untyped_storage().data_ptr() for parameter in backbone.parameters()}
 
@@ -120,9 +126,17 @@ def _first_pass(
         for name in names:
             module = backbone.get_submodule(name)
             stack.enter_context(replaced_forward(module, watched(name, module.forward)))
+            for layer in module.modules():
+                if isinstance(layer, nn.Linear | nn.Conv2d):
+                    hook = layer.register_forward_pre_hook(_noting(inputs[name]))
+                    stack.callback(hook.remove)
         args, kwargs = arguments
         backbone(*args, **kwargs)
-    return outputs, {name: sum(storages[name].values()) for name in outputs}
+    return outputs, {name: sum(storages[name].values()) for name in outputs}, inputs
+
+
+def _noting(sizes: list[int]) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    return lambda layer, args: sizes.append(args[0].numel())
 
 
 def _last_use(

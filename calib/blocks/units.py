@@ -22,6 +22,8 @@ class Block:
     """Index of the last block that needs the output; its own where none does."""
     saved_bytes: int
     """Activations that autograd keeps for one sample."""
+    largest_input: int
+    """Elements of the largest input of a layer for one sample."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ def find_blocks(
     return [
         Block(
             traced.name, (owned | stray)[traced.name], traced.name in stray,
-            traced.output, traced.last_use, traced.saved_bytes,
+            traced.output, traced.last_use, traced.saved_bytes, traced.largest_input,
         )
         for traced in trace([*owned, *stray])
     ]  # fmt: skip

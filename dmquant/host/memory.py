@@ -15,8 +15,10 @@ FALLBACK = 4_000_000_000
 _CLEAR_PEAK = "5"  # proc(5), /proc/pid/clear_refs: reset the peak resident set size to the current one
 
 
-def default_budget() -> int:
-    """Half of the memory that is free, or FALLBACK where the system does not tell."""
+def default_budget(device: torch.device | None = None) -> int:
+    """Half of the memory that is free, of a GPU's where `device` is one; FALLBACK where the system does not tell."""
+    if device is not None and device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] // 2
     try:
         free = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
     except OSError:
@@ -56,6 +58,15 @@ def peak_memory(device: str) -> Iterator[PeakMemory]:
     yield peak
     peak.bytes = _resident_peak()
     peak.what = "resident memory of the process" + ("" if reset else " since it began")
+
+
+def resident_memory() -> int:
+    """Bytes of the process that are in memory now, libraries included; on other systems than Linux the most so far."""
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        return _resident_peak_since_start()
+    return int(re.search(r"VmRSS:\s+(\d+) kB", status).group(1)) * 1024
 
 
 def _reset_resident_peak() -> bool:

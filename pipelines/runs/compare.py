@@ -31,7 +31,9 @@ class Comparison:
         self.settings, self.folder, self.console = settings, folder, console
         self.common = next(iter(settings.values()))
         source = resumed_source(self.common, source, folder, console)
-        self.parts, self.shared = LoadedParts(), shared_parts(self.common, source, folder)
+        # Offloading ties a part to the other parts of its pipeline, and so would keep the backbone of the last recipe.
+        self.parts = LoadedParts(keeps=not self.common.offload)
+        self.shared = shared_parts(self.common, source, folder)
         self.reference = FullPrecision(self.common, source, folder, console, self.parts)
 
     def finish(self) -> None:

@@ -110,7 +110,7 @@ def test_a_recipe_gives_in_a_comparison_what_it_gives_alone(options, finished, t
 
 def test_the_same_command_again_does_nothing_again(options, again, monkeypatch):
     before, content = work_done(again), report(again)
-    monkeypatch.setattr(sides, "load_full_precision", refuse)
+    monkeypatch.setattr(sides, "load_source", refuse)
     monkeypatch.setattr(sides, "load_quantized", refuse)
     compare(options, RECIPES, again)
     assert work_done(again) == before

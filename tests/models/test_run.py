@@ -93,7 +93,7 @@ def refuse(*args, **kwargs):
 
 @pytest.fixture
 def nothing_loads(monkeypatch):
-    monkeypatch.setattr(sides, "load_full_precision", refuse)
+    monkeypatch.setattr(sides, "load_source", refuse)
     monkeypatch.setattr(sides, "load_quantized", refuse)
 
 
@@ -350,7 +350,7 @@ def test_by_default_the_final_latents_are_compared_too(options, again, nothing_l
 def test_an_old_run_without_latents_makes_nothing_again_until_they_are_asked_for(options, again, monkeypatch):
     images, model = times(without_latents(again), "images/*/*.png"), times(again, "model/**/*")
     with monkeypatch.context() as patch:
-        patch.setattr(sides, "load_full_precision", refuse)
+        patch.setattr(sides, "load_source", refuse)
         patch.setattr(sides, "load_quantized", refuse)
         run(options(metrics=None), again)
     metric = report(again)["recipes"]["rtn"]["metrics"]["latent_mse"]

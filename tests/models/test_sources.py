@@ -62,7 +62,7 @@ def test_another_text_encoder_vae_or_tokenizer_is_another_model(quick, again, mo
 def test_the_same_files_written_again_change_nothing(quick, again, monkeypatch, capsys):
     for path in (again / "model").rglob("*.safetensors"):
         path.write_bytes(path.read_bytes())
-    monkeypatch.setattr(sides, "load_full_precision", refuse)
+    monkeypatch.setattr(sides, "load_source", refuse)
     stages.run(resolve(quick(model=str(again / "model"))), again / "run", False)
     assert "changed" not in capsys.readouterr().out
 

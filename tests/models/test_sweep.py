@@ -172,7 +172,7 @@ def refuse(*args, **kwargs):
 def test_the_same_sweep_again_does_nothing_again(options, again, monkeypatch, capsys):
     before, content = when_written(again), data(again)
     monkeypatch.setitem(engines.ENGINES, "here", refuse)
-    monkeypatch.setattr(sides, "load_full_precision", refuse)
+    monkeypatch.setattr(sides, "load_source", refuse)
     sweep(options, again)
     assert when_written(again) == before
     assert data(again) == content

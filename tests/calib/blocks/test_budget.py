@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from dmquant.calib.blocks.budget import STATE, check_budget
+from dmquant.calib.blocks.budget import FITTED, LEARNED, WORKING, check_budget
 from dmquant.calib.blocks.units import Block
 from dmquant.errors import UsageError
 from dmquant.host.memory import default_budget
@@ -20,20 +20,25 @@ def model(widths=(8, 32)):
 
 def blocks(widths=(8, 32), saved=1000):
     return [
-        Block(f"{number}", (f"{number}.0",), False, torch.zeros(2, width), number + 1, saved)
+        Block(f"{number}", (f"{number}.0",), False, torch.zeros(2, width), number + 1, saved, 2 * width)
         for number, width in enumerate(widths)
     ]
 
 
 def test_it_is_weights_and_activations_of_the_largest_unit():
-    needed = check_budget(1 << 30, model(), blocks(), Learning(batch_size=4))
-    assert needed == STATE * 32 * 32 + 4 * (2 * 1000 + 2 * 2 * 32 * 4)
-    assert check_budget(needed, model(), blocks(), Learning(batch_size=4)) == needed
+    needed = check_budget(1 << 30, model(), blocks(), Learning(batch_size=4), True)
+    assert needed == LEARNED * 32 * 32 + 4 * (2 * 1000 + 2 * 2 * 32 * 4 + WORKING * 64)
+    assert check_budget(needed, model(), blocks(), Learning(batch_size=4), True) == needed
+
+
+def test_what_learns_nothing_needs_no_memory_for_learning():
+    needed = check_budget(1 << 30, model(), blocks(), Learning(batch_size=4), False)
+    assert needed == FITTED * 32 * 32 + 4 * (2 * 2 * 32 * 4 + WORKING * 64)
 
 
 def test_larger_batches_and_windows_take_more():
     def needed(**options):
-        return check_budget(1 << 40, model(), blocks(saved=100_000), Learning(**options))
+        return check_budget(1 << 40, model(), blocks(saved=100_000), Learning(**options), True)
 
     assert needed(batch_size=8) > 1.5 * needed(batch_size=4)
     assert needed(batch_size=4, unit="window") > 1.5 * needed(batch_size=4)
@@ -42,11 +47,18 @@ def test_larger_batches_and_windows_take_more():
 def test_a_budget_too_small_names_the_unit_and_the_least_that_works():
     widths, options = (8, 256), Learning(batch_size=4)
     with pytest.raises(UsageError, match=r"1 alone takes ([\d.]+) (\w*B); use --memory-budget \1\2 or more") as caught:
-        check_budget(1_000_000, model(widths), blocks(widths), options)
+        check_budget(1_000_000, model(widths), blocks(widths), options, True)
     assert "\n" not in str(caught.value)
     least = parse_size(re.search(r"--memory-budget (\S+)", str(caught.value)).group(1), "--memory-budget")
-    check_budget(least, model(widths), blocks(widths), options)
+    check_budget(least, model(widths), blocks(widths), options, True)
 
 
 def test_by_default_it_is_a_part_of_the_memory_there_is():
     assert 1 << 26 < default_budget() < 1 << 46
+
+
+def test_on_a_gpu_it_is_a_part_of_the_gpus_memory_and_the_refusal_says_so(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (24_000_000, 80_000_000_000))
+    assert default_budget(torch.device("cuda", 0)) == 12_000_000
+    with pytest.raises(UsageError, match=r"a budget of 1 MB of GPU memory is too small: 1 alone takes"):
+        check_budget(1_000_000, model((8, 256)), blocks((8, 256)), Learning(batch_size=4), True, where="GPU ")

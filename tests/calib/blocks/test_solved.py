@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from dmquant.calib.blocks import decide
-from dmquant.calib.blocks.budget import SOLVING, STATE, Held, check_budget, passes
+from dmquant.calib.blocks.budget import FITTED, SOLVING, Held, check_budget, passes
 from dmquant.calib.blocks.learn import UnitData, learn
 from dmquant.calib.blocks.units import Block
 from dmquant.calib.layers import moments
@@ -163,7 +163,7 @@ def test_layers_are_collected_together_as_far_as_the_budget_goes():
 
 def test_the_budget_has_to_hold_the_moments_of_the_widest_layer():
     model = nn.Sequential(nn.Sequential(nn.Linear(32, 8)))
-    blocks = [Block("0", ("0.0",), False, torch.zeros(2, 8), 1, 0)]
+    blocks = [Block("0", ("0.0",), False, torch.zeros(2, 8), 1, 0, 0)]
     size = 4 * 32 * 32
-    needed = check_budget(1 << 30, model, blocks, Learning(batch_size=1), {"0.0": Held(size, size)})
-    assert needed == STATE * 32 * 8 + (1 + SOLVING) * size
+    needed = check_budget(1 << 30, model, blocks, Learning(batch_size=1), False, {"0.0": Held(size, size)})
+    assert needed == FITTED * 32 * 8 + 2 * 2 * 8 * 4 + (1 + SOLVING) * size

@@ -7,7 +7,7 @@ from dmquant.recipe import Learning
 
 
 def block(name, layers, is_layer=False):
-    return Block(name, tuple(layers), is_layer, None, 0, 0)
+    return Block(name, tuple(layers), is_layer, None, 0, 0, 0)
 
 
 BLOCKS = [
