@@ -27,7 +27,6 @@ class LayerPlan:
     name: str
     weights: WeightSpec
     activations: ActivationSpec | None
-    note: str | None = None
     candidates: tuple[Format, ...] = ()
     """Formats to choose from by output error; empty where the recipe names one."""
     activation_candidates: tuple[Format, ...] = ()
@@ -72,8 +71,7 @@ def plan(module: nn.Module, recipe: Recipe) -> list[LayerPlan]:
             transforms = create(settings.check_transforms(), layer, split)
         except UsageError as error:
             raise UsageError(f"layer {name}: {error}") from None
-        note = _remainder(layer, weights)
-        plans.append(LayerPlan(name, weights, activations, note, candidates, of_input, transforms))
+        plans.append(LayerPlan(name, weights, activations, candidates, of_input, transforms))
     return plans
 
 
@@ -158,13 +156,3 @@ def _check_split(name: str, layer: nn.Linear | nn.Conv2d, split: int) -> None:
     channels = layer.weight.shape[1]
     if not 0 < split < channels:
         raise UsageError(f"layer {name} has {channels} input channels, which a split of {split} does not cut in two")
-
-
-def _remainder(layer: nn.Linear | nn.Conv2d, spec: WeightSpec) -> str | None:
-    """A note on groups that do not divide a layer's input channels; None where they do."""
-    size, part = spec.granularity.size, "" if spec.split is None else " of one half"
-    for columns in spec.segments(layer.weight.shape):
-        if size and columns % size:
-            divided = f"{columns} weights a channel{part} do not divide into groups of {size}"
-            return f"{divided}; the last group has {columns % size}"
-    return None

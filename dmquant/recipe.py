@@ -172,12 +172,8 @@ class Recipe(Settings):
         rules = [Rule(match=names, split=split) for split, names in layers.items()]
         return self.with_settings(rules=[*rules, *self.rules]) if rules else self
 
-    def settings_for(self, name: str) -> Settings | None:
-        """The settings of one layer, all filled in; None where it stays in high precision. By the rules alone."""
-        return self.settings_by_layer([name])[name]
-
     def settings_by_layer(self, names: Iterable[str]) -> dict[str, Settings | None]:
-        """`settings_for` each of many layers, in time that grows with their number and not with its square."""
+        """The settings of layers, all filled in; None for one that stays in high precision. By the rules alone."""
         matcher = Matcher([rule.match for rule in self.rules])
         settings: dict[str, Settings | None] = {}
         for name in names:

@@ -8,7 +8,7 @@ from dmquant.convert import plan, quantize_, unmatched
 from dmquant.errors import UsageError
 from dmquant.layers import QuantConv2d, QuantLinear
 from dmquant.models import completed
-from dmquant.pipelines.runs.footprint import footprint
+from dmquant.pipelines.runs.footprint import footprint, remainder
 from dmquant.recipe import Recipe, Rule
 
 
@@ -49,7 +49,8 @@ def test_rules_choose_format_and_granularity_by_name():
 
 def test_a_group_size_that_does_not_divide_is_handled_and_said():
     net = Net()
-    notes = {report.plan.name: report.plan.note for report in quantize_(net, Recipe(name="x", granularity="group:64"))}
+    reports = quantize_(net, Recipe(name="x", granularity="group:64"))
+    notes = {report.plan.name: remainder(net.get_submodule(report.plan.name)) for report in reports}
     assert "96 weights a channel do not divide into groups of 64; the last group has 32" in notes.values()
     assert notes["blocks.0.conv"] == "144 weights a channel do not divide into groups of 64; the last group has 16"
     assert net.blocks[0]["ff"](torch.randn(2, 96)).isfinite().all()

@@ -39,21 +39,21 @@ def test_later_rules_win_and_keep_can_be_taken_back():
             Rule(match="blocks.0.attn", keep=False),
         ],
     )
-    assert recipe.settings_for("blocks.0.ff") is None
-    assert recipe.settings_for("head") is None
-    attn = recipe.settings_for("blocks.0.attn")
+    assert recipe.settings_by_layer(["blocks.0.ff"])["blocks.0.ff"] is None
+    assert recipe.settings_by_layer(["head"])["head"] is None
+    attn = recipe.settings_by_layer(["blocks.0.attn"])["blocks.0.attn"]
     assert (attn.weights, attn.activations, attn.granularity) == ("fp6_e2m3", "fp8_e4m3", "channel")
-    assert recipe.settings_for("other").weights == "fp4_e2m1"
+    assert recipe.settings_by_layer(["other"])["other"].weights == "fp4_e2m1"
 
 
 def test_no_format_for_weights_leaves_a_layer_alone():
-    assert Recipe(name="x", rules=[Rule(match="a", weights="bf16")]).settings_for("a") is None
+    assert Recipe(name="x", rules=[Rule(match="a", weights="bf16")]).settings_by_layer(["a"])["a"] is None
 
 
 def test_kept_layers_of_a_family_come_before_the_recipes_own_rules():
     recipe = Recipe(name="x", rules=[Rule(match="head", keep=False)]).keeping(["head", "tail"])
-    assert recipe.settings_for("head") is not None
-    assert recipe.settings_for("tail") is None
+    assert recipe.settings_by_layer(["head"])["head"] is not None
+    assert recipe.settings_by_layer(["tail"])["tail"] is None
 
 
 def test_what_a_family_says_is_written_out_before_a_recipes_own_rules():
@@ -184,11 +184,11 @@ def test_splits_are_one_rule_for_each_number_and_survive_saving(tmp_path):
     assert recipe.splitting({}) == recipe
     split = recipe.splitting({"up.0": 64, "up.1": 32, "up.2": 64})
     assert split.rules[:-1] == [Rule(match=["up.0", "up.2"], split=64), Rule(match=["up.1"], split=32)]
-    assert [split.settings_for(name).split for name in ("up.0", "up.1", "up.2", "a")] == [64, 32, 64, None]
+    assert [split.settings_by_layer([name])[name].split for name in ("up.0", "up.1", "up.2", "a")] == [64, 32, 64, None]
     split.save(tmp_path / "x.yaml")
     assert Recipe.load(tmp_path / "x.yaml") == split
     own = Recipe(name="x", rules=[Rule(match="up.*", split=0)]).splitting({"up.0": 64})
-    assert own.settings_for("up.0").split == 0
+    assert own.settings_by_layer(["up.0"])["up.0"].split == 0
 
 
 @pytest.mark.parametrize(

@@ -69,6 +69,5 @@ class AdaRound(Rounding):
         return int(((gate > 0) & (gate < 1)).sum())
 
 
-def start(grid: Grid, options: Options) -> AdaRound:
-    """Soft weights equal to the float weights (clipped to the grid), to float32 precision."""
-    return AdaRound(grid, options)
+start = AdaRound
+"""Soft weights equal to the float weights (clipped to the grid), to float32 precision."""

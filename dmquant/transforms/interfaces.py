@@ -41,6 +41,8 @@ class Storage:
     """Transforms of a layer apply in this order."""
     CHANGES_INPUT: ClassVar[bool] = False
     """Whether what is quantized is another input than the layer's own."""
+    timestep_ranges: ClassVar[int] = 1
+    """How many timestep ranges have parts of their own."""
     GROUPED: ClassVar[bool] = True
     """Whether a grouped convolution can have it: not where its parts run over all input channels."""
 
@@ -74,11 +76,6 @@ class Storage:
     def add_to(self, y: Tensor, layer: nn.Module, x: Tensor, parts: Parts) -> Tensor:
         """The output `y` with what is added to it, perhaps in place; `x` is the transformed input, not quantized."""
         return y
-
-    @property
-    def timestep_ranges(self) -> int:
-        """How many timestep ranges have parts of their own."""
-        return 1
 
     def added_products(self) -> int:
         """Products of two 16-bit numbers that `add_to` takes for each position of the output."""

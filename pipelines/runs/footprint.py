@@ -1,4 +1,4 @@
-"""What a model takes, and how much of that is its quantized weights."""
+"""What a quantized model takes, how much of that is its quantized weights, and what does not divide into groups."""
 
 import math
 from dataclasses import dataclass
@@ -37,3 +37,14 @@ def footprint(module: nn.Module) -> Footprint:
             quantized += sum(part.nbytes for part in parts if part is not None)
     total = sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
     return Footprint(weights, quantized, total - quantized)
+
+
+def remainder(layer: QuantLinear | QuantConv2d) -> str | None:
+    """A note on groups of weights that do not divide a layer's input channels; None where they do."""
+    spec = layer.weight_spec
+    size, part = spec.granularity.size, "" if spec.split is None else " of one half"
+    for columns in spec.segments(layer.weight_shape):
+        if size and columns % size:
+            divided = f"{columns} weights a channel{part} do not divide into groups of {size}"
+            return f"{divided}; the last group has {columns % size}"
+    return None

@@ -9,6 +9,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import diffusers
+from torch import nn
 
 from dmquant.convert import LayerReport, quantize_layers_, unmatched
 from dmquant.diffusers.quantizer import mark_quantized
@@ -25,7 +26,7 @@ from dmquant.pipelines.models.placing import place, place_backbone_alone
 from dmquant.pipelines.models.saving import model_card, narrow_exactly, save_whole
 from dmquant.pipelines.models.shared_parts import SharedParts
 from dmquant.pipelines.runs.calibration import calibrate, calibration_data
-from dmquant.pipelines.runs.footprint import footprint
+from dmquant.pipelines.runs.footprint import footprint, remainder
 from dmquant.pipelines.runs.settings import Settings
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ def make_model(
             place_backbone_alone(pipeline, settings.family.component, settings.device)
         with console.bar("quantizing") as bar:
             layers = quantize_layers_(backbone, recipe, lambda done, total, name: bar(done, total))
-    for note, names in _notes(layers).items():
+    for note, names in _notes(backbone, layers).items():
         others = f" and {len(names) - 1} more" if len(names) > 1 else ""
         console.say(f"note: {names[0]}{others}: {note}")
     mark_quantized(backbone, recipe)
@@ -120,12 +121,12 @@ def make_model(
     return facts
 
 
-def _notes(layers: Sequence[LayerReport]) -> dict[str, list[str]]:
+def _notes(backbone: nn.Module, layers: Sequence[LayerReport]) -> dict[str, list[str]]:
     """The layers that each note is about."""
     notes: dict[str, list[str]] = {}
     for layer in layers:
-        if layer.plan.note:
-            notes.setdefault(layer.plan.note, []).append(layer.plan.name)
+        if note := remainder(backbone.get_submodule(layer.plan.name)):
+            notes.setdefault(note, []).append(layer.plan.name)
     return notes
 
 

@@ -354,5 +354,5 @@ def test_every_layer_is_quantized_or_kept_by_the_family():
         if isinstance(layer, torch.nn.Linear | torch.nn.Conv2d) and not isinstance(layer, QuantLinear | QuantConv2d)
     }
     assert kept
-    assert all(made.recipe.settings_for(name) is None for name in kept)
+    assert all(made.recipe.settings_by_layer([name])[name] is None for name in kept)
     assert json.loads(json.dumps(pipe.unet.config["quantization_config"]["recipe"])) == made.recipe.to_dict()

@@ -181,8 +181,8 @@ class TestRecipe:
     def test_rules_replace_them_and_data_makes_it_calibrated(self):
         recipe = Recipe(name="x", transforms=["rotate"], rules=[{"match": "a", "transforms": []}])
         assert not recipe.calibrated
-        assert recipe.settings_for("a").transforms == []
-        assert [one.method for one in recipe.settings_for("b").transforms] == ["rotate"]
+        assert recipe.settings_by_layer(["a"])["a"].transforms == []
+        assert [one.method for one in recipe.settings_by_layer(["b"])["b"].transforms] == ["rotate"]
         for transform in ("smooth", "bias", {"method": "lowrank", "of": "error"}):
             assert Recipe(name="x", rules=[{"match": "a", "transforms": [transform]}]).calibrated
 
