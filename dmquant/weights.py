@@ -38,7 +38,7 @@ class DequantizedWeight(Tensor):
 
     @property
     def data(self) -> Tensor:
-        return self._compute()
+        return self._compute().detach()
 
     @data.setter
     def data(self, value: Tensor) -> None:

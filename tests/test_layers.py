@@ -155,8 +155,17 @@ def test_looking_at_a_weight_from_outside_decodes_nothing(monkeypatch):
     assert torch.equal(pickle.loads(pickle.dumps(weight)), exact)
 
 
+def add_to_data(weight):
+    weight.data += 1
+
+
 def test_a_weight_is_no_place_to_write_to():
-    weight = quantize_layer(nn.Linear(24, 8), FP4, None).weight
+    layer = nn.Linear(24, 8)
+    with torch.no_grad():
+        weight = quantize_layer(layer, FP4, None).weight
+    for spec in (FP4, WeightSpec.parse("fp4", split=6)):
+        with pytest.raises(RuntimeError, match="keep the LoRA adapter unfused"):
+            add_to_data(quantize_layer(layer, spec, None).weight)
     for write in (lambda: weight.add_(1), lambda: weight.copy_(torch.zeros(8, 24)), lambda: setattr(weight, "data", 0)):
         with pytest.raises(RuntimeError, match="cannot be written to"):
             write()

@@ -67,9 +67,9 @@ def make_model(
     """Quantize the backbone of a full-precision pipeline, whose key is `weights`, in place; save it whole to `folder`.
 
     `workspace` is where a recipe that takes data keeps it, and the codes of finished blocks; `shared` has the parts
-    that are saved once for several models. Returns what the report
-    says of the model: number of layers and parameters, bits and bytes, formats, seconds, and file hashes. Bits over
-    all and bytes in full precision count what the file holds: parameters, and buffers that are saved with them.
+    that are saved once for several models. Returns what the report says of the model: number of layers and parameters,
+    bits and bytes, formats, seconds, and file hashes. Bits over all and bytes in full precision count what the file
+    holds: parameters, and buffers that are saved with them.
     """
     backbone = getattr(pipeline, settings.family.component)
     parameters = sum(parameter.numel() for parameter in backbone.parameters())
@@ -92,10 +92,8 @@ def make_model(
     mark_quantized(backbone, recipe)
     narrow_exactly(backbone)
     size, stored = footprint(backbone), sum(tensor.nbytes for tensor in backbone.state_dict().values())
-    weights, activations = settings.formats
-    card = model_card(
-        settings.model.name, settings.recipe.name, weights, activations, type(pipeline).__name__, settings.dtype
-    )
+    kind = type(pipeline).__name__
+    card = model_card(settings.model.name, settings.recipe.name, *settings.formats, kind, settings.dtype)
     if kept := save_whole(pipeline, folder, card, settings.family.component, shared):
         console.say(f"note: {folder} was replaced; what it held that is not of a pipeline is in {kept}")
     seconds = time.perf_counter() - began

@@ -199,9 +199,10 @@ def test_a_model_of_the_generic_family_loads_without_a_known_backbone(folder, mo
 
 
 def test_a_known_pipeline_with_a_backbone_that_no_family_knows(folder, monkeypatch):
+    spec = resolve_model(str(folder))
     monkeypatch.setattr("dmquant.diffusers.families.families", lambda: {"unet": families()["unet"]})
     with pytest.raises(UserError, match=r"PixArtTransformer2DModel, which no model family knows; known are UNet2D"):
-        load(folder)
+        load_full_precision(spec, torch.float32, "cpu")
 
 
 def test_the_names_of_classes_survive_loading_and_saving(tmp_path):
