@@ -60,5 +60,5 @@ def test_by_default_it_is_a_part_of_the_memory_there_is():
 def test_on_a_gpu_it_is_a_part_of_the_gpus_memory_and_the_refusal_says_so(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (24_000_000, 80_000_000_000))
     assert default_budget(torch.device("cuda", 0)) == 12_000_000
-    with pytest.raises(UsageError, match=r"a budget of 1 MB of GPU memory is too small: 1 alone takes"):
+    with pytest.raises(UsageError, match=r"a budget of 1.00 MB of GPU memory is too small: 1 alone takes"):
         check_budget(1_000_000, model((8, 256)), blocks((8, 256)), Learning(batch_size=4), True, where="GPU ")

@@ -6,6 +6,7 @@ from torch import nn
 
 from dmquant.calib.layers.fitting import fit_to_codes, seen_by_output
 from dmquant.calib.layers.moments import Moments, columns_of, fit_grid
+from dmquant.calib.layers.rounder import Rounder
 from dmquant.convert import LayerPlan
 from dmquant.layers import QUANTIZED
 from dmquant.qtensor import QuantizedTensor, WeightSpec
@@ -155,3 +156,19 @@ class TestCalibration:
         assert any(isinstance(layer, nn.Conv2d) for layer in layers.values())
         assert all("lowrank" in "".join(layer.part_names) for layer in layers.values())
         assert is_same(saved_and_loaded("sd15", backbone, done.recipe, tmp_path / "saved"), backbone)
+
+
+def test_moments_are_factorized_once_for_the_branch_and_the_scales(monkeypatch):
+    factorized = []
+    right = gptq.factorize
+    monkeypatch.setattr(gptq, "factorize", lambda *args: factorized.append(args) or right(*args))
+    layer, spec = made("linear"), WeightSpec.parse("fp4", "group:16", "lean")
+    transforms = create([("lowrank", {"rank": 4, "by": "output", "iterations": 1})], layer, None)
+    plan = LayerPlan("layer", spec, None, transforms=transforms)
+    quantized = QUANTIZED[nn.Linear].like(layer, spec, None, "meta", transforms)
+    moments = Moments((64, 96), spec, torch.device("cpu"), 8192)
+    moments.add(columns_of(layer, inputs_of(layer)))
+    parts, weight = next(chains(transforms, layer.weight.detach().float(), None))
+    quantized.load_parts(parts)
+    Rounder(get_method("gptq"), gptq.Options()).start(layer, plan, quantized, weight, moments)
+    assert len(factorized) == 1
