@@ -1,5 +1,6 @@
 """What a recipe says of some layers: formats, scales and methods with their options, each checked by name."""
 
+import functools
 import importlib
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -34,6 +35,7 @@ def _one_size(names: list[str]) -> list[str]:
     return [fmt.name for fmt in formats]
 
 
+@functools.cache
 def _checks() -> dict[str, Callable[[Any], Any]]:
     """What gives each setting its one name, or raises a UsageError; torch is imported only for this."""
     from dmquant.activations import parse_ranges
