@@ -5,7 +5,7 @@
 A PixArt transformer of one block in bfloat16 with random weights, latents and texts, two samples a batch; learning is
 short. `asked` is the least --memory-budget that is not refused, with which the row is run: what waits between blocks is
 on disk then. `peak` is the resident memory above that before calibrating; every row is a process of its own. The
-constants of dmquant/calib/blocks/budget.py are chosen by this table.
+constants of calib/blocks/budget.py are chosen by this table.
 """
 
 import argparse
