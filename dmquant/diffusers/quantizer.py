@@ -19,7 +19,7 @@ from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import nn
 
 from dmquant.activations import TimestepRanges
-from dmquant.convert import plan, quantize_layers_, unmatched
+from dmquant.convert import plan, plan_without_data, quantize_layers_, unmatched
 from dmquant.diffusers import families, pairs  # noqa: F401  (enter what they know)
 from dmquant.errors import UsageError, UserError
 from dmquant.layers import QUANTIZED, quantize_layer, share_timesteps
@@ -44,7 +44,8 @@ class QuantConfig(QuantizationConfigMixin):
 
     `w` and `a` set its formats and `keep` names more layers (globs) to leave in high precision. In a saved model's
     config.json it is the recipe in full, every rule written out, with the `version` of its codes. Keys that are not
-    known here are ignored; UserError for a version that is.
+    known here are ignored; UserError for a version that is. `from_pretrained` raises UsageError for a recipe that
+    needs calibration data or quantizes no layer.
     """
 
     def __init__(
@@ -107,7 +108,8 @@ class DMQuantizer(DiffusersQuantizer):
         recipe = completed(recipe, model)
         # A copy, because the caller may load a model of another family with the same configuration.
         self.quantization_config = QuantConfig(recipe, version=self.quantization_config.version)
-        self._plans = {step.name: step for step in plan(model, recipe)}
+        plans = plan(model, recipe) if self.pre_quantized else plan_without_data(model, recipe)
+        self._plans = {step.name: step for step in plans}
         self._whole_model = any(folds_first(one) for step in self._plans.values() for one in step.transforms)
         if self.pre_quantized:
             for name, step in self._plans.items():

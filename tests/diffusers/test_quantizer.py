@@ -228,6 +228,21 @@ def test_quantizing_while_loading_gives_the_same_model(kind, dtype, shard, tmp_p
     )
 
 
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        (QuantConfig("gptq"), "recipe 'gptq' needs calibration data"),
+        (QuantConfig("default"), "recipe 'default' needs calibration data"),
+        (QuantConfig("rtn", keep="*"), "quantizes none of the layers of PixArtTransformer2DModel"),
+    ],
+)
+def test_quantizing_while_loading_refuses_what_quantize_refuses(config, said, tmp_path):
+    model = tiny_pixart().transformer
+    model.save_pretrained(tmp_path)
+    with pytest.raises(UsageError, match=said):
+        type(model).from_pretrained(tmp_path, quantization_config=config)
+
+
 def test_convolutions_of_a_unet_are_quantized():
     layers = [layer for layer in quantized_backbone("unet", RECIPES["rtn"]).modules() if isinstance(layer, QuantConv2d)]
     assert len(layers) > 5
@@ -421,7 +436,7 @@ class TestStaticActivations:
 
     def test_loading_full_precision_weights_cannot_fit_them(self, tmp_path):
         tiny_pixart().transformer.save_pretrained(tmp_path)
-        with pytest.raises(UsageError, match="fitted to calibration data"):
+        with pytest.raises(UsageError, match="needs calibration data"):
             type(tiny_pixart().transformer).from_pretrained(tmp_path, quantization_config=QuantConfig(static_recipe()))
 
     def test_a_backbone_without_a_timestep_cannot_have_several_ranges(self):
