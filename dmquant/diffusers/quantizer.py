@@ -42,7 +42,7 @@ class QuantMethod(str, enum.Enum):
 class QuantConfig(QuantizationConfigMixin):
     """A `quantization_config` for diffusers: a recipe by name, by bits (`w4a6`), from a YAML file, or as a dict.
 
-    `w` and `a` set its formats and `keep` names more layers (globs) to leave in high precision. In a saved model's
+    `w` and `a` set its formats and `keep` names more layers (a glob or several) to leave in high precision. In a saved model's
     config.json it is the recipe in full, every rule written out, with the `version` of its codes. Keys that are not
     known here are ignored; UserError for a version that is. `from_pretrained` raises UsageError for a recipe that
     needs calibration data or quantizes no layer.
@@ -53,7 +53,7 @@ class QuantConfig(QuantizationConfigMixin):
         recipe: "str | Path | dict[str, Any] | Recipe" = "rtn",
         w: str | None = None,
         a: str | None = None,
-        keep: tuple[str, ...] = (),
+        keep: str | tuple[str, ...] = (),
         version: int = VERSION,
         **_later_versions: Any,
     ):
@@ -67,7 +67,7 @@ class QuantConfig(QuantizationConfigMixin):
             recipe = Recipe.from_dict(recipe, "recipe")
         elif not isinstance(recipe, Recipe):
             recipe = Recipe.load(recipe, w, a)
-        self.recipe = recipe.keeping(keep)
+        self.recipe = recipe.keeping((keep,) if isinstance(keep, str) else keep)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:

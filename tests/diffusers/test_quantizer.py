@@ -243,6 +243,10 @@ def test_quantizing_while_loading_refuses_what_quantize_refuses(config, said, tm
         type(model).from_pretrained(tmp_path, quantization_config=config)
 
 
+def test_a_configuration_keeps_one_pattern_as_well_as_several():
+    assert QuantConfig("rtn", keep="proj_*").recipe == QuantConfig("rtn", keep=("proj_*",)).recipe
+
+
 def test_convolutions_of_a_unet_are_quantized():
     layers = [layer for layer in quantized_backbone("unet", RECIPES["rtn"]).modules() if isinstance(layer, QuantConv2d)]
     assert len(layers) > 5
