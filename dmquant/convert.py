@@ -56,8 +56,7 @@ def plan(module: nn.Module, recipe: Recipe) -> list[LayerPlan]:
         if settings is None:
             continue
         layer = layers[name]
-        split = settings.split or None
-        if split is not None:
+        if split := settings.split or None:
             _check_split(name, layer, split)
         weights = WeightSpec.parse(settings.weights, settings.granularity, settings.scale, settings.store, split)
         activations = None
@@ -99,6 +98,8 @@ def quantize_(module: nn.Module, recipe: Recipe | str, progress: Progress | None
     `progress(done, total, name)` is called after each layer. Raises UsageError if no layer is left to quantize, a
     weight is NaN or infinite, the recipe needs calibration data, or `module` holds adapters or is compiled.
     """
+    if not isinstance(module, nn.Module) or type(module) in QUANTIZED:
+        raise UsageError(f"{type(module).__name__} is no module that holds layers: give one, such as pipe.transformer")
     recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
     if warning := unmatched(module, recipe):
         logging.getLogger("dmquant").warning(warning)
