@@ -90,7 +90,7 @@ def test_a_recipe_that_quantizes_nothing_is_an_error():
 
 @pytest.mark.parametrize("target", [nn.Linear(64, 64), object()])
 def test_what_holds_no_layers_to_replace_is_refused(target):
-    with pytest.raises(UsageError, match="is no module that holds layers: give one, such as pipe.transformer"):
+    with pytest.raises(UsageError, match="is no module that holds layers: give one, such as pipe"):
         quantize_(target, "rtn")
 
 

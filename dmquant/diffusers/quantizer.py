@@ -42,10 +42,10 @@ class QuantMethod(str, enum.Enum):
 class QuantConfig(QuantizationConfigMixin):
     """A `quantization_config` for diffusers: a recipe by name, by bits (`w4a6`), from a YAML file, or as a dict.
 
-    `w` and `a` set its formats and `keep` names more layers (a glob or several) to leave in high precision. In a saved model's
-    config.json it is the recipe in full, every rule written out, with the `version` of its codes. Keys that are not
-    known here are ignored; UserError for a version that is. `from_pretrained` raises UsageError for a recipe that
-    needs calibration data or quantizes no layer.
+    `w` and `a` set its formats and `keep` names more layers (a glob or several) to leave in high precision. In a saved
+    model's config.json it is the recipe in full, every rule written out, with the `version` of its codes. Keys that
+    are not known here are ignored; UserError for a version that is. `from_pretrained` raises UsageError for a recipe
+    that needs calibration data or quantizes no layer.
     """
 
     def __init__(
@@ -266,7 +266,12 @@ def make_portable(folder: Path) -> None:
 
 
 def load_pipeline(folder: str | Path, **options: Any) -> Any:
-    """`DiffusionPipeline.from_pretrained` with dmquant registered; `options` are its own."""
+    """`DiffusionPipeline.from_pretrained` with dmquant registered; `options` are its own.
+
+    Raises UserError for a Path that is no folder; a str may be a Hub id, too.
+    """
     from diffusers import DiffusionPipeline
 
-    return DiffusionPipeline.from_pretrained(folder, **options)
+    if isinstance(folder, Path) and not folder.is_dir():
+        raise UserError(f"there is no folder {folder}")
+    return DiffusionPipeline.from_pretrained(str(folder), **options)

@@ -301,6 +301,11 @@ def test_a_whole_pipeline_reloads_in_a_process_that_only_imports_dmquant(tmp_pat
     subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True)
 
 
+def test_a_folder_that_is_not_there_is_said_in_one_line(tmp_path):
+    with pytest.raises(UserError, match=r"^there is no folder \S+/none$"):
+        load_pipeline(tmp_path / "none")
+
+
 def test_no_local_path_is_left_in_a_pipeline_folder(tmp_path):
     tiny_pixart(tmp_path / "source")
     pipeline = load_pipeline(tmp_path / "source")
