@@ -147,9 +147,9 @@ def quantize(weight: Tensor, spec: WeightSpec) -> QuantizedTensor:
 
 
 def check_finite(values: Tensor) -> None:
-    """UsageError for NaN or infinity among weights."""
-    if not torch.isfinite(values).all():
-        raise UsageError("the weights hold NaN or infinite values: they cannot be quantized")
+    """UsageError for NaN or infinity among weights, and for weights without values, as offloading leaves them."""
+    if values.is_meta or not torch.isfinite(values).all():
+        raise UsageError("the weights hold NaN or infinite values, or none (device meta): they cannot be quantized")
 
 
 def _parts(rows: int, columns: int, granularity: Granularity) -> list[slice]:

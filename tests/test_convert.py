@@ -101,6 +101,13 @@ def test_a_layer_with_nan_weights_is_named():
         quantize_(net, "rtn")
 
 
+def test_a_model_whose_weights_are_elsewhere_is_refused_in_one_line():
+    with torch.device("meta"):
+        net = Net()
+    with pytest.raises(UsageError, match=r"layer blocks\.0\.conv: the weights hold .* or none \(device meta\)"):
+        quantize_(net, "rtn")
+
+
 def test_progress_counts_every_layer():
     seen = []
     quantize_(Net(), "rtn", progress=lambda *step: seen.append(step))
