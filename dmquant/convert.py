@@ -137,11 +137,10 @@ def unmatched(module: nn.Module, recipe: Recipe) -> str | None:
     Rules that come with dmquant, and what a family keeps, are for many models and may match nothing.
     """
     own, of_family = [rule.match for rule in recipe.rules if rule not in shipped_rules()], known(module).keep
-    missed = [pattern for pattern in without_match(own, layers_in(module)) if pattern not in of_family]
+    missed = ", ".join(f"'{pattern}'" for pattern in without_match(own, layers_in(module)) if pattern not in of_family)
     if not missed:
         return None
-    patterns = ", ".join(f"'{pattern}'" for pattern in missed)
-    return f"recipe '{recipe.name}': no layer of {type(module).__name__} matches {patterns}, so that changes nothing"
+    return f"recipe '{recipe.name}': no layer of {type(module).__name__} matches {missed}, so that changes nothing"
 
 
 def holds_adapters(module: nn.Module) -> bool:
@@ -152,8 +151,7 @@ def holds_adapters(module: nn.Module) -> bool:
 def relative_error(weight: Tensor, quantized: QuantLinear | QuantConv2d) -> float:
     """Squared error of a quantized weight over the squared weight."""
     exact = weight.detach().float()
-    lost = (quantized.float_weight() - exact).square().sum()
-    return (lost / exact.square().sum().clamp(min=1e-30)).item()
+    return ((quantized.float_weight() - exact).square().sum() / exact.square().sum().clamp(min=1e-30)).item()
 
 
 def _check_split(name: str, layer: nn.Linear | nn.Conv2d, split: int) -> None:
