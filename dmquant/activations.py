@@ -175,6 +175,6 @@ def _online_scale(groups: Tensor, rows: int, spec: ActivationSpec) -> Tensor:
     """
     base = None
     if spec.scale_by_row:
-        of_rows = absmax(groups).unflatten(0, (rows, -1))
+        of_rows = absmax(groups).unflatten(0, (-1, max(1, len(groups) // max(1, rows))))
         base = STORES[spec.store].base(of_rows, spec.fmt).expand(-1, of_rows.shape[1], -1).flatten(0, 1)
     return fit_absmax(groups, spec.fmt, spec.store, base).decode()

@@ -56,8 +56,7 @@ def plan(module: nn.Module, recipe: Recipe) -> list[LayerPlan]:
         if settings is None:
             continue
         layer = layers[name]
-        split = settings.split or None
-        if split is not None:
+        if split := settings.split or None:
             _check_split(name, layer, split)
         weights = WeightSpec.parse(settings.weights, settings.granularity, settings.scale, settings.store, split)
         activations = None
@@ -75,6 +74,18 @@ def plan(module: nn.Module, recipe: Recipe) -> list[LayerPlan]:
     return plans
 
 
+def plan_without_data(module: nn.Module, recipe: Recipe) -> list[LayerPlan]:
+    """`plan`, with a UsageError for a recipe that needs calibration data or quantizes no layer."""
+    if recipe.calibrated:
+        raise UsageError(
+            f"recipe '{recipe.name}' needs calibration data: use `dmquant run` or `dmquant quantize`, "
+            "or a recipe without data such as rtn"
+        )
+    if not (plans := plan(module, recipe)):
+        raise UsageError(f"recipe '{recipe.name}' quantizes none of the layers of {type(module).__name__}")
+    return plans
+
+
 def layers_in(module: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
     """The layers of a module that a recipe can quantize, by name, in the module's order."""
     return {name: layer for name, layer in module.named_modules() if type(layer) in QUANTIZED}
@@ -87,6 +98,8 @@ def quantize_(module: nn.Module, recipe: Recipe | str, progress: Progress | None
     `progress(done, total, name)` is called after each layer. Raises UsageError if no layer is left to quantize, a
     weight is NaN or infinite, the recipe needs calibration data, or `module` holds adapters or is compiled.
     """
+    if not isinstance(module, nn.Module) or type(module) in QUANTIZED:
+        raise UsageError(f"{type(module).__name__} is no module that holds layers: give one, such as pipe.transformer")
     recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
     if warning := unmatched(module, recipe):
         logging.getLogger("dmquant").warning(warning)
@@ -98,18 +111,11 @@ def quantize_(module: nn.Module, recipe: Recipe | str, progress: Progress | None
 
 def quantize_layers_(module: nn.Module, recipe: Recipe, progress: Progress | None = None) -> list[LayerReport]:
     """`quantize_` for a caller that records in the module itself what became of it."""
-    if recipe.calibrated:
-        raise UsageError(
-            f"recipe '{recipe.name}' needs calibration data: use `dmquant run` or `dmquant quantize`, "
-            "or a recipe without data such as rtn"
-        )
     if hasattr(module, "_orig_mod"):
         raise UsageError("the module is compiled: quantize it first, then torch.compile it")
     if holds_adapters(module):
         raise UsageError(f"{type(module).__name__} holds LoRA adapters: merge or unload them, then quantize")
-    plans = plan(module, recipe)
-    if not plans:
-        raise UsageError(f"recipe '{recipe.name}' quantizes none of the layers of {type(module).__name__}")
+    plans = plan_without_data(module, recipe)
     fold_first_(module, {step.name: step.transforms for step in plans})
     reports = []
     for done, step in enumerate(plans, start=1):

@@ -67,7 +67,7 @@ def to_groups(matrix: Tensor, granularity: Granularity, segments: tuple[int, ...
     size = granularity.size or max(segments)
     if any(columns % size for columns in segments):
         matrix = _side_by_side([F.pad(part, (0, -part.shape[1] % size)) for part in matrix.split(segments, 1)])
-    groups = matrix.reshape(len(matrix), -1, size)
+    groups = matrix.reshape(len(matrix), matrix.shape[1] // size, size)
     return groups.transpose(0, 1).reshape(1, groups.shape[1], -1) if granularity.kind == "tensor" else groups
 
 

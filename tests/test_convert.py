@@ -88,6 +88,12 @@ def test_a_recipe_that_quantizes_nothing_is_an_error():
         quantize_(Net(), Recipe(name="idle", rules=[Rule(match="*", keep=True)]))
 
 
+@pytest.mark.parametrize("target", [nn.Linear(64, 64), object()])
+def test_what_holds_no_layers_to_replace_is_refused(target):
+    with pytest.raises(UsageError, match="is no module that holds layers: give one, such as pipe"):
+        quantize_(target, "rtn")
+
+
 def test_a_layer_with_nan_weights_is_named():
     net = Net()
     net.blocks[1]["ff"].weight.data[0, 0] = float("nan")

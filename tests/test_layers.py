@@ -78,6 +78,18 @@ def test_layers_hold_only_packed_bytes_and_bias():
     assert not list(quantized.buffers())
 
 
+@pytest.mark.parametrize("activations", ["nvfp4", "mxfp6", "int8"])
+@pytest.mark.parametrize("kernel", ["cpu", "reference"])
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [(nn.Linear(60, 8), (0, 60)), (nn.Linear(60, 8), (2, 0, 60)), (nn.Conv2d(24, 8, 3, padding=1), (0, 24, 4, 4))],
+)
+def test_an_empty_batch_goes_through(activations, kernel, layer, shape):
+    quantized = quantize_layer(layer, WeightSpec.parse("fp4"), ActivationSpec.parse(activations))
+    with kernels.forced(kernel):
+        assert quantized(torch.zeros(shape)).shape == layer(torch.zeros(shape)).shape
+
+
 @pytest.mark.parametrize("format", ["fp4", "nvfp4", "mxfp4", "int4"])
 def test_casting_the_module_changes_no_code_and_no_scale(format):
     quantized = quantize_layer(nn.Linear(96, 64), WeightSpec.parse(format, store="fp32"), None)

@@ -19,7 +19,7 @@ from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import nn
 
 from dmquant.activations import TimestepRanges
-from dmquant.convert import plan, quantize_layers_, unmatched
+from dmquant.convert import plan, plan_without_data, quantize_layers_, unmatched
 from dmquant.diffusers import families, pairs  # noqa: F401  (enter what they know)
 from dmquant.errors import UsageError, UserError
 from dmquant.layers import QUANTIZED, quantize_layer, share_timesteps
@@ -42,9 +42,10 @@ class QuantMethod(str, enum.Enum):
 class QuantConfig(QuantizationConfigMixin):
     """A `quantization_config` for diffusers: a recipe by name, by bits (`w4a6`), from a YAML file, or as a dict.
 
-    `w` and `a` set its formats and `keep` names more layers (globs) to leave in high precision. In a saved model's
-    config.json it is the recipe in full, every rule written out, with the `version` of its codes. Keys that are not
-    known here are ignored; UserError for a version that is.
+    `w` and `a` set its formats and `keep` names more layers (a glob or several) to leave in high precision. In a saved
+    model's config.json it is the recipe in full, every rule written out, with the `version` of its codes. Keys that
+    are not known here are ignored; UserError for a version that is. `from_pretrained` raises UsageError for a recipe
+    that needs calibration data or quantizes no layer.
     """
 
     def __init__(
@@ -52,7 +53,7 @@ class QuantConfig(QuantizationConfigMixin):
         recipe: "str | Path | dict[str, Any] | Recipe" = "rtn",
         w: str | None = None,
         a: str | None = None,
-        keep: tuple[str, ...] = (),
+        keep: str | tuple[str, ...] = (),
         version: int = VERSION,
         **_later_versions: Any,
     ):
@@ -66,7 +67,7 @@ class QuantConfig(QuantizationConfigMixin):
             recipe = Recipe.from_dict(recipe, "recipe")
         elif not isinstance(recipe, Recipe):
             recipe = Recipe.load(recipe, w, a)
-        self.recipe = recipe.keeping(keep)
+        self.recipe = recipe.keeping((keep,) if isinstance(keep, str) else keep)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
@@ -107,7 +108,8 @@ class DMQuantizer(DiffusersQuantizer):
         recipe = completed(recipe, model)
         # A copy, because the caller may load a model of another family with the same configuration.
         self.quantization_config = QuantConfig(recipe, version=self.quantization_config.version)
-        self._plans = {step.name: step for step in plan(model, recipe)}
+        plans = plan(model, recipe) if self.pre_quantized else plan_without_data(model, recipe)
+        self._plans = {step.name: step for step in plans}
         self._whole_model = any(folds_first(one) for step in self._plans.values() for one in step.transforms)
         if self.pre_quantized:
             for name, step in self._plans.items():
@@ -264,7 +266,12 @@ def make_portable(folder: Path) -> None:
 
 
 def load_pipeline(folder: str | Path, **options: Any) -> Any:
-    """`DiffusionPipeline.from_pretrained` with dmquant registered; `options` are its own."""
+    """`DiffusionPipeline.from_pretrained` with dmquant registered; `options` are its own.
+
+    Raises UserError for a Path that is no folder; a str may be a Hub id, too.
+    """
     from diffusers import DiffusionPipeline
 
-    return DiffusionPipeline.from_pretrained(folder, **options)
+    if isinstance(folder, Path) and not folder.is_dir():
+        raise UserError(f"there is no folder {folder}")
+    return DiffusionPipeline.from_pretrained(str(folder), **options)

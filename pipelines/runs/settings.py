@@ -1,6 +1,7 @@
 """From what was typed to what a run needs: every name looked up and every value checked before any work begins."""
 
 import importlib.metadata
+import os
 import platform
 import re
 from dataclasses import dataclass, replace
@@ -11,8 +12,9 @@ import torch
 from torch import nn
 
 import dmquant
+from dmquant import kernels
 from dmquant.diffusers.families import GENERIC, Family
-from dmquant.errors import UsageError
+from dmquant.errors import UsageError, check_choice
 from dmquant.evaluation.generate import ImageRequest, batch_size_for, image_requests
 from dmquant.evaluation.images import any_images
 from dmquant.evaluation.metrics.registry import METRICS, all_names, check_names, default_names
@@ -206,6 +208,8 @@ def resolve(options: Options) -> Settings:
     device = resolve_device(options.device)
     if options.offload and device == "cpu":
         raise UsageError("--offload is for a GPU; with --device cpu all parts are in host memory anyway: leave it out")
+    if kernel := os.environ.get(kernels.VARIABLE):
+        check_choice("kernel", kernel, kernels.names())
     dtype_name = options.dtype or model.dtype
     resolve_dtype(dtype_name, device)
     _check_taken(options, model)

@@ -228,6 +228,25 @@ def test_quantizing_while_loading_gives_the_same_model(kind, dtype, shard, tmp_p
     )
 
 
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        (QuantConfig("gptq"), "recipe 'gptq' needs calibration data"),
+        (QuantConfig("default"), "recipe 'default' needs calibration data"),
+        (QuantConfig("rtn", keep="*"), "quantizes none of the layers of PixArtTransformer2DModel"),
+    ],
+)
+def test_quantizing_while_loading_refuses_what_quantize_refuses(config, said, tmp_path):
+    model = tiny_pixart().transformer
+    model.save_pretrained(tmp_path)
+    with pytest.raises(UsageError, match=said):
+        type(model).from_pretrained(tmp_path, quantization_config=config)
+
+
+def test_a_configuration_keeps_one_pattern_as_well_as_several():
+    assert QuantConfig("rtn", keep="proj_*").recipe == QuantConfig("rtn", keep=("proj_*",)).recipe
+
+
 def test_convolutions_of_a_unet_are_quantized():
     layers = [layer for layer in quantized_backbone("unet", RECIPES["rtn"]).modules() if isinstance(layer, QuantConv2d)]
     assert len(layers) > 5
@@ -280,6 +299,11 @@ def test_a_whole_pipeline_reloads_in_a_process_that_only_imports_dmquant(tmp_pat
         "assert torch.equal(example(pipe.transformer), torch.load(sys.argv[1] + '/expected.pt'))\n"
     )
     subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True)
+
+
+def test_a_folder_that_is_not_there_is_said_in_one_line(tmp_path):
+    with pytest.raises(UserError, match=r"^there is no folder \S+/none$"):
+        load_pipeline(tmp_path / "none")
 
 
 def test_no_local_path_is_left_in_a_pipeline_folder(tmp_path):
@@ -421,7 +445,7 @@ class TestStaticActivations:
 
     def test_loading_full_precision_weights_cannot_fit_them(self, tmp_path):
         tiny_pixart().transformer.save_pretrained(tmp_path)
-        with pytest.raises(UsageError, match="fitted to calibration data"):
+        with pytest.raises(UsageError, match="needs calibration data"):
             type(tiny_pixart().transformer).from_pretrained(tmp_path, quantization_config=QuantConfig(static_recipe()))
 
     def test_a_backbone_without_a_timestep_cannot_have_several_ranges(self):

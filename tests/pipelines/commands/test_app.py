@@ -108,6 +108,14 @@ def test_wrong_usage_is_one_line_exits_with_2_and_writes_nothing(capsys, model, 
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("command", ["run", "generate", "quantize", "compare"])
+def test_an_unknown_kernel_is_said_before_any_work(capsys, model, monkeypatch, command):
+    monkeypatch.setenv("DMQUANT_KERNEL", "refrence")
+    recipes = ["--recipes", "rtn"] if command == "compare" else []
+    _fails(dmquant(capsys, command, model, *recipes, "--out", "made"), 2, "did you mean 'reference'?")
+    assert not Path("made").exists()
+
+
 WRONG_RECIPES = {
     "none": (",", "--recipes is empty"),
     "unknown": ("rtn,rtm", "did you mean 'rtn'?"),
