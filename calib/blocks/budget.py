@@ -1,4 +1,4 @@
-"""How much memory learning takes."""
+"""The memory that learning takes."""
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
@@ -58,7 +58,7 @@ def check_budget(
 
 
 def bytes_a_weight(learns: bool) -> int:
-    """What is held of a weight while its unit is decided."""
+    """Bytes held for each weight while its unit is decided."""
     return LEARNED if learns else FITTED
 
 

@@ -40,9 +40,9 @@ class BlockInputs:
     def statistics(
         self, task: Task, layers: Mapping[str, QuantLinear | QuantConv2d]
     ) -> dict[str, InputStatistics | None]:
-        """What the transforms look at that are fitted to the inputs of their layer; only of layers with such.
+        """Statistics of the inputs of those layers that have a transform fitted to its inputs.
 
-        `layers` are the task's as they will quantize their inputs.
+        `layers` are the layers of the task as they will quantize their inputs. A layer that no sample reached has None.
         """
         calls = -(-len(self.learning) // self.streams.batch_size)
         observers = {
@@ -58,7 +58,7 @@ class BlockInputs:
     ) -> dict[str, Moments]:
         """Second moments of transformed and quantized inputs, added to `empty`; without layers that no sample reached.
 
-        `layers` are those of the task, by name, as they will quantize their inputs.
+        `layers` are the layers of the task, by name, as they will quantize their inputs.
         """
         backbone = self.streams.backbone
 
