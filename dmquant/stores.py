@@ -21,7 +21,7 @@ OCTAVE_SEARCH = (0.25, 0.5, 1.0, 2.0)
 
 @dataclass(frozen=True)
 class Store:
-    """How scales are kept: in `dtype`, and relative to a float32 base if `base_of` says so.
+    """A way to store scales: in `dtype`, and relative to a float32 base if `base_of` says so.
 
     Amplitudes, (..., rows, columns) float32, are the magnitudes that are to become the largest value of a format.
     """
@@ -34,7 +34,7 @@ class Store:
     search: tuple[float, ...]
     """Multiples of absmax that the `mse` rule tries."""
     base_of: Literal["row", "tensor"] | None = None
-    """What shares a base: a row of scales, or all of them."""
+    """The scales that share a base: a row of scales, or all of them."""
     fit_base: Callable[[Tensor, Format], Tensor] | None = None
     """Largest amplitudes, (..., 1, 1) or (..., rows, 1), and format to float32 bases of their shape."""
 
@@ -112,7 +112,7 @@ TABLES = {TABLE: Store(torch.bfloat16, lambda tables, fmt, base: tables.bfloat16
 
 
 def get_store(name: str) -> Store:
-    """How scales, or tables, of a store that is known to exist are kept."""
+    """The store of scales, or tables, of a name that is known to exist."""
     return STORES[name] if name in STORES else TABLES[name]
 
 

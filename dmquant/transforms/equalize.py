@@ -16,7 +16,7 @@ _NO_RANGE = 1e-9
 
 
 class Options(BaseModel, extra="forbid"):
-    """What a recipe may set."""
+    """Options of equalization in a recipe."""
 
     choose: bool = False
     """Whether calibration evens out those pairs alone whose second layers' outputs are nearer for it."""
