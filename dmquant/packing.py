@@ -1,7 +1,7 @@
 """Packing: codes of 1 to 8 bits to bytes and back.
 
 A row is a little-endian bit stream along the last dimension: the first code fills the lowest bits of the first byte
-(for 4 bits, the low nibble comes first). Rows start on a byte, and what is left of the last byte is zero.
+(for 4 bits, the low nibble comes first). Rows start on a byte, and the rest of the last byte is zero.
 """
 
 import math

@@ -49,7 +49,7 @@ class Learning(BaseModel, extra="forbid", frozen=True):
     dtype: Literal["fp32", "bf16"] = "fp32"
     compile: bool = False
     checks: int = Field(default=5, ge=1)
-    """How often the hard-rounded unit is tried on held-out data; the best of these is kept."""
+    """The number of times the hard-rounded unit is tried on held-out data; the best of these is kept."""
     seed: int = Field(default=0, ge=0)
 
 
@@ -191,7 +191,7 @@ class Recipe(Settings):
         return Settings.model_construct(**merged)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types, without what was left at its default in rules or has no meaning without data."""
+        """The recipe in plain JSON types, without unset settings, and without data settings where it takes no data."""
         unused = set() if self.calibrated else {"calibration", "learning"}
         return self.model_dump(exclude_none=True, exclude=unused)
 

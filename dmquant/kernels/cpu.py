@@ -96,7 +96,7 @@ def _to_compile(spec: ActivationSpec) -> ActivationSpec:
 
 @functools.cache
 def missing_to_compile() -> str | None:
-    """What torch.compile lacks on the CPU, and how to get it; None where it lacks nothing."""
+    """A requirement that torch.compile lacks on the CPU, and how to get it; None where it lacks nothing."""
     from torch._inductor.cpp_builder import get_cpp_compiler
     from torch._inductor.exc import InvalidCxxCompiler
 

@@ -1,4 +1,4 @@
-"""One picture that shows what quantization did: the same prompts, side by side."""
+"""A picture that shows the effect of quantization: images of the same prompts, side by side."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ INK, FAINT, PAPER = "#1b1b1f", "#5f6068", "#ffffff"
 
 @dataclass(frozen=True)
 class Prompt:
-    """What stands together in the grid: rows of pictures of one prompt (None is an empty place), and its caption."""
+    """A prompt's part of the grid: its rows of pictures (None is an empty place), and its caption."""
 
     rows: list[list[Image.Image | None]]
     caption: str
@@ -89,7 +89,7 @@ def _spread(count: int, limit: int) -> list[int]:
 
 
 def _furthest(paths: Sequence[Path]) -> float:
-    """How far the image that is furthest from the first one is from it."""
+    """The largest difference of an image from the first one."""
     reference, *others = open_alike(list(paths))
     return max((rms_difference(reference, other) for other in others), default=0.0)
 
@@ -183,7 +183,7 @@ def _wrapped(text: str, width: int, most: int) -> list[str]:
 
 
 def _fitting(text: str, width: float) -> int:
-    """How many characters of `text` fit into `width` pixels; a name is broken after a hyphen or underscore."""
+    """Number of characters of `text` that fit into `width` pixels; a name is broken after a hyphen or underscore."""
     fits = next(count for count in range(len(text), -1, -1) if _length(text[:count]) <= max(width, 0))
     if fits == len(text):
         return fits

@@ -1,4 +1,4 @@
-"""Which models there are: names from configs/models, Hub ids, local folders; and the family each belongs to.
+"""The registry of models: names from configs/models, Hub ids, local folders; and the family each belongs to.
 
 A model is one YAML file in configs/models, which names its family (dmquant.diffusers.families).
 """
@@ -56,7 +56,7 @@ class ModelSpec(BaseModel):
     """Further keyword arguments of the pipeline's call."""
     license: str | None = None
     warnings: dict[Literal["bf16", "fp16", "fp32"], str] = {}
-    """What is known to go wrong in a dtype."""
+    """Known faults of the model in a dtype."""
     component: str | None = None
     """Attribute of the pipeline that is the backbone, where the family leaves it open."""
     clip: str | None = None
@@ -86,7 +86,7 @@ def registered_models() -> dict[str, ModelSpec]:
 
 
 def embedded_folder(source: str) -> Path:
-    """Where the files of `embedded:NAME` are in the installed package."""
+    """The folder of `embedded:NAME` in the installed package."""
     return Path(str(importlib.resources.files("dmquant.pipelines"))) / "assets" / source.removeprefix(EMBEDDED)
 
 

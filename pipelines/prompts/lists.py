@@ -45,7 +45,7 @@ class PromptSet:
         )
 
     def describe(self) -> str:
-        """What a report says of it, as in `captions_val2014.json, 1024 of 40504, seed 0`, and the count by style."""
+        """Words for the report, as in `captions_val2014.json, 1024 of 40504, seed 0`, and the count by style."""
         count = len(self.prompts)
         if count == self.total:
             part = f"all {count}"

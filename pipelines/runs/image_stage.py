@@ -1,4 +1,4 @@
-"""The stages that make images: those that are missing, under a bar, with what they took."""
+"""The stages that make missing images, under a bar, and measure their time and memory."""
 
 import itertools
 import time
@@ -30,7 +30,7 @@ def complete_images(
     settings: Settings,
     console: Console,
 ) -> None:
-    """Make the images of one side that its folder lacks, and remember what they took."""
+    """Make the images of one side that its folder lacks, and record their time and memory."""
     images, stage, key = folder.images(side), f"images_{side}", images_key(requests)
     absent = processes.current().on_main(lambda: pruned_and_missing(images, requests))
     if not absent and folder.finished(stage, key):
