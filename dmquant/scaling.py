@@ -111,7 +111,7 @@ def from_matrix(matrix: Tensor, shape: tuple[int, ...], split: int | None = None
 
 
 def _side_by_side(parts: list[Tensor]) -> Tensor:
-    return torch.cat(parts, 1) if len(parts) > 1 else parts[0]  # of one alone, cat would make a copy
+    return torch.cat(parts, 1) if len(parts) > 1 else parts[0]  # cat would copy one alone
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from dmquant.formats import Format, get_format
 
 SMALLEST = 2.0**-126  # the smallest normal float32: below it a quotient could overflow
 LARGEST = 3.38e38  # a little under the largest bfloat16: a scale rounded up must not overflow when multiplied
-OCTAVES_BELOW = 14  # of its channel's scale that a `pow2` scale may be
+OCTAVES_BELOW = 14  # a `pow2` scale is at most so many octaves below its channel's scale
 # Three times as many candidates lower the weight error by 1 % more at four bits and 8 % in FP8.
 FINE_SEARCH = (0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.05, 1.1, 1.15, 1.2, 1.3, 1.4, 1.5)
 OCTAVE_SEARCH = (0.25, 0.5, 1.0, 2.0)

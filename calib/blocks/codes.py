@@ -14,7 +14,7 @@ from dmquant.qtensor import QuantizedTensor, WeightSpec
 from dmquant.scaling import Scales
 from dmquant.transforms import Parts, Storage
 
-LAYOUT = 2  # of what the files of a unit hold; it belongs in their key
+LAYOUT = 2  # version of the files of a unit, a part of their key
 
 
 @dataclass(frozen=True)

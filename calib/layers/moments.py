@@ -22,7 +22,7 @@ from dmquant.transforms import fit_of
 LARGEST = (
     8192  # columns of a layer whose moments are kept in full if nothing demands it; beyond, those inside its groups
 )
-POSITIONS = 256  # of a row of the batch
+POSITIONS = 256  # tokens or pixels taken of a row of the batch
 
 
 class Moments:

@@ -40,7 +40,7 @@ class InputObserver:
             self.seen[number] = True
             self.absmax[number] = self.absmax[number].maximum(largest[(of_rows == number).to(x.device)].amax(0))
         if self.calls % self.every == 0:
-            rows = x[:2]  # those of a sample stay together (calib.store)
+            rows = x[:2]  # rows of a sample stay together (calib.data.store)
             if self.dim != -1:
                 top, left = (max(0, (side - SIDE) // 2) for side in rows.shape[-2:])
                 rows = rows[..., top : top + SIDE, left : left + SIDE]

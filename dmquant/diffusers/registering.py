@@ -19,7 +19,7 @@ Execute = Callable[[ModuleType], None]
 
 def _then_register(execute: Execute, module: ModuleType) -> None:
     execute(module)
-    importlib.import_module(_OURS)  # which registers itself
+    importlib.import_module(_OURS)  # it registers itself
 
 
 def _with_operators(execute: Execute, module: ModuleType) -> None:

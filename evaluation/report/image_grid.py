@@ -16,7 +16,7 @@ LINE_WIDTH = 1320  # pixels: small pictures of several prompts share a line up t
 MOST_PIXELS = 16_000_000  # of the whole picture: pictures get smaller, then prompts fewer
 GAP, MARGIN = 8, 24  # pixels, between the pictures of a prompt and around prompts
 FONT_SIZE, LINE_HEIGHT = 14, 18
-CAPTION_LINES, HEADING_LINES = 8, 4  # what is longer is cut: a prompt has some 75 words at most
+CAPTION_LINES, HEADING_LINES = 8, 4  # longer text is cut: a prompt has some 75 words at most
 ELLIPSIS = "…"
 INK, FAINT, PAPER = "#1b1b1f", "#5f6068", "#ffffff"
 
@@ -123,7 +123,7 @@ def _compose(prompts: list[Prompt], headings: list[str], amplify: float | None, 
     across = min(len(prompts), per_line or fitting)
     captions = [_wrapped(prompt.caption, row_width, CAPTION_LINES) for prompt in prompts]
     titles = [_wrapped(heading, width, HEADING_LINES) for heading in headings]
-    tops = [MARGIN + max(map(len, titles)) * LINE_HEIGHT + GAP]  # of each line of prompts, then of what follows them
+    tops = [MARGIN + max(map(len, titles)) * LINE_HEIGHT + GAP]  # of each line of prompts, and of the part below
     for start in range(0, len(prompts), across):
         text = max(map(len, captions[start : start + across])) * LINE_HEIGHT
         tops.append(tops[-1] + len(prompts[start].rows) * (height + GAP) + text + MARGIN)

@@ -23,7 +23,7 @@ from dmquant.pipelines.models.skeleton import skeleton
 
 EMBEDDED = "embedded:"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_USUAL_PIXELS = 1024  # of pipelines whose configuration tells no size: what diffusers itself takes
+_USUAL_PIXELS = 1024  # the default of diffusers, for pipelines whose configuration tells no size
 _TAKES_MORE = re.compile(
     "Control|Adapter|Img2Img|I2I|Depth2Img|Inpaint|Fill|Redux|Kontext|Pix2Pix|Edit|Refiner|Upscale|SuperResolution"
 )
@@ -163,7 +163,7 @@ def _spec_of_folder(
             "width": width,
             "download_bytes": download_bytes,
             "call": call,
-            "clip": None,  # which knows the relative's own pictures
+            "clip": None,  # the relative's network knows its own pictures
             "license": None,
         }
     )

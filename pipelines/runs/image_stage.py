@@ -40,7 +40,7 @@ def complete_images(
     measured = {name: earlier.get(name) for name in ("peak_memory_bytes", "peak_memory_of", "not_finite", "kernels")}
     seconds = _keep_seconds(folder, f"seconds_{side}", requests)
     if absent:
-        folder.forget(stage)  # what it says of the images is about to be untrue
+        folder.forget(stage)  # its record of the images is about to be untrue
         with peak_memory(settings.device) as peak:
             pipeline = load()
             generated = make_images(pipeline, requests, images, settings, console, TITLES[side], seconds)

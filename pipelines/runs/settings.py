@@ -229,7 +229,7 @@ def resolve(options: Options) -> Settings:
         seed=options.seed,
         batch_size=options.batch_size or batch_size_for(height, width),
         metrics=metrics,
-        # Images of an earlier version have none: what hours have made is not made again for a default.
+        # Images of an earlier version have none: a default does not throw away images that took hours.
         needs_latents=options.metrics is not None and any("latents" in METRICS[name].needs for name in metrics),
         real=options.real,
         clip=clip_source(options.clip or model.clip),
