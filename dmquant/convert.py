@@ -83,7 +83,7 @@ def layers_in(module: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
 def quantize_(module: nn.Module, recipe: Recipe | str, progress: Progress | None = None) -> list[LayerReport]:
     """Replace the layers of `module` by quantized ones in place, round to nearest, without data.
 
-    A diffusers model is saved as what it is then; another that has a `save_pretrained` refuses to be saved with it.
+    A diffusers model is saved as quantized; another model with a `save_pretrained` refuses to be saved by it.
     `progress(done, total, name)` is called after each layer. Raises UsageError if no layer is left to quantize, a
     weight is NaN or infinite, the recipe needs calibration data, or `module` holds adapters or is compiled.
     """
@@ -139,7 +139,7 @@ def unmatched(module: nn.Module, recipe: Recipe) -> str | None:
 
 
 def holds_adapters(module: nn.Module) -> bool:
-    """Whether peft has put layers of its own around those of `module`."""
+    """Whether peft has put layers of its own around layers of `module`."""
     return any(hasattr(layer, "base_layer") for layer in module.modules())
 
 

@@ -87,7 +87,7 @@ def to_matrix(weight: Tensor, split: int | None = None) -> Tensor:
     """The matrix form (rows, columns) of a weight (rows, input channels, ...), channels last; same dtype.
 
     Columns run over the positions of the kernel and, within each, over the input channels, as an implicit GEMM reads
-    them. With `split`, all columns of the first `split` channels come before those of the others.
+    them. With `split`, all columns of the first `split` channels come before the columns of the others.
     """
     if split is None or weight.ndim == 2:
         return weight.movedim(1, -1).flatten(1)

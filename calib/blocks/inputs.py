@@ -16,10 +16,9 @@ from dmquant.transforms import InputStatistics, fit_of
 
 
 class BlockInputs:
-    """Inputs of the layers of one block over the samples to learn from; as the quantized blocks before it give them,
-    unless a method says otherwise.
+    """Inputs of the layers of one block over the samples to learn from, by default with the quantized blocks before it.
 
-    `title` and `bar` are those of the block's progress.
+    `title` and `bar` show the progress of the block.
     """
 
     def __init__(self, streams: Streams, number: int, learning: Sequence[int], title: str, bar: Bar):

@@ -1,4 +1,4 @@
-"""Run a backbone from the middle: modules that are done give what they gave before instead of computing it again.
+"""Run a backbone from the middle: finished modules return their stored outputs instead of computing them again.
 
 Everything between the blocks (embeddings, modulation, skip connections) stays the backbone's own code, so a new
 architecture needs nothing here.

@@ -138,8 +138,8 @@ class ShardWriter:
 class CalibrationStore:
     """Captured arguments of the backbone's forward, to be replayed in mini-batches of any samples. Read-only.
 
-    `samples` lists what there is, by prompt and step; `steps` counts the backbone calls of one pipeline call and
-    `timesteps` says what was passed to each; `rows` is the batch dimension of one sample (2 with guidance, else 1);
+    `samples` lists the samples by prompt and step; `steps` counts the backbone calls of one pipeline call and
+    `timesteps` holds the timestep of each; `rows` is the batch dimension of one sample (2 with guidance, else 1);
     `weights` are the measured importances of the steps or None; `key` stands for everything the data depends on.
     """
 

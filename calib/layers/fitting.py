@@ -136,8 +136,8 @@ def output_error(
 
     `weight` is the transformed weight, (out, in, ...) float32. `sample` pairs inputs (rows, ...) with their exact
     outputs. The error of each row is divided by the mean square of its exact output, so that no timestep, and no branch
-    of the guidance, weighs more for its size. Transforms and their parts are those of `quantized`; the scales are the
-    scales of least weight error.
+    of the guidance, weighs more for its size. Transforms and their parts are taken from `quantized`; the scales
+    are the scales of least weight error.
     """
     if not sample:
         return 0.0

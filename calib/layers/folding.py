@@ -1,8 +1,8 @@
 """Fold transforms of layers into those before them: no factor is stored then, and nothing multiplied at run time.
 
-Possible where only a linear function lies between two layers (transforms/pairs.py). It is done to the float layers of a
-block before anything else is computed with them, so that targets, scales and roundings are those of the folded block,
-which is the same function.
+Folding is possible where only a linear function lies between two layers (dmquant.transforms.pair). It changes the float
+layers of a block before anything else is computed with them, so that targets, scales and roundings belong to the folded
+block, which is the same function.
 """
 
 from collections.abc import Mapping

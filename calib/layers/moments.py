@@ -34,7 +34,7 @@ class Moments:
     """
 
     def __init__(self, shape: tuple[int, ...], spec: WeightSpec, device: torch.device, together: int | None = None):
-        """`shape` is that of the weight, (rows, input channels, ...)."""
+        """`shape` is the weight's, (rows, input channels, ...)."""
         self.columns, self.in_full = math.prod(shape[1:]), together is not None
         self.order, group = None, spec.granularity.size or 1
         if spec.split is not None:

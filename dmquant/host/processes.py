@@ -135,7 +135,7 @@ def joined() -> Iterator[Processes]:
 
 @contextlib.contextmanager
 def _speaking_only_of_own_failure(processes: Processes) -> Iterator[None]:
-    """Print nothing but what was said on standard error by a block that failed, when it is still there after a while.
+    """Hold back standard error of the block; print it only if the block failed and this process lives a while longer.
 
     A main process that fails too has the launcher end this one meanwhile.
     """

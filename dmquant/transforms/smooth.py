@@ -1,7 +1,7 @@
 """Smooth: divide each input channel by a factor and multiply its weights by it, so that both are easier to quantize.
 
 SmoothQuant, Xiao et al., arXiv 2211.10438, eq. 4: s = max|X|^alpha / max|W|^(1 - alpha). One weight serves all
-timesteps and so does its factor, but the maxima may be those of any range of timesteps. They and alpha are chosen for
+timesteps and so does its factor, but the maxima may come from any range of timesteps. Maxima and alpha are chosen for
 each layer by the error of its output on calibration data from the whole schedule.
 """
 

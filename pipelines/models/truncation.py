@@ -21,7 +21,7 @@ class Cut:
 
     @property
     def encoder(self) -> str:
-        """The pipeline's text encoder that reads what is left."""
+        """The pipeline's text encoder that reads the prompt as cut."""
         return self.tokenizer.replace("tokenizer", "text_encoder")
 
 

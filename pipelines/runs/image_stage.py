@@ -59,7 +59,7 @@ def images_key(requests: Sequence[ImageRequest]) -> str:
 
 
 def _keep_seconds(folder: RunFolder, kind: str, requests: Sequence[ImageRequest]) -> Callable[[Generated], None]:
-    """Drop the seconds of images that nobody asks for; add those of every batch, so that a killed run can say them."""
+    """Drop the seconds of images that nobody asks for; add the seconds of every batch, so that a kill loses none."""
     keys = {request.key for request in requests}
     known = folder.notes(kind)
     if not known.keys() <= keys:

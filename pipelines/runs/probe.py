@@ -91,7 +91,7 @@ def probe_full_precision(
     """The probe of the full-precision pipeline, from `folder` if it is there.
 
     It takes the prompts and the noise of the first images of the run, as many as make a batch and at most two.
-    `requests` are those of the full-precision images; `load` gives their pipeline, and is called only where the probe
+    `requests` belong to the full-precision images; `load` loads their pipeline, and is called only where the probe
     has to be made. Raises UserError as `make_probe` does.
     """
     path, key = folder / FILE, probe_key(requests, settings)
