@@ -92,8 +92,8 @@ def moments_for(
 ) -> Moments | None:
     """Empty moments to collect a layer's inputs in; None where nothing needs them.
 
-    They are in full where the rounding `method` or a transform needs them, in blocks of `options.columns` columns, an
-    option of GPTQ. A convolution without `has_columns` is left to nearest rounding then.
+    They are in full where the rounding `method` or a transform needs them, in blocks of at most `options.columns`
+    columns, an option of GPTQ. A convolution without `has_columns` is left to nearest rounding then.
     """
     needed = method.NEEDS_MOMENTS or any(fit_of(one).by_moments for one in plan.transforms)
     demanded = needed and has_columns(layer)
