@@ -16,7 +16,7 @@ SCHEDULE = 1000  # timesteps run from 0 to this, in diffusers also those of flow
 
 @dataclass(frozen=True)
 class ActivationSpec:
-    """How a layer's input is quantized when it arrives.
+    """The quantization of a layer's input.
 
     Online, `ranges` is None. `token`: one scale for the channels of an image patch, a text token, or (for a
     convolution) a pixel position. `group:N`: one for N consecutive channels of it. `tensor`: one for everything in the
@@ -44,8 +44,8 @@ class ActivationSpec:
         scale: str = "online",
         split: int | None = None,
     ) -> "ActivationSpec":
-        """Checked; `scale` is `online` or `static:R`. A block format such as `mxfp6` brings its own granularity and
-        store."""
+        """Parse and check, or raise UsageError; `scale` is `online` or `static:R`. A block format such as `mxfp6`
+        brings its own granularity and store."""
         ranges = parse_ranges(scale)
         if block := BLOCK_FORMATS.get(format.lower()):
             format, granularity, store = block
@@ -70,7 +70,7 @@ class ActivationSpec:
         return (channels,) if self.split is None else (self.split, channels - self.split)
 
     def scale_shape(self, channels: int) -> tuple[int, int]:
-        """Of a static layer's scales: timestep ranges; input channels, or 2 (with a split), or 1."""
+        """Shape of static scales: (timestep ranges, n) with n input channels, or 2 with a split, or 1."""
         return self.ranges, channels if self.granularity.kind == "channel" else len(self.segments(channels))
 
     def __str__(self) -> str:
@@ -89,9 +89,9 @@ def parse_ranges(text: str) -> int | None:
 
 
 def ranges_of(timesteps: Tensor, count: int) -> Tensor:
-    """Which of `count` equal ranges of 0..SCHEDULE each timestep lies in; outside, the nearest. int64, same shape.
+    """Index of the nearest of `count` equal ranges of 0..SCHEDULE to each timestep; int64, same shape.
 
-    Counts the edges below, all in whole numbers: a quotient may round differently on another device.
+    The edges below a timestep are counted in whole numbers: a quotient may round differently on another device.
     """
     edges = torch.arange(1, count, device=timesteps.device) * SCHEDULE
     return (timesteps.float().unsqueeze(-1) * count >= edges).sum(-1)
@@ -109,17 +109,17 @@ class TimestepRanges:
         self.of_rows: dict[int, Tensor] = {}
 
     def set(self, timesteps: Tensor | float) -> None:
-        """Timesteps of the coming call: one for each row of the batch, or one for all."""
+        """Set the timesteps of the coming call: (rows,), one for each row of the batch, or a scalar for all."""
         rows = torch.as_tensor(timesteps).reshape(-1)
         self.of_rows = {count: ranges_of(rows, count) for count in self.counts}
 
 
 def static_scale(scale: Tensor, ranges: TimestepRanges | None, x: Tensor, dim: int, split: int | None = None) -> Tensor:
-    """The scales, of those fitted (ranges, 1 or channels), float32, that apply to the rows of `x`; broadcast to it.
+    """The static scales of the rows of `x`, float32, shaped to broadcast to it; channels along `dim`.
 
-    With `split`, those fitted are (ranges, 2): of the first `split` channels and of the others. Where the first
-    dimension of `x` is a multiple of the rows, each row's scale is repeated. A RuntimeError says if it is no multiple,
-    or nobody has said what timestep it is.
+    `scale` is float32 (ranges, 1 or channels), or with `split` (ranges, 2), for the first `split` channels and the
+    others. The rows of the call divide the first dimension of `x`; each row's scale is repeated. Raises RuntimeError
+    where they do not, or where several ranges are told apart and `ranges` has no timestep.
     """
     count = len(scale)
     if count > 1:
@@ -144,7 +144,7 @@ def static_scale(scale: Tensor, ranges: TimestepRanges | None, x: Tensor, dim: i
 
 
 def half_by_half(quantize: Callable[..., Tensor], x: Tensor, spec: ActivationSpec, dim: int) -> Tensor:
-    """A concatenation whose halves, by the spec's `split`, are quantized each on its own; dtype and shape of `x`."""
+    """Quantize the halves of a concatenation, by the spec's `split`, each on its own; dtype and shape of `x`."""
     each = ActivationSpec(spec.fmt, spec.granularity, spec.store)
     return torch.cat([quantize(half, each, dim) for half in x.split(spec.segments(x.shape[dim]), dim)], dim)
 
@@ -152,8 +152,8 @@ def half_by_half(quantize: Callable[..., Tensor], x: Tensor, spec: ActivationSpe
 def fake_quantize(x: Tensor, spec: ActivationSpec, dim: int = -1, scale: Tensor | None = None) -> Tensor:
     """Round `x` to values that `spec` can represent, channels along `dim`; same dtype and shape.
 
-    The first dimension of `x` is the rows of the batch; of online scales only those of granularity `tensor` look at
-    more than one. `scale`, for a static spec alone, is float32 and broadcasts to `x`. Scale, quotient and product are
+    The first dimension of `x` is the rows of the batch; an online scale covers several rows only with granularity
+    `tensor`. `scale`, for a static spec alone, is float32 and broadcasts to `x`. Scale, quotient and product are
     float32. NaN stays NaN; a token of zeros stays zero.
     """
     if spec.ranges is not None:

@@ -22,7 +22,7 @@ Progress = Callable[[int, int, str], None]
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """What a recipe makes of one layer."""
+    """The specifications and transforms that a recipe gives one layer."""
 
     name: str
     weights: WeightSpec
@@ -30,25 +30,25 @@ class LayerPlan:
     candidates: tuple[Format, ...] = ()
     """Formats to choose from by output error; empty where the recipe names one."""
     activation_candidates: tuple[Format, ...] = ()
-    """Likewise for the input."""
+    """Formats of the input to choose from, likewise."""
     transforms: tuple[Storage, ...] = ()
-    """In the order in which they apply."""
+    """Transforms in the order in which they apply."""
 
 
 @dataclass(frozen=True)
 class LayerReport:
-    """What became of one layer: its plan, and the relative squared error of its weight."""
+    """A quantized layer's plan, and the relative squared error of its weight."""
 
     plan: LayerPlan
     error: float
 
 
 def plan(module: nn.Module, recipe: Recipe) -> list[LayerPlan]:
-    """What `recipe` makes of each Linear and Conv2d of `module`, in the module's order; kept layers are left out.
+    """Plans of the Linear and Conv2d layers of `module` by `recipe`, in the module's order; kept layers have none.
 
-    Names and shapes decide alone, so that a checkpoint's skeleton on the meta device gets the same plan. Raises
-    UsageError, naming the layer, for a split that does not cut its input channels in two, and for a transform that
-    it cannot have.
+    Plans depend on names and shapes alone, so that a checkpoint's skeleton on the meta device gets the same ones.
+    Raises UsageError, naming the layer, for a split that does not cut its input channels in two, and for a transform
+    that it cannot have.
     """
     plans = []
     layers = layers_in(module)
@@ -94,7 +94,7 @@ def layers_in(module: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
 def quantize_(module: nn.Module, recipe: Recipe | str, progress: Progress | None = None) -> list[LayerReport]:
     """Replace the layers of `module` by quantized ones in place, round to nearest, without data.
 
-    A diffusers model is saved as what it is then; another that has a `save_pretrained` refuses to be saved with it.
+    A diffusers model is saved as quantized; another model with a `save_pretrained` refuses to be saved by it.
     `progress(done, total, name)` is called after each layer. Raises UsageError if no layer is left to quantize, a
     weight is NaN or infinite, the recipe needs calibration data, or `module` holds adapters or is compiled.
     """
@@ -132,7 +132,7 @@ def quantize_layers_(module: nn.Module, recipe: Recipe, progress: Progress | Non
 
 
 def unmatched(module: nn.Module, recipe: Recipe) -> str | None:
-    """One line on the patterns of a recipe's own rules that match no layer of `module`; None where all match one.
+    """A line on the patterns of a recipe's own rules that match no layer of `module`; None where all match one.
 
     Rules that come with dmquant, and what a family keeps, are for many models and may match nothing.
     """
@@ -144,12 +144,12 @@ def unmatched(module: nn.Module, recipe: Recipe) -> str | None:
 
 
 def holds_adapters(module: nn.Module) -> bool:
-    """Whether peft has put layers of its own around those of `module`."""
+    """Whether peft has put layers of its own around layers of `module`."""
     return any(hasattr(layer, "base_layer") for layer in module.modules())
 
 
 def relative_error(weight: Tensor, quantized: QuantLinear | QuantConv2d) -> float:
-    """Squared error of a quantized weight over the squared weight."""
+    """Squared error of a quantized layer over its squared float weight (out, in, ...), both summed in float32."""
     exact = weight.detach().float()
     return ((quantized.float_weight() - exact).square().sum() / exact.square().sum().clamp(min=1e-30)).item()
 

@@ -25,9 +25,9 @@ class _QuantizedLayer(kernels.Chosen):
     """Packed weight, optional activation quantization, and what both kinds of layer share."""
 
     channel_dim: int
-    """Of the input."""
+    """The input's dimension of channels."""
     geometry: tuple[str, ...]
-    """Attributes that are the float layer's own."""
+    """Attributes taken from the float layer."""
     multiply: Callable[[Tensor, nn.Module], Tensor]
     timestep_ranges: TimestepRanges | None = None  # set by `share_timesteps`
 
@@ -73,19 +73,19 @@ class _QuantizedLayer(kernels.Chosen):
         return tuple(f"{transform.name}_{name}" for transform in self.transforms for name in transform.parts())
 
     def parts(self, transform: Storage) -> Parts:
-        """What one of its transforms stored, in its dtypes."""
+        """Tensors stored for one of the layer's transforms, in the shapes and dtypes of its `parts`."""
         parts = transform.parts().items()
         return {name: getattr(self, f"{transform.name}_{name}").view(part.dtype) for name, part in parts}
 
     def load_parts(self, parts: dict[str, Parts]) -> None:
-        """Take over parts of transforms, by the name of the transform and of the part."""
+        """Take over tensors of transforms, by transform and part, of the transforms' shapes and dtypes."""
         for method, tensors in parts.items():
             for name, tensor in tensors.items():
                 setattr(self, f"{method}_{name}", _as_bytes(tensor))
 
     @property
     def timestep_counts(self) -> set[int]:
-        """The numbers of timestep ranges that what it computes differs by."""
+        """The numbers of timestep ranges by which the layer's scales and transforms differ."""
         own = self.activations.ranges if self.is_static else 1
         return {own, *(transform.timestep_ranges for transform in self.transforms)} - {1}
 
@@ -95,7 +95,7 @@ class _QuantizedLayer(kernels.Chosen):
         return self.activations is not None and self.activations.ranges is not None
 
     def load_quantized(self, weight: QuantizedTensor, bias: Tensor | None, input_scale: Tensor | None = None) -> None:
-        """Take over codes, scales and bias, and if given static input scales: float32, in the spec's `scale_shape`."""
+        """Take over codes, scales, bias (out,) and, if given, static input scales, as `load_input_scale` does."""
         self.qweight = _as_bytes(weight.codes)
         self.scale = _as_bytes(weight.scales.stored)
         self.scale_base = None if weight.scales.base is None else _as_bytes(weight.scales.base)
@@ -116,7 +116,7 @@ class _QuantizedLayer(kernels.Chosen):
 
     @property
     def dtype(self) -> torch.dtype:
-        """What `weight` and new adapters are in: the dtype of the float layer, and whatever `.to` made of it since."""
+        """Dtype of `weight` and of new adapters: the float layer's, or the one that `.to` gave the layer since."""
         return self._dtype if self.bias is None else self.bias.dtype
 
     @property
@@ -129,19 +129,19 @@ class _QuantizedLayer(kernels.Chosen):
         return super()._apply(fn, recurse)
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
-        """The weight that the input meets, in `dtype` and the float layer's shape."""
+        """The weight that multiplies the quantized input, in `dtype` and the float layer's shape."""
         kernel = kernels.select(self, self.qweight.device)
         weight = kernel.dequantize(self.qweight, self.scales.decode(), self.weight_spec, self.weight_shape, dtype)
         return self.complete(weight)
 
     def complete(self, weight: Tensor) -> Tensor:
-        """The weight that the input meets, from what the codes stand for."""
+        """The weight that multiplies the input, from the decoded codes (out, in, ...); same dtype and shape."""
         for transform in self.transforms:
             weight = transform.complete(weight, self.parts(transform))
         return weight
 
     def float_weight(self) -> Tensor:
-        """What stands for the float layer's weight, in float32: transforms of the input are undone."""
+        """The float layer's weight as quantized, (out, in, ...) float32, with transforms of the input undone."""
         weight = self.dequantize(torch.float32)
         for transform in reversed(self.transforms):
             weight = transform.undo(weight, self.parts(transform))
@@ -149,26 +149,26 @@ class _QuantizedLayer(kernels.Chosen):
 
     @property
     def weight(self) -> DequantizedWeight:
-        """What stands for the float layer's weight, in its shape and `dtype`; computed when its data is asked for."""
+        """The float layer's weight as quantized, in its shape and `dtype`; computed when its data is used."""
         return DequantizedWeight(self._weight_in_dtype, self.weight_shape, self.dtype, self.qweight.device)
 
     def _weight_in_dtype(self) -> Tensor:
         return self.float_weight().to(self.dtype) if self.transforms else self.dequantize(self.dtype)
 
     def transform_input(self, x: Tensor) -> Tensor:
-        """`x` before it is quantized: changed as the transforms say, same dtype and shape."""
+        """Apply the transforms to the input `x`, before it is quantized; same dtype and shape."""
         for transform in self.transforms:
             x = transform.input(x, self.parts(transform), self.channel_dim)
         return x
 
     def complete_output(self, y: Tensor, x: Tensor) -> Tensor:
-        """The output, from what the weight gave and the transformed input."""
+        """Complete the product `y` by the transforms, from the transformed input `x`; dtype and shape of `y`."""
         for transform in self.transforms:
             y = transform.add_to(y, self, x, self.parts(transform))
         return y
 
     def quantize_input(self, x: Tensor) -> Tensor:
-        """A transformed input as the weight meets it: rounded as `activations` says, same dtype and shape."""
+        """Quantize a transformed input as `activations` says; same dtype and shape."""
         if self.activations is None:
             return x
         scale = None
@@ -218,10 +218,10 @@ def quantize_layer(
     input_scale: Tensor | None = None,
     transforms: tuple[Storage, ...] = (),
 ) -> QuantLinear | QuantConv2d:
-    """A quantized layer with the scales and nearest codes of `weight` (default: the layer's own).
+    """A quantized layer with fitted scales and nearest codes of `weight`, (out, in, ...), by default the layer's.
 
-    `input_scale` is what calibration fitted for static activations (calib.ranges); without it they are a UsageError.
-    `transforms` are fitted without data.
+    `input_scale`, float32 in the `scale_shape` of `activations`, are static scales fitted by calibration; without them
+    static activations are a UsageError, as are weights of NaN or infinity. `transforms` are fitted without data.
     """
     weight = layer.weight if weight is None else weight
     quantized = QUANTIZED[type(layer)].like(layer, spec, activations, "meta", transforms)

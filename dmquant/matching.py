@@ -1,4 +1,4 @@
-"""Which of many rules match a layer's name: exact names are looked up, globs are compiled once."""
+"""Find the rules that match a layer's name: exact names are looked up, globs are compiled once."""
 
 import fnmatch
 import re
@@ -27,7 +27,7 @@ class Matcher:
 
 
 def without_match(patterns: Sequence[str | list[str]], names: Iterable[str]) -> list[str]:
-    """Those of the patterns that match none of the names, in their order."""
+    """The patterns that match none of the names, in their order."""
     listed = [pattern for one in patterns for pattern in as_list(one)]
     matcher, found = Matcher(listed), set()
     for name in names:

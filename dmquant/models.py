@@ -1,7 +1,7 @@
-"""What others know of a model and torch does not tell. They register here; the core only asks.
+"""A registry of knowledge about models that torch does not have; the core only asks it.
 
-Asked are which layers stay in high precision and which inputs are concatenations (`keep: family` in a recipe), and how
-a model that was quantized in place is saved so that it loads again.
+Registered are the layers that stay in high precision, the inputs that are concatenations (`keep: family` in a recipe),
+and ways to save a model that was quantized in place so that it loads again.
 """
 
 import functools
@@ -25,8 +25,8 @@ USUAL = {
     "proj_out_[0-9]": "its error goes straight into the predicted noise",
     "conv_out": "its error goes straight into the predicted noise",
 }
-"""Globs of what backbones usually call the layers that see the raw latents, the timestep or the output: few, small, and
-the first to hurt an image."""
+"""Globs of the usual names of layers at the raw latents, the timestep or the output: few, small, and the first to hurt
+an image."""
 
 Lookup = Callable[["nn.Module"], Known | None]
 Recorder = Callable[["nn.Module", Recipe, Collection[str]], bool]
@@ -35,7 +35,7 @@ _recorders: list[Recorder] = []
 
 
 def knows_models(lookup: Lookup) -> Lookup:
-    """Decorate a function that says what is known of a model, None where that is nothing."""
+    """Decorate a function that returns the knowledge of a model, None where it has none."""
     _lookups.append(lookup)
     return lookup
 
@@ -43,25 +43,25 @@ def knows_models(lookup: Lookup) -> Lookup:
 def records_quantization(recorder: Recorder) -> Recorder:
     """Decorate a function that writes into a model how it was quantized, so that it is saved with it.
 
-    It is given the model, the recipe with its rules written out and the names of the layers that were quantized, and
-    says whether it did so: not where the model is of another kind, or holds layers quantized otherwise.
+    The function takes the model, the recipe with its rules written out and the names of the quantized layers, and
+    returns whether it did so: not where the model is of another kind, or holds layers quantized otherwise.
     """
     _recorders.append(recorder)
     return recorder
 
 
 def known(model: "nn.Module") -> Known:
-    """What the first that knows the model says of it; the usual names where nobody does."""
+    """The knowledge of a model by the first lookup that has any; the usual names where none has."""
     return next((found for lookup in _lookups if (found := lookup(model)) is not None), Known(USUAL))
 
 
 def completed(recipe: Recipe, model: "nn.Module") -> Recipe:
-    """The recipe with what its `keep: family` stands for in `model` written out as rules, which need no lookup."""
+    """The recipe with its `keep: family` written out as rules for `model`, which need no lookup."""
     return recipe.for_model(known(model)) if recipe.keep == "family" else recipe
 
 
 def record(model: "nn.Module", recipe: Recipe, layers: Collection[str]) -> None:
-    """Have it recorded how the `layers` of a model were quantized in place, and refuse to save what nobody records.
+    """Record how the `layers` of a model were quantized in place; a model without a recorder refuses to be saved.
 
     A model that cannot be saved keeps its `state_dict`.
     """
@@ -73,7 +73,7 @@ def record(model: "nn.Module", recipe: Recipe, layers: Collection[str]) -> None:
 
 
 def _refuse_to_save(kind: str, *args: Any, **kwargs: Any) -> None:
-    """Stands in place of a model's `save_pretrained`."""
+    """Replaces a model's `save_pretrained`."""
     raise UserError(
         f"this {kind} was quantized in place in a way that its save_pretrained does not record, so it would "
         "load with random weights: save it before it is quantized, or torch.save its state_dict() and load that "

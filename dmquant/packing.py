@@ -1,7 +1,7 @@
 """Packing: codes of 1 to 8 bits to bytes and back.
 
 A row is a little-endian bit stream along the last dimension: the first code fills the lowest bits of the first byte
-(for 4 bits, the low nibble comes first). Rows start on a byte, and what is left of the last byte is zero.
+(for 4 bits, the low nibble comes first). Rows start on a byte, and the rest of the last byte is zero.
 """
 
 import math
@@ -34,7 +34,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpack(packed: Tensor, bits: int, n: int) -> Tensor:
-    """Unpack the `n` uint8 codes of every row [..., n] from what `pack` made of them.
+    """Undo `pack`: the `n` uint8 codes [..., n] of every row.
 
     With 8 bits it returns `packed` itself. Raises ValueError if `bits` is not 1 to 8, or if a row of `packed` has not
     exactly the bytes of `n` codes.

@@ -28,7 +28,7 @@ _PART = 1 << 20  # weights quantized at once
 
 @dataclass(frozen=True)
 class WeightSpec:
-    """How a weight is quantized: format, which elements share a scale, how the scale is chosen and stored."""
+    """The quantization of a weight: its format, the elements that share a scale, the scale's rule and store."""
 
     fmt: Format
     granularity: Granularity
@@ -46,7 +46,7 @@ class WeightSpec:
         store: str = "bf16",
         split: int | None = None,
     ) -> "WeightSpec":
-        """Checked; a block format such as `mxfp4` brings its own granularity and store."""
+        """Parse and check, or raise UsageError; a block format such as `mxfp4` brings its own granularity and store."""
         if block := BLOCK_FORMATS.get(format.lower()):
             format, granularity, store = block
         if granularity == "token":
@@ -71,7 +71,7 @@ class WeightSpec:
         return first, columns - first
 
     def scale_shape(self, shape: tuple[int, ...]) -> tuple[int, int]:
-        """Scale rows and scale columns of a weight of this shape; of its tables rows and entries."""
+        """Shape of the scales, (scale rows, scale columns), or tables, (rows, entries), of a weight of this shape."""
         return self.grid_type.scale_shape(self, shape)
 
     def base_shape(self, shape: tuple[int, ...]) -> tuple[int, int] | None:
@@ -84,7 +84,7 @@ class WeightSpec:
 
 @dataclass(frozen=True)
 class QuantizedTensor:
-    """Codes packed by rows (uint8, rows x bytes), scales as stored, and the shape of the tensor they stand for."""
+    """Codes packed by rows, uint8 (rows, bytes), scales as stored, and the shape of the decoded tensor."""
 
     codes: Tensor
     scales: Scales
@@ -108,14 +108,14 @@ class QuantizedTensor:
         return sum(part.nbytes for part in parts if part is not None)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The tensor these codes stand for: decoded and scaled in float32, then cast to `dtype`."""
+        """The decoded tensor, of shape `shape`: decoded and scaled in float32, then cast to `dtype`."""
         return dequantize(self.codes, self.scale, self.spec, self.shape, dtype)
 
 
 def quantize_tensor(
     weight: Tensor, format: str, granularity: str = "group:64", scale: str = "absmax", store: str = "bf16"
 ) -> QuantizedTensor:
-    """Round a weight (output channels first) to the nearest codes of a format, its scales fitted first.
+    """Fit scales to a weight (out, in, ...), any float dtype, and round it to the nearest codes of a format.
 
     A convolution's groups are N consecutive input channels of one position of its kernel (`to_matrix`).
     Raises UsageError for unknown names, for NaN or infinite weights, and for tensors of one dimension.
@@ -124,7 +124,7 @@ def quantize_tensor(
 
 
 def quantize(weight: Tensor, spec: WeightSpec) -> QuantizedTensor:
-    """`quantize_tensor` for a specification already parsed."""
+    """`quantize_tensor` of a weight (out, in, ...) for a specification already parsed."""
     if spec.scale in DATA_RULES:
         raise UsageError(f"scale rule '{spec.scale}' needs calibration data; without data use {' or '.join(RULES)}")
     if weight.ndim < 2:
@@ -133,7 +133,7 @@ def quantize(weight: Tensor, spec: WeightSpec) -> QuantizedTensor:
     matrix, segments = to_matrix(weight.detach(), spec.split), spec.segments(shape)
     rows, columns = matrix.shape
     parts = _parts(rows, columns, spec.granularity)
-    # The results first, then what a part needs for a while: so that memory peaks near the size of the results.
+    # Results are allocated before the temporary tensors of a part, so that memory peaks near their size.
     codes = matrix.new_empty(rows, packed_size(columns, spec.fmt.bits), dtype=torch.uint8)
     stored = matrix.new_empty(spec.scale_shape(shape), dtype=get_store(spec.store).dtype)
     amplitude = torch.cat([absmax(to_groups(matrix[part].float(), spec.granularity, segments)) for part in parts])
@@ -147,7 +147,7 @@ def quantize(weight: Tensor, spec: WeightSpec) -> QuantizedTensor:
 
 
 def check_finite(values: Tensor) -> None:
-    """UsageError for NaN or infinity among weights, and for weights without values, as offloading leaves them."""
+    """Raise UsageError for NaN or infinity among weights of any shape, and for weights without values (device meta)."""
     if values.is_meta or not torch.isfinite(values).all():
         raise UsageError("the weights hold NaN or infinite values, or none (device meta): they cannot be quantized")
 
@@ -159,9 +159,9 @@ def _parts(rows: int, columns: int, granularity: Granularity) -> list[slice]:
 
 
 def dequantize(codes: Tensor, scale: Tensor, spec: WeightSpec, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """The weight of this shape, in `dtype`, that packed codes (rows, bytes) and decoded float32 scales stand for.
+    """The weight of this shape, in `dtype`, of packed codes (rows, bytes) and decoded float32 scales.
 
-    Decoded and scaled in float32, then rounded once to `dtype`: the meaning of a quantized weight.
+    Decoded and scaled in float32, then rounded once to `dtype`: the definition of a quantized weight.
     """
     matrix = spec.grid_type.decode(codes, scale, spec, spec.segments(shape))
     return from_matrix(matrix, shape, spec.split).to(dtype)

@@ -22,18 +22,18 @@ _FLOAT_OF_BITS = {4: "fp4", 6: "fp6", 8: "fp8", 16: "none"}
 
 
 class Calibration(BaseModel, extra="forbid", frozen=True):
-    """Which calls of the full-precision backbone are kept to calibrate on."""
+    """The choice of calls of the full-precision backbone to calibrate on."""
 
     prompts: int = Field(default=128, ge=2)
     steps_per_prompt: int = Field(default=10, ge=1)
     sampler: Literal["uniform", "stratified", "importance"] = "stratified"
     held_out: float = Field(default=0.125, gt=0, lt=1)
-    """Share of the prompts that nothing is learned from; what was learned is judged on them."""
+    """Share of the prompts that nothing is learned from; roundings are judged on them."""
     seed: int = Field(default=0, ge=0)
 
 
 class Learning(BaseModel, extra="forbid", frozen=True):
-    """How the roundings of a unit are learned, whatever the rounding method."""
+    """Settings of learning the roundings of a unit, for every rounding method."""
 
     unit: Literal["layer", "block", "window"] = "block"
     window: int = Field(default=2, ge=2)
@@ -49,13 +49,13 @@ class Learning(BaseModel, extra="forbid", frozen=True):
     dtype: Literal["fp32", "bf16"] = "fp32"
     compile: bool = False
     checks: int = Field(default=5, ge=1)
-    """How often the hard-rounded unit is tried on held-out data; the best of these is kept."""
+    """The number of times the hard-rounded unit is tried on held-out data; the best of these is kept."""
     seed: int = Field(default=0, ge=0)
 
 
 @dataclass(frozen=True)
 class Known:
-    """What `keep: family` in a recipe stands for in one model."""
+    """The meaning of `keep: family` in a recipe for one model."""
 
     keep: Mapping[str, str]
     """Globs of layers that stay in high precision, and why."""
@@ -85,7 +85,7 @@ class Recipe(Settings):
 
     @model_validator(mode="after")
     def _goes_together(self) -> "Recipe":
-        """Refuse what cannot go together, for all layers and for those of each rule alone."""
+        """Refuse settings that cannot go together, for all layers and for the layers of each rule alone."""
         from dmquant.grids import grid_type
         from dmquant.scaling import BLOCK_FORMATS
 
@@ -135,11 +135,11 @@ class Recipe(Settings):
 
     @classmethod
     def from_dict(cls, content: Any, source: str) -> "Recipe":
-        """What `to_dict` gave; UsageError, naming the `source`, for what is no recipe."""
+        """The inverse of `to_dict`; UsageError, naming the `source`, for content that is no recipe."""
         return parse_content(cls, content, source)
 
     def in_formats(self, w: str | None, a: str | None) -> "Recipe":
-        """A copy in other formats; None is the recipe's own. Candidates stand for that, and go with it."""
+        """A copy in other formats; None is the recipe's own. Replacing a format drops its candidates."""
         changed: dict[str, Any] = {}
         for name, key, candidates in ((w, "weights", "candidates"), (a, "activations", "activation_candidates")):
             if name is not None and format_name(name) != getattr(self, key):
@@ -154,7 +154,7 @@ class Recipe(Settings):
             raise UsageError(problem(error.errors()[0], Recipe)) from None
 
     def for_model(self, known: Known) -> "Recipe":
-        """A copy whose rules say what `keep: family` stands for in a model; without that, the recipe as it is."""
+        """A copy with `keep: family` written out as rules for a model; a recipe without it stays as it is."""
         if self.keep == "none":
             return self
         return self.with_settings(keep="none").keeping(known.keep).splitting(known.splits)
@@ -191,7 +191,7 @@ class Recipe(Settings):
         return Settings.model_construct(**merged)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types, without what was left at its default in rules or has no meaning without data."""
+        """The recipe in plain JSON types, without unset settings, and without data settings where it takes no data."""
         unused = set() if self.calibrated else {"calibration", "learning"}
         return self.model_dump(exclude_none=True, exclude=unused)
 

@@ -11,7 +11,7 @@ from dmquant.errors import UsageError, check_choice
 class Registry:
     """The modules of `package`, but for those in `no_methods`, each imported when asked for, and what is registered.
 
-    `attribute` is what of a module is meant; by default the module itself.
+    An entry is the module's `attribute`, by default the module itself.
     """
 
     def __init__(self, kind: str, package: str, no_methods: Collection[str], attribute: str | None = None):
@@ -25,7 +25,7 @@ class Registry:
         return tuple(sorted((*self.own_names, *self.registered)))
 
     def get(self, name: str) -> Any:
-        """What has this name; UsageError where nothing has."""
+        """The entry of this name; UsageError where there is none."""
         if check_choice(self.kind, name, self.names()) in self.registered:
             return self.registered[name]
         module = importlib.import_module(f"{self.package}.{name}")

@@ -1,6 +1,6 @@
-"""Scales: which elements share one, and how it is fitted.
+"""Scales: the elements that share one, and the rules that fit it.
 
-A scale is quantized first and the weights afterwards with the scale as stored, so what was fitted is what runs.
+A scale is quantized first and the weights afterwards with the scale as stored, so the fitted scale is the one used.
 """
 
 import math
@@ -21,7 +21,7 @@ GRADIENT_STEPS, GRADIENT_RATE = 100, 0.03
 
 @dataclass(frozen=True)
 class Granularity:
-    """Which elements share a scale: the whole `tensor`, a `channel`, a `token`, or a `group` of `size` elements."""
+    """The elements that share a scale: the whole `tensor`, a `channel`, a `token`, or a `group` of `size` elements."""
 
     kind: str
     size: int | None = None
@@ -87,7 +87,7 @@ def to_matrix(weight: Tensor, split: int | None = None) -> Tensor:
     """The matrix form (rows, columns) of a weight (rows, input channels, ...), channels last; same dtype.
 
     Columns run over the positions of the kernel and, within each, over the input channels, as an implicit GEMM reads
-    them. With `split`, all columns of the first `split` channels come before those of the others.
+    them. With `split`, all columns of the first `split` channels come before the columns of the others.
     """
     if split is None or weight.ndim == 2:
         return weight.movedim(1, -1).flatten(1)
@@ -111,7 +111,7 @@ def from_matrix(matrix: Tensor, shape: tuple[int, ...], split: int | None = None
 
 
 def _side_by_side(parts: list[Tensor]) -> Tensor:
-    return torch.cat(parts, 1) if len(parts) > 1 else parts[0]  # of one alone, cat would make a copy
+    return torch.cat(parts, 1) if len(parts) > 1 else parts[0]  # cat would copy one alone
 
 
 @dataclass(frozen=True)
@@ -135,8 +135,8 @@ def absmax(groups: Tensor) -> Tensor:
 def fit_absmax(groups: Tensor, fmt: Format, store: str, base: Tensor | None = None) -> Scales:
     """The largest magnitude of a group becomes the largest value of the format (e8m0: OCP MX 1.0, section 6.3).
 
-    `groups` (scale rows, scale columns, elements) float32 to scales (scale rows, scale columns), as stored. `base`,
-    (scale rows or 1, 1) float32, is what those are relative to where `groups` is part of a tensor; by default its own.
+    `groups` (scale rows, scale columns, elements) float32 to scales (scale rows, scale columns), as stored. They are
+    relative to `base`, (scale rows or 1, 1) float32, by default fitted to `groups`; parts of a tensor share its base.
     """
     amplitude = absmax(groups)
     base = STORES[store].base(amplitude, fmt) if base is None else base
@@ -144,7 +144,7 @@ def fit_absmax(groups: Tensor, fmt: Format, store: str, base: Tensor | None = No
 
 
 def fit_mse(groups: Tensor, fmt: Format, store: str, base: Tensor | None = None) -> Scales:
-    """The multiple of absmax with the least squared weight error, absmax among the candidates; else as `fit_absmax`."""
+    """The multiple of absmax with the least squared weight error, absmax included; shapes as `fit_absmax`."""
     return search(groups, fmt, store, lambda error: error.square_().sum(-1), base)
 
 
@@ -152,7 +152,7 @@ def fit_gradient(groups: Tensor, fmt: Format, store: str, base: Tensor | None = 
     """The scale of least squared weight error, found by its gradient from absmax (EasyQuant, arXiv 2403.02775).
 
     With the codes c = Q(x / s) held, d sum (s c - x)^2 / ds = 2 sum (s c - x) c: exact but where a code changes. Adam
-    on log s, with a scale at hand as it is stored; the best one so far of every group is kept.
+    on log s, each scale tried as it is stored; every group keeps its best. Shapes as `fit_absmax`.
     """
     kind, best = STORES[store], fit_absmax(groups, fmt, store, base)
     amplitude, chosen = absmax(groups), best.stored
@@ -168,7 +168,7 @@ def fit_gradient(groups: Tensor, fmt: Format, store: str, base: Tensor | None = 
         error = lost.square().sum(-1)
         better = error < least
         chosen, least = torch.where(better, stored, chosen), torch.where(better, error, least)
-        # Of log s, over the squared weights: s c is the value itself.
+        # The gradient by log s, over the squared weights: s c is the value itself.
         slope = 2 * values.mul_(lost).sum(-1) / groups.square().sum(-1).clamp(min=SMALLEST)
         mean.lerp_(slope, 0.1)
         square.lerp_(slope.square(), 0.001)
@@ -180,9 +180,9 @@ def fit_gradient(groups: Tensor, fmt: Format, store: str, base: Tensor | None = 
 def search(
     groups: Tensor, fmt: Format, store: str, measure: Callable[[Tensor], Tensor], base: Tensor | None = None, further=()
 ) -> Scales:
-    """Of absmax and the multiples of it in the store's list and `further` ones, the one of least error by group.
+    """The scale of least error among absmax, its multiples in the store's list, and `further` multiples, by group.
 
-    `measure` takes the error of every weight, shaped as `groups`, to that of each group, (scale rows, scale columns).
+    Shapes as `fit_absmax`. `measure`: weight errors, shaped as `groups`, -> errors (scale rows, scale columns).
     """
     amplitude, kind, best = absmax(groups), STORES[store], fit_absmax(groups, fmt, store, base)
     chosen, least = best.stored, measure(_rounding_error(groups, best.decode(), fmt))

@@ -1,4 +1,4 @@
-"""What a recipe says of some layers: formats, scales and methods with their options, each checked by name."""
+"""Settings of layers in a recipe: formats, scales and methods with their options, each checked by name."""
 
 import functools
 import importlib
@@ -37,7 +37,7 @@ def _one_size(names: list[str]) -> list[str]:
 
 @functools.cache
 def _checks() -> dict[str, Callable[[Any], Any]]:
-    """What gives each setting its one name, or raises a UsageError; torch is imported only for this."""
+    """Functions by setting that return the one name of a value, or raise UsageError; only they import torch."""
     from dmquant.activations import parse_ranges
     from dmquant.scaling import DATA_RULES, RULES, Granularity
     from dmquant.stores import STORES, TABLES
@@ -86,7 +86,7 @@ class Method(BaseModel, extra="allow", frozen=True):
 
     @property
     def options(self) -> dict[str, Any]:
-        """What was set of the method's own options."""
+        """The options of the method that were set."""
         return dict(self.model_extra or {})
 
 
@@ -109,7 +109,7 @@ class Rounding(Method):
 
 
 class Settings(BaseModel, extra="forbid", frozen=True):
-    """What can be set for a whole model or, in a rule, for some of its layers."""
+    """Settings of a whole model or, in a rule, of some of its layers."""
 
     weights: str | None = None
     activations: str | None = None
@@ -122,7 +122,7 @@ class Settings(BaseModel, extra="forbid", frozen=True):
     candidates: list[str] | None = None
     """Formats of one size: calibration takes for each layer the one of least output error."""
     activation_candidates: list[str] | None = None
-    """Likewise for the layer's input."""
+    """Candidate formats of the layer's input."""
     split: int | None = None
     """The input is a concatenation: its first `split` channels and the others get scales of their own; 0: it is not."""
     transforms: list[Transformation] | None = None
@@ -131,7 +131,7 @@ class Settings(BaseModel, extra="forbid", frozen=True):
     @field_validator("*")
     @classmethod
     def _known(cls, value: Any, info: ValidationInfo) -> Any:
-        """Checked here, where the file and line are known."""
+        """Check a setting here, where the file and line are known."""
         check = _checks().get(info.field_name)
         return check(value) if check and value is not None else value
 

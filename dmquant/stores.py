@@ -13,7 +13,7 @@ from dmquant.formats import Format, get_format
 
 SMALLEST = 2.0**-126  # the smallest normal float32: below it a quotient could overflow
 LARGEST = 3.38e38  # a little under the largest bfloat16: a scale rounded up must not overflow when multiplied
-OCTAVES_BELOW = 14  # of its channel's scale that a `pow2` scale may be
+OCTAVES_BELOW = 14  # a `pow2` scale is at most so many octaves below its channel's scale
 # Three times as many candidates lower the weight error by 1 % more at four bits and 8 % in FP8.
 FINE_SEARCH = (0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.05, 1.1, 1.15, 1.2, 1.3, 1.4, 1.5)
 OCTAVE_SEARCH = (0.25, 0.5, 1.0, 2.0)
@@ -21,7 +21,7 @@ OCTAVE_SEARCH = (0.25, 0.5, 1.0, 2.0)
 
 @dataclass(frozen=True)
 class Store:
-    """How scales are kept: in `dtype`, and relative to a float32 base if `base_of` says so.
+    """A way to store scales: in `dtype`, and relative to a float32 base if `base_of` says so.
 
     Amplitudes, (..., rows, columns) float32, are the magnitudes that are to become the largest value of a format.
     """
@@ -34,7 +34,7 @@ class Store:
     search: tuple[float, ...]
     """Multiples of absmax that the `mse` rule tries."""
     base_of: Literal["row", "tensor"] | None = None
-    """What shares a base: a row of scales, or all of them."""
+    """The scales that share a base: a row of scales, or all of them."""
     fit_base: Callable[[Tensor, Format], Tensor] | None = None
     """Largest amplitudes, (..., 1, 1) or (..., rows, 1), and format to float32 bases of their shape."""
 
@@ -112,7 +112,7 @@ TABLES = {TABLE: Store(torch.bfloat16, lambda tables, fmt, base: tables.bfloat16
 
 
 def get_store(name: str) -> Store:
-    """How scales, or tables, of a store that is known to exist are kept."""
+    """The store of scales, or tables, of a name that is known to exist."""
     return STORES[name] if name in STORES else TABLES[name]
 
 

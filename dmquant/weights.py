@@ -1,4 +1,4 @@
-"""What `layer.weight` of a quantized layer is."""
+"""The `layer.weight` of a quantized layer."""
 
 from collections.abc import Callable
 from typing import Any

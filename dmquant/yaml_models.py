@@ -16,7 +16,7 @@ _quoted.maxlevel, _quoted.maxstring = 2, 80
 
 
 def read_yaml(model: type[BaseModel], path: Path, source: str) -> Any:
-    """The file as a `model`; a UsageError names the source, and the line of what is wrong with it."""
+    """The file as a `model`; a UsageError names the source and the line that is wrong."""
     try:
         text = path.read_text("utf-8")
         root = yaml.compose(text, Loader=yaml.SafeLoader)
@@ -37,7 +37,7 @@ def read_yaml(model: type[BaseModel], path: Path, source: str) -> Any:
 
 
 def parse_content(model: type[BaseModel], content: Any, source: str) -> Any:
-    """What was read of a JSON file as a `model`; a UsageError names the source and the key of what is wrong with it."""
+    """The content of a JSON file as a `model`; a UsageError names the source and the key that is wrong."""
     try:
         return model.model_validate(content)
     except ValidationError as error:
@@ -52,7 +52,7 @@ def in_words(error: ValidationError, model: type[BaseModel]) -> str:
 
 
 def problem(error: typing.Mapping[str, Any], model: type[BaseModel]) -> str:
-    """One of pydantic's errors for people, without its place."""
+    """An error of pydantic in words, without its place."""
     if error["type"] == "extra_forbidden":
         fields = _model_at(model, error["loc"][:-1]).model_fields
         return str(unknown("key", str(error["loc"][-1]), fields, f"known: {', '.join(fields) or 'none'}"))

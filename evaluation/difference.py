@@ -1,4 +1,4 @@
-"""How far two pictures of one prompt are apart, as one number and as a picture."""
+"""The difference of two pictures of one prompt, as one number and as a picture."""
 
 from pathlib import Path
 

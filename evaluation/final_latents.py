@@ -18,7 +18,7 @@ TENSOR = "latent"
 
 
 def latent_path(image: Path) -> Path:
-    """Where the final latents of the image at `image` are: `00042.latent.safetensors` beside `00042.png`."""
+    """The path of the final latents of the image at `image`: `00042.latent.safetensors` beside `00042.png`."""
     return image.with_suffix(SUFFIX)
 
 

@@ -29,7 +29,7 @@ PIXELS_PER_BATCH = 1024 * 1024
 
 @dataclass(frozen=True)
 class ImageRequest:
-    """One image to make: its number in the set, prompt, seed, and the key of everything that determines it.
+    """An image to make: its number in the set, prompt, seed, and the key of everything that determines it.
 
     With `latents`, an image that is there without its final latents counts as missing.
     """
@@ -48,14 +48,14 @@ class ImageRequest:
 
 @dataclass
 class Generated:
-    """What a call of `generate` did: seconds by image key for the images it made, and how many held NaN or inf."""
+    """The result of `generate`: seconds by image key for the images it made, and the number that held NaN or inf."""
 
     seconds: dict[str, float] = field(default_factory=dict)
     not_finite: int = 0
 
 
 def image_requests(prompts: Sequence[str], seed: int, settings: str, latents: bool = False) -> list[ImageRequest]:
-    """One request a prompt; image `i` gets seed `seed + i`. `settings` stands for all that the prompts share."""
+    """Requests, one for each prompt; image `i` gets seed `seed + i`. `settings` is the key of all they share."""
     requests = []
     for index, prompt in enumerate(prompts):
         key = json_sha256([settings, prompt, seed + index])[:32]

@@ -176,7 +176,7 @@ def _listed(folder: Path, pattern: str) -> list[Path]:
 
 
 def _place(path: Path) -> tuple[bool, int, str]:
-    """Where an image stands among others: 99999.png before 100000.png, which the names alone would exchange."""
+    """A sort key of images: 99999.png before 100000.png, which the names alone would exchange."""
     number = path.stem.isdecimal()
     return not number, int(path.stem) if number else 0, path.name
 

@@ -1,4 +1,4 @@
-"""What a PNG file says of itself: whether it is whole, and the key and prompt that dmquant wrote into it.
+"""Read a PNG file without its pixels: whether it is whole, and the key and prompt that dmquant wrote into it.
 
 A chunk's checksum covers all its bytes, so a damaged or truncated file is found without its pixels being decoded.
 """

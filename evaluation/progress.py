@@ -1,4 +1,4 @@
-"""How long-running work tells the caller where it stands."""
+"""Callbacks by which long-running work reports its progress."""
 
 from typing import Protocol
 

@@ -1,4 +1,4 @@
-"""What a run found, as data: metrics that say what they are, and the report that holds them.
+"""The results of a run, as data: metrics that describe themselves, and the report that holds them.
 
 Everything here goes into report.json and comes back equal. Version 1 of that file has the keys that `Report.to_json`
 writes; releases may add keys to it, so a reader ignores those it does not know.
@@ -27,13 +27,13 @@ class Backbone:
 
 @dataclass(frozen=True)
 class Metric:
-    """One metric of one set of images.
+    """A metric of one set of images.
 
     `value` is None exactly when the metric was not computed; `reason` then says what is missing and how to get it.
-    `low` and `high` bound the 95 % bootstrap interval over images where one exists. `images` is how many images
-    were scored, `note` what a reader must know before comparing the number with another. A metric that is a mean over
-    images has their `median` and the mean of the `worst` 5 % beside it, and `values`, one an image in the order of the
-    file names, which go to scores.csv and not into report.json.
+    `low` and `high` bound the 95 % bootstrap interval over images where one exists. `images` is the number of images
+    scored, `note` a remark to read before comparing the number with another. A metric that is a mean over images has
+    their `median` and the mean of the `worst` 5 % beside it, and `values`, one for each image in the order of the file
+    names, which go to scores.csv and not into report.json.
     """
 
     value: float | None
@@ -79,9 +79,9 @@ class Metric:
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """What is known of one variant of the backbone, full precision or quantized.
+    """Measurements of one variant of the backbone, full precision or quantized.
 
-    `size_bytes` is the backbone's on disk, `seconds` what each stage took, `peak_memory_bytes` the highest memory
+    `size_bytes` is the backbone's on disk, `seconds` the time of each stage, `peak_memory_bytes` the highest memory
     use while generating, `images` the folder of its images relative to the report.
     """
 
@@ -94,7 +94,7 @@ class Measured:
 
 @dataclass(frozen=True, kw_only=True)
 class Reference(Measured):
-    """The full-precision pipeline that everything is compared with; its `size_bytes` are those of 16-bit weights."""
+    """The full-precision pipeline that everything is compared with; its `size_bytes` count 16 bits for each weight."""
 
     name: str = "full precision"
     dtype: str
@@ -103,10 +103,10 @@ class Reference(Measured):
 
 @dataclass(frozen=True)
 class LayerError:
-    """What quantization did to one layer of `bits` a weight.
+    """Errors of one quantized layer with `bits` for each weight.
 
-    `weight_error` is the squared error of its weight over the weight's square, `output_error` the same of its output
-    in the running backbone, on full-precision inputs of the backbone: what came in from the layers before it included.
+    `weight_error` is the squared error of its weight over the weight's square. `output_error` is the same for its
+    output in the running backbone, on full-precision inputs of the backbone; errors of the layers before are included.
     """
 
     name: str
@@ -150,10 +150,10 @@ ERRORS = {"layers": LayerError, "steps": StepError}
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """One model, its full-precision reference and what each recipe made of it.
+    """A model, its full-precision reference, and the result of each recipe.
 
     `prompts` are in the order of the images; `settings` (seed, steps, guidance, size, device, ...) and `versions`
-    (of the packages used) are flat and printed as they are; `command` is what to type to make it all again.
+    (of the packages used) are flat and printed as they are; `command` is the command line that makes it all again.
     """
 
     model: str

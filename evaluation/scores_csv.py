@@ -16,7 +16,7 @@ IMAGE, PROMPT = "image", "prompt"
 
 @dataclass(frozen=True)
 class Scores:
-    """What a scores.csv holds: file names, their prompts, and one value an image under the name of each metric."""
+    """The content of a scores.csv: file names, prompts, and under the name of each metric a value for each image."""
 
     names: list[str]
     prompts: list[str]

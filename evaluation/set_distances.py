@@ -34,9 +34,9 @@ def squared_mmd(a: Tensor, b: Tensor, kernel: Kernel, unbiased: bool, paired: bo
     """Squared maximum mean discrepancy of feature sets [N, D] and [M, D], and its standard error, in float64.
 
     `unbiased` is the U-statistic, without the kernel of a feature and itself (Gretton et al. 2012, equation 3), and
-    without that of a pair if the sets are `paired` (equation 4, whose sum of i != j holds for pairs that depend on one
-    another); the other the V-statistic (equation 5). The error is the jackknife's: it leaves out every image, or every
-    pair of images; it needs three on each side, and is None with fewer.
+    without the kernels of pairs if the sets are `paired` (equation 4, whose sum of i != j holds for pairs that depend
+    on one another); otherwise the V-statistic (equation 5). The error is the jackknife's over images, or over pairs of
+    images; it needs three on each side, and is None with fewer.
     """
     a, b = a.double(), b.double()
     own_a, own_b = (_diagonal(kernel, x, x) for x in (a, b))

@@ -45,7 +45,7 @@ class TrajectoryRecorder:
 
     @property
     def trajectories(self) -> list[Trajectory]:
-        """One an image, in the order of the batch; none where nothing was recorded."""
+        """The trajectories of the images, in the order of the batch; empty where nothing was recorded."""
         if not self._latents:
             return []
         timesteps = torch.tensor(self._timesteps, dtype=torch.float64)
@@ -64,7 +64,7 @@ def recording_trajectories(pipeline: Any, images: int) -> Iterator[TrajectoryRec
 
 
 def trajectory_path(image: Path) -> Path:
-    """Where the trajectory of the image at `image` is: `00003.trajectory.safetensors` beside `00003.png`."""
+    """The path of the trajectory of the image at `image`: `00003.trajectory.safetensors` beside `00003.png`."""
     return image.with_suffix(SUFFIX)
 
 

@@ -43,7 +43,7 @@ DEFAULT_PROMPTS = "default-calibration"
 
 @dataclass(frozen=True)
 class Quantized:
-    """What `quantize_pipeline` made of a backbone: the recipe with every choice filled in, its layers, its bytes."""
+    """The result of `quantize_pipeline`: the recipe with every choice filled in, the layers, the bytes."""
 
     recipe: Recipe
     layers: list[LayerReport]
@@ -52,7 +52,7 @@ class Quantized:
 
 @dataclass(frozen=True)
 class _Calibration:
-    """What `calibrate` reads of a run's settings."""
+    """The settings of a run that `calibrate` reads."""
 
     family: Family
     recipe: Recipe
@@ -222,7 +222,7 @@ def _default_prompts(kind: str, height: int, width: int) -> str:
 
 @contextlib.contextmanager
 def _workspace(out: Path | None) -> Iterator[Path]:
-    """Where a calibration keeps its work: beside `out` until it is finished, or nowhere that lasts."""
+    """The work folder of a calibration: beside `out` until it is finished, or a temporary one."""
     if out is None:
         with tempfile.TemporaryDirectory(prefix="dmquant-") as folder:
             yield Path(folder)

@@ -1,4 +1,4 @@
-"""How much memory learning takes."""
+"""The memory that learning takes."""
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
@@ -20,7 +20,7 @@ WORKING = 48
 """Bytes an element of the largest input of a layer while it is quantized and multiplied."""
 SOLVING = 7
 """Times the size of a block of moments that solving it takes beside them: three matrices in float64, one in float32."""
-BACKWARD = 2  # what autograd keeps, and gradients of about the same size
+BACKWARD = 2  # activations that autograd keeps, and gradients of about the same size
 
 
 class Held(NamedTuple):
@@ -58,7 +58,7 @@ def check_budget(
 
 
 def bytes_a_weight(learns: bool) -> int:
-    """What is held of a weight while its unit is decided."""
+    """Bytes held for each weight while its unit is decided."""
     return LEARNED if learns else FITTED
 
 
@@ -87,7 +87,7 @@ def _needed(
     learns: bool,
     moments: Mapping[str, Held],
 ) -> int:
-    own = next(backbone.parameters()).dtype.itemsize  # what the trace saw was computed in it
+    own = next(backbone.parameters()).dtype.itemsize  # the dtype of the traced activations
     kept = BACKWARD * max(1, DTYPES[learning.dtype].itemsize / own) if learns else 0
     by_name = {block.name: block for block in blocks}
     most = 0

@@ -14,19 +14,22 @@ from dmquant.qtensor import QuantizedTensor, WeightSpec
 from dmquant.scaling import Scales
 from dmquant.transforms import Parts, Storage
 
-LAYOUT = 2  # of what the files of a unit hold; it belongs in their key
+LAYOUT = 2  # version of the files of a unit, a part of their key
 
 
 @dataclass(frozen=True)
 class CodesFolder:
-    """One safetensors file a unit, and beside it a JSON file with its checksum and what the codes depend on."""
+    """A folder with a safetensors file for each unit, and a JSON file with its checksum, its key and facts."""
 
     path: Path
     key: str
     """Fingerprint of everything the codes depend on; files of another key are as good as absent."""
 
     def load(self, number: int, name: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """Tensors and facts of a finished unit; None unless they are whole and of this key."""
+        """Load the tensors of a finished unit, on the CPU in the names and shapes of `save`, and its facts.
+
+        Returns None unless both files are whole and of this key.
+        """
         tensors, record = self._files(number)
         try:
             content = json.loads(record.read_text(encoding="utf-8"))
@@ -37,7 +40,7 @@ class CodesFolder:
             return None
 
     def save(self, number: int, name: str, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
-        """Keep a finished unit; it is there whole or not at all."""
+        """Write a finished unit, whole or not at all; tensors of any shape and dtype, by name."""
         file, record = self._files(number)
         with replacing(file) as partial:
             save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, partial)
@@ -50,7 +53,10 @@ class CodesFolder:
 
 
 def tensors_of(values: Mapping[str, QuantizedTensor], parts: Mapping[str, dict[str, Parts]]) -> dict[str, Tensor]:
-    """Tensors of quantized weights and of their layers' transforms by layer, transform and part, to be saved."""
+    """The stored tensors of quantized weights and of the transforms of their layers, by the names to save them under.
+
+    Shapes and dtypes are as stored: `NAME.codes` packed uint8, `NAME.scale` in the spec's store, `NAME.METHOD_PART`.
+    """
     tensors = {
         f"{name}.{method}_{part}": tensor
         for name in values
@@ -65,11 +71,11 @@ def tensors_of(values: Mapping[str, QuantizedTensor], parts: Mapping[str, dict[s
 
 
 def weight_of(tensors: Mapping[str, Tensor], name: str, spec: WeightSpec, shape: tuple[int, ...]) -> QuantizedTensor:
-    """The quantized weight of a layer, read back."""
+    """The quantized weight of the layer `name`, of this `shape` (out, in, ...), from the tensors of `tensors_of`."""
     scales = Scales(tensors[f"{name}.scale"], tensors.get(f"{name}.base"), spec.store)
     return QuantizedTensor(tensors[f"{name}.codes"], scales, spec, shape)
 
 
 def parts_of(tensors: Mapping[str, Tensor], name: str, transforms: Iterable[Storage]) -> dict[str, Parts]:
-    """What a layer's transforms store, by transform, read back."""
+    """The stored tensors, of any shape, of a layer's transforms by transform and part, from those of `tensors_of`."""
     return {one.name: {part: tensors[f"{name}.{one.name}_{part}"] for part in one.parts()} for one in transforms}

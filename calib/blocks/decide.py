@@ -43,7 +43,7 @@ class Samples:
 
 @dataclass
 class Decider:
-    """What all tasks of a backbone share."""
+    """Decides the codes of one task after another; its fields are shared by all tasks of a backbone."""
 
     backbone: nn.Module
     states: dict[str, LayerState]
@@ -60,10 +60,11 @@ class Decider:
     def decide(
         self, task: Task, finished: Mapping[str, QuantizedTensor], inputs: BlockInputs
     ) -> tuple[Learned, dict[str, QuantizedTensor]]:
-        """Codes of the layers of a task, and how their learning ended.
+        """Decide the codes of the layers of a task; returns how their learning ended, and the weights by layer.
 
-        `finished` are those of the block that are decided already. Parts and transforms go to the layers' states; those
-        of blocks that a window looks ahead at are decided anew in their turn.
+        `finished` holds the weights of the block that are decided already. Weights have the shape of their layer's,
+        (out, in, ...). Parts and transforms go to the layers' states. Layers of blocks that a window looks ahead at are
+        decided anew in their turn.
         """
         streams, options, device = self.streams, self.options, self.streams.device
         number, title, bar = inputs.number, inputs.title, inputs.bar

@@ -43,12 +43,12 @@ from dmquant.transforms import fold_first_
 
 @dataclass(frozen=True)
 class Calibrated:
-    """What a calibration made: the recipe with every choice filled in, and what became of layers and blocks."""
+    """The result of a calibration: the recipe with every choice filled in, and reports of layers and blocks."""
 
     recipe: Recipe
     layers: list[LayerReport]
     blocks: list[dict[str, Any]]
-    """By block: name, seconds, formats of the layers, and how the learning of each task ended."""
+    """For each block its name, seconds, formats of the layers, and how the learning of each task ended."""
 
 
 def calibrate_(
@@ -126,7 +126,7 @@ def calibrate_(
 
 
 def _samples(store: CalibrationStore, batch_size: int) -> Samples:
-    """By step; UsageError for fewer to learn from than a mini-batch has."""
+    """Indices of the samples, sorted by step; UsageError for fewer to learn from than a mini-batch has."""
     by_step = sorted(range(len(store.samples)), key=lambda index: store.samples[index].step)
     learning = [index for index in by_step if not store.samples[index].held_out]
     if len(learning) < batch_size:
@@ -151,7 +151,7 @@ def _key(recipe: Recipe, store: CalibrationStore, made_for: dict[str, Any], coun
 
 
 def _bytes_of_moments(rounder: Rounder, states: Mapping[str, LayerState]) -> dict[str, Held]:
-    """Of the layers that are solved by their moments."""
+    """Bytes of the moments of each layer that is solved by them."""
     empty = {name: rounder.moments_for(one.layer, one.plan, torch.device("meta")) for name, one in states.items()}
     return {
         name: Held(moments.sums.nbytes, moments.sums[0].nbytes)
@@ -170,7 +170,7 @@ def _round_without_data_(backbone: nn.Module, state: LayerState, rounder: Rounde
 
 
 def _in_words(tasks: Sequence[dict[str, Any]], seconds: Sequence[float], left: int) -> str:
-    """How the tasks of a block ended, the last of `seconds` after they began; `left` blocks are still to come."""
+    """A line on a finished block: its error, its time, and the time to go; `left` blocks follow."""
     ratio = sum(task["error"] / max(task["nearest_error"], 1e-30) for task in tasks) / len(tasks)
     undecided = max(task["undecided"] for task in tasks)
     to_go = f"; about {left * sum(seconds) / len(seconds):.0f} s to go" if left else ""

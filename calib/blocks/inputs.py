@@ -16,10 +16,9 @@ from dmquant.transforms import InputStatistics, fit_of
 
 
 class BlockInputs:
-    """Inputs of the layers of one block over the samples to learn from; as the quantized blocks before it give them,
-    unless a method says otherwise.
+    """Inputs of the layers of one block over the samples to learn from, by default with the quantized blocks before it.
 
-    `title` and `bar` are those of the block's progress.
+    `title` and `bar` show the progress of the block.
     """
 
     def __init__(self, streams: Streams, number: int, learning: Sequence[int], title: str, bar: Bar):
@@ -40,9 +39,9 @@ class BlockInputs:
     def statistics(
         self, task: Task, layers: Mapping[str, QuantLinear | QuantConv2d]
     ) -> dict[str, InputStatistics | None]:
-        """What the transforms look at that are fitted to the inputs of their layer; only of layers with such.
+        """Statistics of the inputs of those layers that have a transform fitted to its inputs.
 
-        `layers` are the task's as they will quantize their inputs.
+        `layers` are the layers of the task as they will quantize their inputs. A layer that no sample reached has None.
         """
         calls = -(-len(self.learning) // self.streams.batch_size)
         observers = {
@@ -58,7 +57,7 @@ class BlockInputs:
     ) -> dict[str, Moments]:
         """Second moments of transformed and quantized inputs, added to `empty`; without layers that no sample reached.
 
-        `layers` are those of the task, by name, as they will quantize their inputs.
+        `layers` are the layers of the task, by name, as they will quantize their inputs.
         """
         backbone = self.streams.backbone
 

@@ -23,7 +23,7 @@ _TINY = torch.finfo(torch.float32).tiny
 
 @dataclass(frozen=True)
 class Learned:
-    """How the learning of a unit ended. Errors are mean squared errors of its output on held-out samples."""
+    """The end of a unit's learning. Errors are mean squared errors of the unit's output on held-out samples."""
 
     nearest_error: float
     error: float
@@ -32,13 +32,14 @@ class Learned:
     undecided: float
     """Share of the weights that were between two values when the last step ended."""
     solved: bool = False
-    """Whether what was kept are roundings that a method found without steps."""
+    """Whether the roundings kept were found by a method without steps."""
 
 
 @dataclass(frozen=True)
 class UnitData:
-    """What a unit is learned from: `run(indices, generator)` gives its output for a batch of samples, with its layers
-    as `learning_layers` has them, `target(indices)` what full precision gives; `learning` is sorted by step."""
+    """Data of one unit: `run(indices, generator)` computes its output for a batch of samples, with its layers as
+    `learning_layers` has them, `target(indices)` is the output in full precision, nested alike and of the same shapes.
+    `learning` and `held_out` are indices of samples, sorted by step."""
 
     run: Callable[[Sequence[int], torch.Generator | None], Any]
     target: Callable[[Sequence[int]], Any]
@@ -49,13 +50,16 @@ class UnitData:
 def learn(
     unit: str, learners: Sequence[Learner], data: UnitData, options: Learning, report: Callable[[int, float], None]
 ) -> tuple[Learned, dict[str, Rounded]]:
-    """Learn the roundings of a unit's layers against full precision; returns how it went and what was kept by layer.
+    """Learn the roundings of a unit's layers against full precision; returns how it ended and the roundings by layer.
+
+    The values of a rounding are float32 in the shape of its grid's `weight`: the matrix form, (rows, columns).
 
     The loss is the mean squared error of the unit's output over that of nearest rounding, plus the roundings'
     penalties averaged over all weights, so one setting serves units of all sizes. Adam, constant rate. Mini-batches
     hold samples from all over the schedule. At `options.checks` points the hard roundings are tried on held-out
-    samples; what is kept is the best of these and nearest rounding. Roundings without parameters are tried once, as
+    samples; the best of these and of nearest rounding is returned. Roundings without parameters are tried once, as
     they are. `report(step, loss)` is called now and then.
+
     Raises UserError for a loss that is not finite.
     """
     generator = torch.Generator().manual_seed(options.seed)
@@ -99,13 +103,17 @@ def learn(
 
 
 def spread_batch(samples: Sequence[int], size: int, generator: torch.Generator) -> list[int]:
-    """One random sample from each of `size` equal parts of `samples`."""
+    """Draw a random sample from each of `size` equal parts of `samples`."""
     draws = torch.rand(size, generator=generator).tolist()
     return [samples[int((part + draw) * len(samples) / size)] for part, draw in enumerate(draws)]
 
 
 def squared_error(output: Any, target: Any) -> Tensor:
-    """Mean squared difference of two outputs, float32; where they nest several tensors, the mean over these."""
+    """Mean squared difference of two outputs, a scalar in float32.
+
+    Outputs are tensors, or nest tensors alike, in pairs of the same shape; the result is the mean of their means.
+    Tensors that are not floating-point count for nothing.
+    """
     pairs = zip(flatten(output)[1], flatten(target)[1], strict=True)
     floats = [(one.float(), other.float()) for (_, one), (_, other) in pairs if one.is_floating_point()]
     return torch.stack([(one - other).square().mean() for one, other in floats]).mean()

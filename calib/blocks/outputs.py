@@ -1,4 +1,4 @@
-"""What a block gave for every sample, in memory while the budget lasts and in files beyond it, bit for bit alike."""
+"""Outputs of a block for every sample, in memory while the budget lasts and in files beyond it, bit for bit alike."""
 
 import tempfile
 from collections.abc import Sequence
@@ -107,7 +107,10 @@ def nbytes(one: Any) -> int:
 
 
 def stand_in(one: Any, samples: int, device: torch.device) -> Any:
-    """What stands for an output that nothing reads any more: right in shape, of no size in memory."""
+    """A placeholder for an output that nothing reads any more: zeros of its shape and dtype, of no size in memory.
+
+    `one` is the output for one sample, with tensors (rows, ...); the placeholder's are (samples * rows, ...).
+    """
 
     def shaped(leaf: Tensor) -> Tensor:
         return torch.zeros((), dtype=leaf.dtype, device=device).expand(samples * len(leaf), *leaf.shape[1:])
@@ -121,7 +124,10 @@ def first_sample(output: Any, samples: int) -> Any:
 
 
 def mixed(quantized: Any, full: Any, share: float, generator: torch.Generator) -> Any:
-    """Element by element the full-precision value with probability `share`: QDrop, arXiv 2203.05740, eq. 8."""
+    """QDrop (Wei et al., arXiv 2203.05740), eq. 8: each element is the full-precision one with probability `share`.
+
+    `quantized` and `full` are outputs that nest tensors alike, in pairs of the same shape; so does the result.
+    """
     others = iter([leaf for _, leaf in flatten(full)[1] if leaf.is_floating_point()])
 
     def mix(leaf: Tensor) -> Tensor:

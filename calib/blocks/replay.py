@@ -1,4 +1,4 @@
-"""Run a backbone from the middle: modules that are done give what they gave before instead of computing it again.
+"""Run a backbone from the middle: finished modules return their stored outputs instead of computing them again.
 
 Everything between the blocks (embeddings, modulation, skip connections) stays the backbone's own code, so a new
 architecture needs nothing here.
@@ -40,10 +40,10 @@ def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator
 
 
 def replay(backbone: nn.Module, arguments: Arguments, given: Mapping[str, Any], until: str) -> Any:
-    """What the module `until` gives when the modules named in `given` give the outputs that stand there.
+    """The output of the module `until`, in a forward pass where the modules named in `given` give those outputs.
 
-    `given` holds only outputs that matter; every module that needs none of them must not be asked for. Gradients flow
-    from parameters of what is computed.
+    `given` may lack modules whose outputs the pass does not depend on. Gradients flow to the parameters of modules that
+    are computed. Raises UserError where the pass does not reach `until`.
     """
     args, kwargs = arguments
     last = backbone.get_submodule(until)
@@ -69,7 +69,7 @@ def _giving(output: Any) -> Callable[..., Any]:
 
 @dataclass(frozen=True)
 class Traced:
-    """What one forward pass shows of a block: its output for one sample, and for how long others need it."""
+    """A block as one forward pass shows it: its output for one sample, and for how long others need it."""
 
     name: str
     output: Any

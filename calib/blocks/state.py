@@ -26,9 +26,9 @@ class LayerState:
     """In full precision; transforms may be folded into its weight and bias."""
     plan: LayerPlan
     ranges: TimestepRanges
-    """Of the whole backbone."""
+    """The timestep ranges of the whole backbone."""
     parts: dict[str, Parts] = field(default_factory=dict)
-    """What its transforms store, by transform."""
+    """Stored tensors of the layer's transforms, by transform and part."""
     input_scale: Tensor | None = None
     """Static scales of the input, float32 in the `scale_shape` of the plan's activations."""
     report: LayerReport | None = None
@@ -48,7 +48,7 @@ class LayerState:
         return quantized
 
     def with_weight(self, weight: QuantizedTensor) -> QuantLinear | QuantConv2d:
-        """The quantized layer with these codes and the parts of its transforms."""
+        """The quantized layer with this weight, (out, in, ...) as the layer's, and the parts of its transforms."""
         quantized = self._empty(weight.spec)
         quantized.load_quantized(weight, self.layer.bias, self.input_scale)
         quantized.load_parts(self.parts)
@@ -67,7 +67,7 @@ class LayerState:
         self.plan = replace(self.plan, activations=replace(self.plan.activations, fmt=fmt))
 
     def put_in_place_(self, backbone: nn.Module, weight: QuantizedTensor) -> None:
-        """Replace the layer in `backbone` by the quantized one."""
+        """Replace the layer in `backbone` by the quantized one with this weight, (out, in, ...) as the layer's."""
         quantized = self.with_weight(weight)
         self.plan = replace(self.plan, weights=weight.spec, candidates=())
         self.report = LayerReport(self.plan, relative_error(self.layer.weight, quantized))

@@ -1,4 +1,4 @@
-"""Two streams through a backbone: what its blocks give in full precision, and what they give as quantized so far."""
+"""Two streams through a backbone: outputs of its blocks in full precision, and of its blocks as quantized so far."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
@@ -72,9 +72,10 @@ class Streams:
         batch: Sequence[int],
         mixing: torch.Generator | None = None,
     ) -> Any:
-        """What the module `until`, of block `number` or after it, gives for a batch of samples.
+        """The output of the module `until`, of block `number` or after it, for a batch of samples.
 
-        With `mixing`, the recipe's share of the inputs comes from full precision.
+        Tensors of the output are (samples * rows, ...), with the rows of a sample together. With `mixing`, the recipe's
+        share of the inputs comes from full precision (`mixed`).
         """
         timesteps = torch.tensor([self.store.timesteps[self.store.samples[index].step] for index in batch])
         self.ranges.set(timesteps.repeat_interleave(self.store.rows).to(self.device))

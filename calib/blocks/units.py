@@ -1,4 +1,4 @@
-"""What is calibrated in which order: the blocks of a backbone, and the tasks that decide the codes of each."""
+"""The order of calibration: the blocks of a backbone, and the tasks that decide the codes of each."""
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -17,9 +17,9 @@ class Block:
     """Names, in the backbone, of the layers to quantize."""
     is_layer: bool
     output: Any
-    """For one sample."""
+    """The output for one sample."""
     last_use: int
-    """Index of the last block that needs the output; its own where none does."""
+    """Index of the last block that needs the output; the block's own index where none does."""
     saved_bytes: int
     """Activations that autograd keeps for one sample."""
     largest_input: int
@@ -65,8 +65,9 @@ def find_blocks(
 def tasks_of(blocks: Sequence[Block], number: int, learning: Learning) -> list[Task]:
     """The tasks that decide the codes of block `number`.
 
-    `layer`: one after another, each against its own output. `block`: all at once. `window`: together with the blocks
-    that follow, as far as the window reaches, against the output of the last; theirs are decided anew in their turn.
+    Unit `layer`: layers one after another, each against its own output. `block`: all layers at once. `window`: together
+    with the layers of the blocks that follow, as far as the window reaches, against the output of the last block; the
+    codes of those blocks are decided anew in their turn.
     """
     block = blocks[number]
     if learning.unit == "layer":

@@ -1,1 +1,1 @@
-"""What calibration learns from: calls of the full-precision backbone, chosen, captured and stored."""
+"""Calibration data: calls of the full-precision backbone, chosen, captured and stored."""

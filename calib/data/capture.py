@@ -125,7 +125,7 @@ def capture(
 
 @dataclass(frozen=True)
 class _Captured:
-    """What is to be known of the shard of one batch of prompts, written by whichever process captured it."""
+    """An entry for the index on the shard of one batch of prompts, written by the process that captured it."""
 
     shard: Shard
     """Without samples: which skeletons the index has is known only when the shards before are in it."""
@@ -305,7 +305,7 @@ def _index_in(folder: Path, made_for: dict[str, Any], replace: bool) -> Index | 
 
 
 def _difference(there: dict[str, Any], here: dict[str, Any]) -> str:
-    """Such as "height 512, this run has 1024; other weights"."""
+    """The settings that differ, in words, such as "height 512, this run has 1024; other weights"."""
     differing = [name for name in {**there, **here} if there.get(name) != here.get(name)]
     return "; ".join(_one_difference(name, there.get(name), here.get(name)) for name in differing)
 

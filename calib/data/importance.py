@@ -1,4 +1,4 @@
-"""How much the final latents depend on what the backbone says at each step, by measuring it."""
+"""Measure how much the final latents depend on the output of the backbone at each step."""
 
 import dataclasses
 from collections.abc import Callable, Sequence

@@ -1,4 +1,4 @@
-"""Which backbone calls of the calibration prompts are kept: timestep samplers, and what is held out.
+"""Choose the backbone calls of the calibration prompts to keep: timestep samplers, and held-out samples.
 
 Every sampler has one signature: the steps to draw from, how many to draw (at most all of them), a random generator
 that belongs to one prompt, and the weight of every step of the schedule or None. It returns steps in order.
@@ -19,14 +19,14 @@ Sampler = Callable[[Sequence[int], int, random.Random, Sequence[float] | None], 
 
 @dataclass(frozen=True)
 class Sample:
-    """One call of the backbone that is kept, for one prompt."""
+    """A call of the backbone that is kept, for one prompt."""
 
     prompt: int
     """Index into the calibration prompts."""
     step: int
     """Index of the backbone call within one pipeline call; 0 is the noisiest."""
     held_out: bool
-    """Kept out of learning; used to choose what is kept."""
+    """Whether the sample is kept out of learning, to compare roundings on."""
 
 
 def uniform(steps: Sequence[int], count: int, generator: random.Random, weights: Sequence[float] | None) -> list[int]:
@@ -37,7 +37,7 @@ def uniform(steps: Sequence[int], count: int, generator: random.Random, weights:
 def stratified(
     steps: Sequence[int], count: int, generator: random.Random, weights: Sequence[float] | None
 ) -> list[int]:
-    """One random step from each of `count` equal parts of the schedule."""
+    """Stratified sampling: a random step from each of `count` equal parts of the schedule."""
     edges = [part * len(steps) // count for part in range(count + 1)]
     drawn = (low + int(generator.random() * (high - low)) for low, high in itertools.pairwise(edges))
     return [steps[position] for position in drawn]
@@ -46,9 +46,9 @@ def stratified(
 def importance(
     steps: Sequence[int], count: int, generator: random.Random, weights: Sequence[float] | None
 ) -> list[int]:
-    """Steps without replacement, each draw in proportion to the weights of the steps that are left.
+    """Weighted sampling without replacement: Efraimidis and Spirakis (2006), algorithm A.
 
-    Efraimidis and Spirakis 2006, algorithm A: the `count` smallest of exponential variables with the weights as rates.
+    The `count` smallest of exponential variables with the weights as rates. Raises UsageError without weights.
     """
     if weights is None:
         raise UsageError("importance sampling needs the weight of every step; measure_importance finds it")
@@ -61,7 +61,7 @@ SAMPLERS: dict[str, Sampler] = {"uniform": uniform, "stratified": stratified, "i
 
 @dataclass(frozen=True)
 class Sampling:
-    """How samples are drawn. Raises UsageError for values that make no sense."""
+    """Settings of drawing samples. Raises UsageError for values that make no sense."""
 
     sampler: str
     """Name of one of SAMPLERS."""
@@ -114,7 +114,7 @@ def held_out_prompts(sampling: Sampling, prompts: int) -> set[int]:
 
 
 def held_out_steps(steps: int) -> list[int]:
-    """One step of 8 of a schedule, spread over it, never the first and never the last; none below 8 steps."""
+    """The held-out steps: one of 8 of a schedule, spread over it, never the first or the last; none below 8 steps."""
     count = steps // HELD_OUT_STEPS
     return [round(part * (steps - 1) / (count + 1)) for part in range(1, count + 1)]
 

@@ -42,7 +42,7 @@ class StoredSample:
 
 @dataclass(frozen=True)
 class Shard:
-    """One safetensors file with the samples of the prompts from `start` up to `stop`."""
+    """A safetensors file with the samples of the prompts from `start` up to `stop`."""
 
     start: int
     stop: int
@@ -61,7 +61,7 @@ class Shard:
 
 @dataclass
 class Index:
-    """What a folder holds, as far as it is captured, and what it was made for."""
+    """The content of a folder, as far as it is captured, and the settings it was made for."""
 
     made_for: dict[str, Any]
     prompts: int
@@ -113,7 +113,7 @@ class ShardWriter:
         self._names: dict[bytes, int] = {}
 
     def add(self, tensor: Tensor) -> tuple[int, bool]:
-        """The name of `tensor` in the shard, and whether it was not yet in it. Keeps a copy, on the CPU."""
+        """Keep a CPU copy of a tensor of any shape and dtype; returns its name in the shard, and whether it is new."""
         tensor = tensor.detach().cpu().contiguous()
         digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
@@ -125,7 +125,7 @@ class ShardWriter:
         return self._names[content], is_new
 
     def digest(self, name: int) -> str:
-        """SHA-256 of the dtype, shape and content of the tensor called that."""
+        """SHA-256 of the dtype, shape and content of the tensor with this name."""
         return list(self._names)[name].hex()
 
     def save(self, folder: Path, start: int, stop: int, samples: list[StoredSample]) -> Shard:
@@ -138,8 +138,8 @@ class ShardWriter:
 class CalibrationStore:
     """Captured arguments of the backbone's forward, to be replayed in mini-batches of any samples. Read-only.
 
-    `samples` lists what there is, by prompt and step; `steps` counts the backbone calls of one pipeline call and
-    `timesteps` says what was passed to each; `rows` is the batch dimension of one sample (2 with guidance, else 1);
+    `samples` lists the samples by prompt and step; `steps` counts the backbone calls of one pipeline call and
+    `timesteps` holds the timestep of each; `rows` is the batch dimension of one sample (2 with guidance, else 1);
     `weights` are the measured importances of the steps or None; `key` stands for everything the data depends on.
     """
 

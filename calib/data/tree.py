@@ -38,7 +38,7 @@ def flatten(tree: Any) -> tuple[Any, list[Leaf]]:
 
 
 def unflatten(skeleton: Any, tensors: Sequence[Tensor]) -> Any:
-    """The tree that `flatten` made `skeleton` from, with `tensors` in place of its own."""
+    """The inverse of `flatten`: the tree of a skeleton with these `tensors`, of any shape and dtype, in order."""
     if not isinstance(skeleton, dict):
         return skeleton
     [(kind, content)] = skeleton.items()
@@ -51,7 +51,7 @@ def unflatten(skeleton: Any, tensors: Sequence[Tensor]) -> Any:
 
 
 def map_floats(function: Callable[[Tensor], Tensor], value: Any) -> Any:
-    """Nested arguments or outputs with `function` applied to their floating-point tensors."""
+    """Apply `function` to the floating-point tensors, of any shape, of nested arguments or outputs."""
     skeleton, leaves = flatten(value)
     return unflatten(skeleton, [function(leaf) if leaf.is_floating_point() else leaf for _, leaf in leaves])
 

@@ -1,4 +1,4 @@
-"""Look at what the layers of a full-precision backbone are given, over the samples to learn from."""
+"""Show the inputs of the layers of a full-precision backbone, over the samples to learn from."""
 
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -26,7 +26,7 @@ def run_watched(
 ) -> None:
     """Run the backbone on its own device over the samples that are not held out, `batch_size` at a time.
 
-    `timesteps` is told, before every call, those of its rows.
+    Before every call `timesteps` is called with the timesteps of its rows, (samples * rows,).
     """
     learning = [index for index, sample in enumerate(store.samples) if not sample.held_out]
     device = next(backbone.parameters()).device

@@ -1,1 +1,1 @@
-"""What is fitted to one layer's data: scales, formats, transforms, ranges."""
+"""Fits to the data of one layer: scales, formats, transforms, ranges."""

@@ -1,4 +1,4 @@
-"""The format of each layer's input, of several of one size: the one whose rounding disturbs the output least."""
+"""Choose the format of each layer's input among several of one size: the least error of the output."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -27,7 +27,7 @@ def choose_activation_formats(
     batch_size: int,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Format]:
-    """Of the `activation_candidates` of each plan the one of least squared error of the layer's output.
+    """The `activation_candidates` of least squared error of their layer's output, one for each plan.
 
     Runs the full-precision backbone over the samples that are not held out; every row counts with the mean square of
     its input divided out. Static scales are fitted for each candidate first, a pass over the data each. A layer that no
@@ -45,7 +45,7 @@ def choose_activation_formats(
 def formats_of_least_error(
     backbone: nn.Module, plans: Mapping[str, LayerPlan], timesteps: TimestepRanges, run: Run
 ) -> dict[str, Format]:
-    """As `choose_activation_formats`, by what `run` shows; it tells `timesteps` those of each call."""
+    """`choose_activation_formats` on the inputs that `run` shows to watchers; it sets the `timesteps` of each call."""
     inputs = {name: _inputs(backbone, name, plan) for name, plan in plans.items()}
     for number in range(max(map(len, inputs.values()))):
         static = {name: layers[number] for name, layers in inputs.items() if len(layers) > number}

@@ -1,4 +1,4 @@
-"""Fit transforms to what rounding left wrong, once the codes of a task are decided."""
+"""Fit transforms to the errors that rounding leaves, once the codes of a task are decided."""
 
 from collections.abc import Callable, Sequence
 
@@ -21,8 +21,10 @@ def correct(
 ) -> float:
     """Fit the correcting transforms of a task's layers to its decided `values`; returns the error on held-out samples.
 
-    `run_all` runs the task over all samples to learn from. One method after another, all layers of a method at once;
-    if that makes the held-out error worse, each layer alone, and only where it does not.
+    `values` are the rounded weights by layer, float32 in matrix form (rows, columns); `error` is the held-out error
+    with them. `run_all` runs the task over all samples to learn from. Methods are fitted one after another, each to all
+    its layers at once; if that makes the held-out error worse, layer by layer, and a layer keeps its fit only where
+    the error is not worse.
     """
     pairs = [(learner, one) for learner in learners for one in learner.quantized.transforms if correction_of(one)]
     for method in sorted({(transform.STAGE, transform.name) for _, transform in pairs}):
@@ -47,7 +49,7 @@ def correct(
 
 
 class _Observed:
-    """A forward pre-hook on a learning layer: means of its transformed input and of what its output will lack.
+    """A forward pre-hook on a learning layer: means of its transformed input and of the error of its output.
 
     Not a forward hook: a replay ends inside the layer whose output it is run for.
     """

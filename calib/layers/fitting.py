@@ -1,4 +1,4 @@
-"""Fit the transforms of a layer to its data, before its scales are."""
+"""Fit the transforms of a layer to its data, before its scales are fitted."""
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,7 +17,7 @@ from dmquant.rounding import gptq, nearest
 from dmquant.scaling import to_matrix
 from dmquant.transforms import InputStatistics, Storage, alternate, chains, fit_of
 
-WORTH = 0.9  # of the error without an optional transform; images do not gain from what takes less off a layer's own
+WORTH = 0.9  # share of the error without an optional transform; images gain nothing from one that leaves more of it
 
 Candidate = TypeVar("Candidate")
 
@@ -29,10 +29,11 @@ def fit_transforms(
     quantized: QuantLinear | QuantConv2d,
     statistics: InputStatistics | None,
 ) -> Tensor:
-    """Give `quantized` the transforms of a layer with their parts; returns the weight that is to be quantized, float32.
+    """Fit the transforms of a layer and load their parts into `quantized`; returns the transformed weight to quantize.
 
-    Of a method's candidates that of the least error is taken, and an optional transform where it is worth it (`WORTH`).
-    Without statistics a layer has all of its transforms, and of each the candidate that changes nothing.
+    The weight is float32 in the shape of the layer's, (out, in, ...). Each method takes its candidate of least error
+    (`output_error`), and an optional transform is used where it is worth it (`WORTH`). Without statistics a layer has
+    all of its transforms, each with the candidate that changes nothing.
     """
     sample = [] if statistics is None else with_outputs(layer, statistics.sample)
 
@@ -61,9 +62,9 @@ def fit_to_codes(
 ) -> Tensor:
     """Fit the transforms of `quantized` that alternate with the codes (`dmquant.transforms.alternating`).
 
-    `weight` is what `fit_transforms` leaves to be quantized; returns what is left then. Codes are meanwhile those of
-    the scales of least weight error: to nearest, or GPTQ's with `options` where the rounding `method` needs moments and
-    so do they.
+    `weight` is the result of `fit_transforms`, (out, in, ...) float32; returns the weight to quantize after the fit, of
+    the same shape. Codes have the scales of least weight error meanwhile. They are rounded to nearest, or by GPTQ with
+    `options` where the rounding `method` and a transform both need moments.
     """
     transforms = quantized.transforms
     fits = [fit_of(transform) for transform in transforms]
@@ -89,7 +90,7 @@ def fit_to_codes(
 def seen_by_output(error: Tensor, factors: Sequence[gptq.Factor]) -> Tensor:
     """The error of a weight (rows, columns) times a root of the damped moments, same shape, in the factors' dtype.
 
-    It is as large as what outputs see of the error: its squared norm is what `gptq.solve` gives.
+    Its squared norm is the squared error of the outputs, as `gptq.solve` returns it.
     """
     parts, first = [], 0
     for order, upper in factors:
@@ -100,7 +101,7 @@ def seen_by_output(error: Tensor, factors: Sequence[gptq.Factor]) -> Tensor:
 
 
 def choose(candidates: Iterable[Candidate], error: Callable[[Candidate], float], worth: float = 1.0) -> Candidate:
-    """The first candidate, or of those whose error is below `worth` of the first one's that of the least."""
+    """The candidate of least error among those below `worth` times the error of the first; the first where none is."""
     candidates = iter(candidates)
     best, least = next(candidates), None
     for candidate in candidates:
@@ -120,7 +121,7 @@ def _choices(transforms: tuple[Storage, ...]) -> Iterator[tuple[Storage, ...]]:
 
 
 def with_outputs(layer: nn.Linear | nn.Conv2d, sample: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """Inputs and what the float layer makes of them, the outputs in float32."""
+    """Pairs of an input, (rows, ..., in) or (rows, in, height, width), and the float layer's output in float32."""
     return [(x, layer(x).float()) for x in sample]
 
 
@@ -131,11 +132,12 @@ def output_error(
     weight: Tensor,
     sample: Sequence[tuple[Tensor, Tensor]],
 ) -> float:
-    """Squared error of the output with the nearest codes of `weight`, the transformed weight, over a sample of inputs.
+    """Relative squared error of the output with `weight` rounded to nearest, summed over a sample of inputs.
 
-    The sample has the exact outputs with the inputs. The error of every row of an input counts over the square of its
-    output, so that no timestep, and no branch of the guidance, weighs more for its size. Transforms and their parts are
-    those of `quantized`; scales are those of least weight error.
+    `weight` is the transformed weight, (out, in, ...) float32. `sample` pairs inputs (rows, ...) with their exact
+    outputs. The error of each row is divided by the mean square of its exact output, so that no timestep, and no branch
+    of the guidance, weighs more for its size. Transforms and their parts are taken from `quantized`; the scales
+    are the scales of least weight error.
     """
     if not sample:
         return 0.0

@@ -1,8 +1,8 @@
 """Fold transforms of layers into those before them: no factor is stored then, and nothing multiplied at run time.
 
-Possible where only a linear function lies between two layers (transforms/pairs.py). It is done to the float layers of a
-block before anything else is computed with them, so that targets, scales and roundings are those of the folded block,
-which is the same function.
+Folding is possible where only a linear function lies between two layers (dmquant.transforms.pair). It changes the float
+layers of a block before anything else is computed with them, so that targets, scales and roundings belong to the folded
+block, which is the same function.
 """
 
 from collections.abc import Mapping
@@ -40,9 +40,9 @@ def folded_methods(plans: Mapping[str, LayerPlan]) -> list[str]:
 
 
 def folds_of(backbone: nn.Module, block: str, plans: Mapping[str, LayerPlan], method: str) -> list[Fold]:
-    """Where one transform can be folded in the module `block`: all readers of a layer have it, with one setting.
+    """Places in the module `block` where a transform can be folded: all readers of a layer have it, with one setting.
 
-    Not into a weight with one scale for all of it: its rows would be of unlike size then.
+    A weight with granularity `tensor` is no such place: its rows would be of unlike size then.
     """
     names = {layer: name for name, layer in backbone.named_modules()}
     found = [Fold(method, pair, tuple(map(names.get, pair.seconds))) for pair in pairs(backbone.get_submodule(block))]
@@ -63,10 +63,10 @@ def shared_factor(
     inputs: Mapping[str, QuantLinear],
     statistics: Mapping[str, InputStatistics | None],
 ) -> Tensor:
-    """The factor, float32 (channels,), chosen (`choose`) by the error summed over the readers.
+    """The factor to fold, float32 (channels,), chosen (`choose`) by the error summed over the readers.
 
-    `inputs` are the readers as they quantize their inputs; they lose the transform that is folded, and get parts of
-    the others. In 16 bits factors are powers of two.
+    `inputs` are the readers as they quantize their inputs; the folded transform is taken from them, and they get parts
+    of the others. Factors of layers in 16 bits are powers of two.
     """
     seen = [one.absmax for name in fold.readers if (one := statistics[name]) is not None]
     together = InputStatistics(torch.stack(seen).amax(0), []) if seen else None
@@ -80,7 +80,7 @@ def shared_factor(
     scales = {name: inputs[name].input_scale.view(torch.float32) for name in samples if seen and inputs[name].is_static}
 
     def error(factor: Tensor) -> float:
-        """What `output_error` is of the readers once the factor is folded, summed."""
+        """The sum of `output_error` over the readers once the factor is folded."""
         total = 0.0
         for name, layer in zip(fold.readers, fold.pair.seconds, strict=True):
             others = without(plans[name], fold.method).transforms

@@ -1,4 +1,4 @@
-"""Scales by what the outputs see of a weight's error, on the second moments of the inputs."""
+"""Scales of least output error, on the second moments of the inputs."""
 
 import torch
 from torch import Tensor
@@ -10,8 +10,9 @@ from dmquant.scaling import Scales, search
 def fit_hessian(groups: Tensor, fmt: Format, store: str, moments: Tensor) -> Scales:
     """The multiple of absmax with the least squared error of the layer's output, at nearest rounding.
 
-    `moments` (scale columns, n, n) float32 are the second moments of the inputs that each group of n weights meets:
-    the error of a group is e^T H e, as if the other groups were exact. Granularity `tensor` sums that over the rows.
+    `groups` (rows, scale columns, n) float32 is the weight in groups (`to_groups`), `moments` (scale columns, n, n)
+    float32 the second moments of the inputs that each group of n weights multiplies. The error of a group is e^T H e,
+    as if the other groups were exact; granularity `tensor` sums it over the rows.
     """
     rows, columns = groups.shape[:2]
     width = moments.shape[-1]

@@ -1,4 +1,4 @@
-"""LeanQuant: a grid fitted where the error of GPTQ will be dearest.
+"""LeanQuant: a grid with the least error where errors of GPTQ cost most.
 
 Zhang and Shrivastava, "LeanQuant: Accurate and Scalable Large Language Model Quantization with Loss-error-aware Grid",
 arXiv 2407.10032, section 3: with h_j the variance of input j given those rounded after it (the squared diagonal of the
@@ -23,10 +23,10 @@ POWERS = (0, 1, 2, 4)
 
 
 def fit_lean(matrix: Tensor, spec: WeightSpec, shape: tuple[int, ...], factors: Sequence[Factor]) -> Grid:
-    """The grid with scales, or tables, of least error under the weights h^-p, and what GPTQ gives on it.
+    """The grid with scales, or tables, of least error under the weights h^-p, and GPTQ's solution on it.
 
-    p is the one of POWERS with which that has the least error. `factors` are GPTQ's of one block of columns after
-    another and `matrix` is (rows, columns), both in the order of the matrix form of a weight of this `shape`.
+    p is the one of POWERS whose solution has the least error. `matrix` (rows, columns) float32 is the matrix form of a
+    weight of this `shape`, and `factors` are GPTQ's factors of one block of its columns after another.
     """
     best, least = None, float("inf")
     for power in POWERS:
@@ -40,7 +40,7 @@ def fit_lean(matrix: Tensor, spec: WeightSpec, shape: tuple[int, ...], factors: 
 def scales_of(
     matrix: Tensor, spec: WeightSpec, shape: tuple[int, ...], factors: Sequence[Factor], power: float
 ) -> Scales:
-    """Scales, or tables, of least error under the weights h^-power."""
+    """Scales, or tables, of least error of `matrix` (rows, columns) under the weights h^-power of its columns."""
     return WEIGHTED[spec.grid_type](matrix, spec, spec.segments(shape), column_weights(factors, power))
 
 
@@ -56,7 +56,7 @@ def column_weights(factors: Sequence[Factor], power: float) -> Tensor:
 
 
 def weighted_scales(matrix: Tensor, spec: WeightSpec, segments: tuple[int, ...], weights: Tensor) -> Scales:
-    """Scales of least squared error when each column counts by its weight, (columns,) float64."""
+    """Scales of least squared error of `matrix` (rows, columns), with weights of its columns, (columns,) float64."""
     rows = len(matrix) if spec.granularity.kind == "tensor" else 1
     of_groups = to_groups(weights.expand(rows, -1), spec.granularity, segments)
     of_groups = of_groups / of_groups.amax(-1, keepdim=True)  # in float64, so that no group's all become 0
@@ -67,8 +67,8 @@ def weighted_scales(matrix: Tensor, spec: WeightSpec, segments: tuple[int, ...],
 def fit_weighted(groups: Tensor, fmt: Format, store: str, weights: Tensor) -> Scales:
     """The multiple of absmax with the least squared weight error, every element counting by its weight.
 
-    `weights`, float32, broadcast to `groups`. Those of a few elements may exceed all others: multiples are tried that
-    clip more.
+    `groups` is (rows, scale columns, n) float32 and `weights`, float32, broadcast to it. The weights of a few elements
+    may exceed all others, so multiples that clip more are tried too.
     """
     further = (0.125,) if STORES[store].search == OCTAVE_SEARCH else (0.3, 0.35, 0.4, 0.45, 0.5, 0.55)
     return search(groups, fmt, store, lambda error: error.square_().mul_(weights).sum(-1), further=further)

@@ -1,4 +1,4 @@
-"""One layer while its rounding is decided: it computes with soft or hard weights and quantizes its inputs."""
+"""A layer while its rounding is decided: it computes with soft or hard weights and quantizes its inputs."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,43 +15,47 @@ PRODUCTS: dict[type, Callable[[Tensor, Any], Tensor]] = {
     nn.Linear: reference.KERNEL.linear,
     nn.Conv2d: reference.KERNEL.conv2d,
 }
-"""Of the kernels the one that needs no codes: what is learned has none yet."""
+"""The reference kernel's products: the one kernel that needs no codes, which a layer that learns does not have yet."""
 
 
 @dataclass
 class Learner:
-    """One layer while its rounding is learned."""
+    """A layer while its rounding is learned."""
 
     name: str
     layer: nn.Linear | nn.Conv2d
     grid: Grid
     rounding: Rounding
     quantized: QuantLinear | QuantConv2d
-    """The layer that it becomes; until then it quantizes the inputs."""
+    """The layer that takes its place; until then it quantizes the inputs."""
     values: Tensor | None = None
-    """Weights to compute with; None for those of the rounding."""
+    """Weights to compute with, float32 in matrix form (rows, columns); None for the weights of the rounding."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """What the layer gives with the weights as they stand, its input quantized; in the dtype of `x`."""
+        """The output of the layer, (rows, ..., out) or (rows, out, height, width), in the dtype of `x`.
+
+        The input `x`, (rows, ..., in) or (rows, in, height, width), is transformed and quantized; the weight is
+        `dequantize`'s.
+        """
         x = self.quantized.transform_input(x)
         return self.quantized.complete_output(PRODUCTS[type(self.layer)](x, self), x)
 
-    # What kernels ask of a layer
+    # The interface of a layer towards kernels
 
     @property
     def bias(self) -> Tensor | None:
-        """The float layer's own."""
+        """The bias of the float layer, (out,) in its dtype, or None."""
         return self.layer.bias
 
     def quantize_input(self, x: Tensor) -> Tensor:
-        """A transformed input as the weight meets it: its value quantized, its gradient straight through."""
+        """Quantize a transformed input, with a straight-through gradient; same shape and dtype."""
         if self.quantized.activations is None:
             return x
         quantized = self.quantized.quantize_input(x.detach())
         return quantized + (x - x.detach())
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
-        """The weight to compute with, soft or hard, in `dtype` and the layer's shape."""
+        """The weight to compute with, soft or hard, in `dtype` and the layer's shape, (out, in, ...)."""
         weight = self.rounding() if self.values is None else self.values
         return self.quantized.complete(self.grid.as_weight(weight).to(dtype))
 

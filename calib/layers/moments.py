@@ -1,4 +1,4 @@
-"""Second moments of a layer's inputs, H = mean x x^T: what they say of the error of its output."""
+"""Second moments of a layer's inputs, H = mean x x^T, and the error of its output by them."""
 
 import math
 from dataclasses import replace
@@ -22,19 +22,19 @@ from dmquant.transforms import fit_of
 LARGEST = (
     8192  # columns of a layer whose moments are kept in full if nothing demands it; beyond, those inside its groups
 )
-POSITIONS = 256  # of a row of the batch
+POSITIONS = 256  # tokens or pixels taken of a row of the batch
 
 
 class Moments:
     """Sums of x x^T over inputs (tokens, columns), in full or in blocks along the diagonal; float32.
 
-    `sums` (blocks, size, size) are in the order of the columns of the weight's matrix form, split and all; the last
-    block is padded with zeros. `together` is how many columns at most a block of moments that are demanded has; without
-    it they are for scales and formats alone, and wide layers are looked at group by group.
+    `sums` (blocks, size, size) are in the order of the columns of the weight's matrix form, with its split; the last
+    block is padded with zeros. `together` is the largest number of columns in a block, where moments are needed in
+    full. Without it moments serve scales and formats alone, and wide layers have a block for each group.
     """
 
     def __init__(self, shape: tuple[int, ...], spec: WeightSpec, device: torch.device, together: int | None = None):
-        """`shape` is that of the weight, (rows, input channels, ...)."""
+        """`shape` is the weight's, (rows, input channels, ...)."""
         self.columns, self.in_full = math.prod(shape[1:]), together is not None
         self.order, group = None, spec.granularity.size or 1
         if spec.split is not None:
@@ -52,7 +52,7 @@ class Moments:
         self._factors: tuple[gptq.Options, list[gptq.Factor]] | None = None
 
     def add(self, x: Tensor) -> None:
-        """Count the inputs `x` (tokens, columns), in the order of the matrix form without a split."""
+        """Count the inputs `x` (tokens, columns), any dtype, in the order of the matrix form without a split."""
         x = x.float() if self.order is None else x[:, self.order].float()
         blocks = F.pad(x, (0, -self.columns % self.size)).view(len(x), -1, self.size).transpose(0, 1)
         self.sums.baddbmm_(blocks.transpose(1, 2), blocks)
@@ -70,7 +70,7 @@ class Moments:
         return self._factors[1]
 
     def inside_groups(self, spec: WeightSpec, shape: tuple[int, ...]) -> Tensor:
-        """What matters of them within the groups of a weight of this shape: (groups, n, n), padded with 0."""
+        """Mean moments within the groups of a weight of this shape, (groups, n, n) float32, padded with 0."""
         numbers = torch.arange(1, self.columns + 1, device=self.sums.device).view(1, -1)
         groups = to_groups(numbers, spec.granularity, spec.segments(shape)).squeeze(0)
         sums = self.sums / max(self.tokens, 1)
@@ -82,7 +82,7 @@ class Moments:
         return sums[block.unsqueeze(2), place.unsqueeze(2), place.unsqueeze(1)].where(known, 0.0)
 
     def output_error(self, error: Tensor) -> float:
-        """Mean squared output, summed over rows, that the error of a weight's matrix form (rows, columns) makes."""
+        """Mean squared error of the output, summed over rows, for a weight's error in matrix form (rows, columns)."""
         parts = F.pad(error, (0, -self.columns % self.size)).view(len(error), -1, self.size).transpose(0, 1)
         return float((torch.bmm(parts, self.sums) * parts).sum() / max(self.tokens, 1))
 
@@ -90,10 +90,10 @@ class Moments:
 def moments_for(
     layer: nn.Module, plan: LayerPlan, method: ModuleType, options: BaseModel, device: torch.device
 ) -> Moments | None:
-    """Where the moments of a layer's inputs are to be collected; None where nothing asks for them.
+    """Empty moments to collect a layer's inputs in; None where nothing needs them.
 
-    In full where the rounding `method` or a transform needs them, in blocks of as many columns as `options`, those of
-    GPTQ, say; a convolution without columns of its own is then left to nearest.
+    They are in full where the rounding `method` or a transform needs them, in blocks of at most `options.columns`
+    columns, an option of GPTQ. A convolution without `has_columns` is left to nearest rounding then.
     """
     needed = method.NEEDS_MOMENTS or any(fit_of(one).by_moments for one in plan.transforms)
     demanded = needed and has_columns(layer)
@@ -103,27 +103,27 @@ def moments_for(
 
 
 def has_columns(layer: nn.Module) -> bool:
-    """Whether all output channels meet the same inputs, and those can be listed."""
+    """Whether all output channels multiply the same inputs, and `columns_of` can list them."""
     return isinstance(layer, nn.Linear) or (
         layer.groups == 1 and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
     )
 
 
 def alike(x: Tensor) -> Tensor:
-    """`x` (rows, ...) with each row of the batch over its RMS, float32: no timestep weighs more for its size.
+    """`x` (rows, ...) with each row of the batch divided by its RMS, float32: no timestep weighs more for its size.
 
-    Rows, because the rows of a backbone call have timesteps of their own; their mean square is all that is taken off.
+    Rows of one backbone call have different timesteps.
     """
     rms = x.float().flatten(1).square().mean(1).sqrt().clamp(min=1e-30)
     return x.float() / rms.view(-1, *(1,) * (x.ndim - 1))
 
 
 def columns_of(layer: nn.Linear | nn.Conv2d, x: Tensor) -> Tensor:
-    """The inputs `x` of a layer as output positions meet them, (positions, columns), in the dtype of `x`.
+    """im2col: the inputs that each output position multiplies, (positions, columns), in the dtype of `x`.
 
-    Columns are in the order of the weight's matrix form without a split. Raises UsageError for a convolution of several
-    groups, or padded otherwise than with numbers of zeros. Of each row's tokens or pixels at most POSITIONS are taken,
-    the same ones in every call.
+    `x` is a layer's input, (rows, ..., in) or (rows, in, height, width). Columns are in the order of the weight's
+    matrix form without a split. At most POSITIONS of each row's tokens or pixels are taken, the same in every call.
+    Raises UsageError for a convolution of several groups, or padded otherwise than with numbers of zeros.
     """
     if isinstance(layer, nn.Linear):
         return (x if x.ndim < 3 else x[..., some_of(x.shape[-2], POSITIONS, x.device), :]).flatten(0, -2)
@@ -135,7 +135,7 @@ def columns_of(layer: nn.Linear | nn.Conv2d, x: Tensor) -> Tensor:
 
 
 def _patches(layer: nn.Conv2d, x: Tensor) -> Tensor:
-    """What the kernel covers at some output positions: (positions, kernel height * width * channels)."""
+    """The inputs under the kernel at some output positions: (positions, kernel height * width * channels)."""
     (down, right), (high, wide) = layer.stride, layer.kernel_size
     padded = F.pad(x, (layer.padding[1],) * 2 + (layer.padding[0],) * 2)
     rows = torch.arange(high, device=x.device) * layer.dilation[0]
@@ -148,7 +148,7 @@ def _patches(layer: nn.Conv2d, x: Tensor) -> Tensor:
 
 
 def some_of(count: int, most: int, device: torch.device) -> Tensor:
-    """Numbers of tokens or pixels to look at, at most so many of `count`: neighbours say nearly the same."""
+    """Indices of at most `most` of `count` tokens or pixels, (n,) int64, random but the same at every call."""
     if count <= most:
         return torch.arange(count, device=device)
     return torch.randperm(count, generator=torch.Generator().manual_seed(0))[:most].to(device)
@@ -157,8 +157,8 @@ def some_of(count: int, most: int, device: torch.device) -> Tensor:
 def fit_grid(weight: Tensor, plan: LayerPlan, moments: Moments | None, options: BaseModel | None = None) -> Grid:
     """The grid of a weight (rows, input channels, ...), any dtype: its scales fitted, the best of its formats taken.
 
-    Of several candidate formats that of the least output error at nearest rounding is taken. `options` are those of
-    the rounding method, which scales that are fitted for it look at.
+    The candidate format of the least output error at nearest rounding is taken. `options` are the options of the
+    rounding method, for scales that are fitted to that method.
     """
     matrix, shape = to_matrix(weight.detach().float(), plan.weights.split), tuple(weight.shape)
     specs = [replace(plan.weights, fmt=fmt) for fmt in plan.candidates] or [plan.weights]
@@ -169,7 +169,7 @@ def fit_grid(weight: Tensor, plan: LayerPlan, moments: Moments | None, options: 
 
 
 def needs_moments(plan: LayerPlan) -> bool:
-    """Whether its scales or its format cannot be fitted without them."""
+    """Whether the scales or the format of a layer are fitted to moments."""
     return plan.weights.scale in DATA_RULES or bool(plan.candidates)
 
 

@@ -1,4 +1,4 @@
-"""Static activation scales: what each layer's input looked like in each range of timesteps, and the scale for it."""
+"""Static activation scales: observe each layer's input in each range of timesteps, and fit a scale to it."""
 
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
@@ -35,9 +35,10 @@ def observe_ranges(
     """Input scales of the layers with static specs, as `quantize_layer` takes them: float32, in their `scale_shape`.
 
     Runs the full-precision backbone over the samples that are not held out, `batch_size` at a time, on its own device.
-    The largest magnitude of a range becomes the largest value of the format. With `clip` and granularity `tensor`, it
-    is the multiple of it in CLIPS with the least squared error. A range without samples takes the scales of the nearest
-    one that has some; a channel or half that was always zero takes the largest scale of its range.
+    The largest magnitude of a range becomes the largest value of the format. With `clip` and granularity `tensor`, a
+    multiple of the magnitude takes its place, the one of CLIPS with the least squared error. A range without samples
+    takes the scales of the nearest range with some; a channel or half that was always zero takes the largest scale of
+    its range.
 
     `progress(done, total)` counts samples. Raises UserError, with the layer's name, for activations that are not
     finite and layers that no sample reached, and for a store without samples to learn from, or whose timesteps are not
@@ -64,7 +65,7 @@ def scales_seen(
     run: Run,
     clip: bool = True,
 ) -> dict[str, Tensor]:
-    """As `observe_ranges`, by what `run` shows of layers with static specs; it tells `timesteps` those of each call."""
+    """`observe_ranges` on inputs that `run` shows to watchers, same shapes; `run` sets the `timesteps` of a call."""
     observers = {
         name: RangeObserver(name, spec, backbone.get_submodule(name), timesteps, clip) for name, spec in static.items()
     }
@@ -73,8 +74,8 @@ def scales_seen(
 
 
 class RangeObserver:
-    """A forward pre-hook that keeps the largest magnitudes of a layer's input, and histograms of it where they decide
-    what to clip, by timestep range. The timesteps are those that `timesteps` was told last."""
+    """A forward pre-hook that keeps the largest magnitudes of a layer's input, and histograms of it for clipping, in
+    each timestep range. `timesteps` has the ranges of the rows of the current call."""
 
     def __init__(
         self,
@@ -110,7 +111,7 @@ class RangeObserver:
                 self.histograms[index] += torch.stack([histogram(part[row]) for part in parts]).cpu()
 
     def scale(self) -> Tensor:
-        """Scales of all ranges, those not seen included, float32 in the spec's `scale_shape`, on the layer's device."""
+        """Scales of all ranges, seen or not, float32 in the spec's `scale_shape`, on the layer's device."""
         if not self.seen.any():
             raise UserError(f"no calibration sample reached layer {self.name}: it cannot have static activation scales")
         amplitude = self.absmax
@@ -125,7 +126,7 @@ class RangeObserver:
 def scale_times(scale: Tensor, spec: ActivationSpec, absmax: Tensor, factor: Tensor) -> Tensor:
     """Static scales of an input whose channels are multiplied by `factor`, clipped as much as before; same shape.
 
-    `scale` is float32 in the spec's `scale_shape`; `absmax` and `factor` (channels,), the largest magnitudes before.
+    `scale` is float32 in the spec's `scale_shape`; `absmax`, the largest magnitudes before, and `factor` (channels,).
     """
     if spec.granularity.kind == "channel":
         return scale * factor
@@ -138,16 +139,16 @@ def scale_times(scale: Tensor, spec: ActivationSpec, absmax: Tensor, factor: Ten
 
 
 def nearest_seen(seen: Tensor) -> Tensor:
-    """For each range the number of the nearest one that has samples: int64 (ranges,), on the CPU.
+    """The index of the nearest range with samples for each range, int64 (ranges,), on the CPU.
 
-    `seen` is bool (ranges,), at least one True; of two at the same distance the lower is taken.
+    `seen` is bool (ranges,), at least one True; between two ranges at the same distance the lower is taken.
     """
     numbers = seen.cpu().nonzero().flatten()
     return numbers[(torch.arange(len(seen)).unsqueeze(-1) - numbers).abs().argmin(-1)]
 
 
 def histogram(magnitudes: Tensor) -> Tensor:
-    """How many of the magnitudes round to each bfloat16 value of the bins; int64, one dimension."""
+    """Histogram of magnitudes, any shape and float dtype, over the bfloat16 values of 2^-20 to 2^16; int64 (bins,)."""
     codes = magnitudes.bfloat16().view(torch.int16).flatten().int()
     return torch.bincount((codes - _FIRST_BIN).clamp(0, _BINS - 1), minlength=_BINS)
 
@@ -155,7 +156,7 @@ def histogram(magnitudes: Tensor) -> Tensor:
 def least_error_amplitude(histograms: Tensor, absmax: Tensor, fmt: Format) -> Tensor:
     """The multiple of `absmax` (ranges, 1) that clips and rounds with the least squared error; same shape.
 
-    The magnitudes are those of `histograms` (ranges, bins).
+    `histograms` (ranges, bins) int64 count the magnitudes.
     """
     values = torch.arange(_FIRST_BIN, _FIRST_BIN + _BINS, dtype=torch.int16).view(torch.bfloat16).float()
     amplitudes = absmax * torch.tensor(CLIPS)  # ranges, clips
@@ -168,7 +169,7 @@ def least_error_amplitude(histograms: Tensor, absmax: Tensor, fmt: Format) -> Te
 
 
 def check_timesteps(store: "CalibrationStore") -> None:
-    """Ranges of 0..SCHEDULE mean nothing to a model that counts time otherwise, such as from 0 to 1."""
+    """Raise UserError for a model whose timesteps are not those of 0..SCHEDULE but, say, from 0 to 1."""
     latest = max(store.timesteps)
     if not 1 < latest <= SCHEDULE:
         raise UserError(

@@ -30,11 +30,11 @@ class Rounder:
 
     @property
     def solving(self) -> BaseModel:
-        """Options of solving by moments: GPTQ's own where the method does not need them but a transform does."""
+        """Options of solving by moments: GPTQ's defaults where a transform needs moments but the method does not."""
         return self.options if self.method.NEEDS_MOMENTS else gptq.Options()
 
     def moments_for(self, layer: nn.Module, plan: LayerPlan, device: torch.device) -> Moments | None:
-        """Where the moments of a layer's inputs are to be collected; None where nothing asks for them."""
+        """Empty moments to collect a layer's inputs in; None where nothing needs them."""
         return moments_for(layer, plan, self.method, self.solving, device)
 
     def start(
@@ -45,10 +45,10 @@ class Rounder:
         weight: Tensor,
         moments: Moments | None,
     ) -> Learner:
-        """A layer with its grid fitted and its rounding started, or solved.
+        """The learner of a layer, with its grid fitted and its rounding started, or solved.
 
-        `weight` is what `fit_transforms` left to be quantized. A layer without moments takes scales of least weight
-        error, the recipe's own format, and nearest rounding where the method needs moments.
+        `weight` is the result of `fit_transforms`, (out, in, ...) float32. A layer without moments takes scales of
+        least weight error, the recipe's own format, and nearest rounding where the method needs moments.
         """
         weight = fit_to_codes(plan, quantized, weight, moments, self.method, self.solving)
         if moments is None and needs_moments(plan):

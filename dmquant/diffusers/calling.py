@@ -1,4 +1,4 @@
-"""How dmquant calls a diffusers pipeline, to make images and to learn from it alike."""
+"""Calls of a diffusers pipeline, to make images and to learn from it alike."""
 
 import contextlib
 from collections.abc import Iterator, Sequence

@@ -37,7 +37,7 @@ def _after_norms(block: nn.Module) -> Iterator[Pair]:
 
 @finds_pairs
 def _attention(block: nn.Module) -> Iterator[Pair]:
-    """to_v -> to_out.0; of joint attention together with those of the other stream."""
+    """to_v -> to_out.0; in joint attention together with the same layers of the other stream."""
     if type(block).__name__ not in _ATTENTION or getattr(block, "to_out", None) is None:
         return
     if isinstance(block.processor, nn.Module):  # an adapter's, with values of its own

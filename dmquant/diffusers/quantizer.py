@@ -28,9 +28,9 @@ from dmquant.recipe import Recipe
 from dmquant.transforms import folds_first
 
 VERSION = 2
-"""Of what config.json says. 1: the codes of a convolution were in the order (in, height, width), not channels last."""
+"""Version of config.json. 1: the codes of a convolution were in the order (in, height, width), not channels last."""
 PACKED = ("qweight", "scale", "scale_base")
-"""Parameters of a quantized layer that hold its weight, beside what its transforms store."""
+"""Parameters of a quantized layer that hold its weight, beside the tensors of its transforms."""
 
 
 class QuantMethod(str, enum.Enum):
@@ -71,7 +71,7 @@ class QuantConfig(QuantizationConfigMixin):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """What a config.json holds, where versions without `keep` in recipes wrote all rules out, too."""
+        """Read the content of a config.json, also of versions without `keep` in recipes, which wrote all rules out."""
         recipe = config_dict.get("recipe")
         if isinstance(recipe, dict):
             config_dict = config_dict | {"recipe": {"keep": "none"} | recipe}
@@ -81,7 +81,7 @@ class QuantConfig(QuantizationConfigMixin):
         return {"quant_method": QuantMethod.DMQUANT.value, "version": VERSION, "recipe": self.recipe.to_dict()}
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """What diffusers logs."""
+        """The settings that diffusers logs."""
         return self.to_dict()
 
 
@@ -96,7 +96,7 @@ class DMQuantizer(DiffusersQuantizer):
         self._plans, self._whole_model = {}, False
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
-        """Anything that runs torch runs this."""
+        """Check nothing: every environment that runs torch will do."""
 
     def update_torch_dtype(self, torch_dtype: torch.dtype | None) -> torch.dtype:
         return torch_dtype or torch.float32
@@ -177,7 +177,7 @@ class DMQuantizer(DiffusersQuantizer):
 
 
 def _check_order_of_codes(name: str, layer: nn.Module, version: int) -> None:
-    """UserError for codes that would be read in another order than they were written in."""
+    """Raise UserError for codes that would be read in another order than they were written in."""
     if version < VERSION and layer.weight[0, 0].numel() > 1:
         raise UserError(
             f"{name} was quantized by an older dmquant, which ordered a convolution's codes otherwise: "

@@ -1,7 +1,7 @@
-"""What `import dmquant` arranges for other packages' imports, without importing anything itself.
+"""Hooks that `import dmquant` puts on the imports of other packages, without importing anything itself.
 
 When diffusers' quantizer registry is imported, ours is entered there: diffusers offers no registration of its own. When
-torchvision is imported, what stops it beside a CPU build of torch is put right (`dmquant.diffusers.torchvision`).
+torchvision is imported, its failure beside a CPU build of torch is mended (`dmquant.diffusers.torchvision`).
 """
 
 import importlib
@@ -19,7 +19,7 @@ Execute = Callable[[ModuleType], None]
 
 def _then_register(execute: Execute, module: ModuleType) -> None:
     execute(module)
-    importlib.import_module(_OURS)  # which registers itself
+    importlib.import_module(_OURS)  # it registers itself
 
 
 def _with_operators(execute: Execute, module: ModuleType) -> None:
@@ -67,7 +67,7 @@ class _Watching:
 
 
 def install() -> None:
-    """Arrange all this, once; if diffusers is already imported, register at once."""
+    """Put the hooks in place, once; if diffusers is already imported, register at once."""
     if _REGISTRY in sys.modules:
         importlib.import_module(_OURS)
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):

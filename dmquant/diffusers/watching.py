@@ -1,4 +1,4 @@
-"""Look on while a diffusers pipeline samples: every step of its scheduler, and the latents that its VAE is given."""
+"""Watch a diffusers pipeline while it samples: every step of its scheduler, and the inputs of its VAE."""
 
 import contextlib
 import functools

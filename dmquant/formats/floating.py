@@ -143,7 +143,7 @@ class FloatFormat:
         return power.clamp_(2.0**self.min_exponent, 2.0**self.max_exponent)
 
     def _anchor(self, binade: Tensor) -> Tensor:
-        """The float32 whose unit in the last place is the step of `binade`, and whose parity is that of its codes."""
+        """The float32 whose unit in the last place is the step of `binade`, with the parity of the binade's codes."""
         anchor = binade * (1.5 * 2.0 ** (_FRACTION_BITS - self.mantissa))
         if self.mantissa:
             return anchor

@@ -1,4 +1,4 @@
-"""What every format offers."""
+"""The interface of every format."""
 
 from typing import Protocol, runtime_checkable
 
@@ -27,16 +27,16 @@ class Format(Protocol):
     """All distinct finite values, ascending; float32 on the CPU."""
 
     def round(self, x: Tensor) -> Tensor:
-        """The nearest value: ties to the even code, saturating (infinities too); NaN stays NaN."""
+        """The nearest values, same shape: ties to the even code, saturating (infinities too); NaN stays NaN."""
 
     def step(self, x: Tensor) -> Tensor:
-        """Distance between the two values around `x`; where `x` saturates, the step at the end it saturates to."""
+        """Distance of the two values around each `x`, same shape; where it saturates, the step at that end."""
 
     def neighbours(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The adjacent values lo <= x <= hi; equal where `x` is a value or saturates, NaN where it is NaN."""
+        """Adjacent values lo <= x <= hi, same shape; equal where `x` is a value or saturates, NaN where it is NaN."""
 
     def encode(self, x: Tensor) -> Tensor:
-        """Codes of the nearest values. NaN gives the NaN code where the format has one, 0 otherwise."""
+        """Codes of the nearest values, uint8, same shape. NaN gives the format's NaN code, 0 where it has none."""
 
     def decode(self, codes: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Values of `codes`; bits above the format's own are ignored."""
+        """Values of uint8 `codes`, same shape, in `dtype`; bits above the format's own are ignored."""

@@ -9,5 +9,5 @@ OTHER_THAN_SCALED: dict[str, type[Grid]] = {TABLE: TableGrid}
 
 
 def grid_type(store: str) -> type[Grid]:
-    """The kind of grid whose scales, or what it has instead, are stored so."""
+    """The kind of grid whose scales, or tables, are in this store."""
     return OTHER_THAN_SCALED.get(store, ScaledGrid)

@@ -1,4 +1,4 @@
-"""What every grid offers: the values that the weights of one layer may become, and codes of them."""
+"""The interface of every grid: the values that the weights of one layer may take, and their codes."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -25,65 +25,65 @@ class Grid(ABC):
     spec: Spec
     scales: Scales
     shape: tuple[int, ...]
-    """Of the layer's weight, (rows, input channels, ...)."""
+    """Shape of the layer's weight, (rows, input channels, ...)."""
     solution: Tensor | None = None
-    """Values that GPTQ gives, where the scales were chosen by them."""
+    """GPTQ's values, float32 (rows, columns), where the scales were chosen by them."""
 
     @staticmethod
     @abstractmethod
     def check(format: str, granularity: str, scale: str) -> None:
-        """UsageError for a format, granularity or scale rule that there is no such grid of."""
+        """Raise UsageError for a format, granularity or scale rule that such a grid cannot have."""
 
     @staticmethod
     @abstractmethod
     def scale_shape(spec: Spec, shape: tuple[int, ...]) -> tuple[int, int]:
-        """Shape of the stored scales, or tables, of a weight of this shape."""
+        """Shape (rows, columns) of the stored scales, or tables, of a weight of this shape."""
 
     @staticmethod
     @abstractmethod
     def fit(matrix: Tensor, spec: Spec, segments: tuple[int, ...], base: Tensor | None = None) -> Scales:
-        """Scales, or tables, of a float32 matrix (rows, columns) by the rule of its specification, without data.
+        """Fit scales, or tables, to a float32 matrix (rows, columns) by the rule of its specification, without data.
 
-        `base`, by default its own, is what the stored scales are relative to where the matrix is part of a weight.
+        `base`, by default fitted to the matrix, is the base of the scales; a part of a weight is given the weight's.
         """
 
     @staticmethod
     @abstractmethod
     def encode(values: Tensor, scale: Tensor, spec: Spec, segments: tuple[int, ...]) -> Tensor:
-        """Packed codes (rows, bytes), uint8, of what is nearest to float32 values, by decoded scales or tables."""
+        """Packed codes (rows, bytes), uint8, nearest to float32 values (rows, columns), by decoded scales or tables."""
 
     @staticmethod
     @abstractmethod
     def decode(codes: Tensor, scale: Tensor, spec: Spec, segments: tuple[int, ...]) -> Tensor:
-        """What packed codes stand for, (rows, columns) float32, by decoded scales or tables."""
+        """Values (rows, columns), float32, of packed codes (rows, bytes), by decoded scales or tables."""
 
     @property
     @abstractmethod
     def nearest(self) -> Tensor:
-        """The nearest values."""
+        """The values nearest to the weight, (rows, columns)."""
 
     @property
     @abstractmethod
     def neighbours(self) -> tuple[Tensor, Tensor]:
-        """The adjacent values lower <= weight <= upper; equal where the weight is on its grid or beyond its end."""
+        """Adjacent values lower <= weight <= upper, (rows, columns); equal on the grid and beyond its ends."""
 
     @property
     @abstractmethod
     def step(self) -> Tensor:
-        """Distance between the two values around each weight: it differs from weight to weight in a float format."""
+        """Distance of the two values around each weight, (rows, columns); it varies in a float format."""
 
     @abstractmethod
     def round_column(self, values: Tensor, column: int) -> Tensor:
-        """The nearest values (rows,) of the grid in one column to any others, such as weights that were moved."""
+        """The grid's values (rows,) in one column nearest to float32 `values` (rows,), such as weights GPTQ moved."""
 
     def fraction(self) -> Tensor:
-        """Where each weight lies between its neighbours, 0 to 1; 0 where they are equal."""
+        """Position of each weight between its neighbours, (rows, columns), 0 to 1; 0 where they are equal."""
         lower, upper = self.neighbours
         gap = upper - lower
         return torch.where(gap > 0, (self.weight - lower) / gap, gap).clamp(0, 1)
 
     def as_weight(self, matrix: Tensor) -> Tensor:
-        """A matrix of this grid in the shape of the layer's weight."""
+        """A matrix (rows, columns) of this grid in the shape of the layer's weight; same dtype."""
         return from_matrix(matrix, self.shape, self.spec.split)
 
     @cached_property
@@ -93,5 +93,5 @@ class Grid(ABC):
 
     @cached_property
     def scale(self) -> Tensor:
-        """Decoded scales or tables, float32."""
+        """Decoded scales (scale rows, scale columns) or tables (rows, entries), float32."""
         return self.scales.decode()

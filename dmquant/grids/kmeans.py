@@ -47,7 +47,7 @@ def _fit(matrix: Tensor, weights: Tensor) -> Tensor:
 
 
 def _quantiles(values: Tensor, mass: Tensor) -> Tensor:
-    """Of sorted values (rows, columns), those in the middle of SIZE equal parts of a cumulative mass."""
+    """Quantiles (rows, SIZE) of sorted values (rows, columns): the middles of SIZE equal parts of a cumulative mass."""
     parts = (torch.arange(SIZE, dtype=mass.dtype, device=mass.device) + 0.5) / SIZE
     found = torch.searchsorted(mass.contiguous(), (parts * mass[:, -1:]).contiguous())
     return values.gather(1, found.clamp(max=values.shape[1] - 1))
@@ -66,7 +66,7 @@ def _lloyd(values: Tensor, sums: list[Tensor], tables: Tensor) -> tuple[Tensor, 
 
 
 def _between(values: Tensor, sums: list[Tensor], tables: Tensor) -> list[Tensor]:
-    """Weighted counts, sums and sums of squares of the values that belong to each entry."""
+    """Weighted counts, sums and sums of squares, each (rows, SIZE), of the values that belong to each entry."""
     ends = torch.searchsorted(values, midpoints(tables), right=True)
     ends = torch.cat([torch.zeros_like(ends[:, :1]), ends, torch.full_like(ends[:, :1], values.shape[1])], 1)
     return [sum_.gather(1, ends).diff(dim=1) for sum_ in sums]

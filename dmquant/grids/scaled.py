@@ -14,7 +14,7 @@ from dmquant.scaling import RULES, Scales, from_groups, to_groups
 
 @dataclass(frozen=True)
 class ScaledGrid(Grid):
-    """Values of `spec.fmt`, those of each group times a scale of its own."""
+    """The values of `spec.fmt` times the scale of each group."""
 
     @staticmethod
     def check(format: str, granularity: str, scale: str) -> None:

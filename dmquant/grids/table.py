@@ -1,4 +1,4 @@
-"""A grid without structure: 16 values of their own for every row."""
+"""A grid without structure: a table of 16 values for every row."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -57,7 +57,7 @@ class TableGrid(Grid):
 
     @cached_property
     def step(self) -> Tensor:
-        """Beyond an end, the distance of the two entries there."""
+        """Distance of the two entries around each weight, (rows, columns); beyond an end, of the two entries there."""
         upper = torch.searchsorted(self.scale, self.weight.contiguous(), right=True).clamp_(1, SIZE - 1)
         return _look_up(upper, self.scale) - _look_up(upper - 1, self.scale)
 

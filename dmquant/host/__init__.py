@@ -1,1 +1,1 @@
-"""Files, processes, memory and the terminal: what dmquant asks of the machine it runs on."""
+"""The machine that dmquant runs on: files, processes, memory and the terminal."""

@@ -1,4 +1,4 @@
-"""What a person sees of a run: lines, bars with a time to go, tables; and the same lines, with times, in a log."""
+"""Terminal output of a run: lines, bars with a time to go, tables; and the same lines, with times, in a log."""
 
 import contextlib
 import logging
@@ -101,7 +101,7 @@ def _width() -> int | None:
 
 
 def quiet_libraries() -> None:
-    """Keep the libraries' warnings and bars out of a run: what matters is said by us, or raised."""
+    """Keep the libraries' warnings and bars out of a run: dmquant prints or raises the ones that matter."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.filterwarnings("ignore")
     import diffusers.utils.logging

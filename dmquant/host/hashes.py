@@ -1,6 +1,6 @@
 """SHA-256 of files that are hashed often: while a file stays the same it is read once, by whichever command came first.
 
-A file is the same while its path, size, time of change and inode are. What is known of large files is kept in
+A file is the same while its path, size, time of change and inode are. Hashes of large files are kept in
 `hashes.json`, in the folder that DMQUANT_CACHE names or else in `~/.cache/dmquant`; it may be removed at any time.
 """
 
@@ -40,7 +40,7 @@ def sha256_once(path: Path, on_bytes: Callable[[int], None] = lambda count: None
 
 
 def _identity(stat: os.stat_result) -> tuple[int, ...]:
-    """What two names of one file share, and two states of it do not."""
+    """A file's identity: equal for two names of one file, different for two states of it."""
     return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
@@ -52,7 +52,7 @@ def _file() -> Path | None:
 
 
 def _known() -> dict[str, list]:
-    """By path: size, time of change in nanoseconds, inode and SHA-256."""
+    """The stored records by path: size, time of change in nanoseconds, inode and SHA-256."""
     file = _file()
     try:
         known = json.loads(file.read_text(encoding="utf-8")) if file else {}

@@ -38,11 +38,11 @@ class Processes:
         return self.rank == 0
 
     def share(self, items: Sequence[T]) -> list[T]:
-        """This process's share of `items`: every item belongs to exactly one process."""
+        """The share of `items` of this process: every item belongs to exactly one process."""
         return list(items[self.rank :: self.count])
 
     def gather(self, item: T) -> list[T]:
-        """What each process passed, by rank; every process gets the list, and waits for it.
+        """All-gather: the values that the processes passed, by rank; every process waits for the list.
 
         Raises the UserError that a process failed with meanwhile (see `together`).
         """
@@ -135,7 +135,7 @@ def joined() -> Iterator[Processes]:
 
 @contextlib.contextmanager
 def _speaking_only_of_own_failure(processes: Processes) -> Iterator[None]:
-    """Print nothing but what was said on standard error by a block that failed, when it is still there after a while.
+    """Hold back standard error of the block; print it only if the block failed and this process lives a while longer.
 
     A main process that fails too has the launcher end this one meanwhile.
     """

@@ -26,7 +26,7 @@ _forced: str | None = None
 
 
 def names() -> tuple[str, ...]:
-    """Names of all kernels, those that are preferred first."""
+    """Names of all kernels, preferred ones first."""
     return tuple(sorted(KERNELS, key=lambda name: KERNELS[name].cost))
 
 
@@ -39,9 +39,9 @@ def register(kernel: Reference) -> None:
 
 @contextlib.contextmanager
 def forced(name: str | None) -> Iterator[None]:
-    """Run every layer by the kernel of this name until the block ends; None: by what each would choose.
+    """Run every layer by the kernel of this name until the block ends; None: by the kernel that it chooses.
 
-    Raises UsageError for a name there is none of; a layer that the kernel cannot run raises one when it is called.
+    Raises UsageError for an unknown name; a layer that the kernel cannot run raises one when it is called.
     """
     global _forced
     before, _forced = _forced, None if name is None else check_choice("kernel", name, names())
@@ -63,19 +63,19 @@ def select(layer: nn.Module, device: torch.device) -> Reference:
 
 
 def linear(x: Tensor, layer: nn.Module) -> Tensor:
-    """What a quantized Linear gives for a transformed input: (..., in features) to (..., out features), x's dtype."""
+    """The product of a quantized Linear and a transformed input: (..., in) to (..., out), in the dtype of `x`."""
     return _prepared(layer, x.device).linear(x, layer)
 
 
 def conv2d(x: Tensor, layer: nn.Module) -> Tensor:
-    """What a quantized Conv2d gives for a transformed input (batch, channels, height, width), in its dtype."""
+    """The convolution of a transformed input (batch, channels, height, width) by a quantized Conv2d, in its dtype."""
     return _prepared(layer, x.device).conv2d(x, layer)
 
 
 def prepare_(module: nn.Module) -> None:
     """Choose the kernel of every quantized layer of `module` now, and let it make its own weights.
 
-    A first call does so too, but inside of torch.compile that breaks the graph.
+    The first call of a layer does so too, but breaks the graph inside of torch.compile.
     """
     for layer in module.modules():
         if isinstance(layer, Chosen):
@@ -83,7 +83,7 @@ def prepare_(module: nn.Module) -> None:
 
 
 def used(module: nn.Module) -> dict[str, int]:
-    """How many quantized layers of `module` each kernel runs: by its last call, or, before any, by what it would be."""
+    """The number of quantized layers of `module` by kernel: the one that ran a layer last, or else would run it."""
     return dict(Counter(layer.kernel for layer in module.modules() if isinstance(layer, Chosen)))
 
 

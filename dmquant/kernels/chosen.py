@@ -1,4 +1,4 @@
-"""What a layer remembers of its kernel: which it chose, and what that made of the layer's codes."""
+"""A layer's memory of its kernel: the one chosen, and the weights that the kernel made from the layer's codes."""
 
 from typing import Any
 
@@ -10,9 +10,9 @@ PREFIX = "kernel_"
 
 
 class Chosen(nn.Module):
-    """A layer whose kernel is asked for anew, and makes its weights anew, when the layer moves or its codes change.
+    """A layer that chooses its kernel anew, which makes its weights anew, when the layer moves or its codes change.
 
-    Neither is saved or copied.
+    Neither the choice nor those weights are saved or copied.
     """
 
     kernel_choice: tuple[str, torch.device, str | None] | None = None
@@ -21,7 +21,7 @@ class Chosen(nn.Module):
     """The kernel that made weights of its own here, as buffers `kernel_<name>`, and where."""
 
     def drop_kernel_weights(self) -> None:
-        """Let the next call choose a kernel, and that make its weights from the codes as they are then."""
+        """Forget the kernel and its weights; the next call chooses one, which makes its weights from the codes then."""
         for name in [name for name in self._buffers if name.startswith(PREFIX)]:
             delattr(self, name)
         self.kernel_choice = self.kernel_weights_of = None

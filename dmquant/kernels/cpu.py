@@ -45,7 +45,7 @@ def _pair_table(fmt: Format, dtype: torch.dtype) -> Tensor | None:
 
 
 def dequantize(codes: Tensor, scale: Tensor, spec: WeightSpec, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """The weight in `dtype`; by the reference where pairs of codes cannot be looked up."""
+    """As `qtensor.dequantize`, same shapes; by the reference where pairs of codes cannot be looked up."""
     # Compiled code fuses the reference better than it looks up tables.
     if spec.grid_type is not ScaledGrid or torch.compiler.is_compiling():
         return qtensor.dequantize(codes, scale, spec, shape, dtype)
@@ -96,7 +96,7 @@ def _to_compile(spec: ActivationSpec) -> ActivationSpec:
 
 @functools.cache
 def missing_to_compile() -> str | None:
-    """What torch.compile lacks on the CPU, and how to get it; None where it lacks nothing."""
+    """A requirement that torch.compile lacks on the CPU, and how to get it; None where it lacks nothing."""
     from torch._inductor.cpp_builder import get_cpp_compiler
     from torch._inductor.exc import InvalidCxxCompiler
 
@@ -122,7 +122,7 @@ def _worth_compiling(x: Tensor, spec: ActivationSpec) -> bool:
 
 
 def fake_quantize(x: Tensor, spec: ActivationSpec, dim: int, scale: Tensor | None = None) -> Tensor:
-    """A layer's input rounded to what `spec` can represent; `scale` for static specs."""
+    """As `activations.fake_quantize`, bit for bit; same shape and dtype as `x`."""
     if scale is not None:
         return activations.fake_quantize(x, spec, dim, scale)
     if spec.split is not None:  # so that one compiled loop serves every split

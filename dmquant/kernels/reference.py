@@ -9,7 +9,7 @@ from dmquant.qtensor import dequantize
 
 
 class Reference:
-    """What every kernel offers, and what the others must give.
+    """The interface of kernels, and the results that every other kernel must give.
 
     A layer gives a kernel `quantize_input(x)`, `dequantize(dtype)`, `bias` and, of a convolution, its geometry; its
     packed codes are `qweight` and `scales`, by its `weight_spec` and `weight_shape`. A kernel that multiplies codes
@@ -19,12 +19,12 @@ class Reference:
     name = "reference"
     description = "decodes weights, rounds inputs, multiplies in the input's dtype; on any device"
     cost = 100
-    """Of the kernels that can run a layer, the one of the least cost does."""
+    """A layer is run by the kernel of the least cost among those that can."""
     MAKES_WEIGHTS = False
-    """Whether `prepare` gives anything."""
+    """Whether `prepare` returns any weights."""
 
     def missing(self) -> str | None:
-        """What this machine lacks to run it, and after a colon how to get that; None where it lacks nothing."""
+        """A requirement this machine lacks, and after a colon how to get it; None where it lacks nothing."""
         return None
 
     def refuses(self, layer: nn.Module, device: torch.device) -> str | None:
@@ -32,18 +32,18 @@ class Reference:
         return None
 
     def prepare(self, layer: nn.Module) -> dict[str, Tensor]:
-        """Weights of its own, made from a layer's codes: by name, kept as `layer.kernel_<name>` and never saved."""
+        """The kernel's own weights, of any shape and dtype, by name; kept as `layer.kernel_<name>` and never saved."""
         return {}
 
     dequantize = staticmethod(dequantize)
     fake_quantize = staticmethod(fake_quantize)
 
     def linear(self, x: Tensor, layer: nn.Module) -> Tensor:
-        """(..., in features) to (..., out features), in the dtype of `x`; `x` is transformed, but not quantized."""
+        """The product (..., out), in the dtype of `x` (..., in), which is transformed but not quantized."""
         return F.linear(layer.quantize_input(x), layer.dequantize(x.dtype), layer.bias)
 
     def conv2d(self, x: Tensor, layer: nn.Module) -> Tensor:
-        """(batch, in channels, height, width), batch or none, to the layer's output; as `linear`."""
+        """The convolution of `x` (batch, in, height, width), or without a batch; dtype as `linear`."""
         return layer._conv_forward(layer.quantize_input(x), layer.dequantize(x.dtype), layer.bias)
 
 

@@ -1,11 +1,11 @@
-"""Rounding methods: which value of its grid each weight becomes. One module here is one method, found by its name.
+"""Rounding methods: the choice of a grid value for each weight. One module here is one method, found by its name.
 
 A method is a module, or any object, with
 
 - `Options`: a pydantic model of the method's own settings in a recipe;
 - `LEARNS`: whether it learns from data (then it needs the loop of `dmquant.calib.blocks.engine`);
 - `NEEDS_MOMENTS`: whether it needs the second moments of the layer's inputs, in blocks of `Options.columns` columns;
-- `start(grid, options)`: a `Rounding` of one weight. What it starts with is exactly the float weight or exactly
+- `start(grid, options)`: a `Rounding` of one weight. It starts at exactly the float weight or exactly
   nearest rounding. Where it needs moments, `start(grid, options, moments)`, with the sums (n, n) of one block of n
   columns after another, in the order of the grid's columns: a method that does not learn starts with its solution.
 

@@ -17,7 +17,7 @@ ZETA, GAMMA = 1.1, -0.1  # the stretch of the sigmoid, arXiv 2004.10568, eq. 23
 
 
 class Options(BaseModel, extra="forbid"):
-    """What a recipe may set."""
+    """Options of AdaRound in a recipe."""
 
     scale_aware: bool = False
     """Learn V' = V * step instead of V. Under Adam that is a learning rate divided by each weight's own step."""
@@ -45,7 +45,7 @@ class AdaRound(Rounding):
         self.v = nn.Parameter(v * grid.step if options.scale_aware else v)
 
     def gate(self) -> Tensor:
-        """h(V), 0 (the lower value) to 1 (the upper one)."""
+        """h(V), (rows, columns) float32, from 0 (the lower value) to 1 (the upper one): arXiv 2004.10568, eq. 23."""
         v = self.v if self.step is None else self.v / self.step
         return (torch.sigmoid(v) * (ZETA - GAMMA) + GAMMA).clamp(0, 1)
 
@@ -53,7 +53,7 @@ class AdaRound(Rounding):
         return torch.lerp(self.lower, self.upper, self.gate())
 
     def penalty(self, progress: float) -> Tensor | None:
-        """regularizer * sum(1 - |2 h - 1|^beta), 2004.10568 eq. 24: 0 where every gate is decided, 1 for one at 1/2."""
+        """regularizer * sum(1 - |2 h - 1|^beta), a scalar: arXiv 2004.10568, eq. 24; None during the warm-up."""
         options = self.options
         if progress < options.warmup:
             return None

@@ -1,4 +1,4 @@
-"""What every rounding offers while it is decided."""
+"""The interface of every rounding while it is decided."""
 
 from typing import NamedTuple
 
@@ -15,12 +15,12 @@ class Rounded(NamedTuple):
     grid: Grid
 
     def quantized(self) -> QuantizedTensor:
-        """The codes of the values, with the scales of their grid."""
+        """The packed codes of the values, with the scales of their grid and the shape of its weight."""
         return QuantizedTensor.of(self.grid, self.values)
 
 
 class Rounding(nn.Module):
-    """The rounding of one weight on a grid; its parameters are what is learned.
+    """The rounding of one weight on a grid; its parameters are learned.
 
     `forward()` gives the weight to compute with while learning, (rows, columns) float32, differentiable.
     """
@@ -30,7 +30,7 @@ class Rounding(nn.Module):
         self.grid = grid
 
     def penalty(self, progress: float) -> Tensor | None:
-        """What is added to the loss, summed over the weights, when `progress` (0 to 1) of the steps are done."""
+        """A scalar to add to the loss, summed over the weights, when `progress` (0 to 1) of the steps are done."""
         return None
 
     def hard(self) -> Tensor:
@@ -42,16 +42,16 @@ class Rounding(nn.Module):
         return self.grid
 
     def undecided(self) -> int:
-        """How many weights are not yet on their grid."""
+        """The number of weights that are not yet on their grid."""
         return 0
 
     def rounded(self) -> Rounded:
-        """The decision with its grid, cut off from what is learned."""
+        """The decision with its grid, without gradient."""
         return Rounded(self.hard().detach(), self.decided_grid())
 
 
 class Fixed(Rounding):
-    """These `values` of a grid, (rows, columns) float32; decided from the start, without parameters."""
+    """A rounding to given `values` of a grid, (rows, columns) float32, without parameters."""
 
     def __init__(self, grid: Grid, values: Tensor):
         super().__init__(grid)

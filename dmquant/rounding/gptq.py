@@ -24,10 +24,10 @@ TRIES = 8  # dampings to try, each ten times the one before
 
 
 class Options(BaseModel, extra="forbid"):
-    """What a recipe may set."""
+    """Options of GPTQ in a recipe."""
 
     damping: float = Field(default=0.01, gt=0)
-    """What is added to the diagonal of the second moments, as a share of its mean."""
+    """The addition to the diagonal of the second moments, as a share of its mean."""
     order: Literal["activation", "given"] = "activation"
     """`activation`: columns of the largest inputs first. `given`: from the first column to the last."""
     columns: int = Field(default=8192, ge=1)
@@ -37,10 +37,10 @@ class Options(BaseModel, extra="forbid"):
 
 
 class Factor(NamedTuple):
-    """Of one block of columns the order, and the upper Cholesky factor U of the inverse moments in that order.
+    """The order of one block of n columns, and the upper Cholesky factor U of its inverse moments in that order.
 
-    U^T U = H^-1: U_ii^2 is the variance of column i given the columns after it, and what an error there costs is its
-    square over U_ii^2. `order` counts from the block's first column.
+    U^T U = H^-1: U_ii^2 is the variance of column i given the columns after it; an error there costs its square over
+    U_ii^2. `order` (n,) int64 counts from the block's first column; `upper` is (n, n).
     """
 
     order: Tensor
@@ -48,7 +48,7 @@ class Factor(NamedTuple):
 
 
 def start(grid: Grid, options: Options, moments: Sequence[Tensor]) -> Fixed:
-    """GPTQ's values, and as many sweeps of coordinate descent over them as `options` say.
+    """GPTQ, then `options.sweeps` sweeps of coordinate descent over its values.
 
     `moments`: the second moments (n, n), sums or means, of the inputs of one block of n columns after another, in the
     order of the grid's columns. Raises UserError for moments that are not finite, or not positive definite when damped.
@@ -75,7 +75,7 @@ def _damping(moments: Tensor, options: Options) -> Tensor:
 
 
 def _factorize(moments: Tensor, options: Options) -> Factor:
-    """Computed in float64 where the dtype of the moments is not precise enough."""
+    """The factor of one block, computed in float64 where the dtype of the moments is not precise enough."""
     diagonal = moments.diagonal()
     if not torch.isfinite(diagonal).all():
         raise UserError("the inputs of a layer hold NaN or infinity: calibrate in --dtype fp32 or bf16")
@@ -102,7 +102,7 @@ def _factorize(moments: Tensor, options: Options) -> Factor:
 def solve(grid: Grid, factors: Sequence[Factor]) -> tuple[Tensor, float]:
     """GPTQ (arXiv 2210.17323, algorithm 1): values of the grid, (rows, columns) float32, and their error.
 
-    The error is tr((W - Q) (H + damping) (W - Q)^T), H without what lies between blocks of columns.
+    The error is tr((W - Q) (H + damping) (W - Q)^T), with H zero between blocks of columns.
     """
     values, error, first = torch.empty_like(grid.weight), 0.0, 0
     for factor in factors:
@@ -113,7 +113,7 @@ def solve(grid: Grid, factors: Sequence[Factor]) -> tuple[Tensor, float]:
 
 
 def _solve(grid: Grid, factor: Factor, start: int, stop: int) -> tuple[Tensor, float]:
-    """Values of the columns from `start` to `stop`, and their error."""
+    """Values (rows, n) of the n columns from `start` to `stop`, and their error."""
     order, upper = factor
     left = grid.weight[:, start:stop].T[order].to(upper.dtype)  # columns first: each is contiguous
     values = torch.empty_like(left, dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""Nearest: every weight becomes the nearest value of its grid. What every other method is measured against."""
+"""Nearest: every weight becomes the nearest value of its grid. Every other method is measured against it."""
 
 from pydantic import BaseModel
 
@@ -10,7 +10,7 @@ NEEDS_MOMENTS = False
 
 
 class Options(BaseModel, extra="forbid"):
-    """There is nothing to set."""
+    """Options of nearest rounding in a recipe: none."""
 
 
 def start(grid: Grid, options: Options) -> Fixed:

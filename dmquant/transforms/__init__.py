@@ -1,8 +1,8 @@
 """Transforms: exact changes of a layer before it is quantized. One module here is one method, found by its name.
 
-A module's METHOD says what recipes may set (`Options`), what a layer stores and runs with (`Storage`), how calibration
-fits that (`Fit`), how it is fitted to what rounding left wrong (`Correction`), and how it goes into the layer before
-(`Folding`). `register` takes a METHOD from anywhere else.
+A module's METHOD has the options of recipes (`Options`), the tensors that a layer stores and how it runs with them
+(`Storage`), their fit by calibration (`Fit`), their fit to the errors of rounding (`Correction`), and their folding
+into the layer before (`Folding`). `register` takes a METHOD from anywhere else.
 """
 
 from collections.abc import Iterable, Iterator
@@ -35,9 +35,9 @@ def create(
 def chains(
     transforms: tuple[Storage, ...], weight: Tensor, statistics: InputStatistics | None
 ) -> Iterator[tuple[dict[str, Parts], Tensor]]:
-    """Every way to fit the transforms of a float32 weight one after another: parts by method, the weight to quantize.
+    """Every way to fit transforms one after another to a weight (out, in, ...): parts by method, weight to quantize.
 
-    There are several only where a method has candidates and `statistics` to choose by.
+    Both weights are float32. There are several ways only where a method has candidates, and `statistics` to choose by.
     """
     if not transforms:
         yield {}, weight
@@ -55,7 +55,7 @@ def folds_first(storage: Storage) -> bool:
 
 
 def fold_first_(module: nn.Module, layers: dict[str, tuple[Storage, ...]]) -> None:
-    """Fold what is not left to calibration into the float weights of `module`, in place.
+    """Fold transforms that need no calibration into the float weights of `module`, in place.
 
     `layers` are the transforms of layers by name. A pair takes part where all of its second layers have the transform;
     in 16 bits its factors are powers of two, which round no weight.

@@ -15,16 +15,16 @@ def alternate(
     rounded: Callable[[Tensor], Tensor],
     seen: Callable[[Tensor], Tensor] = lambda lost: lost.flatten(1),
 ) -> tuple[dict[str, Parts], Tensor]:
-    """Give those transforms that alternate their turns (SVDQuant, arXiv 2411.05007; CALDERA, arXiv 2405.18886).
+    """Alternate between a transform and the codes (SVDQuant, arXiv 2411.05007; CALDERA, arXiv 2405.18886).
 
-    In a turn a transform is fitted to what the codes lose of the float32 weight, then the codes to what it leaves. The
-    turn of least error is kept, the first among equals, so none makes it worse.
+    In a turn a transform is fitted to the error of the codes, then the codes to the float32 weight less the transform.
+    The turn of least error is kept, the first among equals, so none makes it worse.
 
     Args:
-        parts: by method, and `weight`, float32 (output channels, ...), as `chains` gives them; returned alike.
-        rounded: the values that the codes of a weight stand for, in its shape.
-        seen: a weight's error -> (rows, n), as large as what outputs see of it: its squared norm is what counts. By
-            default the error itself.
+        parts: by method, and `weight`, float32 (output channels, ...), as `chains` yields them; returned alike.
+        rounded: a weight -> the decoded values of its codes, in its shape.
+        seen: a weight's error -> float32 (rows, n), whose squared norm is the error of the output. By default the
+            error itself.
     """
     for transform in transforms:
         fit = fit_of(transform)

@@ -13,7 +13,7 @@ from dmquant.transforms.interfaces import Method, Part, Parts, Residuals, Storag
 
 
 class Options(BaseModel, extra="forbid"):
-    """What a recipe may set."""
+    """Options of bias correction in a recipe."""
 
     ranges: int = Field(default=1, ge=1)
     """Timestep ranges with a correction of their own."""

@@ -1,7 +1,7 @@
 """Equalize: move range between two layers with nothing but a linear function between them, so that their weights match.
 
 Nagel et al., arXiv 1906.04721, eq. 11: s = sqrt(r1 r2) / r2 for each channel between the layers, with r1 the largest
-magnitude of the first layer's row and r2 that of the second layer's column; rows and biases are divided by s and
+magnitude of the first layer's row and r2 of the second layer's column; rows and biases are divided by s and
 columns multiplied by it.
 """
 
@@ -16,7 +16,7 @@ _NO_RANGE = 1e-9
 
 
 class Options(BaseModel, extra="forbid"):
-    """What a recipe may set."""
+    """Options of equalization in a recipe."""
 
     choose: bool = False
     """Whether calibration evens out those pairs alone whose second layers' outputs are nearer for it."""

@@ -1,4 +1,4 @@
-"""What a transform is made of: three small interfaces, the folding of a pair, and the record that names them all."""
+"""The interfaces of a transform: storage, fit and correction, the folding of a pair, and a record of them all."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,10 +25,10 @@ class Part:
 
 @dataclass(frozen=True)
 class Storage:
-    """What a layer stores of one transform, and how it runs with it. This one stores nothing and changes nothing.
+    """The tensors of one transform in a layer, and how the layer runs with them. This one is the identity.
 
-    The parts follow from shape and options alone, so that an empty layer can be made before its file is read. Methods
-    get them by name, in their dtypes. Weights are (output channels, input channels of a group, ...), as `shape`.
+    Parts follow from shape and options alone, so that an empty layer can be made before its file is read. `Parts` hold
+    them by name, in their dtypes. Weights are (output channels, input channels of a group, ...), as `shape`.
     """
 
     options: Any
@@ -40,9 +40,9 @@ class Storage:
     STAGE: ClassVar[int]
     """Transforms of a layer apply in this order."""
     CHANGES_INPUT: ClassVar[bool] = False
-    """Whether what is quantized is another input than the layer's own."""
+    """Whether the quantized input differs from the layer's own."""
     timestep_ranges: ClassVar[int] = 1
-    """How many timestep ranges have parts of their own."""
+    """The number of timestep ranges with parts of their own."""
     GROUPED: ClassVar[bool] = True
     """Whether a grouped convolution can have it: not where its parts run over all input channels."""
 
@@ -54,27 +54,27 @@ class Storage:
             )
 
     def parts(self) -> dict[str, Part]:
-        """Shapes and dtypes of what the layer stores, by name."""
+        """Shapes and dtypes of the stored tensors, by name."""
         return {}
 
     def to_quantize(self, weight: Tensor, parts: Parts) -> Tensor:
-        """The weight to be quantized, from the float layer's; float32, same shape."""
+        """The weight to quantize, from the float layer's (out, in, ...); float32, same shape."""
         return weight
 
     def complete(self, weight: Tensor, parts: Parts) -> Tensor:
-        """The weight that the input meets, from the dequantized one; same dtype and shape."""
+        """The weight that multiplies the input, from the dequantized weight (out, in, ...); same dtype and shape."""
         return weight
 
     def undo(self, weight: Tensor, parts: Parts) -> Tensor:
-        """The float layer's weight, from the one that the input meets; float32, same shape."""
+        """The float layer's weight, from the one that multiplies the input, (out, in, ...); float32, same shape."""
         return weight
 
     def input(self, x: Tensor, parts: Parts, dim: int) -> Tensor:
-        """The input to be quantized, from the layer's own, channels along `dim`; same dtype and shape."""
+        """The input to quantize, from the layer's own, (rows, ...) with channels along `dim`; same dtype and shape."""
         return x
 
     def add_to(self, y: Tensor, layer: nn.Module, x: Tensor, parts: Parts) -> Tensor:
-        """The output `y` with what is added to it, perhaps in place; `x` is the transformed input, not quantized."""
+        """Add to the output `y`, perhaps in place; same shape. `x` is the transformed input, not quantized."""
         return y
 
     def added_products(self) -> int:
@@ -90,7 +90,7 @@ class InputStatistics:
     """Summary of a layer's input on calibration data.
 
     `absmax`: the largest magnitude of each channel in each timestep range, float32 (ranges, channels). `sample`: some
-    of the inputs, as the layer gets them.
+    of the inputs, (rows, ...) in their own dtype.
     """
 
     absmax: Tensor
@@ -99,23 +99,23 @@ class InputStatistics:
 
 @dataclass(frozen=True)
 class Fit:
-    """How calibration fits a transform before codes are final. This one gives parts of zeros, which change nothing."""
+    """The fit of a transform by calibration before codes are final. This one gives zeros, which change nothing."""
 
     statistics: int = 0
-    """Timestep ranges that the `InputStatistics` it looks at tell apart; 0: it looks at none."""
+    """Timestep ranges that its `InputStatistics` tell apart; 0: it uses no statistics."""
     optional: bool = False
     """Whether calibration may leave a layer without the transform, where its output is nearer then."""
     turns: int = 0
-    """How many times it is fitted anew to what the codes beside it lose (`alternate`)."""
+    """The number of times it is fitted anew to the error of the codes beside it (`alternate`)."""
     by_moments: bool = False
-    """Whether that loss counts by the second moments of the layer's input."""
+    """Whether that error is weighted by the second moments of the layer's input."""
 
     def candidates(self, storage: Storage, weight: Tensor, statistics: InputStatistics | None) -> list[Parts]:
-        """Parts for a float32 weight, to choose from by output error; without statistics those that change nothing."""
+        """Parts for a weight (out, in, ...) float32, to choose from by output error; only one without statistics."""
         return [{name: weight.new_zeros(part.shape, dtype=part.dtype) for name, part in storage.parts().items()}]
 
     def refit(self, storage: Storage, lost: Tensor, seen: Tensor) -> Parts:
-        """Parts for what codes lose of a weight, float32 in its shape; `seen` (rows, n): what outputs see of it."""
+        """Parts for the error `lost` of codes, float32 in the weight's shape, and the output's, `seen` (rows, n)."""
         raise NotImplementedError
 
 
@@ -123,7 +123,7 @@ class Fit:
 class Residuals:
     """Errors of a layer whose codes are decided.
 
-    `weight`: the weight that was to be quantized less the quantized one, float32 (output channels, ...). `inputs`: mean
+    `weight`: the weight before rounding less the weight after, float32 (output channels, ...). `inputs`: mean
     magnitude of each channel of the transformed input, float32 (channels,). `outputs`: mean over samples and positions
     of the float layer's output less the quantized one's, float32 (timestep ranges, output channels).
     """
@@ -134,16 +134,16 @@ class Residuals:
 
 
 Correction = Callable[[Any, Residuals], Parts]
-"""Of a transform's storage and what rounding left wrong, the parts that make up for it."""
+"""A transform's storage and the errors of rounding -> the parts that correct them."""
 
 
 @dataclass(frozen=True)
 class Folding:
-    """How a transform of the second layers of a pair goes into the weights of both, where nothing has to be stored.
+    """The folding of a transform of a pair's second layers into the weights of both, so that nothing is stored.
 
-    `factors(pair, statistics)` gives what the channels may be multiplied by, each float32 (channels,). With `chosen`
+    `factors(pair, statistics)` are the candidate factors of the channels, each float32 (channels,). With `chosen`
     calibration takes the one of least output error, block by block, the first without statistics. Otherwise the first
-    is taken, of all pairs of the model, before anything else.
+    is taken, for all pairs of the model, before anything else.
     """
 
     factors: Callable[[Pair, InputStatistics | None], list[Tensor]]
@@ -155,7 +155,7 @@ class Method:
     """A transform as `register` takes it: all but its storage depends on the options of a layer."""
 
     Options: type[BaseModel]
-    """What a recipe may set."""
+    """Options of the transform in a recipe."""
     storage: type[Storage]
     fit: Callable[[Any], Fit] = lambda options: Fit()
     correction: Callable[[Any], Correction | None] = lambda options: None
@@ -168,5 +168,5 @@ class Method:
 
 
 def per_channel(values: Tensor, weight: Tensor) -> Tensor:
-    """Values of the input channels, shaped to broadcast to a weight (output channels, input channels, ...)."""
+    """Values of the input channels in the shape (1, in, ...), to broadcast to a weight (out, in, ...); same dtype."""
     return values.reshape(1, -1, *[1] * (weight.ndim - 2))

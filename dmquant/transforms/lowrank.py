@@ -1,10 +1,10 @@
 """Low rank: a branch of rank r in 16 bits beside the codes, which takes the input before it is quantized.
 
-`of: weight`: the branch is the largest part of the weight, the rest is quantized; then the branch is fitted to what the
-codes leave of the weight, the codes to what the branch leaves, and so on (SVDQuant, arXiv 2411.05007). `by: output`
-lets an error count by what the output sees of it, as CALDERA (arXiv 2405.18886) does.
-`of: error`: the branch is the largest part of what rounding lost, input channels weighed by the mean magnitude of their
-activations (L2QER, arXiv 2402.02446).
+`of: weight`: the branch is the largest part of the weight, the rest is quantized; then branch and codes are fitted in
+turn to the weight less the other (SVDQuant, arXiv 2411.05007). With `by: output` the error is the output's, as in
+CALDERA (arXiv 2405.18886), instead of the weight's.
+`of: error`: the branch is the largest part of the error of rounding, with input channels weighted by the mean magnitude
+of their activations (L2QER, arXiv 2402.02446).
 """
 
 import math
@@ -20,7 +20,7 @@ from dmquant.transforms.interfaces import Fit, InputStatistics, Method, Part, Pa
 
 
 class Options(BaseModel, extra="forbid"):
-    """What a recipe may set."""
+    """Options of the low-rank branch in a recipe."""
 
     rank: int = Field(default=16, ge=1)
     """At most the smaller side of the weight's matrix."""
@@ -28,7 +28,7 @@ class Options(BaseModel, extra="forbid"):
     iterations: int = Field(default=10, ge=0)
     """Times that a branch of the weight and the codes are fitted to each other."""
     by: Literal["weight", "output"] = "weight"
-    """What these make least: the error of the weight, or that of the output for inputs like those of calibration."""
+    """The error that the iterations minimize: of the weight, or of the output for inputs as in calibration."""
 
     @model_validator(mode="after")
     def _of_the_weight(self) -> "Options":
@@ -50,7 +50,7 @@ class LowRank(Storage):
 
     @property
     def columns(self) -> int:
-        """Of the weight's matrix."""
+        """Columns of the weight's matrix."""
         return math.prod(self.shape[1:])
 
     def parts(self) -> dict[str, Part]:
@@ -88,7 +88,7 @@ class LowRank(Storage):
 
 
 class LargestPart(Fit):
-    """The branch nearest to the weight, then to what the codes lose of it."""
+    """The branch nearest to the weight, then to the error of the codes."""
 
     def candidates(self, storage: LowRank, weight: Tensor, statistics: InputStatistics | None) -> list[Parts]:
         return [self.refit(storage, weight, weight.flatten(1))]
@@ -98,16 +98,16 @@ class LargestPart(Fit):
 
 
 def nearest(weight: Tensor, seen: Tensor, rank: int) -> Parts:
-    """The branch of least error for what outputs see of a weight, whose first left singular vectors are U: U (U^T W).
+    """The branch U (U^T W) of least output error, U the first left singular vectors of `seen`.
 
-    `weight` is float32 (rows, ...), `seen` float32 (rows, n), the weight's matrix times a root of the input's moments.
+    `weight` W is float32 (rows, ...), `seen` float32 (rows, n), its matrix times a root of the input's moments.
     """
     up = _left_vectors(seen, rank)
     return {"up": up.bfloat16(), "down": (up.T @ weight.flatten(1)).bfloat16()}
 
 
 def correct(storage: LowRank, residuals: Residuals) -> Parts:
-    """The nearest branch to the error E as E S sees it, S = diag(mean |x|): L2QER, arXiv 2402.02446."""
+    """L2QER (arXiv 2402.02446): the branch nearest to the error E by the norm of E S, S = diag(mean |x|)."""
     importance = residuals.inputs.clamp(min=1e-6 * residuals.inputs.amax().clamp(min=1e-30))
     columns = per_channel(importance, residuals.weight).expand(1, *storage.shape[1:]).flatten(1)
     return nearest(residuals.weight, residuals.weight.flatten(1) * columns, storage.rank)

@@ -14,16 +14,16 @@ from dmquant.transforms.interfaces import Fit, InputStatistics, Method, Part, Pa
 
 
 class Options(BaseModel, extra="forbid"):
-    """What a recipe may set."""
+    """Options of outliers in a recipe."""
 
     share: float = Field(default=0.005, gt=0, le=1)
-    """Of a layer's weights."""
+    """Share of a layer's weights."""
 
 
 class Outliers(Storage):
-    """Sparse rows of the weight's matrix (rows, input channels * kernel): how many in each, their columns and values.
+    """Sparse rows of the weight's matrix (rows, input channels * kernel): the count of each, columns and values.
 
-    What bfloat16 leaves of an outlier is quantized with the rest, so that nothing is lost before quantization.
+    The rounding error of an outlier in bfloat16 is quantized with the rest: nothing is lost before quantization.
     """
 
     name = "outliers"
@@ -53,7 +53,7 @@ class Outliers(Storage):
         return flat.view(self.shape)
 
     def _places(self, parts: Parts) -> Tensor:
-        """In the flattened weight; int64."""
+        """Indices of the outliers in the flattened weight, (outliers,) int64."""
         rows = torch.arange(self.shape[0], device=parts["counts"].device)
         rows = rows.repeat_interleave(parts["counts"].flatten().long(), output_size=self.count)
         return rows * math.prod(self.shape[1:]) + parts["columns"].flatten().long()

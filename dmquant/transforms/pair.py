@@ -9,14 +9,14 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Pair:
-    """`firsts` give channels that only `seconds` read; of the output of a first one, `channels` from the beginning."""
+    """Layers `firsts` whose first `channels` output channels only the layers `seconds` read."""
 
     firsts: tuple[nn.Module, ...]
     seconds: tuple[nn.Linear, ...]
     channels: int
 
     def allowed(self, factor: Tensor) -> Tensor:
-        """`factor`, or its nearest powers of two for weights in 16 bits, which others would round; its dtype."""
+        """`factor` (channels,), same dtype; for weights in 16 bits its nearest powers of two, which round none."""
         wide = self.seconds[0].weight.dtype.itemsize >= 4
         return factor if wide else factor.float().log2().round().exp2().to(factor.dtype)
 

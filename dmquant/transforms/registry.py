@@ -14,15 +14,15 @@ def register(method: Method) -> Method:
 
 
 def fit_of(storage: Storage) -> Fit:
-    """How a layer's transform is fitted."""
+    """The fit of a layer's transform."""
     return get_method(storage.name).fit(storage.options)
 
 
 def correction_of(storage: Storage) -> Correction | None:
-    """How a layer's transform is fitted to what rounding left wrong; None where it is not."""
+    """The fit of a layer's transform to the errors of rounding; None where it has none."""
     return get_method(storage.name).correction(storage.options)
 
 
 def folding_of(storage: Storage) -> Folding | None:
-    """How a layer's transform goes into the layer before; None where it does not."""
+    """The folding of a layer's transform into the layer before; None where it has none."""
     return get_method(storage.name).folding(storage.options)

@@ -15,7 +15,7 @@ from dmquant.transforms.interfaces import Fit, Method, Parts, Storage
 
 
 class Options(BaseModel, extra="forbid"):
-    """What a recipe may set."""
+    """Options of the rotation in a recipe."""
 
     size: int = Field(default=64, ge=2)
     """Channels of a block, a power of two; where it does not divide a layer's channels, the largest that does."""

@@ -1,7 +1,7 @@
 """Smooth: divide each input channel by a factor and multiply its weights by it, so that both are easier to quantize.
 
 SmoothQuant, Xiao et al., arXiv 2211.10438, eq. 4: s = max|X|^alpha / max|W|^(1 - alpha). One weight serves all
-timesteps and so does its factor, but the maxima may be those of any range of timesteps. They and alpha are chosen for
+timesteps and so does its factor, but the maxima may come from any range of timesteps. Maxima and alpha are chosen for
 each layer by the error of its output on calibration data from the whole schedule.
 """
 
@@ -16,10 +16,10 @@ _NO_RANGE = 1e-9
 
 
 class Options(BaseModel, extra="forbid"):
-    """What a recipe may set."""
+    """Options of smoothing in a recipe."""
 
     alpha: list[float] = Field(default=[0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9], min_length=1)
-    """What to choose from, beside no smoothing. 1: all of the difficulty moves from the input to the weight."""
+    """Candidates beside no smoothing. 1: all of the difficulty moves from the input to the weight."""
     ranges: int = Field(default=1, ge=1)
     """Timestep ranges whose maxima of the input are tried too, each range's own and their geometric mean."""
     fold: bool = True
@@ -70,7 +70,7 @@ def factors(weight: Tensor, options: Options, statistics: InputStatistics | None
 
 
 def _maxima(absmax: Tensor) -> list[Tensor]:
-    """What a factor may balance, each (channels,): the maxima over all ranges, those of each, their geometric mean.
+    """Candidate maxima, each (channels,): the maxima over all ranges, those of each range, their geometric mean.
 
     The mean of a channel leaves out ranges in which it is zero.
     """

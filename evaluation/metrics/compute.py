@@ -41,7 +41,7 @@ def score_reference(
     progress: Progress = silent,
     prompts: Sequence[str] | None = None,
 ) -> dict[str, Metric]:
-    """Those metrics of `metrics` that need no full-precision images, for the full-precision images themselves.
+    """Score the full-precision images themselves, by the `metrics` that need no full-precision images.
 
     Arguments and errors as in `score_pairs`.
     """

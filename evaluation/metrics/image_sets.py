@@ -24,7 +24,7 @@ class ImageSets:
 
     @property
     def smaller(self) -> int:
-        """How many images the smaller set has."""
+        """The number of images in the smaller set."""
         return min(len(self.images), len(self.others))
 
     def features(self, network: ImageNetwork, what: str) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""What is known of a metric before it is computed; everything that lists, prints or plots metrics reads it."""
+"""Facts about a metric before it is computed; everything that lists, prints or plots metrics reads them."""
 
 import re
 from collections.abc import Callable
@@ -17,13 +17,13 @@ DIGITS = re.compile(r"#?\.\d[fg]")  # what the script of report.html can print, 
 
 @dataclass(frozen=True)
 class Kind:
-    """One metric: `name` in report.json and on the command line, `function`, and how its values are printed.
+    """A metric: `name` in report.json and on the command line, `function`, and how its values are printed.
 
-    `title`, `unit` and `digits` (".4f" or "#.3g") are for people, `better` is the direction. `needs` is what the
-    function looks at: the full-precision images (`reference`) and their final `latents`, `real` images, the network of
+    `title`, `unit` and `digits` (".4f" or "#.3g") are for people, `better` is the direction. `needs` are the inputs
+    of the function: the full-precision images (`reference`) and their final `latents`, `real` images, the network of
     --clip, the `prompts`. A metric that does not need the reference is computed of full precision itself, too. With
     `per_image` it has a value an image, which goes to scores.csv. With `default` it is computed where --metrics is not
-    given and what it needs is at hand.
+    given and its needs are at hand.
 
     The function raises UnavailableError where weights or code are not at hand, UserError for unreadable images; `Kind`
     itself raises ValueError for a direction, a need or digits that mean nothing.

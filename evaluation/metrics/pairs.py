@@ -1,4 +1,4 @@
-"""One value a pair of images: every image against the full-precision one of the same prompt, seed and noise."""
+"""Metrics of pairs: every image against the full-precision one of the same prompt, seed and noise."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +25,7 @@ Measure = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class PairValues:
-    """One value a pair [N], float64 on the CPU, in the order of the file names; and what is odd about the images."""
+    """Values of pairs [N], float64 on the CPU, in the order of the file names; and remarks on odd images."""
 
     values: Tensor
     note: str | None
@@ -82,7 +82,7 @@ def in_shares(items: Sequence[Item], work: Callable[[Sequence[Item]], Iterable[R
 
 
 def flagged_names(pairs: ImagePairs, flags: Sequence[bool]) -> str:
-    """How many images are flagged and what the first are called, as in "2 of 64 images (00003.png, 00041.png)"."""
+    """The number of flagged images and the first names, as in "2 of 64 images (00003.png, 00041.png)"."""
     names = [path.name for path, flag in zip(pairs.quantized, flags, strict=True) if flag]
     shown = ", ".join(names[:NAMES_SHOWN]) + (", ..." if len(names) > NAMES_SHOWN else "")
     return f"{len(names)} of {len(flags)} images ({shown})"

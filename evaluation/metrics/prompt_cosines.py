@@ -1,4 +1,4 @@
-"""One value an image: how well it fits the prompt it was made from, as the cosine of their features."""
+"""Metrics of single images: the cosine of the features of an image and of its prompt."""
 
 from torch import Tensor
 
@@ -16,7 +16,7 @@ def prompt_cosines(scored: ScoredImages, network: ClipModel) -> Tensor:
 
 
 def note_of_cut_prompts(scored: ScoredImages, network: ClipModel) -> str | None:
-    """How many prompts are longer than the network's text encoder takes, or None."""
+    """A note on the number of prompts longer than the network's text encoder takes; None where none is."""
     cut = network.truncated(scored.captions)
     if not cut:
         return None

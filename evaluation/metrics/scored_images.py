@@ -1,4 +1,4 @@
-"""What the metrics look at."""
+"""The images that metrics score."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field

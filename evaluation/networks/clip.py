@@ -45,7 +45,7 @@ PARAMETERS = {
     "ViT-H-14": 986_109_441,
     "ViT-bigG-14": 2_539_567_105,
 }
-"""Of the usual architectures: four bytes each are about the size of a file with their weights."""
+"""Numbers of parameters of the usual architectures: four bytes each are about the size of a file of weights."""
 
 Tokenizer = Callable[..., Tensor]
 
@@ -149,7 +149,7 @@ class ClipModel:
         return self._features(self.model.encode_text, self.tokenizer(list(texts)))
 
     def truncated(self, texts: Sequence[str]) -> int:
-        """How many of `texts` the tokenizer cuts: those that would fill one place more than there is."""
+        """The number of `texts` that the tokenizer cuts: they would fill one place more than there is."""
         room = self.tokenizer(["", *texts], context_length=self.tokenizer.context_length + 1)[:, -1]
         return int((room[1:] != room[0]).sum())
 

@@ -44,7 +44,7 @@ class ImageNetwork(Protocol):
     batch_size: int
 
     def prepare(self, path: Path) -> Tensor:
-        """One image as the network takes it, on the CPU, of one shape for all images; called from several threads.
+        """Load an image as the network takes it, on the CPU, of one shape for all images; called from several threads.
 
         Raises UserError for a file that cannot be read as an image.
         """
@@ -54,7 +54,7 @@ class ImageNetwork(Protocol):
 
 
 class FeatureStore:
-    """What networks have made of images and prompts, in memory and, with a `folder`, in files there.
+    """Features of images and prompts by networks, in memory and, with a `folder`, in files there.
 
     When accelerate or torchrun started several processes, all of them call together, with the same arguments: each
     computes every n-th batch, and all get every row.

@@ -56,5 +56,5 @@ class HubFile:
 
 
 def first_line(error: Exception) -> str:
-    """What an error says, in one line."""
+    """The message of an error, in one line."""
     return str(error).partition("\n")[0].strip() or type(error).__name__

@@ -60,7 +60,7 @@ def on_hub(version: str) -> HubFile:
 
 
 def remedy(version: str) -> str:
-    """How to have the weights without a network."""
+    """A line on getting the weights without a network."""
     return f"set {ENVIRONMENT} to a folder that has {FILES[version]}, or HF_HOME to a cache that holds {REPOSITORY}"
 
 

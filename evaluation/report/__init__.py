@@ -1,1 +1,1 @@
-"""What a run found, for people: report.json, report.md and report.html, grids of images, plots."""
+"""Reports of a run's results: report.json, report.md and report.html, grids of images, plots."""

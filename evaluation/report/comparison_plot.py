@@ -1,4 +1,4 @@
-"""One picture that shows what each recipe costs and what it keeps: compare.png."""
+"""A plot of the cost and the quality of each recipe: compare.png."""
 
 from collections.abc import Iterator
 from pathlib import Path

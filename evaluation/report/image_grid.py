@@ -1,4 +1,4 @@
-"""One picture that shows what quantization did: the same prompts, side by side."""
+"""A picture that shows the effect of quantization: images of the same prompts, side by side."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,14 +16,14 @@ LINE_WIDTH = 1320  # pixels: small pictures of several prompts share a line up t
 MOST_PIXELS = 16_000_000  # of the whole picture: pictures get smaller, then prompts fewer
 GAP, MARGIN = 8, 24  # pixels, between the pictures of a prompt and around prompts
 FONT_SIZE, LINE_HEIGHT = 14, 18
-CAPTION_LINES, HEADING_LINES = 8, 4  # what is longer is cut: a prompt has some 75 words at most
+CAPTION_LINES, HEADING_LINES = 8, 4  # longer text is cut: a prompt has some 75 words at most
 ELLIPSIS = "…"
 INK, FAINT, PAPER = "#1b1b1f", "#5f6068", "#ffffff"
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """What stands together in the grid: rows of pictures of one prompt (None is an empty place), and its caption."""
+    """A prompt's part of the grid: its rows of pictures (None is an empty place), and its caption."""
 
     rows: list[list[Image.Image | None]]
     caption: str
@@ -89,7 +89,7 @@ def _spread(count: int, limit: int) -> list[int]:
 
 
 def _furthest(paths: Sequence[Path]) -> float:
-    """How far the image that is furthest from the first one is from it."""
+    """The largest difference of an image from the first one."""
     reference, *others = open_alike(list(paths))
     return max((rms_difference(reference, other) for other in others), default=0.0)
 
@@ -123,7 +123,7 @@ def _compose(prompts: list[Prompt], headings: list[str], amplify: float | None, 
     across = min(len(prompts), per_line or fitting)
     captions = [_wrapped(prompt.caption, row_width, CAPTION_LINES) for prompt in prompts]
     titles = [_wrapped(heading, width, HEADING_LINES) for heading in headings]
-    tops = [MARGIN + max(map(len, titles)) * LINE_HEIGHT + GAP]  # of each line of prompts, then of what follows them
+    tops = [MARGIN + max(map(len, titles)) * LINE_HEIGHT + GAP]  # of each line of prompts, and of the part below
     for start in range(0, len(prompts), across):
         text = max(map(len, captions[start : start + across])) * LINE_HEIGHT
         tops.append(tops[-1] + len(prompts[start].rows) * (height + GAP) + text + MARGIN)
@@ -183,7 +183,7 @@ def _wrapped(text: str, width: int, most: int) -> list[str]:
 
 
 def _fitting(text: str, width: float) -> int:
-    """How many characters of `text` fit into `width` pixels; a name is broken after a hyphen or underscore."""
+    """Number of characters of `text` that fit into `width` pixels; a name is broken after a hyphen or underscore."""
     fits = next(count for count in range(len(text), -1, -1) if _length(text[:count]) <= max(width, 0))
     if fits == len(text):
         return fits

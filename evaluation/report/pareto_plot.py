@@ -1,4 +1,4 @@
-"""One picture of a design space: quality against several costs, each with its Pareto front: sweep.png."""
+"""A plot of a design space: quality against several costs, each with its Pareto front: sweep.png."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -34,7 +34,7 @@ LOG_COST_FROM = 4  # a cost whose values span this factor gets a logarithmic axi
 
 @dataclass(frozen=True)
 class Point:
-    """One trial: the group and the kind that say how it looks, its label on the front, its costs and its quality."""
+    """A trial: the group and the kind that decide its looks, its label on the front, its costs and its quality."""
 
     group: str
     kind: str

@@ -1,4 +1,4 @@
-"""What the plots of quality against cost share: colours, panels side by side, axes, and how a picture is written."""
+"""The common style of plots of quality against cost: colours, panels side by side, axes, and files."""
 
 from collections.abc import Sequence
 from pathlib import Path

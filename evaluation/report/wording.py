@@ -1,4 +1,4 @@
-"""What a report says, as text: the same in Markdown, in HTML and on the terminal."""
+"""The text of a report: the same in Markdown, in HTML and on the terminal."""
 
 from dmquant.evaluation.metrics.registry import METRICS, get_kind
 from dmquant.evaluation.result import Backbone, Measured, Metric, RecipeResult, Reference, Report
@@ -8,14 +8,14 @@ NAMED = 3  # recipes that a title names; it counts more of them
 
 
 def title(report: Report) -> str:
-    """What the report is about, in one line."""
+    """The subject of the report, in one line."""
     recipes = list(report.recipes)
     named = ", ".join(recipes) if len(recipes) <= NAMED else f"{len(recipes)} recipes"
     return f"{report.model}: {named} against full precision"
 
 
 def summary(report: Report) -> str:
-    """What quantization saved and what it cost, in a sentence or two."""
+    """The savings and the cost of quantization, in a sentence or two."""
     if len(report.recipes) == 1:
         (recipe,) = report.recipes.values()
         return f"{_saving(recipe, report.reference)}{_cost_in_quality(recipe)}."
@@ -105,7 +105,7 @@ FACTS_HEADER = ("", "weights", "activations", "bits per weight", "size on disk",
 
 
 def facts(report: Report) -> list[tuple[str, ...]]:
-    """One row under FACTS_HEADER for full precision, then one a recipe."""
+    """Rows under FACTS_HEADER: full precision, then each recipe."""
     reference = report.reference
     return [
         _reference_facts(reference),
@@ -120,7 +120,7 @@ def shown_metrics(report: Report) -> list[str]:
 
 
 def recipe_settings(report: Report) -> list[tuple[str, ...]]:
-    """What each recipe did: one row a setting, its name first, then a cell a recipe."""
+    """Settings of the recipes: a row for each setting, its name first, then a cell for each recipe."""
     recipes = report.recipes.values()
     names = dict.fromkeys(name for recipe in recipes for name in recipe.settings)
     return [(name, *(str(recipe.settings.get(name, "")) for recipe in recipes)) for name in names]

@@ -1,4 +1,4 @@
-"""What this machine can do, which weights are at hand, and how to get what is missing."""
+"""Examine this machine: its abilities, the weights at hand, and how to get what is missing."""
 
 import importlib
 import importlib.metadata
@@ -35,7 +35,7 @@ HUB_ANSWER_SECONDS = 3
 
 @dataclass(frozen=True)
 class Check:
-    """One line of the examination; `remedy` says how to get what is missing, and is empty where nothing is."""
+    """A line of the examination; `remedy` says how to get what is missing, and is empty where nothing is."""
 
     name: str
     status: Literal["ok", "missing", "warn"]

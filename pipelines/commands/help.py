@@ -5,7 +5,7 @@ from typer.core import TyperCommand, TyperGroup
 
 
 class _PlainHelp:
-    """What the commands and the group that holds them have in common."""
+    """Help of the commands, and of the group that holds them."""
 
     def parse_args(self, ctx: Context, args: list[str]) -> list[str]:
         """Answers a leading --help itself: typer would import pydantic to find out that the flag is set."""
@@ -43,7 +43,7 @@ def _filled_in(text: str) -> str:
 
 
 class Command(_PlainHelp, TyperCommand):
-    """One of the commands."""
+    """A command of the group."""
 
 
 class Group(_PlainHelp, TyperGroup):

@@ -1,4 +1,4 @@
-"""What there is: models, formats, recipes, this machine, and what is inside a folder; as tables on the screen."""
+"""Tables on the screen: models, formats, recipes, this machine, and the content of a folder."""
 
 import fnmatch
 import json
@@ -33,7 +33,7 @@ MARKS = {"ok": "ok", "warn": "note", "missing": "missing"}
 
 
 def models() -> None:
-    """One row a registered model."""
+    """Print a table of the registered models."""
     table = _table("model", "what it is", "family", "size", "steps", "guidance", "dtype", "download", "licence")
     for spec in registered_models().values():
         download = "none" if spec.is_embedded else about_text(spec.download_bytes)
@@ -56,7 +56,7 @@ def models() -> None:
 
 
 def formats() -> None:
-    """One row a number format, then the block formats."""
+    """Print a table of the number formats, then of the block formats."""
     short = {full: name for name, full in SHORT_NAMES.items()}
     table = _table("format", "short", "bits", "values", "largest", "smallest above 0")
     for name in known_formats():
@@ -79,7 +79,7 @@ def formats() -> None:
 
 
 def recipes() -> None:
-    """One row a recipe that comes with the package."""
+    """Print a table of the recipes that come with the package."""
     table = _table("recipe", "data", "rounding", "weights", "activations", "granularity", "scale rule", "what it does")
     for name in [*recipe_names(), *bits_names()]:
         recipe = Recipe.load(name)
@@ -105,7 +105,7 @@ def _formats(weights: str, candidates: list[str] | None) -> str:
 
 
 def doctor() -> None:
-    """One row a check of this machine."""
+    """Print a table of the checks of this machine."""
     quiet_libraries()
     table = _table("", "check", "found", "what to do")
     for check in examination.examine():
@@ -154,7 +154,7 @@ def inspect(folder: Path, layers: bool) -> None:
 
 
 def _inspect_full_precision(folder: Path, family: Family | None, console: Console) -> None:
-    """What stays in high precision when a backbone is quantized, and why."""
+    """Print the layers that stay in high precision when a backbone is quantized, and why."""
     backbone = skeleton(folder)
     layers = {name: each for name, each in backbone.named_modules() if isinstance(each, nn.Linear | nn.Conv2d)}
     keep = (family or families()[GENERIC]).known(backbone).keep
@@ -169,7 +169,7 @@ def _inspect_full_precision(folder: Path, family: Family | None, console: Consol
 
 
 def _inspect_quantized(folder: Path, layers: bool, console: Console) -> None:
-    """What the recipe in a backbone's config.json makes of its layers, and what its files hold."""
+    """Print the layers of a backbone by the recipe in its config.json, and the content of its files."""
     recipe = QuantConfig.from_dict(folders.read_json(folder / "config.json")["quantization_config"]).recipe
     backbone = skeleton(folder)
     plans = plan(backbone, recipe)

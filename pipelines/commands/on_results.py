@@ -1,4 +1,4 @@
-"""The commands that look at what was made, or at what there is."""
+"""The commands that look at results, or list models, formats and recipes."""
 
 from pathlib import Path
 from typing import Annotated

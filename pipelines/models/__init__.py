@@ -1,1 +1,1 @@
-"""Which models there are, where their files are, and whether those are whole."""
+"""The models, the places of their files, and checks that those are whole."""

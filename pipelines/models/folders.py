@@ -69,7 +69,7 @@ def quantization(folder: Path, backbone: str) -> str | None:
 
 
 def missing_parts(folder: Path, leave_out: frozenset[str] = frozenset()) -> list[str]:
-    """What a pipeline folder lacks to be loaded from safetensors, as paths relative to it."""
+    """The files that a pipeline folder lacks to be loaded from safetensors, as paths relative to it."""
     missing = []
     for component in components(folder):
         part = folder / component

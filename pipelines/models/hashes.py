@@ -1,4 +1,4 @@
-"""Which model this is: SHA-256 of the files that make a pipeline what it is."""
+"""The identity of a model: SHA-256 of the files that decide what a pipeline computes."""
 
 from collections.abc import Callable, Collection
 from pathlib import Path

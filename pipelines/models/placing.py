@@ -1,4 +1,4 @@
-"""Where the parts of a pipeline are: all on the device, or in host memory but for the one that runs."""
+"""Place the parts of a pipeline: all on the device, or in host memory but for the one that runs."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""Which models there are: names from configs/models, Hub ids, local folders; and the family each belongs to.
+"""The registry of models: names from configs/models, Hub ids, local folders; and the family each belongs to.
 
 A model is one YAML file in configs/models, which names its family (dmquant.diffusers.families).
 """
@@ -23,7 +23,7 @@ from dmquant.pipelines.models.skeleton import skeleton
 
 EMBEDDED = "embedded:"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_USUAL_PIXELS = 1024  # of pipelines whose configuration tells no size: what diffusers itself takes
+_USUAL_PIXELS = 1024  # the default of diffusers, for pipelines whose configuration tells no size
 _TAKES_MORE = re.compile(
     "Control|Adapter|Img2Img|I2I|Depth2Img|Inpaint|Fill|Redux|Kontext|Pix2Pix|Edit|Refiner|Upscale|SuperResolution"
 )
@@ -56,7 +56,7 @@ class ModelSpec(BaseModel):
     """Further keyword arguments of the pipeline's call."""
     license: str | None = None
     warnings: dict[Literal["bf16", "fp16", "fp32"], str] = {}
-    """What is known to go wrong in a dtype."""
+    """Known faults of the model in a dtype."""
     component: str | None = None
     """Attribute of the pipeline that is the backbone, where the family leaves it open."""
     clip: str | None = None
@@ -86,7 +86,7 @@ def registered_models() -> dict[str, ModelSpec]:
 
 
 def embedded_folder(source: str) -> Path:
-    """Where the files of `embedded:NAME` are in the installed package."""
+    """The folder of `embedded:NAME` in the installed package."""
     return Path(str(importlib.resources.files("dmquant.pipelines"))) / "assets" / source.removeprefix(EMBEDDED)
 
 
@@ -163,7 +163,7 @@ def _spec_of_folder(
             "width": width,
             "download_bytes": download_bytes,
             "call": call,
-            "clip": None,  # which knows the relative's own pictures
+            "clip": None,  # the relative's network knows its own pictures
             "license": None,
         }
     )

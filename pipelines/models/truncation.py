@@ -13,7 +13,7 @@ SHOWN = 8
 
 @dataclass(frozen=True)
 class Cut:
-    """What one tokenizer cuts: those of the prompts, by index, that are longer than its `limit` of tokens."""
+    """The prompts, by index, that one tokenizer cuts: they are longer than its `limit` of tokens."""
 
     tokenizer: str
     limit: int
@@ -21,12 +21,12 @@ class Cut:
 
     @property
     def encoder(self) -> str:
-        """The pipeline's text encoder that reads what is left."""
+        """The pipeline's text encoder that reads the prompt as cut."""
         return self.tokenizer.replace("tokenizer", "text_encoder")
 
 
 def cut_prompts(pipeline: Any, prompts: Sequence[str], call: Mapping[str, Any]) -> list[Cut]:
-    """One entry for each tokenizer of a diffusers pipeline; none for a pipeline that is told classes.
+    """Find the prompts that each tokenizer of a diffusers pipeline cuts; none for a pipeline that is told classes.
 
     `call` holds the arguments of the pipeline's call, which may set the length. A tokenizer whose text encoder was
     left out reads nothing and has no entry.
@@ -47,7 +47,7 @@ def cut_prompts(pipeline: Any, prompts: Sequence[str], call: Mapping[str, Any]) 
 
 
 def cut_line(cuts: Sequence[Cut], total: int) -> str | None:
-    """One line that counts and names the images whose prompts, of `total`, are cut; None if none is.
+    """A line that counts and names the images whose prompts, of `total`, are cut; None if none is.
 
     As in `3 of 64 prompts are cut to the text encoder's 77 tokens: 00004, 00017, 00031`.
     """

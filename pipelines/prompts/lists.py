@@ -31,8 +31,8 @@ class PromptSet:
     def take(self, number: int, seed: int | None = None) -> "PromptSet":
         """The first `number` prompts, or that many drawn without replacement; in the order of the list either way.
 
-        The same seed draws the same prompts on every machine and version of Python, and all that it draws are among
-        those of a greater `number`. Raises UsageError for more prompts than there are.
+        The same seed draws the same prompts on every machine and version of Python, and a greater `number` draws all of
+        them too. Raises UsageError for more prompts than there are.
         """
         if not 1 <= number <= len(self.prompts):
             raise UsageError(f"{number} prompts asked for, but '{self.name}' has {len(self.prompts)}")
@@ -45,7 +45,7 @@ class PromptSet:
         )
 
     def describe(self) -> str:
-        """What a report says of it, as in `captions_val2014.json, 1024 of 40504, seed 0`, and the count by style."""
+        """Words for the report, as in `captions_val2014.json, 1024 of 40504, seed 0`, and the count by style."""
         count = len(self.prompts)
         if count == self.total:
             part = f"all {count}"

@@ -35,7 +35,7 @@ def read_file(path: Path, column: str | None = None) -> dict[str, list[str]]:
 
 
 def text_lines(text: str) -> list[str]:
-    """One prompt a line, without blank lines and those that start with `#`."""
+    """The prompts of a text, one for each line; blank lines and lines that start with `#` are left out."""
     lines = (line.strip() for line in text.split("\n"))
     return [line for line in lines if line and not line.startswith("#")]
 
@@ -128,7 +128,7 @@ def _benchmark(folder: Path, column: str | None) -> Found:
 
 
 def _coco(path: Path, annotations: Sequence[Any]) -> list[str]:
-    """One caption an image, that with the lowest id, in the order of the images' ids."""
+    """The captions of COCO: for each image the one with the lowest id, in the order of the images' ids."""
     first: dict[Any, str] = {}
     try:
         for each in sorted(annotations, key=lambda each: (each["image_id"], each["id"])):

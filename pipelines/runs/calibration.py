@@ -27,7 +27,7 @@ DATA = "data"
 
 
 class CalibrationSettings(Protocol):
-    """What calibrating reads of a run's Settings; the Python interface gives no more than this."""
+    """The part of a run's Settings that calibration reads; the Python interface has no more than this."""
 
     family: Family
     recipe: Recipe
@@ -71,7 +71,7 @@ def calibrate(
 def calibration_data(
     pipeline: "DiffusionPipeline", settings: CalibrationSettings, workspace: Path, console: Console, weights: str
 ) -> "CalibrationStore":
-    """What the recipe learns from, as far as it is not there captured now; of several processes, by all together."""
+    """The recipe's calibration data; what is missing of it is captured now, by all processes of a command together."""
     wanted, listed = settings.recipe.calibration, settings.calibration_prompts
     prompts = listed[: wanted.prompts]
     if len(listed) < wanted.prompts:
@@ -109,7 +109,7 @@ def data_key(settings: CalibrationSettings, weights: str) -> str:
 
 
 def _made_for(settings: CalibrationSettings, weights: str) -> dict[str, str]:
-    """What calibration depends on beside the recipe and the prompts."""
+    """The facts that calibration depends on beside the recipe and the prompts."""
     return {"weights": weights, "dtype": settings.dtype_name}
 
 

@@ -73,7 +73,7 @@ def _names_a_folder(value: Any) -> bool:
 
 
 def _scores(report: Report, recipe: RecipeResult) -> str:
-    """What was computed, with full precision's own score where it has one."""
+    """The computed metrics, with full precision's own score where it has one."""
     header = (
         "metric",
         "this model",

@@ -25,7 +25,7 @@ from dmquant.pipelines.runs.source import resumed_source
 
 
 class Comparison:
-    """One full-precision side and one quantized side a recipe; `settings` differ in their recipe only."""
+    """A full-precision side, and a quantized side for each recipe; `settings` differ in their recipe only."""
 
     def __init__(self, settings: Mapping[str, Settings], source: Path, folder: RunFolder, console: Console):
         self.settings, self.folder, self.console = settings, folder, console

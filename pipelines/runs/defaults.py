@@ -1,4 +1,4 @@
-"""What a command does unless told otherwise. Imports nothing, so that help texts can name it."""
+"""Defaults of the commands. Imports nothing, so that help texts can name it."""
 
 DEFAULT_RECIPE = "default"
 SWEEP_BITS, SWEEP_TECHNIQUES = "3-8", "rtn"

@@ -1,4 +1,4 @@
-"""What a quantized model takes, how much of that is its quantized weights, and what does not divide into groups."""
+"""The bytes of a quantized model, the share of its quantized weights, and layers that do not divide into groups."""
 
 import math
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ class Footprint:
 
 
 def footprint(module: nn.Module) -> Footprint:
-    """What a model's parameters and buffers take; biases and everything in high precision count as kept."""
+    """The bytes of a model's parameters and buffers; biases and everything in high precision count as kept."""
     weights = quantized = 0
     for layer in module.modules():
         if isinstance(layer, (QuantLinear, QuantConv2d)):

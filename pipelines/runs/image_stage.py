@@ -1,4 +1,4 @@
-"""The stages that make images: those that are missing, under a bar, with what they took."""
+"""The stages that make missing images, under a bar, and measure their time and memory."""
 
 import itertools
 import time
@@ -30,7 +30,7 @@ def complete_images(
     settings: Settings,
     console: Console,
 ) -> None:
-    """Make the images of one side that its folder lacks, and remember what they took."""
+    """Make the images of one side that its folder lacks, and record their time and memory."""
     images, stage, key = folder.images(side), f"images_{side}", images_key(requests)
     absent = processes.current().on_main(lambda: pruned_and_missing(images, requests))
     if not absent and folder.finished(stage, key):
@@ -40,7 +40,7 @@ def complete_images(
     measured = {name: earlier.get(name) for name in ("peak_memory_bytes", "peak_memory_of", "not_finite", "kernels")}
     seconds = _keep_seconds(folder, f"seconds_{side}", requests)
     if absent:
-        folder.forget(stage)  # what it says of the images is about to be untrue
+        folder.forget(stage)  # its record of the images is about to be untrue
         with peak_memory(settings.device) as peak:
             pipeline = load()
             generated = make_images(pipeline, requests, images, settings, console, TITLES[side], seconds)
@@ -59,7 +59,7 @@ def images_key(requests: Sequence[ImageRequest]) -> str:
 
 
 def _keep_seconds(folder: RunFolder, kind: str, requests: Sequence[ImageRequest]) -> Callable[[Generated], None]:
-    """Drop the seconds of images that nobody asks for; add those of every batch, so that a killed run can say them."""
+    """Drop the seconds of images that nobody asks for; add the seconds of every batch, so that a kill loses none."""
     keys = {request.key for request in requests}
     known = folder.notes(kind)
     if not known.keys() <= keys:

@@ -162,7 +162,7 @@ def is_as_written(folder: Path, sha256: dict[str, str]) -> bool:
 
 
 def _hashes(folder: Path, backbone: str) -> dict[str, dict[str, str]]:
-    """SHA-256 of the files of a model folder, those of other parts than the backbone by themselves."""
+    """SHA-256 of the files of a model folder, with the parts other than the backbone by themselves."""
     hashes = pipeline_hashes(folder)
     of_backbone = {name for name in hashes if name.endswith(".json") or name.startswith(f"{backbone}/")}
     return {

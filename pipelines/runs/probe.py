@@ -1,7 +1,7 @@
-"""Per-layer output error: the same few backbone calls on both sides, and a sample of what every layer gives in them.
+"""Per-layer output error: the same few backbone calls on both sides, and a sample of the output of every layer.
 
-The calls are those of the full-precision pipeline's own sampler. In them the quantized backbone runs as a whole, so the
-error of a layer is accumulated: it contains what came in from the layers before it.
+The calls are the ones that the full-precision pipeline's sampler makes. In them the quantized backbone runs as a whole,
+so the error of a layer is accumulated: it contains the errors of the layers before it.
 """
 
 import contextlib
@@ -91,7 +91,7 @@ def probe_full_precision(
     """The probe of the full-precision pipeline, from `folder` if it is there.
 
     It takes the prompts and the noise of the first images of the run, as many as make a batch and at most two.
-    `requests` are those of the full-precision images; `load` gives their pipeline, and is called only where the probe
+    `requests` belong to the full-precision images; `load` loads their pipeline, and is called only where the probe
     has to be made. Raises UserError as `make_probe` does.
     """
     path, key = folder / FILE, probe_key(requests, settings)
@@ -118,7 +118,7 @@ def layer_errors(
     settings: Settings,
     console: Console,
 ) -> list[LayerError]:
-    """What quantization did to each layer of a quantized pipeline, in the order of the backbone.
+    """The errors of each layer of a quantized pipeline, in the order of the backbone.
 
     `weight_errors` are the relative squared errors of the weights by layer, as `quantize_` and calibration report them.
     """

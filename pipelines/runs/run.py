@@ -56,13 +56,13 @@ class Run:
 
 
 def quantization_line(settings: Settings) -> str:
-    """Which model becomes what, for people."""
+    """A line on the model and its quantization."""
     weights, activations = settings.formats
     return f"{settings.model.name}: weights {weights}, activations {activations}, recipe {settings.recipe.name}"
 
 
 def images_line(settings: Settings) -> str:
-    """Which images are made, and where, for people."""
+    """A line on the images to make, and their folder."""
     return (
         f"{len(settings.prompts)} prompts, {settings.steps} steps, guidance {settings.guidance:g}, "
         f"{settings.width}x{settings.height}, seed {settings.seed}; {settings.device}, {settings.dtype_name}"

@@ -73,7 +73,7 @@ def unfinished(folder: RunFolder, settings: dict[str, Any]) -> list[str]:
 
 
 def _fingerprints(settings: dict[str, Any], recipe: str) -> dict[str, str] | None:
-    """Of the settings of one recipe, by stage; None in a run.yaml of an earlier version."""
+    """Fingerprints of the settings of one recipe, by stage; None in a run.yaml of an earlier version."""
     given = settings.get("fingerprints")
     return given["recipes"][recipe] if given and "recipes" in settings else given
 
@@ -147,7 +147,7 @@ def _peak(folder: RunFolder, side: str) -> int | None:
 
 
 def _flat_settings(folder: RunFolder, side: RunFolder, settings: dict[str, Any]) -> dict[str, Any]:
-    """What a reader needs to repeat the run, one value a line."""
+    """The settings that repeat the run, each a plain value."""
     images = settings["images"]
     return {
         "source": settings["model"]["source"],
@@ -168,7 +168,7 @@ def _flat_settings(folder: RunFolder, side: RunFolder, settings: dict[str, Any])
 
 
 def _recipe_settings(side: RunFolder, recipe: dict[str, Any]) -> dict[str, Any]:
-    """How one recipe made its model, one value a line."""
+    """The settings of one recipe's model, each a plain value."""
     made, images = side.record("model"), side.record("images_quantized")
     weights = [digest for name, digest in made["sha256"].items() if name.endswith(".safetensors")]
     return {

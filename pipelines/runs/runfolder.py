@@ -1,4 +1,4 @@
-"""A run folder: what it holds, who may write it, and which stages are already done.
+"""A run folder: its content, the lock of its writer, and the record of finished stages.
 
 A run of one recipe holds both sides, full precision and quantized. A comparison holds the full-precision side, and a
 run folder for the quantized side of each recipe below `recipes/`.
@@ -61,9 +61,9 @@ def is_run(folder: Path) -> bool:
 
 
 class RunFolder:
-    """One run's folder; get one with `claim` (to write) or `RunFolder(path)` (to read).
+    """The folder of a run; get one with `claim` (to write) or `RunFolder(path)` (to read).
 
-    Of several processes each remembers what is done, and the main one writes it down.
+    Where several processes run, each remembers the finished stages, and the main one writes them down.
     """
 
     def __init__(self, path: Path):
@@ -92,7 +92,7 @@ class RunFolder:
         return self.path / RECIPES / folder_name(name)
 
     def record(self, stage: str) -> dict[str, Any] | None:
-        """What was stored when `stage` was finished, or None."""
+        """The record of a finished `stage`, or None."""
         return self._state["stages"].get(stage)
 
     def finished(self, stage: str, settings: str) -> dict[str, Any] | None:

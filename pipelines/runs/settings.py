@@ -44,7 +44,7 @@ _POWERS = "kmgt"
 
 @dataclass(frozen=True)
 class Options:
-    """What was typed; None stands for the model's or the recipe's own default."""
+    """The options of a command line; None stands for the model's or the recipe's own default."""
 
     model: str
     family: str | None = None
@@ -159,7 +159,7 @@ class Settings:
         )
 
     def to_dict(self, source_hashes: dict[str, str], recipes: dict[str, Any]) -> dict[str, Any]:
-        """What run.yaml holds; `recipes` is its part that says how the model is quantized."""
+        """The content of run.yaml; `recipes` is its part on the quantization of the model."""
         return {
             "model": {
                 "name": self.model.name,
@@ -233,7 +233,7 @@ def resolve(options: Options) -> Settings:
         seed=options.seed,
         batch_size=options.batch_size or batch_size_for(height, width),
         metrics=metrics,
-        # Images of an earlier version have none: what hours have made is not made again for a default.
+        # Images of an earlier version have none: a default does not throw away images that took hours.
         needs_latents=options.metrics is not None and any("latents" in METRICS[name].needs for name in metrics),
         real=options.real,
         clip=clip_source(options.clip or model.clip),
@@ -304,7 +304,7 @@ def resolve_metrics(listed: str | None, real: Path | None, own_clip: bool = Fals
 
 
 def clip_source(name: str | None) -> str:
-    """What `networks.clip` loads for a name: the folder of an embedded model, the usual model where none is named."""
+    """The source of a name for `networks.clip`: the folder of an embedded model; without a name the usual model."""
     if name is None:
         return CLIP
     return str(embedded_folder(name)) if name.startswith(EMBEDDED) else name

@@ -56,7 +56,7 @@ class FullPrecision:
 
     @property
     def fingerprints(self) -> dict[str, str]:
-        """Of the settings that each stage of this side is done under."""
+        """Fingerprints of the settings of each stage of this side."""
         return {f"images_{FP}": images_key(self.requests)}
 
     def images(self) -> None:
@@ -76,7 +76,7 @@ class FullPrecision:
             self.console.say(f"note: {line}")
 
     def probe(self) -> Probe:
-        """What the layers give, for comparison: from an earlier run, or made with the pipeline."""
+        """Outputs of the layers, to compare with: from an earlier run, or made with the pipeline."""
         return probe_full_precision(
             self.load, self.requests, self.settings, self.folder.path / runfolder.PROBE, self.console
         )
@@ -220,6 +220,6 @@ def _layers_key(model_key: str, reference: Sequence[ImageRequest], settings: Set
 
 
 def shared_parts(settings: Settings, source: Source, folder: RunFolder) -> SharedParts:
-    """Where the models of one folder have what none of them changes."""
+    """The place of the parts that the models of one folder share, since none of them changes these."""
     key = fingerprint(source=source.key, dtype=settings.dtype_name, versions=versions())
     return SharedParts(folder.path / runfolder.SHARED, key)

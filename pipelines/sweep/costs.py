@@ -1,6 +1,6 @@
-"""What the arithmetic of a quantized model costs, by counting: bit operations, and the cells of a multiply-accumulate.
+"""Arithmetic costs of a quantized model, by counting: bit operations, and the cells of a multiply-accumulate unit.
 
-The cells are a gate-count model of ours, not a synthesis result: see docs/sweep.md for what it leaves out.
+The cells are a gate-count model of ours, not a synthesis result: docs/sweep.md lists its omissions.
 """
 
 import contextlib
@@ -19,10 +19,10 @@ BITS_LEFT_ALONE = 16  # of an operand that is not quantized
 
 @dataclass(frozen=True)
 class Costs:
-    """Of the quantized layers in one call of the backbone for one image.
+    """Costs of the quantized layers in one call of the backbone for one image.
 
-    `multiply_accumulates` are those of the layers as they were; `bit_operations` have those of branches in 16 bits too.
-    `multiplier_cells` and `accumulator_cells` are those of one multiply-accumulate unit, the mean over all
+    `multiply_accumulates` count the float layers' products; `bit_operations` include branches in 16 bits.
+    `multiplier_cells` and `accumulator_cells` are the cells of one multiply-accumulate unit, the mean over all
     multiply-accumulates; None where an operand is not quantized, or looked up in a table.
     """
 
@@ -38,7 +38,7 @@ class Costs:
 
 
 def model_costs(plans: Sequence[LayerPlan], multiply_accumulates: dict[str, int], fan_in: dict[str, int]) -> Costs:
-    """Costs of the planned layers; the two counts, by layer, are those of `counting` and `fans_in`.
+    """Costs of the planned layers; the two counts by layer come from `counting` and `fans_in`.
 
     A layer that is not called costs nothing.
     """
@@ -106,7 +106,7 @@ def counting(module: nn.Module) -> Iterator[dict[str, int]]:
 
 
 def fans_in(module: nn.Module) -> dict[str, int]:
-    """How many products one output of each Linear and Conv2d of `module` adds up, by name."""
+    """The number of products that one output of each Linear and Conv2d of `module` adds up, by name."""
     return {name: layer.weight[0].numel() for name, layer in module.named_modules() if type(layer) in QUANTIZED}
 
 

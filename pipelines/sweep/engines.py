@@ -29,7 +29,7 @@ Outcomes = Iterator[tuple[Item, Result | UserError]]
 
 @dataclass(frozen=True)
 class Crew:
-    """How many work at once, with how many threads each, and over how many GPUs they are spread."""
+    """The number of processes that work at once, of threads for each, and of GPUs to spread them over."""
 
     workers: int
     threads: int
@@ -80,7 +80,7 @@ def local(work: Work, items: Sequence[Item], crew: Crew) -> Outcomes:
 
 
 def _outcome(future: Future) -> tuple[Result | UserError, bool]:
-    """What a process returned, and whether it is alive."""
+    """The result of a process, and whether it is alive."""
     try:
         return future.result(), True
     except BrokenProcessPool:

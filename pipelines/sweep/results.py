@@ -1,4 +1,4 @@
-"""What a sweep found, as data: one row a trial, its costs beside its quality, and which rows no other beats."""
+"""The results of a sweep, as data: a row for each trial, with costs and quality, and the rows that no other beats."""
 
 import csv
 import io
@@ -35,7 +35,7 @@ class Row:
         return None if self.failed else Metric.from_json(self.outcome["metrics"][name])
 
     def cost(self, name: str) -> float | None:
-        """One of COSTS; None where it is not known."""
+        """The cost of this name, one of COSTS; None where it is not known."""
         return self.measured(BITS) if name == BITS else getattr(self.costs, name)
 
     def measured(self, name: str) -> Any:
@@ -43,7 +43,7 @@ class Row:
         return None if self.failed else self.outcome[name]
 
     def to_json(self, fronts: dict[str, set[str]]) -> dict[str, Any]:
-        """The row as it stands in sweep.json; `fronts` are those of `pareto_fronts`."""
+        """The row as it stands in sweep.json; `fronts` come from `pareto_fronts`."""
         weights, activations = self.trial.settings.formats
         measured = (BITS, "bits_per_weight", "size_bytes")
         return {

@@ -19,7 +19,7 @@ _RANGE = re.compile(r"(\d+)(?:-(\d+))?")
 
 @dataclass(frozen=True)
 class Choice:
-    """What of the design space was asked for, as typed; the two lists of bits stand in place of `bits`."""
+    """The part of the design space to try, as typed; the two lists of bits stand in place of `bits`."""
 
     bits: str = SWEEP_BITS
     weight_bits: str | None = None
@@ -31,7 +31,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Trial:
-    """One point of the space: a technique with the formats of weights and activations, all named in `settings`."""
+    """A point of the space: a technique with the formats of weights and activations, all named in `settings`."""
 
     technique: str
     settings: Settings

@@ -107,7 +107,7 @@ class Sweep:
         return Task(replace(given, **paths), self.source, out, self.keep_images)
 
     def _costs(self) -> dict[str, Costs]:
-        """What the arithmetic of every trial costs, by its name."""
+        """Arithmetic costs of every trial, by its name."""
         key = self.reference.requests[0].key  # stands for weights and call
         counted = self.folder.finished("costs", key)
         if counted is None:
@@ -138,7 +138,7 @@ class Sweep:
     def _run(
         self, waiting: Sequence[Task], trials: dict[str, Trial], done: dict[str, dict[str, Any]]
     ) -> dict[str, dict[str, Any] | Failure]:
-        """What became of each trial that was not done; told one by one, with the time to go."""
+        """Run the waiting trials; returns the outcome of each, and prints them one by one, with the time to go."""
         if not waiting:
             self.console.say("trials: all are done")
             return {}
@@ -209,7 +209,7 @@ class Sweep:
 
 
 class _Clock:
-    """How long what is left will take: by technique, from the trials of it that are done, else from all."""
+    """Estimates the time to go: for each technique from its finished trials, or else from all."""
 
     def __init__(self, left: Counter[str], workers: int):
         self._left, self._workers = left, workers
@@ -219,7 +219,7 @@ class _Clock:
         self._seconds.setdefault(technique, []).append(seconds)
 
     def end(self, technique: str, outcome: dict[str, Any] | Failure) -> None:
-        """One trial fewer."""
+        """Count a finished trial."""
         self._left[technique] -= 1
         if not isinstance(outcome, Failure):
             self.know(technique, outcome["seconds"]["trial"])
@@ -257,7 +257,7 @@ class _Counted(Exception):  # noqa: N818, it is no error
 
 
 def count_line(space: Space) -> str:
-    """How many trials there are of what, for people."""
+    """A line on the number of trials of each kind."""
     trials = space.trials
     techniques = list(dict.fromkeys(trial.technique for trial in trials))
     kinds = Counter(trial.kind for trial in trials)
@@ -266,7 +266,7 @@ def count_line(space: Space) -> str:
 
 
 def left_out_line(space: Space) -> str:
-    """Which combinations no recipe allows, for people; "" where there are none."""
+    """A line on the combinations that no recipe allows; "" where there are none."""
     if not space.left_out:
         return ""
     name, reason = next(iter(space.left_out.items()))

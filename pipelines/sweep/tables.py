@@ -63,7 +63,7 @@ def page(data: dict[str, Any], command: str) -> str:
 
 
 def _steps(images: dict[str, Any]) -> str:
-    """How many steps an image takes, where the pipeline's call has an argument for it."""
+    """The number of steps of an image, where the pipeline's call has an argument for it."""
     return f" of {images['num_inference_steps']} steps" if "num_inference_steps" in images else ""
 
 

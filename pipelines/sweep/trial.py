@@ -1,4 +1,4 @@
-"""One trial: a model is made, its images are made and scored, and of all that only what the tables need is kept."""
+"""A trial: make a model, make and score its images, and keep only what the tables need."""
 
 import contextlib
 import io
@@ -32,7 +32,7 @@ from dmquant.pipelines.runs.source import Source
 class Task:
     """A trial as a process of its own can do it: all paths are absolute.
 
-    The folder `sweep` holds the full-precision images, which are those of `source`.
+    The folder `sweep` holds the full-precision images of `source`.
     """
 
     settings: Settings
@@ -46,7 +46,7 @@ class Task:
 
     @property
     def folder(self) -> Path:
-        """Where the trial works; what is in it is removed when the trial is done, except images that are kept."""
+        """The work folder of the trial; its content is removed when the trial is done, except images that are kept."""
         return self.sweep / runfolder.TRIALS / runfolder.folder_name(self.name)
 
     @property
@@ -91,7 +91,7 @@ class Failure:
 
 
 class _Logging(Console):
-    """Of several trials at once only the sweep talks: lines go to the trial's log, and bars nowhere."""
+    """The console of one of several trials at once: lines go to the trial's log, and bars nowhere."""
 
     def __init__(self) -> None:
         super().__init__()

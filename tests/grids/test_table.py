@@ -14,8 +14,8 @@ from dmquant.pipelines.runs.footprint import footprint
 from dmquant.qtensor import QuantizedTensor, WeightSpec, quantize
 from dmquant.recipe import Recipe
 from dmquant.rounding import gptq
-from tests.calib.runs import PART_OF_UNET, calibrated, captured, is_same, quantized_layers, recipe_of, saved_and_loaded
 from tests.calib.layers.test_lean import inputs
+from tests.calib.runs import PART_OF_UNET, calibrated, captured, is_same, quantized_layers, recipe_of, saved_and_loaded
 
 SPEC = WeightSpec.parse("lut4", "channel", "mse", "table")
 LEAN = {"weights": "lut4", "granularity": "channel", "scale": "lean", "store": "table", "rounding": "gptq"}

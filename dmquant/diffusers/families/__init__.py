@@ -29,7 +29,7 @@ def blocks_in(*lists: str) -> "Callable[[nn.Module], list[str]]":
 
 
 def first_of_each_patch(features: int, channels: int, first: int) -> "Tensor":
-    """Which of a patch projection's output features are of the first `first` channels of a pixel; bool, (features,).
+    """Mask of a patch projection's output features: True for the first `first` channels of a pixel; bool (features,).
 
     A diffusion transformer's features are the pixels of a patch, each with its `channels` channels together.
     """
@@ -56,7 +56,7 @@ def _itself(pipeline: "DiffusionPipeline") -> "DiffusionPipeline":
 
 @dataclass(frozen=True)
 class Family:
-    """What is common to the backbones of one architecture."""
+    """Facts common to the backbones of one architecture."""
 
     name: str
     component: str
@@ -70,7 +70,7 @@ class Family:
     blocks: "Callable[[nn.Module], list[str]]"
     """Names of the backbone's modules that are reconstructed one after another. No two hold the same layer."""
     guidance: Literal["rows", "embedded"] = "rows"
-    """How classifier-free guidance is computed: with and without the prompt as `rows` of one call, or `embedded` as an
+    """Computation of classifier-free guidance: with and without the prompt as `rows` of one call, or `embedded` as an
     input of a distilled backbone, which is then called with one row an image."""
     concatenations: "Callable[[nn.Module], dict[str, int]]" = _nothing
     """Layers whose input is the concatenation of a stream and a skip connection, with the channels of the stream. The
@@ -90,7 +90,7 @@ class Family:
     """Whether the first and the last layer stay in high precision as well, whatever they are called."""
 
     def known(self, backbone: "nn.Module") -> Known:
-        """What `keep: family` in a recipe stands for in this backbone."""
+        """The meaning of `keep: family` in a recipe for this backbone."""
         keep = {**self.keep, **ends(backbone)} if self.keeps_ends else self.keep
         return Known(keep, self.concatenations(backbone))
 

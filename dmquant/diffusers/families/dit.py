@@ -60,7 +60,7 @@ class PromptedDiT:
         return output
 
     def _class_of(self, prompt: str) -> int:
-        """Number of the class; names are those of the pipeline's labels, each class having one or several."""
+        """Number of the class; the pipeline's labels hold its names, one or several for each class."""
         number = int(prompt) if prompt.isdecimal() else self.pipeline.labels.get(prompt)
         classes = self.pipeline.transformer.config.num_embeds_ada_norm
         if number is None or number >= classes:

@@ -1,7 +1,7 @@
 """HunyuanDiT 1.1 and 1.2: one list of transformer blocks, those of its second half with long skips from the first.
 
 Between the blocks flow the image tokens; block `i` past the middle also reads the output of the block as far before the
-middle, which `skip_linear` meets concatenated behind the stream. Every block reads the embeddings of two text encoders
+middle, concatenated behind the stream in front of `skip_linear`. Every block reads the embeddings of two text encoders
 in one sequence, one vector made of timestep and pooled text (1.1: with image size and style), which its own `norm1`
 turns into a shift, and the rotary table of the image's positions.
 """

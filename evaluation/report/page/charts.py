@@ -17,7 +17,7 @@ Place = Callable[[float, float], tuple[str, str]]  # x and y as the SVG has them
 
 @dataclass(frozen=True)
 class Point:
-    """A point and what is said of it."""
+    """A point and its caption."""
 
     x: float
     y: float

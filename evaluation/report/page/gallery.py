@@ -64,7 +64,7 @@ def image_pairs(folder: Path, report: Report, progress: Progress = silent) -> Pa
 def _values(
     recipe: RecipeResult, reference: list[Path], quantized: list[Path], progress: Progress
 ) -> dict[str, Sequence[float]]:
-    """What a recipe's pairs can be sorted by: how far they are apart, and each metric that has a value an image."""
+    """Values to sort a recipe's pairs by: their difference, and each metric with a value for each image."""
     kept = {name: recipe.metrics[name].values for name in METRICS if name in recipe.metrics}
     apart = []
     for pair in zip(reference, quantized, strict=True):

@@ -87,7 +87,7 @@ def metrics(report: Report) -> str:
 
 
 def _said(name: str, metric: Metric) -> list[str]:
-    """What must be known of a metric's number: its images, its network, remarks; or why there is none."""
+    """Remarks on a metric's number: its images, its network, its note; or why there is none."""
     if metric.value is None:
         return [wording.metric_value(name, metric)]
     texts = (f"{metric.images} images", wording.backbone_text(metric.backbone), metric.note)
@@ -95,7 +95,7 @@ def _said(name: str, metric: Metric) -> list[str]:
 
 
 def _metric_cell(name: str, variant: str, metric: Metric | None, shared: Sequence[str]) -> str:
-    """A value with its interval and spread, and what is said of it alone; on a phone the variant's name is above it."""
+    """A value with its interval and spread, and its own remarks; on a phone the variant's name is above it."""
     if metric is None:
         return "<td></td>"
     own = [text for text in _said(name, metric) if text not in shared]
@@ -149,7 +149,7 @@ def _worst_layers(layers: Sequence[LayerError]) -> str:
 
 
 def steps(report: Report) -> str:
-    """How the error grows along the sampler's steps, where that was measured."""
+    """A chart of the error along the sampler's steps, where that was measured."""
     chart = step_chart(report)
     return f"<p>{STEPS}</p>\n{chart}" if chart else ""
 
