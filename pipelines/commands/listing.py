@@ -119,6 +119,8 @@ def inspect(folder: Path, layers: bool) -> None:
     Raises UserError for a folder that holds no pipeline, or one that is not whole.
     """
     quiet_libraries()
+    if (folder / runfolder.RECIPES).is_dir():
+        raise UserError(f"{folder} compares several models: name one, {folder / runfolder.RECIPES}/NAME/model")
     if runfolder.is_run(folder):
         folder = folder / runfolder.MODEL
     if not folder.exists():

@@ -345,6 +345,12 @@ def test_options_that_a_pipelines_call_does_not_take(capsys, tmp_path):
             _fails(result, code, "a DiTPipeline takes no height; dit makes images of 32x32")
 
 
+def test_inspect_asks_which_model_of_a_comparison(capsys, model):
+    Path("both/recipes/rtn").mkdir(parents=True)
+    Path("both/state.json").write_text("{}")
+    _fails(dmquant(capsys, "inspect", "both"), 1, "compares several models: name one, both/recipes/NAME/model")
+
+
 def test_inspect_says_what_a_family_keeps_and_why(capsys, model):
     out = dmquant(capsys, "inspect", model)[1]
     assert "PixArtTransformer2DModel, family pixart" in out
