@@ -159,6 +159,8 @@ def _keep_source(source: Path, out: Path) -> None:
 def generate(settings: Settings, out: Path) -> None:
     """Make one image a prompt in the folder `out`, with a model at full precision or one that dmquant quantized."""
     quiet_libraries()
+    if out.is_file():
+        raise UserError(f"{out} is a file; choose another folder with --out")
     console = Console()
     folder = Path(settings.model.source)
     quantized = folder.is_absolute() and folders.quantization(folder, settings.family.component) is not None

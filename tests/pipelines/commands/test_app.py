@@ -116,6 +116,11 @@ def test_an_unknown_kernel_is_said_before_any_work(capsys, model, monkeypatch, c
     assert not Path("made").exists()
 
 
+def test_images_do_not_go_into_a_file(capsys, model):
+    Path("made").write_text("mine")
+    _fails(dmquant(capsys, "generate", model, "--out", "made"), 1, "made is a file; choose another folder with --out")
+
+
 WRONG_RECIPES = {
     "none": (",", "--recipes is empty"),
     "unknown": ("rtn,rtm", "did you mean 'rtn'?"),
