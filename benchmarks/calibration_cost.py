@@ -34,15 +34,18 @@ LEARNING_SAMPLES, HELD_OUT_SAMPLES, BATCH, ITERATIONS = 8, 2, 2, 4
 class RandomData:
     """Calls of the backbone with random arguments, as a CalibrationStore gives them."""
 
-    rows, steps, weights = 1, LEARNING_SAMPLES + HELD_OUT_SAMPLES, None
-    key = "random"
+    rows, weights, key = 1, None, "random"
 
-    def __init__(self) -> None:
-        self.samples = [Sample(step, step, step >= LEARNING_SAMPLES) for step in range(self.steps)]
+    def __init__(
+        self, side: int = 16, text: int = TEXT, learning: int = LEARNING_SAMPLES, held_out: int = HELD_OUT_SAMPLES
+    ) -> None:
+        """Latents of `side` squared, `text` channels of each text token, and samples to learn from and held out."""
+        self.steps = learning + held_out
+        self.samples = [Sample(step, step, step >= learning) for step in range(self.steps)]
         self.timesteps = [999.0 - 99 * step for step in range(self.steps)]
         draw = torch.Generator().manual_seed(0)
-        self.latents = torch.randn(self.steps, 4, 16, 16, generator=draw, dtype=torch.bfloat16)
-        self.texts = torch.randn(self.steps, TOKENS, TEXT, generator=draw, dtype=torch.bfloat16)
+        self.latents = torch.randn(self.steps, 4, side, side, generator=draw, dtype=torch.bfloat16)
+        self.texts = torch.randn(self.steps, TOKENS, text, generator=draw, dtype=torch.bfloat16)
 
     def __len__(self) -> int:
         return len(self.samples)

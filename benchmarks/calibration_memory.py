@@ -9,57 +9,22 @@ constants of calib/blocks/budget.py are chosen by this table.
 """
 
 import argparse
-import contextlib
 import gc
 import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
+from calibration_cost import RandomData, no_bar
 
 import dmquant  # before diffusers, for which it makes torchvision importable
-from dmquant.calib.data.sampling import Sample
 from dmquant.errors import UsageError
 from dmquant.host.memory import peak_memory, resident_memory, return_freed_memory
 from dmquant.pipelines.runs.settings import parse_size
 
-TEXT, TOKENS, BATCH, LEARNING, HELD_OUT = 256, 32, 2, 6, 2
-
-
-class RandomData:
-    """Calls of the backbone with random arguments, as a CalibrationStore gives them."""
-
-    rows, steps, weights, key = 1, LEARNING + HELD_OUT, None, "random"
-
-    def __init__(self, side: int) -> None:
-        self.samples = [Sample(step, step, step >= LEARNING) for step in range(self.steps)]
-        self.timesteps = [999.0 - 99 * step for step in range(self.steps)]
-        draw = torch.Generator().manual_seed(0)
-        self.latents = torch.randn(self.steps, 4, side, side, generator=draw, dtype=torch.bfloat16)
-        self.texts = torch.randn(self.steps, TOKENS, TEXT, generator=draw, dtype=torch.bfloat16)
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def batch(self, indices: Sequence[int], device: str | torch.device = "cpu") -> tuple[tuple, dict[str, Any]]:
-        chosen = list(indices)
-        arguments = {
-            "hidden_states": self.latents[chosen],
-            "encoder_hidden_states": self.texts[chosen],
-            "timestep": torch.tensor([self.timesteps[index] for index in chosen]),
-            "encoder_attention_mask": torch.ones(len(chosen), TOKENS, dtype=torch.bfloat16),
-        }
-        given: dict[str, Any] = {name: tensor.to(device) for name, tensor in arguments.items()}
-        return (), given | {"added_cond_kwargs": {"resolution": None, "aspect_ratio": None}, "return_dict": False}
-
-
-@contextlib.contextmanager
-def no_bar(title: str) -> Iterator[Any]:
-    yield lambda *args: None
+TEXT, BATCH, LEARNING, HELD_OUT = 256, 2, 6, 2
 
 
 def measure(name: str, width: int, side: int) -> dict[str, int]:
@@ -88,7 +53,7 @@ def measure(name: str, width: int, side: int) -> dict[str, int]:
         recipe = recipe.with_settings(scale="absmax", candidates=None)
     learning = recipe.learning.model_copy(update={"iterations": 3, "batch_size": BATCH, "checks": 1})
     recipe = recipe.model_copy(update={"learning": learning}).keeping(FAMILY.keep)
-    data = RandomData(side)
+    data = RandomData(side, TEXT, LEARNING, HELD_OUT)
 
     def calibrate(budget: int) -> None:
         with tempfile.TemporaryDirectory() as folder:
