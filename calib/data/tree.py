@@ -10,7 +10,6 @@ from torch import Tensor
 from dmquant.errors import UserError
 
 PLAIN = (type(None), bool, int, float, str)
-SEQUENCES = {list: "list", tuple: "tuple", torch.Size: "tuple"}
 
 
 class Leaf(NamedTuple):
