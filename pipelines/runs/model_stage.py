@@ -96,8 +96,10 @@ def make_model(
     size, stored = footprint(backbone), sum(tensor.nbytes for tensor in backbone.state_dict().values())
     kind = type(pipeline).__name__
     card = model_card(settings.model.name, settings.recipe.name, *settings.formats, kind, settings.dtype)
-    if kept := save_whole(pipeline, folder, card, settings.family.component, shared):
-        console.say(f"note: {folder} was replaced; what it held that is not of a pipeline is in {kept}")
+    if replaced := save_whole(pipeline, folder, card, settings.family.component, shared):
+        console.say(
+            f"note: the model that was in {folder} has no checksums, so that it was not removed: it is {replaced}"
+        )
     seconds = time.perf_counter() - began
     component = folder / settings.family.component
     facts = {

@@ -15,7 +15,7 @@ from dmquant.pipelines.models.loading import DTYPES
 from dmquant.pipelines.runs import runfolder
 from dmquant.pipelines.runs.card import scored_card
 from dmquant.pipelines.runs.runfolder import RECIPES, RunFolder
-from dmquant.pipelines.runs.scores import OF_REFERENCE, generated_names
+from dmquant.pipelines.runs.scores import OF_REFERENCE, generated_names, table_holds
 from dmquant.settings import format_name
 
 NOT_TAKEN = "not taken by the pipeline"
@@ -66,7 +66,9 @@ def unfinished(folder: RunFolder, settings: dict[str, Any]) -> list[str]:
     for name, (side, _) in quantized_sides(folder, settings).items():
         fingerprints = _fingerprints(settings, name)
         stages = [stage for stage in of_side if not side.holds(stage, fingerprints)]
-        if "scores" not in stages and not _are_scored(side.record("scores"), settings):
+        if "scores" not in stages and not (
+            _are_scored(side.record("scores"), settings) and table_holds(side, side.record("scores"))
+        ):
             stages.append("scores")
         absent += [f"{stage} of {name}" if "recipes" in settings else stage for stage in stages]
     return absent
