@@ -10,6 +10,7 @@ from torch import nn
 
 from dmquant.diffusers.quantizer import make_portable, save_pipeline
 from dmquant.errors import UserError
+from dmquant.host import checksums
 from dmquant.pipelines.models import folders
 from dmquant.pipelines.models.shared_parts import SharedParts
 
@@ -50,6 +51,7 @@ def save_whole(
     try:
         _save(pipeline, partial, backbone, shared)
         (partial / CARD).write_text(card, encoding="utf-8")
+        checksums.write(partial)
         replaced = _put_aside(folder)
         try:
             partial.replace(folder)
@@ -102,7 +104,7 @@ def _written(folder: Path) -> list[Path]:
         return []
     of_parts = [path for name in folders.components(folder) for path in (folder / name).glob("*") if path.is_file()]
     known = [path for path in of_parts if any(fnmatch(path.name, pattern) for pattern in WRITTEN)]
-    return [*known, *(path for name in (folders.INDEX, CARD) if (path := folder / name).is_file())]
+    return [*known, *(path for name in (folders.INDEX, CARD, checksums.NAME) if (path := folder / name).is_file())]
 
 
 def narrow_exactly(module: nn.Module) -> None:
