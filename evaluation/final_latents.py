@@ -5,11 +5,12 @@ They show what quantization did before the VAE and 8-bit pixels blur it.
 
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from dmquant.errors import UserError
 from dmquant.host.files import remembering
-from dmquant.host.tensors import load_sealed, save_sealed
+from dmquant.host.sealed import load_sealed, save_sealed, sealed_about
 
 SUFFIX = ".latent.safetensors"
 TENSOR = "latent"
@@ -26,7 +27,7 @@ def save_latent(latent: Tensor, image: Path, key: str) -> None:
     `latent` is float32 of any shape, in the units of the sampler; strides are not kept. Raises UserError where the disk
     refuses.
     """
-    save_sealed(latent_path(image), {TENSOR: latent}, {"key": key})
+    save_sealed(latent_path(image), {TENSOR: latent.clone(memory_format=torch.contiguous_format)}, key)
 
 
 def read_latent(image: Path, key: str | None) -> Tensor | None:
@@ -34,8 +35,8 @@ def read_latent(image: Path, key: str | None) -> Tensor | None:
 
     They are float32 on the CPU, in the shape and the units they were saved in.
     """
-    tensors, metadata = load_sealed(latent_path(image)) or ({}, {})
-    return tensors.get(TENSOR) if metadata == {"key": key} else None
+    tensors, of_image = load_sealed(latent_path(image)) or ({}, None)
+    return tensors.get(TENSOR) if of_image == key else None
 
 
 def has_latent(image: Path, key: str) -> bool:
@@ -49,5 +50,4 @@ def has_latent(image: Path, key: str) -> bool:
 @remembering
 def _key(path: Path) -> str | None:
     """The key in a file of latents that is what was written."""
-    tensors, metadata = load_sealed(path) or ({}, {})
-    return metadata.get("key") if TENSOR in tensors else None
+    return sealed_about(path)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dmquant.diffusers.watching import watching_steps
-from dmquant.host.tensors import load_sealed, save_sealed
+from dmquant.host.sealed import load_sealed, save_sealed
 
 TRAJECTORIES = 8
 """Images of a set whose trajectories are kept: at 1024 pixels one can take 50 MB."""
@@ -68,12 +68,10 @@ def trajectory_path(image: Path) -> Path:
 
 def save_trajectory(trajectory: Trajectory, image: Path, key: str) -> None:
     """Write the trajectory of one image beside it, whole or not at all; `key` is the image's own."""
-    save_sealed(trajectory_path(image), vars(trajectory), {"key": key})
+    save_sealed(trajectory_path(image), {name: each.contiguous() for name, each in vars(trajectory).items()}, key)
 
 
 def read_trajectory(image: Path, key: str | None) -> Trajectory | None:
     """The trajectory made together with the image of that key; None where there is none, or a damaged one."""
-    tensors, metadata = load_sealed(trajectory_path(image)) or ({}, {})
-    if metadata != {"key": key} or tensors.keys() != {"timesteps", "latents"}:
-        return None
-    return Trajectory(**tensors)
+    tensors, of_image = load_sealed(trajectory_path(image)) or ({}, None)
+    return Trajectory(**tensors) if tensors and of_image == key else None

@@ -7,7 +7,6 @@ a batch, and every row comes out bit for bit the same; nor does the number of pr
 """
 
 import hashlib
-import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +21,7 @@ from dmquant.evaluation.progress import Progress, silent
 from dmquant.evaluation.read_ahead import READERS, read_ahead
 from dmquant.evaluation.result import Backbone
 from dmquant.host import processes
-from dmquant.host.tensors import load_sealed, save_sealed
+from dmquant.host.sealed import load_sealed, save_sealed
 
 SAVE_EVERY = 30.0  # seconds of work that a killed command loses at most
 TEXT = "text"
@@ -151,14 +150,11 @@ class _Table:
             return
         rows = torch.stack([self.rows[key] for key in self._unsaved])
         path = self.folder / f"{self._unsaved[0][:16]}.safetensors"
-        save_sealed(path, {FEATURES: rows}, {"digests": json.dumps(self._unsaved)})
+        save_sealed(path, {FEATURES: rows}, self._unsaved)
         self._unsaved, self._saved_at = [], time.monotonic()
 
 
 def _read(path: Path) -> dict[str, Tensor]:
     """The rows in a file by digest; none when it is damaged, so that they are computed again."""
-    tensors, metadata = load_sealed(path) or ({}, {})
-    try:
-        return dict(zip(json.loads(metadata["digests"]), tensors[FEATURES], strict=True))
-    except (ValueError, TypeError, KeyError):
-        return {}
+    tensors, digests = load_sealed(path) or ({FEATURES: ()}, ())
+    return dict(zip(digests, tensors[FEATURES], strict=True))

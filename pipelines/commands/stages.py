@@ -248,7 +248,8 @@ def report(folder: Path) -> None:
         raise UserError(f"{folder} is not finished ({', '.join(absent)} not done); run its command again to resume")
     result = build_report(run_folder, settings)
     console = Console()
-    processes.current().on_main(lambda: write_all_reports(run_folder, settings, result, console))
+    with owned.claimed(folder):
+        processes.current().on_main(lambda: write_all_reports(run_folder, settings, result, console))
     for table in comparison_tables(result) if "recipes" in settings else [closing_table(result)]:
         console.show(table)
 

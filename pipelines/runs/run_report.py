@@ -9,7 +9,7 @@ from dmquant.evaluation.report.files import write_report
 from dmquant.evaluation.result import LayerError, Metric, RecipeResult, Reference, Report
 from dmquant.evaluation.scores_csv import columns
 from dmquant.evaluation.step_errors import step_errors
-from dmquant.host import checksums
+from dmquant.host import checksums, owned
 from dmquant.host.console import Console
 from dmquant.host.files import write_text
 from dmquant.pipelines.models.loading import DTYPES
@@ -54,9 +54,10 @@ def write_all_reports(folder: RunFolder, settings: dict[str, Any], report: Repor
     for name, (side, _) in quantized_sides(folder, settings).items():
         path = side.path / runfolder.MODEL / "README.md"
         card = scored_card(report, name, settings["model"]["pipeline"], str(DTYPES[settings["dtype"]]))
-        if path.read_text(encoding="utf-8") != card:
-            write_text(path, card)
-        checksums.rewritten(path.parent, [path.name])
+        with owned.joined(side.path):
+            if path.read_text(encoding="utf-8") != card:
+                write_text(path, card)
+            checksums.rewritten(path.parent, [path.name])
 
 
 def unfinished(folder: RunFolder, settings: dict[str, Any]) -> list[str]:

@@ -236,6 +236,7 @@ def _opened(path: Path, model: str) -> RunFolder:
         if (path / STATE).exists():
             raise
     (path / owned.ROOM / MODEL_NAME).write_text(model, encoding="utf-8")
+    (path / owned.ROOM / JOURNAL).unlink(missing_ok=True)
     write_text(path / STATE, json.dumps({"version": VERSION, "model": model, "stages": {}, "notes": {}}) + "\n")
     return RunFolder(path)
 
