@@ -72,16 +72,6 @@ def conv2d(x: Tensor, layer: nn.Module) -> Tensor:
     return _prepared(layer, x.device).conv2d(x, layer)
 
 
-def prepare_(module: nn.Module) -> None:
-    """Choose the kernel of every quantized layer of `module` now, and let it make its own weights.
-
-    The first call of a layer does so too, but breaks the graph inside of torch.compile.
-    """
-    for layer in module.modules():
-        if isinstance(layer, Chosen):
-            _prepared(layer, layer.qweight.device)
-
-
 def used(module: nn.Module) -> dict[str, int]:
     """The number of quantized layers of `module` by kernel: the one that ran a layer last, or else would run it."""
     return dict(Counter(layer.kernel for layer in module.modules() if isinstance(layer, Chosen)))

@@ -102,9 +102,8 @@ def test_copies_and_casts_make_weights_of_their_own(toy):
     assert layer.kernel_weight.dtype == torch.float32
 
 
-def test_a_prepared_layer_compiles_into_one_graph(toy):
+def test_a_layer_that_was_called_compiles_into_one_graph(toy):
     layer = layer_of()
-    kernels.prepare_(layer)
     expected, graphs = layer(X), []
 
     def count(graph, example_inputs):
