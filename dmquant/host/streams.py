@@ -1,4 +1,4 @@
-"""Standard output and error that end no command: characters they cannot show are replaced, failures are kept for its end.
+"""Standard output and error that end no command: what they cannot show is replaced, that they fail is said at its end.
 
 Hours of work do not depend on whether somebody reads what is printed: where a stream is closed or cannot be written,
 the rest of it is dropped.
@@ -47,7 +47,7 @@ def install() -> None:
     for number, name in enumerate(STANDARD):
         stream = getattr(sys, name)
         if stream is None:
-            setattr(sys, name, open(number, "r" if name == "stdin" else "w", encoding="utf-8", closefd=False))
+            setattr(sys, name, os.fdopen(number, "w" if number else "r", encoding="utf-8", closefd=False))
         elif number and type(stream) is io.TextIOWrapper and stream is getattr(sys, f"__{name}__"):
             kept = {"encoding": stream.encoding, "errors": HANDLER, "line_buffering": stream.line_buffering}
             setattr(sys, name, Stream(stream.detach(), **kept))

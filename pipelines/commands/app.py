@@ -12,7 +12,6 @@ from dmquant.host import streams
 from dmquant.pipelines.commands import on_models, on_results  # noqa: F401  (which register their commands)
 from dmquant.pipelines.commands.command import DEBUG, app
 
-
 PIPE_CLOSED = 141  # what a shell expects of a program whose reader has gone
 
 
@@ -30,7 +29,7 @@ def main() -> None:
 
 
 def _exit_code_of_output() -> int:
-    """0 where all could be printed; else why not is said, except of a reader that has gone (`dmquant models | head`)."""
+    """0 where all could be printed; else why not is said, except of a reader that has gone (`dmquant ... | head`)."""
     failure = streams.output_failure()
     if failure is None:
         return 0

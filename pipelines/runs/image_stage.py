@@ -6,12 +6,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dmquant import kernels
 from dmquant.evaluation.generate import Generated, ImageRequest, generate, missing, pruned_and_missing
 from dmquant.host import processes
 from dmquant.host.console import Console
 from dmquant.host.files import fingerprint
 from dmquant.host.memory import peak_memory
+from dmquant.pipelines.runs.footprint import kernels_used
 from dmquant.pipelines.runs.runfolder import RunFolder
 from dmquant.pipelines.runs.settings import Settings
 
@@ -48,7 +48,7 @@ def complete_images(
             "peak_memory_bytes": peak.bytes,
             "peak_memory_of": peak.what,
             "not_finite": generated.not_finite,
-            "kernels": kernels.used(getattr(pipeline, settings.family.component)),
+            "kernels": kernels_used(getattr(pipeline, settings.family.component)),
         }
     folder.finish(stage, key, images=len(requests), **measured)
 
