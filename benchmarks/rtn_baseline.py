@@ -64,6 +64,7 @@ def row(weights: str, activations: str, report: dict) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="emoji-pixart")
+    parser.add_argument("--prompts", default="emoji-held-out", help="what images are made of; default %(default)s")
     parser.add_argument("--num-prompts", type=int, default=64)
     parser.add_argument("--scale", choices=("mse", "absmax"), default="mse")
     parser.add_argument("--out", type=Path, default=Path("runs/baseline"))
@@ -71,7 +72,7 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     recipe = options.out / f"rtn-{options.scale}.yaml"
     Recipe.load("rtn").with_settings(scale=options.scale).save(recipe)
-    run_options = ["--recipe", recipe, "--num-prompts", options.num_prompts]
+    run_options = ["--recipe", recipe, "--prompts", options.prompts, "--num-prompts", options.num_prompts]
     rows = [HEADER, ["---"] * len(HEADER)]
     for weights, activations in ROWS:
         report = measure(options.model, weights, activations, options.out, run_options)
