@@ -14,6 +14,7 @@ from dmquant.evaluation.png import read_prompt
 from dmquant.evaluation.report.image_grid import draw_grid
 from dmquant.host import owned, processes
 from dmquant.host.console import Console, quiet_libraries
+from dmquant.host.folder_swap import settle
 from dmquant.pipelines.models import folders
 from dmquant.pipelines.models.loading import checked_folder, resolve_device
 from dmquant.pipelines.models.saving import listed
@@ -124,7 +125,7 @@ def _place_of_model(out: Path, overwrite: bool) -> Iterator[Path]:
     """Hold the place of a model, where there is none yet or one to be replaced; yields its workspace."""
     _refuse_to_replace(out, overwrite)
     with owned.workspace(out) as room:
-        owned.settle(out.resolve(), room, listed)
+        settle(out.resolve(), room, listed)
         _refuse_to_replace(out, overwrite)  # what was there when another command held it
         yield room
 
