@@ -231,6 +231,7 @@ def joined(root: Path) -> Iterator[Owned]:
     if held is not None:
         yield held
         return
+    _furnish(root / ROOM)
     with _open(Owned(root)) as owned:
         yield owned
 
@@ -261,11 +262,7 @@ def workspace(folder: Path) -> Iterator[Path]:
 @contextlib.contextmanager
 def _held(root: Path, room: Path, what: str | None = None) -> Iterator[Owned]:
     try:
-        room.mkdir(parents=True, exist_ok=True)
-        if not is_room(room):
-            if any(entry.name not in (MARKER, LOCK) for entry in room.iterdir()):
-                raise UserError(f"{room} is in the way, and is not of dmquant: move or remove it")
-            (room / MARKER).write_text(ABOUT, encoding="utf-8")
+        _furnish(room)
         lock = (room / LOCK).open("w")
     except OSError as error:
         raise UserError(f"cannot write to {root}: {error.strerror}; choose another folder with --out") from error
@@ -275,6 +272,15 @@ def _held(root: Path, room: Path, what: str | None = None) -> Iterator[Owned]:
         owned.tidy()
         with _open(owned):
             yield owned
+
+
+def _furnish(room: Path) -> None:
+    """Make a room; UserError where something else has its place, OSError as the disk."""
+    room.mkdir(parents=True, exist_ok=True)
+    if not is_room(room):
+        if any(entry.name not in (MARKER, LOCK) for entry in room.iterdir()):
+            raise UserError(f"{room} is in the way, and is not of dmquant: move or remove it")
+        (room / MARKER).write_text(ABOUT, encoding="utf-8")
 
 
 @contextlib.contextmanager
