@@ -3,7 +3,6 @@
 import contextlib
 import inspect
 import logging
-import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from dmquant.diffusers.families import Family, family_of
 from dmquant.diffusers.quantizer import mark_quantized
 from dmquant.errors import UsageError, UserError, unknown
 from dmquant.evaluation.generate import batch_size_for
+from dmquant.host import owned
 from dmquant.host.console import Console
 from dmquant.layers import QUANTIZED
 from dmquant.models import completed
@@ -227,6 +227,5 @@ def _workspace(out: Path | None) -> Iterator[Path]:
         with tempfile.TemporaryDirectory(prefix="dmquant-") as folder:
             yield Path(folder)
         return
-    workspace = out.with_name(f"{out.name}.{runfolder.CALIBRATION}")
-    yield workspace
-    shutil.rmtree(workspace, ignore_errors=True)
+    with owned.workspace(out) as room:
+        yield room / runfolder.CALIBRATION

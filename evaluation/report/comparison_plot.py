@@ -18,6 +18,7 @@ from dmquant.evaluation.report.plot_style import (
     save,
 )
 from dmquant.evaluation.result import Metric, RecipeResult, Report
+from dmquant.host import owned
 
 MARKERS = "osD^vPX*"
 FRONT = "#a9abb8"
@@ -38,12 +39,12 @@ def draw_comparison(report: Report, out: Path, metric: str | None = None) -> boo
     Better is higher up; a line joins the Pareto front: the recipes than which none of fewer or equal bits is better.
     Recipes without the metric are left out, and so is the second panel where fewer than two recipes have a latent MSE
     (above 0: the axis is logarithmic) and where it is the metric itself. Returns whether there was anything to draw;
-    where not, an older picture at `out` is removed.
+    where not, an older picture of ours at `out` is removed.
     """
     metric = metric or _first_metric(report)
     recipes = {name: recipe for name, recipe in report.recipes.items() if _value(recipe, metric) is not None}
     if not recipes:
-        out.unlink(missing_ok=True)
+        owned.remove(out)
         return False
     kind = METRICS[metric]
     measured = [recipe.metrics[metric] for recipe in recipes.values()]

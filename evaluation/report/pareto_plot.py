@@ -19,6 +19,7 @@ from dmquant.evaluation.report.plot_style import (
     save,
 )
 from dmquant.evaluation.result import Metric
+from dmquant.host import owned
 
 MARKERS = {"fp": "o", "int": "s"}
 OTHER_MARKER = "D"
@@ -52,7 +53,7 @@ def draw_pareto(title: str, points: Sequence[Point], costs: Mapping[str, str], m
     points = [point for point in points if point.quality.value is not None]
     shown = {cost: known for cost in costs if (known := [point for point in points if cost in point.costs])}
     if not shown:
-        out.unlink(missing_ok=True)
+        owned.remove(out)
         return False
     kind, values = METRICS[metric], [point.quality.value for point in points]
     figure, axes = panels(len(shown), PANEL_WIDTH * len(shown) + LEGEND_WIDTH, HEIGHT, values)

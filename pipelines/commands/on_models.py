@@ -190,6 +190,7 @@ def quantize(
 def generate(
     model: Model,
     out: Annotated[Path, typer.Option(metavar="DIR", help="Where the images go.", rich_help_panel="Output")],
+    overwrite: Overwrite = False,
     **given: Any,
 ) -> None:
     """Generate one image a prompt with MODEL, at full precision or quantized; images already there are kept."""
@@ -198,4 +199,4 @@ def generate(
 
     # Nothing is quantized here; settings hold a recipe all the same, and this one goes with every family.
     resolved = settings.resolve(settings.Options(model=model, recipe="rtn", **given))
-    stages.generate(resolved, out)
+    stages.generate(resolved, out, overwrite)

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Collection
 from pathlib import Path
 
+from dmquant.host import checksums
 from dmquant.host.hashes import sha256_once
 from dmquant.pipelines.models import folders
 
@@ -14,7 +15,7 @@ def identifying_files(folder: Path, leave_out: Collection[str] = ()) -> list[Pat
     """Every file that a pipeline is loaded from: its index, and what is read of its parts but those to `leave_out`."""
     parts = [folder / name for name in folders.components(folder) if name not in leave_out]
     of_parts = [path for part in parts for path in part.glob("*") if path.suffix in READ and path.is_file()]
-    return sorted({*folder.glob("*.json"), *of_parts})
+    return sorted({*folder.glob("*.json"), *of_parts} - {folder / checksums.NAME})
 
 
 def pipeline_hashes(

@@ -20,6 +20,7 @@ from dmquant.host.hashes import sha256_once
 from dmquant.host.units import size_text
 from dmquant.pipelines.models import folders
 from dmquant.pipelines.models.attention import check_attention
+from dmquant.pipelines.models.checksums import checked
 from dmquant.pipelines.models.hashes import pipeline_hashes
 from dmquant.pipelines.models.loading import load_full_precision
 from dmquant.pipelines.models.placing import place, place_backbone_alone
@@ -96,8 +97,10 @@ def make_model(
     size, stored = footprint(backbone), sum(tensor.nbytes for tensor in backbone.state_dict().values())
     kind = type(pipeline).__name__
     card = model_card(settings.model.name, settings.recipe.name, *settings.formats, kind, settings.dtype)
-    if kept := save_whole(pipeline, folder, card, settings.family.component, shared):
-        console.say(f"note: {folder} was replaced; what it held that is not of a pipeline is in {kept}")
+    if replaced := save_whole(pipeline, folder, card, settings.family.component, shared):
+        console.say(
+            f"note: the model that was in {folder} has no checksums, so that it was not removed: it is {replaced}"
+        )
     seconds = time.perf_counter() - began
     component = folder / settings.family.component
     facts = {
@@ -147,7 +150,8 @@ def load_quantized(folder: Path, settings: Settings, **parts: Any) -> "Diffusion
     """
     folders.check_whole(folder)
     kind = getattr(diffusers, folders.pipeline_class(folder)) if parts else diffusers.DiffusionPipeline
-    pipeline = kind.from_pretrained(folder, torch_dtype=settings.dtype, local_files_only=True, **parts)
+    with checked(folder, parts):
+        pipeline = kind.from_pretrained(folder, torch_dtype=settings.dtype, local_files_only=True, **parts)
     check_attention(getattr(pipeline, settings.family.component))
     return place(pipeline, settings.device, settings.offload)
 

@@ -9,13 +9,14 @@ from dmquant.evaluation.report.files import write_report
 from dmquant.evaluation.result import LayerError, Metric, RecipeResult, Reference, Report
 from dmquant.evaluation.scores_csv import columns
 from dmquant.evaluation.step_errors import step_errors
+from dmquant.host import checksums, owned
 from dmquant.host.console import Console
 from dmquant.host.files import write_text
 from dmquant.pipelines.models.loading import DTYPES
 from dmquant.pipelines.runs import runfolder
 from dmquant.pipelines.runs.card import scored_card
 from dmquant.pipelines.runs.runfolder import RECIPES, RunFolder
-from dmquant.pipelines.runs.scores import OF_REFERENCE, generated_names
+from dmquant.pipelines.runs.scores import OF_REFERENCE, generated_names, table_holds
 from dmquant.settings import format_name
 
 NOT_TAKEN = "not taken by the pipeline"
@@ -53,8 +54,10 @@ def write_all_reports(folder: RunFolder, settings: dict[str, Any], report: Repor
     for name, (side, _) in quantized_sides(folder, settings).items():
         path = side.path / runfolder.MODEL / "README.md"
         card = scored_card(report, name, settings["model"]["pipeline"], str(DTYPES[settings["dtype"]]))
-        if path.read_text(encoding="utf-8") != card:
-            write_text(path, card)
+        with owned.joined(side.path):
+            if path.read_text(encoding="utf-8") != card:
+                write_text(path, card)
+            checksums.rewritten(path.parent, [path.name])
 
 
 def unfinished(folder: RunFolder, settings: dict[str, Any]) -> list[str]:
@@ -66,7 +69,9 @@ def unfinished(folder: RunFolder, settings: dict[str, Any]) -> list[str]:
     for name, (side, _) in quantized_sides(folder, settings).items():
         fingerprints = _fingerprints(settings, name)
         stages = [stage for stage in of_side if not side.holds(stage, fingerprints)]
-        if "scores" not in stages and not _are_scored(side.record("scores"), settings):
+        if "scores" not in stages and not (
+            _are_scored(side.record("scores"), settings) and table_holds(side, side.record("scores"))
+        ):
             stages.append("scores")
         absent += [f"{stage} of {name}" if "recipes" in settings else stage for stage in stages]
     return absent

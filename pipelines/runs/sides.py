@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from dmquant.errors import UserError
 from dmquant.evaluation.generate import ImageRequest
 from dmquant.evaluation.networks import Networks
-from dmquant.host import processes
+from dmquant.host import owned, processes
 from dmquant.host.console import Console
 from dmquant.host.files import fingerprint
 from dmquant.host.memory import peak_memory
@@ -64,7 +64,8 @@ class FullPrecision:
         complete_images(FP, self.requests, self.load, self.folder, self.settings, self.console)
         key = images_key(self.requests)
         known = self.folder.notes(runfolder.CUT_PROMPTS)
-        if self._pipeline is not None or known.get("images", key) != key:  # of earlier versions there is no key
+        of_these = bool(known) and known.get("images", key) == key  # of earlier versions there is no key
+        if self._pipeline is not None or not of_these:
             self._tell_cut_prompts(self.load(), key)
 
     def _tell_cut_prompts(self, pipeline: "DiffusionPipeline", key: str) -> None:
@@ -222,4 +223,4 @@ def _layers_key(model_key: str, reference: Sequence[ImageRequest], settings: Set
 def shared_parts(settings: Settings, source: Source, folder: RunFolder) -> SharedParts:
     """The place of the parts that the models of one folder share, since none of them changes these."""
     key = fingerprint(source=source.key, dtype=settings.dtype_name, versions=versions())
-    return SharedParts(folder.path / runfolder.SHARED, key)
+    return SharedParts(folder.path / owned.ROOM / runfolder.SHARED, key)

@@ -14,7 +14,7 @@ from dmquant.diffusers.calling import final_latents
 from dmquant.errors import UserError
 from dmquant.evaluation.metrics.registry import METRICS
 from dmquant.evaluation.report.pareto_plot import Point, draw_pareto
-from dmquant.host import processes
+from dmquant.host import owned, processes
 from dmquant.host.console import Console
 from dmquant.host.files import write_text
 from dmquant.host.memory import default_budget
@@ -185,7 +185,7 @@ class Sweep:
         files = (runfolder.SWEEP_DATA, runfolder.SWEEP_TABLE, runfolder.SWEEP_PAGE, runfolder.SWEEP_PLOT)
         if all(row.failed for row in rows):
             for name in files:
-                (path / name).unlink(missing_ok=True)
+                owned.remove(path / name)
             return
         fronts = pareto_fronts(rows, metric)
         data = {

@@ -321,6 +321,25 @@ def test_quantize_writes_a_model_that_inspect_describes_and_generate_uses(capsys
     assert "int8" in dmquant(capsys, "inspect", "q")[1]
 
 
+def test_a_saved_model_of_which_a_bit_has_flipped_is_refused_and_the_tensor_named(capsys, model):
+    dmquant(capsys, "quantize", model, "--recipe", "rtn", "--out", "q")
+    code, out, _ = dmquant(capsys, "inspect", "q", "--verify")
+    assert code == 0
+    assert "q is what was saved: " in out
+    weights = Path("q/text_encoder/model.safetensors")
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    generate = ["generate", "q", "--num-prompts", 1, "--steps", 1, "--out", "images"]
+    _fails(dmquant(capsys, *generate), 1, "q: text_encoder/model.safetensors is not what was saved: tensor 'shared.w")
+    code, out, err = dmquant(capsys, "inspect", "q", "--verify")
+    assert code == 1
+    assert "text_encoder/model.safetensors is not what was saved: tensor 'shared.weight'" in " ".join(out.split())
+    assert err.startswith("error: q is not what was saved, in 1 places")
+    Path("q/checksums.json").unlink()
+    _fails(dmquant(capsys, "inspect", "q", "--verify"), 1, "q has no checksums.json to verify it by")
+    assert dmquant(capsys, *generate)[0] == 0
+
+
 def test_a_pipeline_of_no_family_goes_through_the_generic_one(capsys, tmp_path):
     tiny_sd(tmp_path / "strange")
     index = tmp_path / "strange" / "model_index.json"
