@@ -133,9 +133,8 @@ def unmatched(module: nn.Module, recipe: Recipe) -> str | None:
     """A line on the patterns of a recipe's rules, but dmquant's and the family's, that match no layer of `module`."""
     own, of_family = [rule.match for rule in recipe.rules if rule not in shipped_rules()], known(module).keep
     missed = ", ".join(f"'{pattern}'" for pattern in without_match(own, layers_in(module)) if pattern not in of_family)
-    if not missed:
-        return None
-    return f"recipe '{recipe.name}': no layer of {type(module).__name__} matches {missed}, so that changes nothing"
+    line = f"recipe '{recipe.name}': no layer of {type(module).__name__} matches {missed}, so that changes nothing"
+    return line if missed else None
 
 
 def relative_error(weight: Tensor, quantized: QuantLinear | QuantConv2d) -> float:
@@ -166,6 +165,5 @@ def _obstacle(part: nn.Module) -> str | None:
 def _check_split(name: str, layer: nn.Linear | nn.Conv2d, split: int) -> None:
     if isinstance(layer, nn.Conv2d) and layer.groups > 1:
         raise UsageError(f"layer {name} is a grouped convolution: its input cannot be split")
-    channels = layer.weight.shape[1]
-    if not 0 < split < channels:
+    if not 0 < split < (channels := layer.weight.shape[1]):
         raise UsageError(f"layer {name} has {channels} input channels, which a split of {split} does not cut in two")

@@ -3,6 +3,8 @@
 import difflib
 from collections.abc import Iterable
 
+LONGEST = 100  # characters of a name, and of one that a message quotes
+
 
 class UserError(Exception):
     """Something the user can put right; the command line prints the message alone and exits with 1."""
@@ -18,6 +20,7 @@ class UsageError(UserError, ValueError):
 
 def unknown(kind: str, name: str, choices: Iterable[str], hint: str) -> UsageError:
     """A UsageError like "unknown format 'fp44': did you mean 'fp4'? `dmquant formats` lists them"."""
+    name = name if len(name) <= LONGEST else f"{name[:LONGEST]}..."
     likely = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.5)
     suggestion = f" did you mean '{likely[0]}'?" if likely else ""
     return UsageError(f"unknown {kind} '{name}':{suggestion} {hint}".replace(":  ", ": "))

@@ -1,8 +1,7 @@
 """Linear and Conv2d layers whose weights stay packed: codes and scales in memory, dequantized when used.
 
 Both subclass the float layer, so that LoRA adapters, offloading and module filters go on recognising them. Codes and
-scales are uint8 Parameters: as Parameters they are offloaded, and as bytes no `.to(dtype)`, and no loader that casts
-floating-point tensors, can change them.
+scales are uint8 Parameters: Parameters are offloaded, and no cast and no loader that casts can change bytes.
 """
 
 from collections.abc import Callable
@@ -58,9 +57,8 @@ class _QuantizedLayer(kernels.Chosen):
         for transform in transforms:
             for name, part in transform.parts().items():
                 setattr(self, f"{transform.name}_{name}", empty(part.shape, part.dtype))
-        self.bias = None
-        if layer.bias is not None:
-            self.bias = nn.Parameter(torch.empty(rows, device=device, dtype=self._dtype))
+        bias = layer.bias is not None
+        self.bias = nn.Parameter(torch.empty(rows, device=device, dtype=self._dtype)) if bias else None
         return self
 
     def forward(self, x: Tensor) -> Tensor:

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dmquant import kernels
 from dmquant.errors import UserError
 from dmquant.evaluation.generate import (
     Generated,
@@ -23,6 +22,7 @@ from dmquant.host import owned, processes
 from dmquant.host.console import Console
 from dmquant.host.files import fingerprint
 from dmquant.host.memory import PeakMemory, peak_memory
+from dmquant.pipelines.runs.footprint import kernels_used
 from dmquant.pipelines.runs.runfolder import RunFolder
 from dmquant.pipelines.runs.settings import Settings
 
@@ -56,7 +56,7 @@ def complete_images(
 
             def note(generated: Generated) -> None:
                 peak.update()
-                facts.add(generated, peak, kernels.used(backbone))
+                facts.add(generated, peak, kernels_used(backbone))
 
             make_images(pipeline, requests, images, settings, console, TITLES[side], note)
     folder.finish(stage, key, images=len(requests), **facts.measured())
