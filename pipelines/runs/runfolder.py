@@ -26,6 +26,7 @@ from dmquant.errors import UserError
 from dmquant.evaluation.png import read_key
 from dmquant.host import owned, processes
 from dmquant.host.files import append_line, json_sha256, write_text
+from dmquant.host.names import folder_of
 from dmquant.host.owned import Owned
 
 VERSION = 1
@@ -52,14 +53,22 @@ WRITTEN = (
     *(f"{FEATURES}/*/*.safetensors", f"{PROBE}/fp.safetensors", f"{MODEL}/README.md", f"{TRIALS}/*.json"),
 )
 """Patterns of what commands write in a run folder, the model aside, which lists its files itself."""
+EARLIER = re.compile(r"[\w+-][\w.+-]*")
 SHORT = 16  # characters of a hash that tell a line of the journal that was changed
 
 YAML_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # run.yaml lists all prompts
 
 
-def folder_name(name: str) -> str:
-    """A recipe's name as any file system takes it."""
-    return re.sub(r"[^\w.+-]", "_", name)
+def folder_for(parent: Path, name: str) -> Path:
+    """The folder in `parent` for a recipe's name: the recipe's alone, and below `parent` whatever the name holds.
+
+    Versions up to 0.2 gave names with capitals to folders as they are; such a folder stays the recipe's.
+    """
+    own = folder_of(name)
+    if own != name and EARLIER.fullmatch(name) and parent.is_dir():
+        there = {entry.name for entry in parent.iterdir()}
+        own = name if {name, f"{name}.json"} & there else own
+    return parent / own
 
 
 def is_run(folder: Path) -> bool:
@@ -89,7 +98,7 @@ class RunFolder:
 
     def recipe(self, name: str) -> Path:
         """The run folder of one recipe of a comparison."""
-        return self.path / RECIPES / folder_name(name)
+        return folder_for(self.path / RECIPES, name)
 
     def record(self, stage: str) -> dict[str, Any] | None:
         """The record of a finished `stage`, or None."""

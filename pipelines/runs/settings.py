@@ -20,6 +20,7 @@ from dmquant.evaluation.images import any_images
 from dmquant.evaluation.metrics.registry import METRICS, all_names, check_names, default_names
 from dmquant.evaluation.networks import CLIP
 from dmquant.host.files import fingerprint
+from dmquant.host.names import readable
 from dmquant.pipelines.models.loading import resolve_device, resolve_dtype
 from dmquant.pipelines.models.registry import (
     EMBEDDED,
@@ -241,7 +242,7 @@ def resolve(options: Options) -> Settings:
         offload=options.offload,
         dtype_name=dtype_name,
         command=options.command,
-        folder_name="-".join(filter(None, (model.name, recipe.name, options.w, options.a))),
+        folder_name=readable("-".join(filter(None, (model.name, recipe.name, options.w, options.a)))),
     )
 
 

@@ -48,7 +48,7 @@ class Task:
     @property
     def folder(self) -> Path:
         """The work folder of the trial; its content is removed when the trial is done, except images that are kept."""
-        return self.sweep / runfolder.TRIALS / runfolder.folder_name(self.name)
+        return runfolder.folder_for(self.sweep / runfolder.TRIALS, self.name)
 
     @property
     def record(self) -> Path:

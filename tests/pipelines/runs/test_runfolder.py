@@ -250,3 +250,21 @@ def test_a_stage_holds_under_its_own_fingerprint_only(tmp_path):
         assert not folder.holds("model", {"model": "others"})
         assert folder.holds("model", None)  # an earlier version wrote none
         assert not folder.holds("scores", None)
+
+
+@pytest.mark.parametrize("name", ["../../../x", "/abs", "C:\\x", "..", ".", "x/y", "Mine", "con", "x" * 300])
+def test_the_folder_of_a_recipe_lies_in_the_run_and_is_no_other_recipes(tmp_path, name):
+    with claim(tmp_path / "run", "model") as folder:
+        own = folder.recipe(name)
+        assert own.parent == tmp_path / "run" / "recipes"
+        own.mkdir(parents=True)
+        others = ("x_y", "mine", "abs", "x", "C_x", "con_")
+        assert not {folder.recipe(other).name.lower() for other in others} & {own.name.lower()}
+
+
+def test_the_folder_of_a_recipe_with_capitals_of_an_earlier_version_is_found(tmp_path):
+    with claim(tmp_path / "run", "model") as folder:
+        (tmp_path / "run" / "recipes" / "Mine").mkdir(parents=True)
+        assert folder.recipe("Mine").name == "Mine"
+        assert folder.recipe("mine").name == "mine"
+        assert folder.recipe("MINE").name not in ("Mine", "MINE")
