@@ -189,11 +189,11 @@ def test_images_larger_than_any_are_refused_where_a_folder_is_resolved(tmp_path)
 
 def test_numbers_of_another_kind_under_the_older_names_of_a_text_encoder(tmp_path):
     tiny_sd(tmp_path / "sd")
-    name = "text_model.encoder.layers.0.mlp.fc1.weight"
-    edit_tensors(
-        tmp_path / "sd" / WEIGHTS["text_encoder"],
-        lambda tensors: tensors.update({name: tensors[name].to(torch.int32)}),
-    )
+    file, name = tmp_path / "sd" / WEIGHTS["text_encoder"], "text_model.encoder.layers.0.mlp.fc1.weight"
+    older = {f"text_model.{key.removeprefix('text_model.')}": tensor for key, tensor in load_file(file).items()}
+    save_file(older, file, metadata={"format": "pt"})
+    check_models(tmp_path / "sd")
+    save_file(older | {name: older[name].to(torch.int32)}, file, metadata={"format": "pt"})
     refused(tmp_path / "sd", rf"/text_encoder holds '{name}' in int32, which is saved in float32")
 
 
