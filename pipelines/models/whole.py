@@ -96,7 +96,8 @@ def _fault_of_transformers(
         reason = " ".join(str(error).split())
         raise UserError(f"transformers cannot build the {kind.__name__} of {where}: {reason}") from error
     expected = model.state_dict()
-    expected |= {f"{model.base_model_prefix}.{name}": tensor for name, tensor in expected.items()}  # the older names
+    older = {name: name.partition(".")[2] for name in found.keys() - expected.keys()}  # as in text_model.encoder
+    expected |= {name: expected[today] for name, today in older.items() if today in expected}
     extra = {name for name in info["unexpected_keys"] if not tensors.UNUSED.search(name)}
     if kind.__name__ not in (config.get("architectures") or [kind.__name__]):
         # The file is of a larger model, of which this class takes a part.
