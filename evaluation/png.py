@@ -13,6 +13,7 @@ from dmquant.host.files import remembering
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 KEY = "key"
+SOFTWARE, OURS = "Software", "dmquant"  # of pictures: grids and plots
 FRAME = 12  # bytes of a chunk beside its data: length, type, checksum
 
 
@@ -28,6 +29,14 @@ def read_prompt(path: Path) -> str | None:
     """The prompt that a PNG of ours was made from, or None."""
     with Image.open(path) as image:
         return image.info.get("prompt")
+
+
+def is_picture(path: Path) -> bool:
+    """Whether a file is a whole PNG that dmquant drew, such as a grid."""
+    try:
+        return _text_of_whole(path.read_bytes(), SOFTWARE) == OURS
+    except OSError:
+        return False
 
 
 @remembering
