@@ -24,7 +24,7 @@ from dmquant.diffusers.dequantize import dequantize_
 from dmquant.diffusers.methods import allow_fusing, extend, refuse_fusing
 from dmquant.diffusers.state import answer_to_weights, apart, check_unchanged, forget_weights
 from dmquant.diffusers.timesteps import forget_timesteps, tell_timesteps
-from dmquant.errors import UserError
+from dmquant.errors import UsageError, UserError
 from dmquant.host import checksums
 from dmquant.layers import QUANTIZED, become_, quantize_layer
 from dmquant.models import completed, records_quantization, refuse_to_save
