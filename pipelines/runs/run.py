@@ -11,6 +11,7 @@ from dmquant.evaluation.report.image_grid import draw_grid
 from dmquant.host import processes
 from dmquant.host.console import Console
 from dmquant.host.files import write_text
+from dmquant.host.text import yaml_text
 from dmquant.pipelines.runs import runfolder
 from dmquant.pipelines.runs.closing_tables import closing_table
 from dmquant.pipelines.runs.image_stage import FP, QUANTIZED
@@ -73,7 +74,7 @@ def images_line(settings: Settings) -> str:
 
 def save_settings(folder: RunFolder, record: dict[str, Any]) -> None:
     """Write run.yaml."""
-    text = yaml.safe_dump(record, sort_keys=False, allow_unicode=True, width=120)
+    text = yaml_text(record, width=120)
     folder.note(runfolder.SETTINGS, {"sha256": hashlib.sha256(text.encode()).hexdigest()})
     processes.current().on_main(lambda: write_text(folder.path / runfolder.SETTINGS, text))
 
