@@ -35,6 +35,7 @@ from dmquant.pipelines.runs.calibration import calibrate, weights_key
 from dmquant.pipelines.runs.settings import Options, Settings, resolve, resolve_all
 
 MODEL = "emoji-pixart"
+PROMPTS = "emoji-held-out"
 FORMATS = {"W4A16": ("fp4", "none"), "W4A6": ("fp4", "fp6")}
 BASELINES = {scale: f"RTN {scale}" for scale in ("absmax", "mse")}
 MEASURED_STEPS = 23  # of the schedule that inputs for block outputs come from; calibration has 20
@@ -66,10 +67,10 @@ class Measured:
 class Bench:
     """The full-precision model, what quantized ones are measured on, and the folder where all of it is kept."""
 
-    def __init__(self, out: Path, images: int, model: str = MODEL):
+    def __init__(self, out: Path, images: int, model: str = MODEL, prompts: str = PROMPTS):
         quiet_libraries()
         self.out, self.console = out, Console()
-        self.options = Options(model=model, recipe="rtn", num_prompts=images, device="cpu")
+        self.options = Options(model=model, recipe="rtn", prompts=prompts, num_prompts=images, device="cpu")
         self.settings = resolve(self.options)
         self.pipeline = load_full_precision(self.settings.model, self.settings.dtype, self.settings.device)
         self.full = getattr(self.pipeline, self.settings.family.component).requires_grad_(False)
@@ -142,7 +143,7 @@ class Bench:
     def measured(self, settings: Settings) -> Measured:
         """The measurement of the model that a recipe makes, from OUT where it is there."""
         recipe = settings.recipe
-        key = fingerprint(recipe=recipe.to_dict(), dmquant=dmquant.__version__, images=len(settings.prompts))
+        key = fingerprint(recipe=recipe.to_dict(), dmquant=dmquant.__version__, prompts=settings.prompts)
         return self.kept(f"{recipe.name}-{key[:8]}", lambda: self.measure(*self.quantized(settings)))
 
     def kept(self, name: str, work: Callable[[], Measured]) -> Measured:
@@ -245,10 +246,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipes", default="default", help="names or YAML files, RECIPE[:WEIGHTS:ACTIVATIONS], ...")
     parser.add_argument("--images", type=int, default=64)
+    parser.add_argument("--prompts", default=PROMPTS, help="what images are made of; default %(default)s")
     parser.add_argument("--out", type=Path, default=Path("runs/calibration"))
     options = parser.parse_args()
     entries = [entry.strip() for entry in options.recipes.split(",")]
-    bench = Bench(options.out, options.images)
+    bench = Bench(options.out, options.images, prompts=options.prompts)
     for title, (weights, activations) in FORMATS.items():
         wanted = [entry for entry in entries if ":" not in entry or _is_of(entry, activations)]
         settings = baselines(bench, weights, activations) | settings_of(bench, wanted, weights, activations)

@@ -284,7 +284,7 @@ def models(bench: Bench, rows: dict[str, tuple[int, str]]) -> str:
     """Markdown: measurements of whole models, by name calibrated on so many prompts, drawn by this sampler."""
     lines = [["calibrated on", "mean block-output MSE", "final-latent MSE", "PSNR, dB"], ["---"] * 4]
     for name, (prompts, sampler) in rows.items():
-        key = fingerprint(recipe=RECIPE, images=len(bench.settings.prompts))
+        key = fingerprint(recipe=RECIPE, prompts=bench.settings.prompts)
         row = bench.kept(f"{name}-{key[:8]}", partial(whole_model, bench, name, prompts, sampler))
         lines.append([name, f"{row.block_error:.4f}", f"{row.latents:.5f}", f"{row.psnr:.2f}"])
     return markdown(lines)

@@ -29,6 +29,7 @@ def recipe_of(name: str, linear: str, convolutions: str) -> Recipe:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="emoji-sd")
+    parser.add_argument("--prompts", default="emoji-held-out", help="what images are made of; default %(default)s")
     parser.add_argument("--num-prompts", type=int, default=64)
     parser.add_argument("--out", type=Path, default=Path("runs/convolutions"))
     options = parser.parse_args()
@@ -39,7 +40,8 @@ def main() -> None:
         recipe.save(file)
     entries = ",".join(["adaround", *map(str, files)])
     command = [sys.executable, "-m", "dmquant", "compare", options.model, "--recipes", entries]
-    command += ["--num-prompts", str(options.num_prompts), "--metrics", "psnr,ssim,latent_mse"]
+    command += ["--prompts", options.prompts, "--num-prompts", str(options.num_prompts)]
+    command += ["--metrics", "psnr,ssim,latent_mse"]
     subprocess.run([*command, "--out", str(options.out / "compare")], check=True)
 
     report = json.loads((options.out / "compare/report.json").read_text())["recipes"]

@@ -22,7 +22,7 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from calibration import Bench
+from calibration import PROMPTS, Bench
 from PIL import Image
 from torch import Tensor
 
@@ -51,19 +51,21 @@ class Task:
     """A row to be measured by a process of its own, and the folder of its model."""
 
     settings: Settings
+    prompts: str
     out: Path
 
     @property
     def path(self) -> Path:
         """Where the row is kept."""
-        recipe, images = self.settings.recipe, len(self.settings.prompts)
-        key = fingerprint(recipe=recipe.to_dict(), dmquant=dmquant.__version__, images=images)
+        recipe, prompts = self.settings.recipe, self.settings.prompts
+        key = fingerprint(recipe=recipe.to_dict(), dmquant=dmquant.__version__, prompts=prompts)
         return self.out / "methods" / f"{recipe.name}-{key[:8]}.json"
 
 
 def measure(task: Task) -> dict[str, Any]:
     """What the recipe makes of the model; kept in the row's file."""
-    bench, settings = Bench(task.out, len(task.settings.prompts), task.settings.model.name), task.settings
+    settings = task.settings
+    bench = Bench(task.out, len(settings.prompts), settings.model.name, task.prompts)
     if settings.recipe.calibrated:
         calibration_data(bench.pipeline, settings, task.out / "calibration", bench.console, bench.made_for["weights"])
     began = time.perf_counter()
@@ -123,13 +125,13 @@ def table(rows: dict[str, dict[str, Any] | str]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
-def tasks_of(model: str, recipes: Sequence[str], images: int, activations: str | None, out: Path) -> dict[str, Task]:
+def tasks_of(options: Options, recipes: Sequence[str], activations: str | None, out: Path) -> dict[str, Task]:
     """The rows of one table by name, round to nearest first."""
-    base = resolve(Options(model=model, recipe=NEAREST, num_prompts=images, device="cpu"))
-    tasks = {}
+    base, tasks = resolve(options), {}
     for source in dict.fromkeys([NEAREST, *recipes]):
         settings = with_recipe(base, source, None, activations)
-        tasks[settings.recipe.name.removesuffix(f"-{activations}" if activations else "")] = Task(settings, out / model)
+        name = settings.recipe.name.removesuffix(f"-{activations}" if activations else "")
+        tasks[name] = Task(settings, options.prompts, out / options.model)
     return tasks
 
 
@@ -139,17 +141,17 @@ def main() -> None:
     parser.add_argument("--models", default=MODELS, help="with commas")
     parser.add_argument("--bits", default=",".join(ACTIVATIONS), help="W4A16, W4A6, or both")
     parser.add_argument("--images", type=int, default=64)
+    parser.add_argument("--prompts", default=PROMPTS, help="what images are made of; default %(default)s")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path, default=Path("runs/methods"))
     options = parser.parse_args()
     recipes = [source.strip() for source in options.recipes.split(",") if source.strip()]
     for model in options.models.split(","):
+        measured = Options(model, recipe=NEAREST, prompts=options.prompts, num_prompts=options.images, device="cpu")
         for title in options.bits.split(","):
-            activations = ACTIVATIONS[title]
-            tasks = tasks_of(model, recipes, options.images, activations, options.out.resolve())
-            print(
-                f"\n{model}, {title}, {options.images} images\n\n{table(rows_of(tasks, options.threads))}", flush=True
-            )
+            tasks = tasks_of(measured, recipes, ACTIVATIONS[title], options.out.resolve())
+            head = f"{model}, {title}, {options.images} images of {options.prompts}"
+            print(f"\n{head}\n\n{table(rows_of(tasks, options.threads))}", flush=True)
 
 
 if __name__ == "__main__":

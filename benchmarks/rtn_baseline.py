@@ -2,13 +2,11 @@
 
     python benchmarks/rtn_baseline.py --scale mse --out runs/baseline-mse
 
-Every row is `dmquant run MODEL` with other formats in the same run folder, so the full-precision images are made once;
-each row's report is kept as OUT/NAME.json, and a row that is there is not measured again.
+The rows are the recipes of one `dmquant compare` in OUT/compare, which goes on where it was stopped.
 """
 
 import argparse
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -30,15 +28,6 @@ ROWS = [
 HEADER = ["weights, activations", "bits/weight", "in files, MB", "of 16 bit", "PSNR, dB", "SSIM", "FID to FP"]
 
 
-def measure(model: str, weights: str, activations: str, folder: Path, options: list[object]) -> dict:
-    kept = folder / f"{weights}-{activations}.json"
-    if not kept.exists():
-        command = [sys.executable, "-m", "dmquant", "run", model, "--w", weights, "--a", activations]
-        subprocess.run([*command, "--out", str(folder / "run"), *map(str, options)], check=True)
-        shutil.copy(folder / "run" / "report.json", kept)
-    return json.loads(kept.read_text())
-
-
 def interval(metric: dict, digits: int) -> str:
     if metric["value"] is None:
         return f"not computed: {metric['reason']}"
@@ -47,14 +36,13 @@ def interval(metric: dict, digits: int) -> str:
     return f"{metric['value']:.{digits}f}{spread}"
 
 
-def row(weights: str, activations: str, report: dict) -> list[str]:
-    (recipe,) = report["recipes"].values()
+def row(formats: tuple[str, str], recipe: dict, reference: dict) -> list[str]:
     metrics, size = recipe["metrics"], recipe["size_bytes"]
     return [
-        f"{weights}, {activations}",
+        ", ".join(formats),
         f"{recipe['bits_per_weight']:.2f}",
         f"{size / 1e6:.2f}",
-        f"{size / report['reference']['size_bytes']:.2f}",
+        f"{size / reference['size_bytes']:.2f}",
         interval(metrics["psnr"], 2),
         interval(metrics["ssim"], 3),
         interval(metrics["fid_fp"], 1),
@@ -64,18 +52,26 @@ def row(weights: str, activations: str, report: dict) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="emoji-pixart")
+    parser.add_argument("--prompts", default="emoji-held-out", help="what images are made of; default %(default)s")
     parser.add_argument("--num-prompts", type=int, default=64)
     parser.add_argument("--scale", choices=("mse", "absmax"), default="mse")
     parser.add_argument("--out", type=Path, default=Path("runs/baseline"))
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    recipe = options.out / f"rtn-{options.scale}.yaml"
-    Recipe.load("rtn").with_settings(scale=options.scale).save(recipe)
-    run_options = ["--recipe", recipe, "--num-prompts", options.num_prompts]
-    rows = [HEADER, ["---"] * len(HEADER)]
+    files = []
     for weights, activations in ROWS:
-        report = measure(options.model, weights, activations, options.out, run_options)
-        rows.append(row(weights, activations, report))
+        name = f"{weights}-{activations}"
+        files.append(options.out / f"{name}.yaml")
+        recipe = Recipe.load("rtn", w=weights, a=activations)
+        recipe.with_settings(name=name, scale=options.scale).save(files[-1])
+    command = [sys.executable, "-m", "dmquant", "compare", options.model, "--recipes", ",".join(map(str, files))]
+    command += ["--prompts", options.prompts, "--num-prompts", str(options.num_prompts)]
+    command += ["--metrics", "psnr,ssim,fid_fp", "--out", str(options.out / "compare")]
+    subprocess.run(command, check=True)
+    report = json.loads((options.out / "compare/report.json").read_text())
+    rows = [HEADER, ["---"] * len(HEADER)]
+    for formats, recipe in zip(ROWS, report["recipes"].values(), strict=True):
+        rows.append(row(formats, recipe, report["reference"]))
     print("\n".join(f"| {' | '.join(cells)} |" for cells in rows))
 
 

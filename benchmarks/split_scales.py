@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from dmquant.convert import plan
 from dmquant.layers import quantize_layer
 from dmquant.pipelines.models.loading import load_full_precision, resolve_dtype
-from dmquant.pipelines.prompts.lists import load_prompts
 from dmquant.pipelines.runs.settings import Options, Settings, resolve
 from dmquant.recipe import Recipe
 
@@ -63,7 +62,7 @@ def inputs_of(settings: Settings, pipeline, names: list[str]) -> dict[str, list[
         backbone.get_submodule(name).register_forward_pre_hook(lambda _, args, name=name: inputs[name].append(args[0]))
         for name in names
     ]
-    prompts = load_prompts(settings.model.prompts, PROMPTS)
+    prompts = list(settings.prompts)
     generators = [torch.Generator().manual_seed(seed) for seed in range(PROMPTS)]
     call = settings.call | {"num_inference_steps": STEPS}
     settings.family.prompted(pipeline)(prompt=prompts, generator=generators, **call)
@@ -89,12 +88,13 @@ def output_error(backbone: nn.Module, recipe: Recipe, inputs: dict[str, list[Ten
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="emoji-sd")
+    parser.add_argument("--prompts", default="emoji-held-out", help="what images are made of; default %(default)s")
     parser.add_argument("--num-prompts", type=int, default=64)
     parser.add_argument("--out", type=Path, default=Path("runs/split-scales"))
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
 
-    settings = resolve(Options(model=options.model, recipe="rtn"))
+    settings = resolve(Options(options.model, recipe="rtn", prompts=options.prompts, num_prompts=PROMPTS))
     pipeline = load_full_precision(settings.model, resolve_dtype(settings.dtype_name, "cpu"), "cpu")
     pipeline.set_progress_bar_config(disable=True)
     backbone = getattr(pipeline, settings.family.component)
@@ -106,7 +106,7 @@ def main() -> None:
     for recipe, file in zip(variants.values(), files, strict=True):
         recipe.save(file)
     command = [sys.executable, "-m", "dmquant", "compare", options.model, "--recipes", ",".join(map(str, files))]
-    command += ["--num-prompts", str(options.num_prompts), "--metrics", "psnr,latent_mse"]
+    command += ["--prompts", options.prompts, "--num-prompts", str(options.num_prompts), "--metrics", "psnr,latent_mse"]
     subprocess.run([*command, "--out", str(options.out / "compare")], check=True)
     report = json.loads((options.out / "compare/report.json").read_text())["recipes"]
 

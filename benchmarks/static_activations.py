@@ -27,6 +27,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="emoji-pixart")
     parser.add_argument("--activations", default="fp6")
+    parser.add_argument("--prompts", default="emoji-held-out", help="what images are made of; default %(default)s")
     parser.add_argument("--num-prompts", type=int, default=64)
     parser.add_argument("--out", type=Path, default=Path("runs/static-activations"))
     options = parser.parse_args()
@@ -39,7 +40,8 @@ def main() -> None:
         files.append(options.out / f"{name}.yaml")
         recipe.save(files[-1])
     command = [sys.executable, "-m", "dmquant", "compare", options.model, "--recipes", ",".join(map(str, files))]
-    command += ["--num-prompts", str(options.num_prompts), "--metrics", "psnr,ssim,latent_mse"]
+    command += ["--prompts", options.prompts, "--num-prompts", str(options.num_prompts)]
+    command += ["--metrics", "psnr,ssim,latent_mse"]
     subprocess.run([*command, "--out", str(options.out / "compare")], check=True)
 
 

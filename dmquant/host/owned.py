@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -231,6 +231,7 @@ def joined(root: Path) -> Iterator[Owned]:
     if held is not None:
         yield held
         return
+    _furnish(root / ROOM)
     with _open(Owned(root)) as owned:
         yield owned
 
@@ -261,11 +262,7 @@ def workspace(folder: Path) -> Iterator[Path]:
 @contextlib.contextmanager
 def _held(root: Path, room: Path, what: str | None = None) -> Iterator[Owned]:
     try:
-        room.mkdir(parents=True, exist_ok=True)
-        if not is_room(room):
-            if any(entry.name not in (MARKER, LOCK) for entry in room.iterdir()):
-                raise UserError(f"{room} is in the way, and is not of dmquant: move or remove it")
-            (room / MARKER).write_text(ABOUT, encoding="utf-8")
+        _furnish(room)
         lock = (room / LOCK).open("w")
     except OSError as error:
         raise UserError(f"cannot write to {root}: {error.strerror}; choose another folder with --out") from error
@@ -275,6 +272,15 @@ def _held(root: Path, room: Path, what: str | None = None) -> Iterator[Owned]:
         owned.tidy()
         with _open(owned):
             yield owned
+
+
+def _furnish(room: Path) -> None:
+    """Make a room; UserError where something else has its place, OSError as the disk."""
+    room.mkdir(parents=True, exist_ok=True)
+    if not is_room(room):
+        if any(entry.name not in (MARKER, LOCK) for entry in room.iterdir()):
+            raise UserError(f"{room} is in the way, and is not of dmquant: move or remove it")
+        (room / MARKER).write_text(ABOUT, encoding="utf-8")
 
 
 @contextlib.contextmanager
@@ -297,57 +303,3 @@ def _lock(file, what: object) -> None:
         raise UserError(
             f"another dmquant is writing {what}; wait for it, or choose another folder with --out"
         ) from None
-
-
-def take_place(new: Path, folder: Path, room: Path, listed: Callable[[Path], Mapping[str, str]]) -> Path | None:
-    """Put the finished folder `new` in the place of `folder`, and files of the user's back that were in that.
-
-    `room` is a workspace on the same file system; `listed` gives the SHA-256 of each file that we wrote in such a
-    folder, by its relative path. Returns where a folder without such a list went as a whole, or None.
-    """
-    settle(folder, room, listed)
-    old = room / "old"
-    if os.path.lexists(folder):
-        folder.rename(old)
-    try:
-        new.rename(folder)
-    except BaseException:
-        if os.path.lexists(old):
-            old.rename(folder)
-        raise
-    return settle(folder, room, listed)
-
-
-def settle(folder: Path, room: Path, listed: Callable[[Path], Mapping[str, str]]) -> Path | None:
-    """Finish what `take_place` began, also where it was killed."""
-    old, owner = room / "old", of(folder / ROOM)
-    if not os.path.lexists(old):
-        return None
-    if not os.path.lexists(folder):
-        old.rename(folder)
-        return None
-    ours, entries = dict(listed(old)), list(old.rglob("*"))
-    paths = [path for path in entries if path.is_symlink() or not path.is_dir()]
-    empty = [path.relative_to(old) for path in entries if path not in paths and not any(path.iterdir())]
-    if paths and not ours:
-        aside = free_name(folder.with_name(folder.name + ASIDE))
-        old.rename(aside)
-        return aside
-    for path in paths:
-        name = path.relative_to(old)
-        known = {ours.get(name.as_posix())} | (owner.digests(folder / name) if owner else set())
-        if not path.is_symlink() and sha256(path) in known:
-            path.unlink()
-            continue
-        back = folder / name
-        back.parent.mkdir(parents=True, exist_ok=True)
-        if os.path.lexists(back):
-            back = free_name(back.with_name(back.name + ASIDE))
-            logging.getLogger("dmquant").warning(
-                "note: %s was changed since dmquant wrote it: it is now %s", name, back
-            )
-        path.rename(back)
-    for name in empty:
-        (folder / name).mkdir(parents=True, exist_ok=True)
-    remove_empty({path for path in entries if path not in paths} | {old})
-    return None

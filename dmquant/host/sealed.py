@@ -47,7 +47,7 @@ def load_sealed(path: Path) -> tuple[dict[str, Tensor], Any] | None:
 
 
 def sealed_about(path: Path) -> Any | None:
-    """What was said about the tensors of a file, which is read once as a stream; None unless it is as it was written."""
+    """What was said about the tensors of a file, read once as a stream; None unless it is as it was written."""
     try:
         if not path.is_file():
             return None

@@ -1,6 +1,7 @@
 """The commands: a whole run, and each of its stages alone on folders."""
 
 import contextlib
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,10 +11,12 @@ from dmquant.errors import UsageError, UserError
 from dmquant.evaluation.generate import missing
 from dmquant.evaluation.images import generated_images
 from dmquant.evaluation.networks import Networks
-from dmquant.evaluation.png import read_prompt
+from dmquant.evaluation.png import is_picture, read_prompt
 from dmquant.evaluation.report.image_grid import draw_grid
+from dmquant.evaluation.scores_csv import read_scores
 from dmquant.host import owned, processes
 from dmquant.host.console import Console, quiet_libraries
+from dmquant.host.folder_swap import settle
 from dmquant.pipelines.models import folders
 from dmquant.pipelines.models.loading import checked_folder, resolve_device
 from dmquant.pipelines.models.saving import listed
@@ -124,7 +127,7 @@ def _place_of_model(out: Path, overwrite: bool) -> Iterator[Path]:
     """Hold the place of a model, where there is none yet or one to be replaced; yields its workspace."""
     _refuse_to_replace(out, overwrite)
     with owned.workspace(out) as room:
-        owned.settle(out.resolve(), room, listed)
+        settle(out.resolve(), room, listed)
         _refuse_to_replace(out, overwrite)  # what was there when another command held it
         yield room
 
@@ -197,6 +200,8 @@ def score(
     """Print the metrics of two folders of images that pair up by name; those of each image go to the file `csv`."""
     quiet_libraries()
     console = Console()
+    if csv is not None and os.path.lexists(csv) and read_scores(csv) is None:
+        raise UserError(f"{csv} is there, and is no table of scores: choose another file with --csv")
     names, device = resolve_metrics(metrics, real), resolve_device(device)
     listed = None if prompts is None else load_prompts(prompts)
     networks = Networks(device, clip_source(clip), say=console.say)
@@ -220,6 +225,8 @@ def grid(
     per_line: int | None,
 ) -> None:
     """Draw images beside full precision, with the prompts that they carry, or their names where they carry none."""
+    if os.path.lexists(out) and not is_picture(out):
+        raise UserError(f"{out} is there, and dmquant did not draw it: choose another file with --out")
     prompts = [read_prompt(path) or path.stem for path in generated_images(fp)]
     names = ["quantized"] if len(quantized) == 1 else _distinct_names(quantized)
     columns = {"full precision": fp, **dict(zip(names, quantized, strict=True))}

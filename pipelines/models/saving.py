@@ -12,6 +12,7 @@ from dmquant.diffusers.quantizer import make_portable, save_pipeline
 from dmquant.errors import UserError
 from dmquant.host import checksums, owned
 from dmquant.host.files import sha256
+from dmquant.host.folder_swap import take_place
 from dmquant.pipelines.models.shared_parts import SharedParts
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ def save_whole(
             _save(pipeline, new, backbone, shared)
             (new / CARD).write_text(card, encoding="utf-8")
             checksums.write(new)
-            replaced = owned.take_place(new, folder, room, listed)
+            replaced = take_place(new, folder, room, listed)
         except BaseException:
             shutil.rmtree(new, ignore_errors=True)
             raise

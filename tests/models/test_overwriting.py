@@ -11,7 +11,7 @@ from dmquant.errors import UsageError, UserError
 from dmquant.host import owned
 from dmquant.pipelines.commands import stages
 from dmquant.pipelines.models import saving
-from dmquant.pipelines.runs.settings import resolve
+from dmquant.pipelines.runs.settings import Options, resolve
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 
@@ -180,3 +180,32 @@ def test_a_run_is_not_written_over_its_source(quick, tiny_model, tmp_path, overw
         with pytest.raises(UserError, match="one folder, or one in the other"):
             stages.run(resolve(quick(model=str(source))), out, overwrite)
     assert contents(run) == before
+
+
+def generated(quick, out, overwrite=False, **changes):
+    given = {"model": str(quick().model), "prompts": quick().prompts, "steps": 1, "device": "cpu", "dtype": "fp32"}
+    stages.generate(resolve(Options(recipe="rtn", **(given | changes))), out, overwrite)
+
+
+def test_generate_keeps_what_is_there_and_replaces_only_its_own_and_only_when_told(quick, tmp_path, capsys):
+    out = tmp_path / "images"
+    generated(quick, out)
+    (out / "00002.png").write_bytes(b"mine")
+    before = contents(out)
+    generated(quick, out, num_prompts=1)
+    assert "holds 1 more image of earlier commands" in capsys.readouterr().out
+    for changes in ({"seed": 7}, {"steps": 2}):
+        with pytest.raises(UserError, match="is an image of another model, prompt, seed or setting"):
+            generated(quick, out, **changes)
+    assert contents(out).items() >= {name: text for name, text in before.items() if name.suffix == ".png"}.items()
+    generated(quick, out, overwrite=True, seed=7, num_prompts=1)
+    assert {name.name for name in contents(out) if name.suffix == ".png"} == {"00000.png", "00002.png"}
+    assert contents(out)[Path("00000.png")] != before[Path("00000.png")]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_generate_never_replaces_an_image_of_somebody_else(quick, tmp_path, overwrite):
+    (tmp_path / "00001.png").write_bytes(b"mine")
+    with pytest.raises(UserError, match=r"00001.png is not of dmquant"):
+        generated(quick, tmp_path, overwrite)
+    assert contents(tmp_path)[Path("00001.png")] == b"mine"

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 TOOLS = Path(__file__).parents[2] / "tools"
+CAPTIONS = Path(__file__).with_name("emoji_captions.txt")
 COLOURS = ("red", "green", "blue", "black")
 
 

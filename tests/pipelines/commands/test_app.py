@@ -293,6 +293,13 @@ def test_score_and_grid_work_on_any_two_folders_that_pair_up(capsys, tmp_path):
     code, _, _ = dmquant(capsys, "grid", "fp", "quantized", "--out", "pairs.png", "--rows", "2")
     assert code == 0
     assert Image.open("pairs.png").width > 3 * 32
+    assert dmquant(capsys, "grid", "fp", "quantized", "--out", "pairs.png")[0] == 0
+    _fails(dmquant(capsys, "grid", "fp", "quantized", "--out", "fp/00000.png"), 1, "dmquant did not draw it")
+    Path("book.csv").write_text("a,b\n")
+    score = ("score", "fp", "quantized", "--metrics", "psnr", "--csv")
+    _fails(dmquant(capsys, *score, "book.csv"), 1, "book.csv is there, and is no table of scores")
+    assert [dmquant(capsys, *score, "scores.csv")[0] for _ in range(2)] == [0, 0]
+    assert Path("book.csv").read_text() == "a,b\n"
     (tmp_path / "quantized" / "00001.png").unlink()
     _fails(dmquant(capsys, "score", "fp", "quantized"), 1, "lacks 1 of 2 images")
 
