@@ -15,6 +15,7 @@ from dmquant.host.files import write_text
 from dmquant.pipelines.models.loading import DTYPES
 from dmquant.pipelines.runs import runfolder
 from dmquant.pipelines.runs.card import scored_card
+from dmquant.pipelines.runs.published import published, published_metric
 from dmquant.pipelines.runs.runfolder import RECIPES, RunFolder
 from dmquant.pipelines.runs.scores import OF_REFERENCE, generated_names, table_holds
 from dmquant.settings import format_name
@@ -41,9 +42,9 @@ def build_report(folder: RunFolder, settings: dict[str, Any]) -> Report:
             for name, (side, recipe) in sides.items()
         },
         prompts=settings["prompts"],
-        settings=_flat_settings(folder, side, settings),
+        settings=_flat_settings(folder, side, published(settings)),
         versions=settings["versions"],
-        command=settings.get("command", ""),
+        command=published(settings)["command"],
     )
 
 
@@ -131,7 +132,7 @@ def _metrics(
     stored: dict[str, Any], listed: list[str], values: Mapping[str, list[float]], suffix: str = ""
 ) -> dict[str, Metric]:
     """The listed metrics that are stored, with the values of their images, whose columns end in `suffix`."""
-    metrics = {name: Metric.from_json(stored[name]) for name in listed if name in stored}
+    metrics = {name: published_metric(Metric.from_json(stored[name])) for name in listed if name in stored}
     return {
         name: replace(metric, values=tuple(values[name + suffix])) if name + suffix in values else metric
         for name, metric in metrics.items()
