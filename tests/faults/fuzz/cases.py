@@ -22,7 +22,7 @@ SHOWN = 60  # kinds of failures
 
 
 def fuzz(scratch: Path, kinds: Sequence[str], cases: int, seed: int, only: Sequence[int] | None, jobs: int) -> int:
-    """Do `cases` cases, shared out to the kinds; prints progress, failures and a table. Returns the number of failures."""
+    """Do `cases` cases, shared out to the kinds; prints failures and a table. Returns the number of failures."""
     given = scratch / "damaged"
     if not given.exists():
         undisturbed(scratch / "finished", COMMANDS["run"])
@@ -71,10 +71,8 @@ def fuzz(scratch: Path, kinds: Sequence[str], cases: int, seed: int, only: Seque
 def _tell(failures: dict[tuple, list[dict]], seed: int) -> None:
     most_first = sorted(failures.items(), key=lambda item: -len(item[1]))
     for (kind, word, where), cases in most_first[:SHOWN]:
-        print(f"{len(cases)} x {kind}, {word}: {cases[0].get('what', '')}")
-        print(
-            f"    at {where}; again: python -m tests.faults fuzz --kind {kind} --seed {seed} --only {cases[0]['number']}"
-        )
+        again = f"python -m tests.faults fuzz --kind {kind} --seed {seed} --only {cases[0]['number']}"
+        print(f"{len(cases)} x {kind}, {word}: {cases[0].get('what', '')}\n    at {where}; again: {again}")
     if len(failures) > SHOWN:
         print(f"and {len(failures) - SHOWN} kinds of failures more")
 
