@@ -35,8 +35,7 @@ def recipe(drawn: random.Random, folder: Path, given: Path) -> None:
     seeds = sorted((given / "recipes").glob("*.yaml"))
     text = drawn.choice(seeds).read_bytes()
     if drawn.random() < 0.5:
-        value = damaged_value(yaml.safe_load(text), drawn)
-        text = (yaml.safe_dump(value) if drawn.random() < 0.5 else json.dumps(value)).encode("utf-8", "surrogatepass")
+        text = _written(damaged_value(yaml.safe_load(text), drawn), drawn)
     if drawn.random() < 0.5:
         text = damaged_bytes(text, drawn)
     if drawn.random() < 0.05:
@@ -84,7 +83,7 @@ def run_yaml(drawn: random.Random, folder: Path, given: Path) -> None:
     """The settings of a run, run.yaml."""
     data = (given / "out" / "run.yaml").read_bytes()
     if drawn.random() < 0.6:
-        data = yaml.safe_dump(damaged_value(yaml.safe_load(data), drawn), sort_keys=False).encode("utf-8", "replace")
+        data = _written(damaged_value(yaml.safe_load(data), drawn), drawn)
     _report(drawn, folder, given, "run.yaml", data)
 
 
@@ -165,6 +164,15 @@ def prepare(given: Path, run: Path, recipes: Path) -> None:
     coco = {"images": [{"id": 1}], "annotations": [{"image_id": 1, "id": 7, "caption": "a red apple"}]}
     (lists / "coco.json").write_text(json.dumps(coco))
     (lists / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in table))
+
+
+def _written(value: Any, drawn: random.Random) -> bytes:
+    """A value as YAML, or as the JSON that YAML takes too."""
+    text = json.dumps(value)
+    if drawn.random() < 0.5:
+        with contextlib.suppress(RecursionError):
+            text = yaml.safe_dump(value, sort_keys=False)
+    return text.encode("utf-8", "surrogatepass")
 
 
 def _report(drawn: random.Random, folder: Path, given: Path, name: str, data: bytes) -> None:
