@@ -5,7 +5,6 @@ quantized one fills empty quantized layers with its bytes. Registered by `dmquan
 """
 
 import enum
-import inspect
 import json
 import logging
 from collections.abc import Collection
@@ -13,17 +12,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.configuration_utils import FrozenDict
 from diffusers.quantizers import auto
 from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import nn
 
-from dmquant.activations import TimestepRanges
 from dmquant.convert import plan, plan_without_data, quantize_layers_, unmatched
 from dmquant.diffusers import families, pairs  # noqa: F401  (enter what they know)
-from dmquant.errors import UsageError, UserError
-from dmquant.layers import QUANTIZED, quantize_layer, share_timesteps
-from dmquant.models import completed, records_quantization
+from dmquant.diffusers.dequantize import dequantize_
+from dmquant.diffusers.methods import allow_fusing, extend, refuse_fusing
+from dmquant.diffusers.state import answer_to_weights, apart, check_unchanged, forget_weights
+from dmquant.diffusers.timesteps import forget_timesteps, tell_timesteps
+from dmquant.errors import UserError
+from dmquant.layers import QUANTIZED, become_, quantize_layer
+from dmquant.models import completed, records_quantization, refuse_to_save
 from dmquant.recipe import Recipe
 from dmquant.transforms import folds_first
 
@@ -94,6 +97,8 @@ class DMQuantizer(DiffusersQuantizer):
     def __init__(self, quantization_config: QuantConfig, **kwargs: Any):
         super().__init__(quantization_config, **kwargs)
         self._plans, self._whole_model = {}, False
+        self.tensors: frozenset[str] = frozenset()
+        """Names of the tensors of the quantized model."""
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Check nothing: every environment that runs torch will do."""
@@ -109,19 +114,25 @@ class DMQuantizer(DiffusersQuantizer):
         # A copy, because the caller may load a model of another family with the same configuration.
         self.quantization_config = QuantConfig(recipe, version=self.quantization_config.version)
         plans = plan(model, recipe) if self.pre_quantized else plan_without_data(model, recipe)
-        self._plans = {step.name: step for step in plans}
-        self._whole_model = any(folds_first(one) for step in self._plans.values() for one in step.transforms)
+        layers = {model.get_submodule(step.name): step for step in plans}
+        places = model.named_modules(remove_duplicate=False)
+        self._plans = {name: layers[layer] for name, layer in places if layer in layers}
+        self._whole_model = any(folds_first(one) for step in plans for one in step.transforms)
         if self.pre_quantized:
-            for name, step in self._plans.items():
-                layer = model.get_submodule(name)
-                _check_order_of_codes(name, layer, self.quantization_config.version)
+            for layer, step in layers.items():
+                _check_order_of_codes(step.name, layer, self.quantization_config.version)
                 empty = QUANTIZED[type(layer)].like(layer, step.weights, step.activations, "meta", step.transforms)
-                model.set_submodule(name, empty)
-        attach(model, self)
+                become_(layer, empty)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         if self._whole_model and not self.pre_quantized:
             quantize_layers_(model, self.quantization_config.recipe)
+        attach(model, self)
+        return model
+
+    def _dequantize(self, model: nn.Module) -> nn.Module:
+        dequantize_(model)
+        detach(model)
         return model
 
     def check_if_quantized_param(
@@ -158,10 +169,16 @@ class DMQuantizer(DiffusersQuantizer):
         stored = state_dict[param_name].to(target_device)
         if self.pre_quantized:
             setattr(layer, leaf, nn.Parameter(stored, requires_grad=False))
-        else:
+        elif type(layer) in QUANTIZED:  # the first time, where the layer has several names
             step = self._plans[layer_name]
             quantized = quantize_layer(layer, step.weights, step.activations, stored, transforms=step.transforms)
-            model.set_submodule(layer_name, quantized)
+            become_(layer, quantized)
+
+    def get_state_dict_and_metadata(
+        self, state_dict: dict[str, Any], safe_serialization: bool = False
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        check_unchanged(state_dict.keys(), self.tensors)
+        return apart(state_dict), {}
 
     @property
     def is_serializable(self) -> bool:
@@ -190,41 +207,32 @@ auto.AUTO_QUANTIZER_MAPPING.setdefault(QuantMethod.DMQUANT.value, DMQuantizer)
 auto.AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault(QuantMethod.DMQUANT.value, QuantConfig)
 
 
-class _TellTimestep:
-    """A forward pre-hook that tells a backbone's static layers the timestep; a class, so that copies keep apart."""
-
-    def __init__(self, backbone: nn.Module, ranges: TimestepRanges):
-        parameters = list(inspect.signature(type(backbone).forward).parameters)
-        if "timestep" not in parameters:
-            raise UsageError(
-                f"{type(backbone).__name__} is called without a timestep, so its layers cannot differ by "
-                "timestep range: use activation scales static:1 or online, and bias with ranges: 1"
-            )
-        self.position = parameters.index("timestep") - 1  # not counting self
-        self.ranges = ranges
-
-    def __call__(self, backbone: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        timestep = kwargs.get("timestep", next(iter(args[self.position :]), None))
-        if timestep is None:
-            raise RuntimeError(f"{type(backbone).__name__} was called without a timestep")
-        self.ranges.set(timestep)
-
-
 def attach(model: nn.Module, quantizer: DMQuantizer) -> None:
-    """Tell a diffusers model that it is quantized, so that `save_pretrained` writes it as such.
+    """Tell a diffusers model that it is quantized: it is saved as such, cast, counted, and told its timesteps."""
+    from diffusers import ModelMixin
 
-    Where its layers differ by timestep range, every call tells them its timestep.
-    """
-    if ranges := share_timesteps(model):
-        told = next((hook for hook in model._forward_pre_hooks.values() if isinstance(hook, _TellTimestep)), None)
-        if told is None:
-            model.register_forward_pre_hook(_TellTimestep(model, ranges), with_kwargs=True)
-        else:
-            told.ranges = ranges
+    extend(ModelMixin, DMQuantizer)
+    tell_timesteps(model)
+    answer_to_weights(model)
+    refuse_fusing(model)
     config = quantizer.quantization_config
     model.register_to_config(quantization_config=config.to_dict())
     model.hf_quantizer, model.is_quantized = quantizer, True
+    quantizer.tensors = frozenset(model.state_dict())
     model.quantization_method = config.quant_method
+
+
+def detach(model: nn.Module) -> None:
+    """Undo `attach`, for a model without quantized layers."""
+    forget_timesteps(model)
+    forget_weights(model)
+    allow_fusing(model)
+    for part in model.modules():
+        if getattr(vars(part).get("save_pretrained"), "func", None) is refuse_to_save:
+            del part.save_pretrained
+    gone = ("quantization_config", "_pre_quantization_dtype")
+    model._internal_dict = FrozenDict({name: value for name, value in model.config.items() if name not in gone})
+    del model.quantization_method
 
 
 def mark_quantized(model: nn.Module, recipe: Recipe) -> None:
@@ -237,6 +245,7 @@ def _record(model: nn.Module, recipe: Recipe, layers: Collection[str]) -> bool:
     """Mark a diffusers model, unless some of its layers were quantized by another recipe."""
     from diffusers import ModelMixin
 
+    refuse_fusing(model)
     quantized = {name for name, layer in model.named_modules() if isinstance(layer, tuple(QUANTIZED.values()))}
     if not isinstance(model, ModelMixin) or quantized != set(layers):
         return False
