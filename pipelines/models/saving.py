@@ -1,6 +1,5 @@
 """Write a quantized pipeline as a folder that works anywhere: whole or not at all."""
 
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -37,7 +36,7 @@ def save_whole(
     folder = folder.resolve()
     with owned.workspace(folder) as room:
         new = room / "new"
-        shutil.rmtree(new, ignore_errors=True)  # of a command that was killed
+        owned.drop(new)  # of a command that was killed
         new.mkdir(parents=True)
         try:
             _save(pipeline, new, backbone, shared)
@@ -45,7 +44,7 @@ def save_whole(
             checksums.write(new)
             replaced = take_place(new, folder, room, listed)
         except BaseException:
-            shutil.rmtree(new, ignore_errors=True)
+            owned.drop(new)
             raise
         if owner := owned.of(folder / CARD):
             for name, digest in listed(folder).items():
