@@ -328,6 +328,15 @@ def test_score_and_grid_work_on_any_two_folders_that_pair_up(capsys, tmp_path):
     _fails(dmquant(capsys, "score", "fp", "quantized"), 1, "lacks 1 of 2 images")
 
 
+@pytest.mark.parametrize("command", ["score", "grid"])
+def test_images_are_not_compared_with_themselves(capsys, tmp_path, command):
+    (tmp_path / "a").mkdir()
+    Image.new("RGB", (32, 32)).save(tmp_path / "a" / "0.png")
+    (tmp_path / "b").symlink_to("a")
+    for other in ("a", "b"):
+        _fails(dmquant(capsys, command, "a", other), 2, f"a and {other} are one folder")
+
+
 def test_the_report_of_a_folder_without_a_run(capsys, tmp_path):
     _fails(dmquant(capsys, "report", tmp_path), 1, "holds no run")
 
