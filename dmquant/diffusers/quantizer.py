@@ -22,6 +22,7 @@ from dmquant.activations import TimestepRanges
 from dmquant.convert import plan, plan_without_data, quantize_layers_, unmatched
 from dmquant.diffusers import families, pairs  # noqa: F401  (enter what they know)
 from dmquant.errors import UsageError, UserError
+from dmquant.host.files import as_umask_says
 from dmquant.layers import QUANTIZED, quantize_layer, share_timesteps
 from dmquant.models import completed, records_quantization
 from dmquant.recipe import Recipe
@@ -248,6 +249,8 @@ def save_pipeline(pipeline: Any, folder: str | Path) -> None:
     """`save_pretrained`, and `make_portable`. Raises OSError as the disk does."""
     pipeline.save_pretrained(folder, safe_serialization=True)
     make_portable(Path(folder))
+    for file in Path(folder).glob("*/*.safetensors"):
+        as_umask_says(file)
 
 
 def make_portable(folder: Path) -> None:
