@@ -26,6 +26,7 @@ from dmquant.diffusers.state import answer_to_weights, apart, check_unchanged, f
 from dmquant.diffusers.timesteps import forget_timesteps, tell_timesteps
 from dmquant.errors import UsageError, UserError
 from dmquant.host import checksums
+from dmquant.host.files import as_umask_says
 from dmquant.layers import QUANTIZED, become_, quantize_layer
 from dmquant.models import completed, records_quantization, refuse_to_save
 from dmquant.recipe import Recipe, bits_names, recipe_names
@@ -311,6 +312,8 @@ def save_pipeline(pipeline: Any, folder: str | Path) -> None:
     """`save_pretrained`, and `make_portable`. Raises OSError as the disk does."""
     pipeline.save_pretrained(folder, safe_serialization=True)
     make_portable(Path(folder))
+    for file in Path(folder).glob("*/*.safetensors"):
+        as_umask_says(file)
 
 
 def make_portable(folder: Path) -> None:

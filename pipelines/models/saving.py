@@ -9,8 +9,9 @@ from torch import nn
 
 from dmquant.diffusers.quantizer import make_portable, save_pipeline
 from dmquant.errors import UserError
+from dmquant.evaluation.report.markdown import cell, code
 from dmquant.host import checksums, owned
-from dmquant.host.files import sha256
+from dmquant.host.files import as_umask_says, sha256
 from dmquant.host.folder_swap import take_place
 from dmquant.pipelines.models.shared_parts import SharedParts
 
@@ -40,6 +41,7 @@ def save_whole(
         new.mkdir(parents=True)
         try:
             _save(pipeline, new, backbone, shared)
+            as_umask_says(new)
             (new / CARD).write_text(card, encoding="utf-8")
             checksums.write(new)
             replaced = take_place(new, folder, room, listed)
@@ -104,9 +106,9 @@ library_name: diffusers
 tags: [dmquant, quantized, text-to-image]
 ---
 
-# {name}, weights in {weights}, activations in {activations}
+# {cell(name)}, weights in {weights}, activations in {activations}
 
-A diffusers `{pipeline}` whose backbone dmquant quantized with the recipe `{recipe}`. Scales and layers are in
+A diffusers `{pipeline}` whose backbone dmquant quantized with the recipe {code(recipe)}. Scales and layers are in
 `config.json` of the backbone, codes in its safetensors.
 
 ```python

@@ -3,7 +3,6 @@
 import importlib.metadata
 import os
 import platform
-import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,16 +31,14 @@ from dmquant.pipelines.models.registry import (
     resolve_model,
 )
 from dmquant.pipelines.prompts.lists import PromptSet, load_prompts, read_prompts
+from dmquant.pipelines.runs.bounds import check_image_size, check_numbers, parse_size
 from dmquant.pipelines.runs.defaults import DEFAULT_RECIPE
 from dmquant.recipe import Recipe
 from dmquant.settings import format_name
 
 DEFAULT_PROMPTS = 64
 ALL = "all"
-PIXELS_A_LATENT = 8  # diffusers asks for sizes that this divides
 LIBRARIES = ("torch", "diffusers", "transformers")
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]i?)b?", re.IGNORECASE)
-_POWERS = "kmgt"
 
 
 @dataclass(frozen=True)
@@ -209,6 +206,7 @@ def resolve(options: Options) -> Settings:
 
     Raises UsageError for unknown names and impossible values, UserError for what this machine does not have.
     """
+    check_numbers(options)
     model = resolve_model(options.model, options.family)
     recipe = _recipe(model, options.recipe, options.w, options.a)
     metrics = resolve_metrics(options.metrics, options.real, own_clip=model.clip is not None)
@@ -222,9 +220,7 @@ def resolve(options: Options) -> Settings:
     _check_taken(options, model)
     prompts = _prompts(options, model)
     height, width = options.height or model.height, options.width or model.width
-    for side, pixels in (("height", height), ("width", width)):
-        if pixels % PIXELS_A_LATENT:
-            raise UsageError(f"--{side} {pixels} is not a multiple of {PIXELS_A_LATENT}")
+    check_image_size(height, width)
     return Settings(
         model=model,
         recipe=recipe,
@@ -280,15 +276,6 @@ def with_recipe(settings: Settings, source: str, w: str | None, a: str | None) -
     """The same with another recipe in these formats or its own, called RECIPE-W-A; raises as `resolve` does."""
     recipe = _recipe(settings.model, source, w, a)
     return replace(settings, recipe=recipe.with_settings(name="-".join(filter(None, (recipe.name, w, a)))))
-
-
-def parse_size(text: str, option: str) -> int:
-    """Bytes of a size such as 8GB, 512MB or 1.5GiB; UsageError, naming the option, for anything else."""
-    match = _SIZE.fullmatch(text.strip())
-    if match is None or not float(match[1]):
-        raise UsageError(f"{option} '{text}' is not a size: write it as 8GB, 512MB or 1.5GiB")
-    prefix = match[2].lower()
-    return int(float(match[1]) * (1024 if prefix.endswith("i") else 1000) ** (_POWERS.index(prefix[0]) + 1))
 
 
 def resolve_metrics(listed: str | None, real: Path | None, own_clip: bool = False) -> tuple[str, ...]:
