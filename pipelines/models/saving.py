@@ -41,7 +41,6 @@ def save_whole(
         new.mkdir(parents=True)
         try:
             _save(pipeline, new, backbone, shared)
-            as_umask_says(new)
             (new / CARD).write_text(card, encoding="utf-8")
             checksums.write(new)
             replaced = take_place(new, folder, room, listed)
@@ -69,6 +68,7 @@ def _save(pipeline: "DiffusionPipeline", folder: Path, backbone: str, shared: Sh
     _put_tokenizers_at_rest(pipeline)
     if shared is not None and shared.fill(folder):
         getattr(pipeline, backbone).save_pretrained(folder / backbone, safe_serialization=True)
+        as_umask_says(folder / backbone)
         make_portable(folder)
         return
     save_pipeline(pipeline, folder)
