@@ -81,7 +81,7 @@ class ActivationSpec:
 def parse_ranges(text: str) -> int | None:
     """The timestep ranges of an activation scale: R for `static:R`, None for `online`; else a UsageError."""
     kind, _, count = text.partition(":")
-    if kind == "static" and count.isdecimal() and int(count) > 0:
+    if kind == "static" and count.isdecimal() and len(count) < 5 and int(count) > 0:
         return int(count)
     if text == "online":
         return None

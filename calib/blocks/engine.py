@@ -19,15 +19,15 @@ from torch import Tensor, nn
 import dmquant
 from dmquant.calib.blocks.block import FROM_DISK, calibrate_block_
 from dmquant.calib.blocks.budget import Held, check_budget
-from dmquant.calib.blocks.codes import LAYOUT, CodesFolder
+from dmquant.calib.blocks.codes import LAYOUT, CodesFolder, meaning_of
 from dmquant.calib.blocks.decide import Decider, Samples
 from dmquant.calib.blocks.input_specs import choose_formats_, fit_static_scales_
 from dmquant.calib.blocks.inputs import BlockInputs
 from dmquant.calib.blocks.outputs import Budget
-from dmquant.calib.blocks.replay import trace
 from dmquant.calib.blocks.resolved import resolved_recipe
 from dmquant.calib.blocks.state import LayerState, plan_layers
 from dmquant.calib.blocks.streams import Bar, Streams
+from dmquant.calib.blocks.trace import trace
 from dmquant.calib.blocks.units import find_blocks
 from dmquant.calib.data.store import CalibrationStore
 from dmquant.calib.layers.fitting import fit_transforms
@@ -140,7 +140,7 @@ def _samples(store: CalibrationStore, batch_size: int) -> Samples:
 def _key(recipe: Recipe, store: CalibrationStore, made_for: dict[str, Any], counted: Mapping[str, Tensor]) -> str:
     """Fingerprint of all that codes depend on."""
     depends_on = {
-        "recipe": recipe.to_dict(),
+        "recipe": meaning_of(recipe),
         "data": store.key,
         "made_for": made_for,
         "dmquant": dmquant.__version__,
