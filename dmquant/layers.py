@@ -57,8 +57,7 @@ class _QuantizedLayer(kernels.Chosen):
         for transform in transforms:
             for name, part in transform.parts().items():
                 setattr(self, f"{transform.name}_{name}", empty(part.shape, part.dtype))
-        bias = layer.bias is not None
-        self.bias = nn.Parameter(torch.empty(rows, device=device, dtype=self._dtype)) if bias else None
+        self.bias = None if layer.bias is None else nn.Parameter(torch.empty(rows, device=device, dtype=self._dtype))
         return self
 
     def forward(self, x: Tensor) -> Tensor:
