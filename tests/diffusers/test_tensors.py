@@ -9,10 +9,9 @@ from safetensors.torch import load_file, save_file
 
 from dmquant.convert import quantize_
 from dmquant.diffusers.bounds import bounded, check_sizes
-from dmquant.diffusers.quantizer import QuantConfig
+from dmquant.diffusers.quantizer import DMQuantizer, QuantConfig
 from dmquant.errors import UsageError, UserError
 from dmquant.host import checksums
-from dmquant.layers import QuantLinear
 from tests.tiny import tiny_pixart, tiny_sd
 
 FILE = "diffusion_pytorch_model.safetensors"
@@ -130,19 +129,24 @@ class TestSingleFile:
         with pytest.raises(UsageError, match="recipe 'gptq' needs calibration data"):
             self.load(checkpoint, "gptq")
 
-    def test_a_checkpoint_that_is_not_the_models(self, checkpoint):
-        folder, _ = checkpoint
-        file = folder / "single.safetensors"
-        whole = file.read_bytes()
-        edit_tensors(file, lambda tensors: tensors.update({"conv_in.qweight": torch.ones(4, dtype=torch.uint8)}))
-        refused(lambda: self.load(checkpoint), r"holds packed weights \('conv_in.qweight'\)")
-        file.write_bytes(whole)
-        edit_tensors(file, lambda tensors: tensors.update({"down_blocks.0.resnets.7.conv1.bias": torch.ones(4)}))
-        refused(lambda: self.load(checkpoint), "has no place for, 'down_blocks.0.resnets.7.conv1.bias'")
-        file.write_bytes(whole)
-        edit_tensors(file, lambda tensors: tensors.update({"logit_scale": torch.ones(())}))
-        layers = [each for each in self.load(checkpoint).modules() if isinstance(each, QuantLinear)]
-        assert layers
+    @pytest.mark.parametrize(
+        ("change", "match"),
+        [
+            (lambda tensors: tensors.pop("conv_in.bias"), "lacks 1 tensor.*conv_in.bias"),
+            (lambda tensors: tensors.update({"conv_in.qweight": torch.ones(4)}), "packed weights .'conv_in.qweight'"),
+            (lambda tensors: tensors.update({"down_blocks.0.resnets.7.conv1.bias": torch.ones(4)}), "has no place for"),
+        ],
+    )
+    def test_tensors_converted_from_another_layout_are_the_models(self, change, match):
+        """What diffusers makes of a checkpoint with the names of another library, which may leave things of its own."""
+        unet = tiny_sd().unet
+        tensors = unet.state_dict() | {"logit_scale": torch.ones(())}
+        DMQuantizer(QuantConfig("w4a6")).preprocess_model(model=unet, state_dict=tensors)
+        change(tensors)
+        refused(
+            lambda: DMQuantizer(QuantConfig("w4a6")).preprocess_model(model=unet, state_dict=tensors),
+            f"^the checkpoint of this UNet2DConditionModel .*{match}",
+        )
 
 
 @pytest.mark.parametrize("recipe", [None, 5, ["rtn"]])
