@@ -285,11 +285,12 @@ def _record(model: nn.Module, recipe: Recipe, layers: Collection[str]) -> bool:
 
 
 def save_pipeline(pipeline: Any, folder: str | Path) -> None:
-    """`save_pretrained`, and `make_portable`. Raises OSError as the disk does."""
+    """`save_pretrained`, `make_portable`, and the checksums of all that is there. Raises OSError as the disk does."""
     pipeline.save_pretrained(folder, safe_serialization=True)
     make_portable(Path(folder))
     for file in Path(folder).glob("*/*.safetensors"):
         as_umask_says(file)
+    checksums.write(Path(folder))
 
 
 def make_portable(folder: Path) -> None:

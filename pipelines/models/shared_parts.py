@@ -66,10 +66,15 @@ class SharedParts:
         try:
             listed = json.loads((self.folder / LISTING).read_text(encoding="utf-8"))
             hashes = listed["sha256"] if listed["key"] == self.key else {}
-            whole = all(sha256_once(self.folder / name) == digest for name, digest in hashes.items())
+            whole = all(_is_here(name) and sha256_once(self.folder / name) == hashes[name] for name in hashes)
         except (OSError, ValueError, LookupError, TypeError):
             return []
         return list(hashes) if whole else []
+
+
+def _is_here(name: str) -> bool:
+    """Whether a relative path that a listing names leads nowhere else."""
+    return not Path(name).is_absolute() and ".." not in Path(name).parts
 
 
 def _link(source: Path, target: Path) -> None:
