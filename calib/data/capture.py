@@ -7,6 +7,7 @@ again, alone, and a damaged index is made again of the shards.
 """
 
 import json
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from itertools import chain
@@ -26,7 +27,7 @@ from dmquant.diffusers.watching import rehearsing
 from dmquant.errors import UserError
 from dmquant.host import processes
 
-SHORT = 24  # characters of a setting that an error message quotes
+SHORT, LONG = 24, 160  # characters of a setting, and of another error, that an error message quotes
 SHOWN = 3  # files that an error message names
 
 
@@ -131,9 +132,9 @@ def _rehearsed(pipeline: Any, component: str, calls: Calls) -> int:
         raise
     except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         kind, given = type(pipeline).__name__, ", ".join(calls.arguments)
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        reason = textwrap.shorten(f"{type(error).__name__}: {error}", LONG, placeholder=" ...")
         raise UserError(
-            f"the {kind} cannot be called with {given}: {reason}; give what it takes for one prompt"
+            f"the {kind} cannot be called for one prompt with {given}: {reason}: correct that argument or leave it out"
         ) from error
     if not recorder.timesteps:
         raise UserError(f"the pipeline never called its {type(backbone).__name__}: there is nothing to calibrate on")

@@ -31,12 +31,14 @@ def call_pipeline(
 
 def _check_parts(pipeline: Any, takes_prompts: bool, makes_images: bool) -> None:
     """UserError for a part that a call needs and the pipeline was loaded without."""
-    family = family_of_pipeline(type(pipeline).__name__)
+    kind = type(pipeline).__name__
+    family = family_of_pipeline(kind)
+    spare = family.may_lack.get(kind, ()) if family else ()
     needed = ("scheduler", *(READERS if takes_prompts else ()), *(("vae",) if makes_images else ()))
     absent = [
         name
         for name, part in getattr(pipeline, "components", {}).items()
-        if part is None and name.startswith(needed) and not (family and name in family.may_lack)
+        if part is None and name.startswith(needed) and name not in spare
     ]
     if not absent:
         return
@@ -44,7 +46,7 @@ def _check_parts(pipeline: Any, takes_prompts: bool, makes_images: bool) -> None
     if any(name.startswith(READERS) for name in absent):
         takes, otherwise = "takes no prompts", ", or calibrate with prompt_embeds in quantize_pipeline"
     raise UserError(
-        f"this {type(pipeline).__name__} has no {' and no '.join(absent)}, so it {takes}: add what is missing to its "
+        f"this {kind} has no {' and no '.join(absent)}, so it {takes}: add what is missing to its "
         f"folder and model_index.json{otherwise}"
     )
 
