@@ -22,6 +22,7 @@ from dmquant.evaluation.png import KEY, read_key
 from dmquant.evaluation.trajectory import TRAJECTORIES, recording_trajectories, save_trajectory, trajectory_path
 from dmquant.host import owned, processes
 from dmquant.host.files import json_sha256, replacing
+from dmquant.host.text import escaped
 
 MAX_BATCH = 16
 PIXELS_PER_BATCH = 1024 * 1024
@@ -191,7 +192,7 @@ def _call(pipeline: Any, batch: Sequence[ImageRequest], call: dict[str, Any]) ->
 def _save(image: np.ndarray, request: ImageRequest, path: Path) -> None:
     pixels = np.rint(np.nan_to_num(image, nan=0.0).clip(0, 1) * 255).astype(np.uint8)
     about = PngImagePlugin.PngInfo()
-    about.add_itxt("prompt", request.prompt)
+    about.add_itxt("prompt", escaped(request.prompt))
     about.add_text("seed", str(request.seed))
     about.add_text(KEY, request.key)
     with replacing(path) as partial:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from dmquant.convert import LayerReport, holds_adapters, quantize_layers_, unmatched
+from dmquant.convert import LayerReport, quantize_layers_, unmatched
 from dmquant.diffusers.arguments import EMBEDDED
 from dmquant.diffusers.families import Family, family_of
 from dmquant.diffusers.quantizer import mark_quantized
@@ -161,7 +161,7 @@ def _check_backbone(backbone: nn.Module, component: str) -> None:
         isinstance(each, tuple(QUANTIZED.values())) for each in modules
     ):
         raise UserError(f"the {component} is already quantized: start from the full-precision pipeline")
-    if holds_adapters(backbone):
+    if any(hasattr(each, "base_layer") for each in modules):  # of peft
         raise UserError(
             f"the {component} holds LoRA adapters: call fuse_lora() and then unload_lora_weights() to quantize it with "
             "them, or unload_lora_weights() alone and load them again afterwards"

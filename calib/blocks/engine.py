@@ -118,7 +118,7 @@ def calibrate_(
     called = [name for block in in_order for name in block.layers]
     never_called = [name for name in states if name not in called]
     for name in never_called:
-        _round_without_data_(backbone, states[name], rounder)
+        _round_without_data_(states[name], rounder)
     reports = [states[name].report for name in (*called, *never_called)]
     plans = [state.plan for state in states.values() if state.plan.activation_candidates]
     input_formats = {step.name: step.activations.fmt.name for step in plans}
@@ -160,13 +160,13 @@ def _bytes_of_moments(rounder: Rounder, states: Mapping[str, LayerState]) -> dic
     }
 
 
-def _round_without_data_(backbone: nn.Module, state: LayerState, rounder: Rounder) -> None:
+def _round_without_data_(state: LayerState, rounder: Rounder) -> None:
     """Quantize a layer outside of all blocks that the forward pass does not use."""
     quantized = state.without_weight()
     weight = fit_transforms(state.layer, state.plan, quantized, None)
     grid = rounder.start(state.layer, state.plan, quantized, weight, None).grid
     state.parts = {one.name: quantized.parts(one) for one in quantized.transforms}
-    state.put_in_place_(backbone, QuantizedTensor.of(grid, grid.nearest))
+    state.put_in_place_(QuantizedTensor.of(grid, grid.nearest))
 
 
 def _in_words(tasks: Sequence[dict[str, Any]], seconds: Sequence[float], left: int) -> str:

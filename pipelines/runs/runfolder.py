@@ -20,8 +20,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from dmquant.errors import UserError
 from dmquant.evaluation.png import read_key
 from dmquant.host import owned, processes
@@ -55,8 +53,6 @@ WRITTEN = (
 """Patterns of what commands write in a run folder, the model aside, which lists its files itself."""
 EARLIER = re.compile(r"[\w+-][\w.+-]*")
 SHORT = 16  # characters of a hash that tell a line of the journal that was changed
-
-YAML_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # run.yaml lists all prompts
 
 
 def folder_for(parent: Path, name: str) -> Path:

@@ -12,9 +12,10 @@ from dmquant.calib.data.capture import capture
 from dmquant.calib.data.sampling import Sample, Sampling
 from dmquant.calib.layers.ranges import CLIPS, histogram, least_error_amplitude, observe_ranges
 from dmquant.diffusers.arguments import Calls
+from dmquant.diffusers.timesteps import share_timesteps
 from dmquant.errors import UserError
 from dmquant.formats import get_format
-from dmquant.layers import quantize_layer, share_timesteps
+from dmquant.layers import quantize_layer
 from dmquant.qtensor import WeightSpec
 from tests.tiny import IMAGE_SIZE, PIXART_CALL, tiny_pixart, tiny_sd
 
