@@ -228,7 +228,7 @@ class TestRefusals:
     )
     def test_what_the_pipeline_itself_refuses(self, tmp_path, call):
         message = self.captured("sd15", tmp_path, call)
-        assert message.startswith("the StableDiffusionPipeline cannot be called for one prompt with ")
+        assert message.startswith("the StableDiffusionPipeline cannot be called with ")
         assert list(call)[-1] in message
 
     @pytest.mark.parametrize(
