@@ -10,7 +10,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from dmquant.errors import UsageError, unknown
+from dmquant.errors import UsageError, UserError, unknown
 from dmquant.matching import Matcher
 from dmquant.settings import NO_FORMAT, ONLINE, Rounding, Rule, Settings, Transformation, format_name
 from dmquant.yaml_models import problem, read_yaml, validated
@@ -221,7 +221,7 @@ def _find(source: str):
     path = Path(source)
     if path.suffix in (".yaml", ".yml", ".json") or "/" in source:
         if not path.is_file():
-            raise UsageError(f"no recipe file {source}")
+            raise UserError(f"no recipe file {source}")
         return path
     raise unknown(
         "recipe",
