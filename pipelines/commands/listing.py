@@ -1,7 +1,6 @@
 """Tables on the screen: models, formats, recipes, this machine, and the content of a folder."""
 
 import fnmatch
-import json
 from pathlib import Path
 
 from rich.table import Table
@@ -13,13 +12,15 @@ from dmquant.diffusers.families.generic import COMPONENTS
 from dmquant.diffusers.quantizer import PACKED, QuantConfig, QuantMethod
 from dmquant.errors import UserError
 from dmquant.formats import SHORT_NAMES, get_format, known_formats
-from dmquant.host import checksums
+from dmquant.host import checksums, weight_file
 from dmquant.host.console import Console, quiet_libraries
 from dmquant.host.units import about_text, size_text
 from dmquant.pipelines.commands import doctor as examination
 from dmquant.pipelines.models import folders
 from dmquant.pipelines.models.registry import registered_models
 from dmquant.pipelines.models.skeleton import skeleton
+from dmquant.pipelines.models.weights import safetensors_files
+from dmquant.pipelines.models.whole import check_models
 from dmquant.pipelines.runs import runfolder
 from dmquant.pipelines.runs.defaults import DEFAULT_RECIPE
 from dmquant.recipe import Recipe, bits_names, recipe_names
@@ -123,6 +124,7 @@ def inspect(folder: Path, layers: bool) -> None:
     folder = _model_folder(folder)
     pipeline = folders.pipeline_class(folder)
     folders.check_whole(folder)
+    check_models(folder)
     console = Console()
     parts = _table("part", "files", "size")
     for name in folders.components(folder):
@@ -233,13 +235,8 @@ def _inspect_quantized(folder: Path, layers: bool, console: Console) -> None:
 
 def _tensor_bytes(folder: Path) -> dict[str, int]:
     """Bytes of every tensor in a component's safetensors files, by name; reads the headers only."""
-    sizes = {}
-    for path in folder.glob("*.safetensors"):
-        with path.open("rb") as file:
-            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        entries = {name: entry["data_offsets"] for name, entry in header.items() if name != "__metadata__"}
-        sizes |= {name: end - begin for name, (begin, end) in entries.items()}
-    return sizes
+    headers = [weight_file.header(path) for path in safetensors_files(folder)]
+    return {name: each.end - each.begin for header in headers for name, each in header.items()}
 
 
 def _table(*headers: str) -> Table:

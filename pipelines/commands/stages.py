@@ -27,7 +27,7 @@ from dmquant.pipelines.runs.closing_tables import closing_table, comparison_tabl
 from dmquant.pipelines.runs.image_stage import claim_images, make_images
 from dmquant.pipelines.runs.model_stage import load_quantized, load_source, make_model_together
 from dmquant.pipelines.runs.run import Run, saved_settings
-from dmquant.pipelines.runs.run_report import build_report, unfinished, write_all_reports
+from dmquant.pipelines.runs.run_report import build_report, reading_records, unfinished, write_all_reports
 from dmquant.pipelines.runs.runfolder import RunFolder, claim, is_full_disk
 from dmquant.pipelines.runs.scores import make_scores, write_table
 from dmquant.pipelines.runs.settings import Settings, clip_source, resolve_metrics
@@ -261,7 +261,8 @@ def report(folder: Path) -> None:
     settings = saved_settings(run_folder)
     if runfolder.TRIALS in settings:
         raise UserError(f"{folder} holds a sweep: its own command, given again, writes its tables again")
-    absent = unfinished(run_folder, settings)
+    with reading_records(run_folder):
+        absent = unfinished(run_folder, settings)
     if absent:
         raise UserError(f"{folder} is not finished ({', '.join(absent)} not done); run its command again to resume")
     result = build_report(run_folder, settings)

@@ -8,7 +8,6 @@ from pathlib import Path
 from dmquant.errors import UserError
 from dmquant.host import checksums
 from dmquant.pipelines.models import folders
-from dmquant.pipelines.models.hashes import READ
 
 
 @contextlib.contextmanager
@@ -37,7 +36,7 @@ def _loaded(folder: Path, leave_out: Collection[str]) -> Callable[[str], bool]:
 
     def is_loaded(name: str) -> bool:
         part, _, rest = name.partition("/")
-        return name == folders.INDEX or (part in parts and "/" not in rest and Path(rest).suffix in READ)
+        return name == folders.INDEX or (part in parts and "/" not in rest and Path(rest).suffix in folders.READ)
 
     return is_loaded
 

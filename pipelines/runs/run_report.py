@@ -1,9 +1,11 @@
 """The report of a run, built from what its folder remembers."""
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
+from dmquant.errors import UserError
 from dmquant.evaluation.metrics.registry import needing
 from dmquant.evaluation.report.files import write_report
 from dmquant.evaluation.result import LayerError, Metric, RecipeResult, Reference, Report
@@ -25,27 +27,44 @@ NOT_TAKEN = "not taken by the pipeline"
 
 def build_report(folder: RunFolder, settings: dict[str, Any]) -> Report:
     """The report of a finished run or comparison; `settings` is what its run.yaml holds."""
-    sides = quantized_sides(folder, settings)
-    side, _ = next(iter(sides.values()))
-    reference = Reference(
-        dtype=settings["dtype"],
-        size_bytes=side.record("model")["full_precision_bytes"],
-        seconds={"generate": _seconds(folder, "fp")},
-        peak_memory_bytes=_peak(folder, "fp"),
-        metrics=_metrics(side.record("scores")["reference"], settings["metrics"], _values(side), OF_REFERENCE),
-    )
-    return Report(
-        model=settings["model"]["name"],
-        reference=reference,
-        recipes={
-            name: _result(folder, side, recipe, settings["metrics"], _fingerprints(settings, name))
-            for name, (side, recipe) in sides.items()
-        },
-        prompts=settings["prompts"],
-        settings=_flat_settings(folder, side, published(settings)),
-        versions=settings["versions"],
-        command=published(settings)["command"],
-    )
+    with reading_records(folder):
+        sides = quantized_sides(folder, settings)
+        side, _ = next(iter(sides.values()))
+        reference = Reference(
+            dtype=settings["dtype"],
+            size_bytes=side.record("model")["full_precision_bytes"],
+            seconds={"generate": _seconds(folder, "fp")},
+            peak_memory_bytes=_peak(folder, "fp"),
+            metrics=_metrics(side.record("scores")["reference"], settings["metrics"], _values(side), OF_REFERENCE),
+        )
+        report = Report(
+            model=settings["model"]["name"],
+            reference=reference,
+            recipes={
+                name: _result(folder, side, recipe, settings["metrics"], _fingerprints(settings, name))
+                for name, (side, recipe) in sides.items()
+            },
+            prompts=settings["prompts"],
+            settings=_flat_settings(folder, side, published(settings)),
+            versions=settings["versions"],
+            command=published(settings)["command"],
+        )
+        report.check()
+    return report
+
+
+@contextlib.contextmanager
+def reading_records(folder: RunFolder) -> Iterator[None]:
+    """UserError where a record of a run does not hold what a run records: it is damaged, or of another version."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as error:
+        raise UserError(
+            f"the records of the run in {folder.path} are damaged ({type(error).__name__}: {error}): "
+            "run its command again with --overwrite"
+        ) from error
 
 
 def write_all_reports(folder: RunFolder, settings: dict[str, Any], report: Report, console: Console) -> None:
