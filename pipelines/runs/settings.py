@@ -17,7 +17,7 @@ from dmquant.diffusers.families import GENERIC, Family
 from dmquant.errors import UsageError, check_choice
 from dmquant.evaluation.generate import ImageRequest, batch_size_for, image_requests
 from dmquant.evaluation.images import any_images
-from dmquant.evaluation.metrics.registry import METRICS, all_names, check_names, default_names
+from dmquant.evaluation.metrics.registry import METRICS, all_names, check_names, default_names, needing
 from dmquant.evaluation.networks import CLIP
 from dmquant.host.files import fingerprint
 from dmquant.host.names import readable
@@ -210,6 +210,8 @@ def resolve(options: Options) -> Settings:
     model = resolve_model(options.model, options.family)
     recipe = _recipe(model, options.recipe, options.w, options.a)
     metrics = resolve_metrics(options.metrics, options.real, own_clip=model.clip is not None)
+    if options.clip and set(metrics) & set(needing("clip")):
+        _check_clip(options.clip)
     device = resolve_device(options.device)
     if options.offload and device == "cpu":
         raise UsageError("--offload is for a GPU; with --device cpu all parts are in host memory anyway: leave it out")
@@ -302,6 +304,13 @@ def clip_source(name: str | None) -> str:
     if name is None:
         return CLIP
     return str(embedded_folder(name)) if name.startswith(EMBEDDED) else name
+
+
+def _check_clip(name: str) -> None:
+    """UsageError for a CLIP model that nobody knows, before the hours that pass until it is needed."""
+    from dmquant.evaluation.networks.clip import find  # brings open_clip
+
+    find(clip_source(name))
 
 
 def versions() -> dict[str, str]:

@@ -90,8 +90,9 @@ WRONG_USAGE = {
     "unknown weight format": (["MODEL", "--w", "fp44"], "did you mean 'fp4'?"),
     "unknown activation format": (["MODEL", "--a", "e2m3"], "unknown format"),
     "unknown recipe": (["MODEL", "--recipe", "rtm"], "did you mean 'rtn'?"),
-    "no such recipe file": (["MODEL", "--recipe", "mine.yaml"], "mine.yaml"),
     "unknown metric": (["MODEL", "--metrics", "psnr,sim"], "did you mean 'ssim'?"),
+    "unknown CLIP model": (["MODEL", "--metrics", "clip_score", "--clip", "ViT-B-33"], "unknown CLIP model 'ViT-B-33'"),
+    "a long name for a CLIP model": (["MODEL", "--metrics", "clip_score", "--clip", "x" * 300], "unknown CLIP model"),
     "no metric": (["MODEL", "--metrics", ","], "--metrics is empty"),
     "unknown prompt set": (["MODEL", "--prompts", "emojo"], "did you mean 'emoji'?"),
     "too many prompts": (["MODEL", "--num-prompts", "1000000"], "1000000 prompts asked for"),
@@ -237,6 +238,11 @@ def test_an_empty_prompt_file(capsys, model, tmp_path):
     (tmp_path / "prompts.txt").write_text("\n# nothing yet\n")
     _fails(dmquant(capsys, "run", model, "--prompts", "prompts.txt", "--out", "run"), 1, "holds no prompts")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_recipe_file_that_is_not_there(capsys, model):
+    _fails(dmquant(capsys, "run", model, "--recipe", "mine.yaml", "--out", "run"), 1, "no recipe file mine.yaml")
+    assert not Path("run").exists()
 
 
 def test_a_folder_of_real_images_without_any(capsys, model, tmp_path):
