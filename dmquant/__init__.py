@@ -17,7 +17,7 @@ _HOME = {
     "quantize_pipeline": "dmquant.pipelines.api",
     "Recipe": "dmquant.recipe",
     "QuantConfig": "dmquant.diffusers.quantizer",
-    "load_pipeline": "dmquant.diffusers.quantizer",
+    "load_pipeline": "dmquant.pipelines.models.loading",
     "save_pipeline": "dmquant.diffusers.quantizer",
 }
 __all__ = list(_HOME)

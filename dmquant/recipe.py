@@ -2,7 +2,6 @@
 
 import functools
 import importlib.resources
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,32 +13,35 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 from dmquant.errors import UsageError, unknown
 from dmquant.matching import Matcher
 from dmquant.settings import NO_FORMAT, ONLINE, Rounding, Rule, Settings, Transformation, format_name
-from dmquant.yaml_models import parse_content, problem, read_yaml
+from dmquant.yaml_models import problem, read_yaml, validated
 
-_BITS = re.compile(r"w(\d+)a(\d+)")
 _FOLDER = importlib.resources.files("dmquant.configs") / "recipes"
-_FLOAT_OF_BITS = {4: "fp4", 6: "fp6", 8: "fp8", 16: "none"}
+_FLOATS = {4: "fp4", 6: "fp6", 8: "fp8", 16: "none"}
+_BITS = {
+    f"w{w}a{a}": {"weights": of_w, "activations": of_a} for w, of_w in _FLOATS.items() for a, of_a in _FLOATS.items()
+}
+MOST = 10_000_000  # of anything that is counted: no use needs more, and no more than a typing error asks for it
 
 
 class Calibration(BaseModel, extra="forbid", frozen=True):
     """The choice of calls of the full-precision backbone to calibrate on."""
 
-    prompts: int = Field(default=128, ge=2)
-    steps_per_prompt: int = Field(default=10, ge=1)
+    prompts: int = Field(default=128, ge=2, le=MOST)
+    steps_per_prompt: int = Field(default=10, ge=1, le=MOST)
     sampler: Literal["uniform", "stratified", "importance"] = "stratified"
     held_out: float = Field(default=0.125, gt=0, lt=1)
     """Share of the prompts that nothing is learned from; roundings are judged on them."""
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**63)
 
 
 class Learning(BaseModel, extra="forbid", frozen=True):
     """Settings of learning the roundings of a unit, for every rounding method."""
 
     unit: Literal["layer", "block", "window"] = "block"
-    window: int = Field(default=2, ge=2)
+    window: int = Field(default=2, ge=2, le=MOST)
     """Blocks a window; windows overlap by all but one block. Only for unit: window."""
-    iterations: int = Field(default=1000, ge=0)
-    batch_size: int = Field(default=16, ge=1)
+    iterations: int = Field(default=1000, ge=0, le=MOST)
+    batch_size: int = Field(default=16, ge=1, le=MOST)
     """Backbone calls a step; each holds both guidance branches."""
     learning_rate: float = Field(default=0.1, gt=0)
     full_precision_inputs: float = Field(default=0.0, ge=0, le=1)
@@ -48,9 +50,9 @@ class Learning(BaseModel, extra="forbid", frozen=True):
     """Whether activations are quantized while roundings are learned."""
     dtype: Literal["fp32", "bf16"] = "fp32"
     compile: bool = False
-    checks: int = Field(default=5, ge=1)
+    checks: int = Field(default=5, ge=1, le=MOST)
     """The number of times the hard-rounded unit is tried on held-out data; the best of these is kept."""
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**63)
 
 
 @dataclass(frozen=True)
@@ -126,9 +128,8 @@ class Recipe(Settings):
         Raises UsageError for an unknown name or format, a missing file, and for a file that is not a recipe,
         then with file and line.
         """
-        if bits := _BITS.fullmatch(str(source)):
-            named = dict(zip(("weights", "activations"), map(_float_of_bits, bits.groups()), strict=True))
-            recipe = cls.load("rtn").with_settings(name=str(source), **named)
+        if source in _BITS:
+            recipe = cls.load("rtn").with_settings(name=source, **_BITS[source])
         else:
             recipe = read_yaml(cls, _find(str(source)), str(source))
         return recipe.in_formats(w, a)
@@ -136,7 +137,7 @@ class Recipe(Settings):
     @classmethod
     def from_dict(cls, content: Any, source: str) -> "Recipe":
         """The inverse of `to_dict`; UsageError, naming the `source`, for content that is no recipe."""
-        return parse_content(cls, content, source)
+        return validated(cls, content, lambda place: f"{source}: ")
 
     def in_formats(self, w: str | None, a: str | None) -> "Recipe":
         """A copy in other formats; None is the recipe's own. Replacing a format drops its candidates."""
@@ -166,10 +167,8 @@ class Recipe(Settings):
 
     def splitting(self, channels: Mapping[str, int]) -> "Recipe":
         """A copy in which each of these layers has the given `split` unless one of its own rules says otherwise."""
-        layers: dict[int, list[str]] = {}
-        for name, split in channels.items():
-            layers.setdefault(split, []).append(name)
-        rules = [Rule(match=names, split=split) for split, names in layers.items()]
+        splits = dict.fromkeys(channels.values())
+        rules = [Rule(match=[name for name in channels if channels[name] == split], split=split) for split in splits]
         return self.with_settings(rules=[*rules, *self.rules]) if rules else self
 
     def settings_by_layer(self, names: Iterable[str]) -> dict[str, Settings | None]:
@@ -213,13 +212,7 @@ def recipe_names() -> list[str]:
 
 def bits_names() -> list[str]:
     """Names of the data-free recipes by bits, such as `w4a6`."""
-    return [f"w{w}a{a}" for w in _FLOAT_OF_BITS for a in _FLOAT_OF_BITS if w <= a and w < 16]
-
-
-def _float_of_bits(bits: str) -> str:
-    if int(bits) not in _FLOAT_OF_BITS:
-        raise UsageError(f"no floating-point format is implied by {bits} bits: name one with --w and --a")
-    return _FLOAT_OF_BITS[int(bits)]
+    return [f"w{w}a{a}" for w in _FLOATS for a in _FLOATS if w <= a and w < 16]
 
 
 def _find(source: str):
@@ -230,4 +223,9 @@ def _find(source: str):
         if not path.is_file():
             raise UsageError(f"no recipe file {source}")
         return path
-    raise unknown("recipe", source, [*recipe_names(), *bits_names()], "`dmquant recipes` lists them")
+    raise unknown(
+        "recipe",
+        source,
+        [*recipe_names(), *bits_names()],
+        "`dmquant recipes` lists them; --w and --a set other formats",
+    )

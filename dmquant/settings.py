@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from pydantic import BaseModel, ValidationError, ValidationInfo, field_validator, model_validator
 
-from dmquant.errors import UsageError, check_choice
+from dmquant.errors import LONGEST, UsageError, check_choice
 from dmquant.yaml_models import problem
 
 NO_FORMAT = "none"  # leave alone
@@ -35,6 +35,13 @@ def _one_size(names: list[str]) -> list[str]:
     return [fmt.name for fmt in formats]
 
 
+def _recipe_name(name: str) -> str:
+    """The name of a recipe; UsageError for one that cannot stand in a table, in a page or on a terminal."""
+    if not 0 < len(name.strip()) == len(name) <= LONGEST or not name.isprintable():
+        raise UsageError(f"a name is one line of up to {LONGEST} letters, digits and signs, without blanks at its ends")
+    return name
+
+
 @functools.cache
 def _checks() -> dict[str, Callable[[Any], Any]]:
     """Functions by setting that return the one name of a value, or raise UsageError; only they import torch."""
@@ -42,13 +49,13 @@ def _checks() -> dict[str, Callable[[Any], Any]]:
     from dmquant.scaling import DATA_RULES, RULES, Granularity
     from dmquant.stores import STORES, TABLES
 
-    return {
+    granularities = dict.fromkeys(("granularity", "activation_granularity"), lambda text: str(Granularity.parse(text)))
+    return granularities | {
+        "name": _recipe_name,
         "weights": format_name,
         "activations": format_name,
         "candidates": _one_size,
         "activation_candidates": _one_size,
-        "granularity": lambda text: str(Granularity.parse(text)),
-        "activation_granularity": lambda text: str(Granularity.parse(text)),
         "activation_scale": lambda text: text if parse_ranges(text) else ONLINE,
         "scale": lambda name: check_choice("scale rule", name, (*RULES, *DATA_RULES)),
         "store": lambda name: check_choice("scale storage", name, (*STORES, *TABLES)),

@@ -6,12 +6,11 @@ They show what quantization did before the VAE and 8-bit pixels blur it.
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from dmquant.errors import UserError
-from dmquant.host.files import remembering, replacing
+from dmquant.host.files import remembering
+from dmquant.host.sealed import load_sealed, save_sealed, sealed_about
 
 SUFFIX = ".latent.safetensors"
 TENSOR = "latent"
@@ -28,8 +27,7 @@ def save_latent(latent: Tensor, image: Path, key: str) -> None:
     `latent` is float32 of any shape, in the units of the sampler; strides are not kept. Raises UserError where the disk
     refuses.
     """
-    with replacing(latent_path(image)) as partial:
-        save_file({TENSOR: latent.clone(memory_format=torch.contiguous_format)}, partial, metadata={"key": key})
+    save_sealed(latent_path(image), {TENSOR: latent.clone(memory_format=torch.contiguous_format)}, key)
 
 
 def read_latent(image: Path, key: str | None) -> Tensor | None:
@@ -37,11 +35,8 @@ def read_latent(image: Path, key: str | None) -> Tensor | None:
 
     They are float32 on the CPU, in the shape and the units they were saved in.
     """
-    try:
-        with safe_open(latent_path(image), framework="pt") as file:
-            return file.get_tensor(TENSOR) if file.metadata() == {"key": key} else None
-    except (OSError, SafetensorError):
-        return None
+    tensors, of_image = load_sealed(latent_path(image)) or ({}, None)
+    return tensors.get(TENSOR) if of_image == key else None
 
 
 def has_latent(image: Path, key: str) -> bool:
@@ -54,10 +49,5 @@ def has_latent(image: Path, key: str) -> bool:
 
 @remembering
 def _key(path: Path) -> str | None:
-    """The key in a file of latents that is whole."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            file.get_tensor(TENSOR)
-            return (file.metadata() or {}).get("key")
-    except SafetensorError:
-        return None
+    """The key in a file of latents that is what was written."""
+    return sealed_about(path)

@@ -20,8 +20,9 @@ from dmquant.diffusers.watching import recording_latents
 from dmquant.evaluation.final_latents import has_latent, latent_path, save_latent
 from dmquant.evaluation.png import KEY, read_key
 from dmquant.evaluation.trajectory import TRAJECTORIES, recording_trajectories, save_trajectory, trajectory_path
-from dmquant.host import processes
+from dmquant.host import owned, processes
 from dmquant.host.files import json_sha256, replacing
+from dmquant.host.text import escaped
 
 MAX_BATCH = 16
 PIXELS_PER_BATCH = 1024 * 1024
@@ -48,10 +49,10 @@ class ImageRequest:
 
 @dataclass
 class Generated:
-    """The result of `generate`: seconds by image key for the images it made, and the number that held NaN or inf."""
+    """The result of `generate`: seconds by image key for the images it made, and the keys of those with NaN or inf."""
 
     seconds: dict[str, float] = field(default_factory=dict)
-    not_finite: int = 0
+    not_finite: set[str] = field(default_factory=set)
 
 
 def image_requests(prompts: Sequence[str], seed: int, settings: str, latents: bool = False) -> list[ImageRequest]:
@@ -84,15 +85,25 @@ def prune(folder: Path, requests: Sequence[ImageRequest]) -> None:
     names = {request.name for request in requests}
     for path in folder.glob("[0-9]*.png"):
         if path.name not in names and read_key(path) is not None:
-            path.unlink()
-            for beside in (latent_path(path), trajectory_path(path)):
-                beside.unlink(missing_ok=True)
+            for each in (path, latent_path(path), trajectory_path(path)):
+                owned.remove(each)
 
 
 def pruned_and_missing(folder: Path, requests: Sequence[ImageRequest]) -> list[ImageRequest]:
     """`missing`, after `prune`."""
     prune(folder, requests)
     return missing(folder, requests)
+
+
+def unfinished_batches(folder: Path, requests: Sequence[ImageRequest], batch_size: int) -> list[Sequence[ImageRequest]]:
+    """The batches, of the whole list, in which an image is missing.
+
+    Pixels depend on the images of a batch by rounding (up to 1/255), so a batch is made as a whole, and a set that was
+    stopped on the way is the same at the end as one that was not.
+    """
+    wanted = {request.index for request in missing(folder, requests)}
+    whole = (requests[start : start + batch_size] for start in range(0, len(requests), batch_size))
+    return [batch for batch in whole if any(request.index in wanted for request in batch)]
 
 
 def generate(
@@ -102,13 +113,14 @@ def generate(
     *,
     batch_size: int,
     call: dict[str, Any],
+    before_saving: Callable[[Generated], None] = lambda generated: None,
     on_batch: Callable[[Generated], None] = lambda generated: None,
 ) -> Generated:
-    """Make the images of `requests` that `folder` lacks, in batches, each process its share of them.
+    """Make the batches of `requests` that `folder` lacks an image of, each process its share of them.
 
-    Batches are cut from the whole list before the finished images are left out, so a resumed run, or one of several
-    processes, computes the same batches as one that was never stopped. All processes get the same result; the seconds
-    of an image are those that passed, divided by the images made in them.
+    Batches are cut from the whole list, so a resumed run, or one of several processes, computes the same batches as
+    one that was never stopped. All processes get the same result; the seconds of an image are those that passed,
+    divided by the images made in them.
 
     Args:
         pipeline: a diffusers text-to-image pipeline, on its device.
@@ -117,38 +129,58 @@ def generate(
         batch_size: images a batch.
         call: arguments of the pipeline's call other than prompt, generator and output type: height, width,
             num_inference_steps, guidance_scale, and what its family needs.
-        on_batch: called after every batch, or one of each process, with all that was made so far.
+        before_saving: called with all that was made so far before a batch, or one of each process, is written: what it
+            keeps is known of every image that is there.
+        on_batch: called after that.
     """
     folder.mkdir(parents=True, exist_ok=True)
     everyone = processes.current()
-    wanted = everyone.on_main(lambda: {request.index for request in missing(folder, requests)})
-    whole = (requests[start : start + batch_size] for start in range(0, len(requests), batch_size))
-    batches = list(filter(None, ([request for request in batch if request.index in wanted] for batch in whole)))
+    batches = everyone.on_main(lambda: unfinished_batches(folder, requests, batch_size))
     generated = Generated()
     for start in range(0, len(batches), everyone.count):
         at_once, began = batches[start : start + everyone.count], time.perf_counter()
-        mine = everyone.share(at_once)
-        not_finite = everyone.together(lambda mine=mine: sum(_make(pipeline, batch, folder, call) for batch in mine))
-        generated.not_finite += sum(not_finite)
-        made = [request.key for batch in at_once for request in batch]
-        generated.seconds |= dict.fromkeys(made, (time.perf_counter() - began) / len(made))
+        made = [_Batch(batch) for batch in everyone.share(at_once)]
+        for not_finite in everyone.together(
+            lambda made=made: {key for one in made for key in one.make(pipeline, call)}
+        ):
+            generated.not_finite |= not_finite
+        keys = [request.key for batch in at_once for request in batch]
+        generated.seconds |= dict.fromkeys(keys, (time.perf_counter() - began) / len(keys))
+        before_saving(generated)
+        everyone.together(lambda made=made: _save_all(made, folder))
         on_batch(generated)
     return generated
 
 
-def _make(pipeline: Any, batch: Sequence[ImageRequest], folder: Path, call: dict[str, Any]) -> int:
-    """Make and write the images of one batch; returns how many held NaN or infinity."""
-    followed = [request for request in batch if request.index < TRAJECTORIES]
-    with recording_latents(pipeline) as latents, recording_trajectories(pipeline, len(followed)) as steps:
-        images = _call(pipeline, batch, call)
-    if latents:
-        for request, latent in zip(batch, torch.cat(latents), strict=True):
-            save_latent(latent, folder / request.name, request.key)
-    for request, trajectory in zip(followed, steps.trajectories, strict=False):
-        save_trajectory(trajectory, folder / request.name, request.key)
-    for request, image in zip(batch, images, strict=True):
-        _save(image, request, folder)
-    return int((~np.isfinite(images)).any(axis=(1, 2, 3)).sum())
+class _Batch:
+    """Images that are made together, with their latents and trajectories."""
+
+    def __init__(self, requests: Sequence[ImageRequest]):
+        self.requests = requests
+
+    def make(self, pipeline: Any, call: dict[str, Any]) -> list[str]:
+        """Run the pipeline; returns the keys of the images that hold NaN or infinity."""
+        followed = sum(request.index < TRAJECTORIES for request in self.requests)
+        with recording_latents(pipeline) as latents, recording_trajectories(pipeline, followed) as steps:
+            self._images = _call(pipeline, self.requests, call)
+        self._latents, self._trajectories = torch.cat(latents) if latents else (), steps.trajectories
+        finite = np.isfinite(self._images).all(axis=(1, 2, 3))
+        return [request.key for request, whole in zip(self.requests, finite, strict=True) if not whole]
+
+    def save(self, folder: Path) -> None:
+        """Write the files of every image, the image itself last."""
+        paths = [(request, folder / request.name) for request in self.requests]
+        for (request, path), latent in zip(paths, self._latents, strict=False):
+            save_latent(latent, path, request.key)
+        for (request, path), trajectory in zip(paths, self._trajectories, strict=False):
+            save_trajectory(trajectory, path, request.key)
+        for (request, path), image in zip(paths, self._images, strict=True):
+            _save(image, request, path)
+
+
+def _save_all(batches: Sequence[_Batch], folder: Path) -> None:
+    for batch in batches:
+        batch.save(folder)
 
 
 def _call(pipeline: Any, batch: Sequence[ImageRequest], call: dict[str, Any]) -> np.ndarray:
@@ -157,11 +189,11 @@ def _call(pipeline: Any, batch: Sequence[ImageRequest], call: dict[str, Any]) ->
     return np.asarray(call_pipeline(pipeline, prompts, seeds, "np", call), dtype=np.float32)
 
 
-def _save(image: np.ndarray, request: ImageRequest, folder: Path) -> None:
+def _save(image: np.ndarray, request: ImageRequest, path: Path) -> None:
     pixels = np.rint(np.nan_to_num(image, nan=0.0).clip(0, 1) * 255).astype(np.uint8)
     about = PngImagePlugin.PngInfo()
-    about.add_itxt("prompt", request.prompt)
+    about.add_itxt("prompt", escaped(request.prompt))
     about.add_text("seed", str(request.seed))
     about.add_text(KEY, request.key)
-    with replacing(folder / request.name) as partial:
+    with replacing(path) as partial:
         Image.fromarray(pixels).save(partial, format="PNG", pnginfo=about)

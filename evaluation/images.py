@@ -9,10 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, PngImagePlugin
 from torch import Tensor
 
 from dmquant.errors import UserError
+from dmquant.evaluation.png import OURS, SOFTWARE
 from dmquant.host.files import replacing
 from dmquant.host.hashes import sha256_once
 
@@ -65,8 +66,10 @@ def save_image(image: Image.Image | Tensor, path: Path) -> None:
     """
     if isinstance(image, Tensor):
         image = Image.fromarray(image.permute(1, 2, 0).cpu().numpy())
+    about = PngImagePlugin.PngInfo()
+    about.add_text(SOFTWARE, OURS)
     with replacing(path) as temporary:
-        image.save(temporary, format="PNG")
+        image.save(temporary, format="PNG", pnginfo=about)
 
 
 def generated_images(folder: Path) -> list[Path]:

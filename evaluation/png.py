@@ -10,9 +10,11 @@ from PIL import Image
 
 from dmquant.errors import UserError
 from dmquant.host.files import remembering
+from dmquant.host.text import unescaped
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 KEY = "key"
+SOFTWARE, OURS = "Software", "dmquant"  # of pictures: grids and plots
 FRAME = 12  # bytes of a chunk beside its data: length, type, checksum
 
 
@@ -26,8 +28,20 @@ def read_key(path: Path) -> str | None:
 
 def read_prompt(path: Path) -> str | None:
     """The prompt that a PNG of ours was made from, or None."""
-    with Image.open(path) as image:
-        return image.info.get("prompt")
+    try:
+        with Image.open(path) as image:
+            text = image.info.get("prompt")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        return None  # whoever opens it for its pixels says what is wrong
+    return unescaped(text) if isinstance(text, str) else None
+
+
+def is_picture(path: Path) -> bool:
+    """Whether a file is a whole PNG that dmquant drew, such as a grid."""
+    try:
+        return _text_of_whole(path.read_bytes(), SOFTWARE) == OURS
+    except OSError:
+        return False
 
 
 @remembering

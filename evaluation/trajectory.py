@@ -10,12 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from dmquant.diffusers.watching import watching_steps
-from dmquant.host.files import replacing
+from dmquant.host.sealed import load_sealed, save_sealed
 
 TRAJECTORIES = 8
 """Images of a set whose trajectories are kept: at 1024 pixels one can take 50 MB."""
@@ -70,17 +68,10 @@ def trajectory_path(image: Path) -> Path:
 
 def save_trajectory(trajectory: Trajectory, image: Path, key: str) -> None:
     """Write the trajectory of one image beside it, whole or not at all; `key` is the image's own."""
-    with replacing(trajectory_path(image)) as partial:
-        tensors = {name: tensor.contiguous() for name, tensor in vars(trajectory).items()}
-        save_file(tensors, partial, metadata={"key": key})
+    save_sealed(trajectory_path(image), {name: each.contiguous() for name, each in vars(trajectory).items()}, key)
 
 
 def read_trajectory(image: Path, key: str | None) -> Trajectory | None:
     """The trajectory made together with the image of that key; None where there is none, or a damaged one."""
-    try:
-        with safe_open(trajectory_path(image), framework="pt") as file:
-            if file.metadata() != {"key": key}:
-                return None
-            return Trajectory(file.get_tensor("timesteps"), file.get_tensor("latents"))
-    except (OSError, SafetensorError):
-        return None
+    tensors, of_image = load_sealed(trajectory_path(image)) or ({}, None)
+    return Trajectory(**tensors) if tensors and of_image == key else None

@@ -1,5 +1,7 @@
 """Recipes: what a name or a file means for each layer, and one clear line where it means nothing."""
 
+import time
+
 import pytest
 
 from dmquant.errors import UsageError
@@ -101,11 +103,54 @@ def test_what_is_no_text_and_a_key_of_a_part_are_said_in_one_line(tmp_path, text
 
 
 def test_a_message_quotes_no_more_than_a_line_of_nested_aliases(tmp_path):
-    levels = "".join(f"  - &a{level} [{', '.join([f'*a{level - 1}'] * 9)}]\n" for level in range(1, 7))
+    levels = "".join(f"  - &a{level} [{', '.join([f'*a{level - 1}'] * 9)}]\n" for level in range(1, 3))
     (tmp_path / "bomb.yaml").write_text(f"name:\n  - &a0 [x]\n{levels}weights: fp4\n")
     with pytest.raises(UsageError, match="name: Input should be a valid string") as error:
         Recipe.load(tmp_path / "bomb.yaml")
     assert len(str(error.value)) < 500
+
+
+NINE = {level: ", ".join([f"*a{level - 1}"] * 9) for level in range(1, 9)}
+MERGED = "".join(f"a{level}: &a{level} {{<<: [{below}]}}\n" for level, below in NINE.items())
+HARMFUL = {
+    "two of a key": ("name: x\nweights: fp4\nweights: int8\n", "line 1: .*the key 'weights' is given twice"),
+    "two of a key in a list": ("name: x\nrules:\n- {match: a, keep: true, match: b}\n", "'match' is given twice"),
+    "aliases": (f"name: x\ntop: &a0 {{k: 1}}\n{MERGED}", "make too much of it"),
+    "an alias of itself": ("name: x\nrules: &a [*a]\n", "line 2: rules"),
+    "deep": ("name: " + "[" * 100_000, "recursion"),
+    "a million digits": ("name: x\nsplit: " + "9" * 1_000_000, "make too much of it|holds no settings"),
+    "thousands of hexadecimal digits": ("name: x\nsplit: 0x" + "f" * 5_000, "make too much of it"),
+    "hundreds of digits": ("name: x\nlearning: {iterations: " + "9" * 300 + "}\n", "less than or equal to 10000000"),
+    "half a character": ('name: "\\ud800"\n', "surrogates not allowed"),
+    "no date": ("name: x\ndescription: 2026-99-99\n", "month must be in 1..12"),
+    "no number": ("name: x\nsplit: !!int ''\n", "not valid YAML"),
+    "a long key": (f"name: x\n{'k' * 900}: 1\n", "unknown key"),
+    "a long name of a format": (f"name: x\nweights: {'f' * 50_000}\n", "unknown format"),
+    "a long file": ("name: x\n" + "# more\n" * 200_000, "holds no settings"),
+    "a group of endless size": (f"name: x\ngranularity: group:{'9' * 23}\n", "unknown granularity"),
+    "a name with a line break": ('name: "a\\nb"\n', "a name is one line"),
+    "a name that turns the direction": ('name: "a\\u202eb"\n', "a name is one line"),
+    "a name with an escape": ('name: "a\\eb"\n', "a name is one line"),
+    "no name": ("name: ' '\n", "a name is one line"),
+    "a long name": (f"name: {'n' * 101}\n", "a name is one line of up to 100"),
+}
+
+
+@pytest.mark.parametrize(("text", "message"), HARMFUL.values(), ids=HARMFUL)
+def test_a_harmful_file_is_refused_in_a_short_line_at_once(tmp_path, text, message):
+    (tmp_path / "mine.yaml").write_text(text)
+    began = time.monotonic()
+    with pytest.raises(UsageError, match=message) as error:
+        Recipe.load(tmp_path / "mine.yaml")
+    assert time.monotonic() - began < 5
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 1000
+
+
+def test_a_recipe_may_use_anchors(tmp_path):
+    rules = "rules:\n- &kept {match: a, keep: true}\n- {<<: *kept, match: b}\n"
+    (tmp_path / "mine.yaml").write_text(f"name: x\n{rules}")
+    assert [rule.keep for rule in Recipe.load(tmp_path / "mine.yaml").rules] == [True, True]
 
 
 @pytest.mark.parametrize(
@@ -151,8 +196,8 @@ def test_a_message_quotes_no_more_than_a_line_of_nested_aliases(tmp_path):
         ("name: x\ncandidates: [fp4, fp44]\n", r"line 2: candidates: unknown format 'fp44'"),
         ("weights: fp4\n", r"name: this key is required"),
         ("name: [x\nweights: fp4\n", r"line \d: not valid YAML"),
-        ("", r"Input should be a valid dictionary"),
-        ("- a\n- b\n", r"Input should be a valid dictionary"),
+        ("", r"holds no settings: write each on a line"),
+        ("- a\n- b\n", r"holds no settings: write each on a line"),
     ],
 )
 def test_a_wrong_file_is_one_line_with_file_and_line(tmp_path, text, message):
@@ -171,7 +216,7 @@ def test_a_wrong_file_is_one_line_with_file_and_line(tmp_path, text, message):
         (("nowhere.yaml",), "no recipe file nowhere.yaml"),
         (("rtn", "fp5"), "unknown format 'fp5'"),
         (("rtn", "fp4", "int9"), "integer formats"),
-        (("w5a6",), "no floating-point format is implied by 5 bits"),
+        (("w5a6",), "unknown recipe 'w5a6': did you mean 'w.a6'.*--w and --a set other formats"),
     ],
 )
 def test_unknown_names_are_usage_errors(arguments, message):

@@ -5,7 +5,6 @@ quantized one fills empty quantized layers with its bytes. Registered by `dmquan
 """
 
 import enum
-import inspect
 import json
 import logging
 from collections.abc import Collection
@@ -13,18 +12,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.configuration_utils import FrozenDict
 from diffusers.quantizers import auto
 from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import nn
 
-from dmquant.activations import TimestepRanges
-from dmquant.convert import plan, plan_without_data, quantize_layers_, unmatched
-from dmquant.diffusers import families, pairs  # noqa: F401  (enter what they know)
+from dmquant.convert import LayerPlan, plan, plan_without_data, quantize_layers_, unmatched
+from dmquant.diffusers import families, pairs, tensors  # noqa: F401  (enter what they know)
+from dmquant.diffusers.dequantize import dequantize_
+from dmquant.diffusers.methods import allow_fusing, extend, refuse_fusing
+from dmquant.diffusers.state import answer_to_weights, apart, check_unchanged, forget_weights
+from dmquant.diffusers.timesteps import forget_timesteps, tell_timesteps
 from dmquant.errors import UsageError, UserError
-from dmquant.layers import QUANTIZED, quantize_layer, share_timesteps
-from dmquant.models import completed, records_quantization
-from dmquant.recipe import Recipe
+from dmquant.host import checksums
+from dmquant.layers import QUANTIZED, become_, quantize_layer
+from dmquant.models import completed, records_quantization, refuse_to_save
+from dmquant.recipe import Recipe, bits_names, recipe_names
 from dmquant.transforms import folds_first
 
 VERSION = 2
@@ -57,24 +61,27 @@ class QuantConfig(QuantizationConfigMixin):
         version: int = VERSION,
         **_later_versions: Any,
     ):
-        if not isinstance(version, int) or version > VERSION:
-            raise UserError(
-                f"this model was quantized by a later dmquant: its codes are of version {version}, and this one reads "
-                f"versions up to {VERSION}: install the dmquant that it was made with, or a later one"
-            )
+        _check_version(version)
         self.quant_method, self.version = QuantMethod.DMQUANT, version
         if isinstance(recipe, dict):
             recipe = Recipe.from_dict(recipe, "recipe")
-        elif not isinstance(recipe, Recipe):
+        elif isinstance(recipe, str | Path):
             recipe = Recipe.load(recipe, w, a)
+        elif not isinstance(recipe, Recipe):
+            raise UsageError(f"a recipe is a name, a YAML file, a dict or a Recipe, not {type(recipe).__name__}")
         self.recipe = recipe.keeping((keep,) if isinstance(keep, str) else keep)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """Read the content of a config.json, also of versions without `keep` in recipes, which wrote all rules out."""
-        recipe = config_dict.get("recipe")
+        """Read the content of a config.json, also of versions without `keep` in recipes, which wrote all rules out.
+
+        UserError where it is none, or names a recipe by a file instead of holding it.
+        """
+        recipe = config_dict.get("recipe") if isinstance(config_dict, dict) else None
         if isinstance(recipe, dict):
             config_dict = config_dict | {"recipe": {"keep": "none"} | recipe}
+        elif recipe not in (*recipe_names(), *bits_names()):
+            raise UserError("the quantization_config of this model holds no recipe: get its config.json again")
         return super().from_dict(config_dict, return_unused_kwargs, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
@@ -92,8 +99,11 @@ class DMQuantizer(DiffusersQuantizer):
     use_keep_in_fp32_modules = True
 
     def __init__(self, quantization_config: QuantConfig, **kwargs: Any):
-        super().__init__(quantization_config, **kwargs)
-        self._plans, self._whole_model = {}, False
+        # `from_single_file` does not say, and reads weights in full precision.
+        super().__init__(quantization_config, **{"pre_quantized": False, **kwargs})
+        self._plans, self._whole_model, self._files = {}, False, []
+        self.tensors: frozenset[str] = frozenset()
+        """Names of the tensors of the quantized model."""
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Check nothing: every environment that runs torch will do."""
@@ -101,27 +111,57 @@ class DMQuantizer(DiffusersQuantizer):
     def update_torch_dtype(self, torch_dtype: torch.dtype | None) -> torch.dtype:
         return torch_dtype or torch.float32
 
-    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+    def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:
+        """Remember the files, which are hereby known, and compare their sizes and headers with what was saved."""
+        self._files = [Path(file) for file in checkpoint_files if str(file).endswith(checksums.WEIGHTS)]
+        for file in self._files:
+            if fault := checksums.outline_fault(file):
+                raise UserError(f"{file} {fault}: get the model again, or remove {checksums.NAME} if that was you")
+        return loaded_keys
+
+    def _process_model_before_weight_loading(
+        self, model: nn.Module, state_dict: dict[str, torch.Tensor] | None = None, **kwargs: Any
+    ) -> None:
         recipe = self.quantization_config.recipe
         if not self.pre_quantized and (warning := unmatched(model, recipe)):
             logging.getLogger("dmquant").warning(warning)
         recipe = completed(recipe, model)
         # A copy, because the caller may load a model of another family with the same configuration.
         self.quantization_config = QuantConfig(recipe, version=self.quantization_config.version)
-        plans = plan(model, recipe) if self.pre_quantized else plan_without_data(model, recipe)
-        self._plans = {step.name: step for step in plans}
-        self._whole_model = any(folds_first(one) for step in self._plans.values() for one in step.transforms)
-        if self.pre_quantized:
-            for name, step in self._plans.items():
-                layer = model.get_submodule(name)
-                _check_order_of_codes(name, layer, self.quantization_config.version)
-                empty = QUANTIZED[type(layer)].like(layer, step.weights, step.activations, "meta", step.transforms)
-                model.set_submodule(name, empty)
-        attach(model, self)
+        places = list(model.named_modules(remove_duplicate=False))
+        plans = (
+            empty_layers_(model, self.quantization_config) if self.pre_quantized else plan_without_data(model, recipe)
+        )
+        layers = {model.get_submodule(step.name): step for step in plans}
+        self._plans = {name: layers[layer] for name, layer in places if layer in layers}
+        self._whole_model = any(folds_first(one) for step in plans for one in step.transforms)
+        self._check_tensors(model, state_dict)
+
+    def _check_tensors(self, model: nn.Module, state_dict: dict[str, torch.Tensor] | None) -> None:
+        """UserError unless the files, or the state dict of a single-file checkpoint, hold the model that is built."""
+        if state_dict is not None:
+            fault, where = tensors.misfit(model, tensors.of_repeated_layers(model, state_dict)), type(model).__name__
+            where = f"the checkpoint of this {where}"
+        elif self._files:
+            where = str(self._files[0].parent)
+            found = tensors.of_files(self._files, where)
+            if len(self._files) == 1:  # as diffusers itself does
+                model._fix_state_dict_keys_on_load(found)
+            fault = tensors.misfit(model, found)
+        else:
+            return
+        if fault is not None:
+            raise UserError(f"{where} {fault}: get the model again")
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         if self._whole_model and not self.pre_quantized:
             quantize_layers_(model, self.quantization_config.recipe)
+        attach(model, self)
+        return model
+
+    def _dequantize(self, model: nn.Module) -> nn.Module:
+        dequantize_(model)
+        detach(model)
         return model
 
     def check_if_quantized_param(
@@ -158,10 +198,16 @@ class DMQuantizer(DiffusersQuantizer):
         stored = state_dict[param_name].to(target_device)
         if self.pre_quantized:
             setattr(layer, leaf, nn.Parameter(stored, requires_grad=False))
-        else:
+        elif type(layer) in QUANTIZED:  # the first time, where the layer has several names
             step = self._plans[layer_name]
             quantized = quantize_layer(layer, step.weights, step.activations, stored, transforms=step.transforms)
-            model.set_submodule(layer_name, quantized)
+            become_(layer, quantized)
+
+    def get_state_dict_and_metadata(
+        self, state_dict: dict[str, Any], safe_serialization: bool = False
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        check_unchanged(state_dict.keys(), self.tensors)
+        return apart(state_dict), {}
 
     @property
     def is_serializable(self) -> bool:
@@ -174,6 +220,31 @@ class DMQuantizer(DiffusersQuantizer):
     @property
     def is_compileable(self) -> bool:
         return True
+
+
+def empty_layers_(model: nn.Module, config: QuantConfig) -> list[LayerPlan]:
+    """Replace the layers that a quantized checkpoint holds packed by empty ones on the meta device; their plans.
+
+    Raises UserError for codes of a version that ordered them otherwise.
+    """
+    plans = plan(model, completed(config.recipe, model))
+    for step in plans:
+        layer = model.get_submodule(step.name)
+        _check_order_of_codes(step.name, layer, config.version)
+        empty = QUANTIZED[type(layer)].like(layer, step.weights, step.activations, "meta", step.transforms)
+        become_(layer, empty)
+    return plans
+
+
+def _check_version(version: Any) -> None:
+    """Raise UserError for a version of config.json that is not of this dmquant or an earlier one."""
+    if type(version) is int and version > VERSION:
+        raise UserError(
+            f"this model was quantized by a later dmquant: its codes are of version {version}, and this one reads "
+            f"versions up to {VERSION}: install the dmquant that it was made with, or a later one"
+        )
+    if type(version) is not int or version < 1:
+        raise UserError(f"the version of a quantization_config is 1 to {VERSION}: get this model's config.json again")
 
 
 def _check_order_of_codes(name: str, layer: nn.Module, version: int) -> None:
@@ -190,41 +261,32 @@ auto.AUTO_QUANTIZER_MAPPING.setdefault(QuantMethod.DMQUANT.value, DMQuantizer)
 auto.AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault(QuantMethod.DMQUANT.value, QuantConfig)
 
 
-class _TellTimestep:
-    """A forward pre-hook that tells a backbone's static layers the timestep; a class, so that copies keep apart."""
-
-    def __init__(self, backbone: nn.Module, ranges: TimestepRanges):
-        parameters = list(inspect.signature(type(backbone).forward).parameters)
-        if "timestep" not in parameters:
-            raise UsageError(
-                f"{type(backbone).__name__} is called without a timestep, so its layers cannot differ by "
-                "timestep range: use activation scales static:1 or online, and bias with ranges: 1"
-            )
-        self.position = parameters.index("timestep") - 1  # not counting self
-        self.ranges = ranges
-
-    def __call__(self, backbone: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        timestep = kwargs.get("timestep", next(iter(args[self.position :]), None))
-        if timestep is None:
-            raise RuntimeError(f"{type(backbone).__name__} was called without a timestep")
-        self.ranges.set(timestep)
-
-
 def attach(model: nn.Module, quantizer: DMQuantizer) -> None:
-    """Tell a diffusers model that it is quantized, so that `save_pretrained` writes it as such.
+    """Tell a diffusers model that it is quantized: it is saved as such, cast, counted, and told its timesteps."""
+    from diffusers import ModelMixin
 
-    Where its layers differ by timestep range, every call tells them its timestep.
-    """
-    if ranges := share_timesteps(model):
-        told = next((hook for hook in model._forward_pre_hooks.values() if isinstance(hook, _TellTimestep)), None)
-        if told is None:
-            model.register_forward_pre_hook(_TellTimestep(model, ranges), with_kwargs=True)
-        else:
-            told.ranges = ranges
+    extend(ModelMixin, DMQuantizer)
+    tell_timesteps(model)
+    answer_to_weights(model)
+    refuse_fusing(model)
     config = quantizer.quantization_config
     model.register_to_config(quantization_config=config.to_dict())
     model.hf_quantizer, model.is_quantized = quantizer, True
+    quantizer.tensors = frozenset(model.state_dict())
     model.quantization_method = config.quant_method
+
+
+def detach(model: nn.Module) -> None:
+    """Undo `attach`, for a model without quantized layers."""
+    forget_timesteps(model)
+    forget_weights(model)
+    allow_fusing(model)
+    for part in model.modules():
+        if getattr(vars(part).get("save_pretrained"), "func", None) is refuse_to_save:
+            del part.save_pretrained
+    gone = ("quantization_config", "_pre_quantization_dtype")
+    model._internal_dict = FrozenDict({name: value for name, value in model.config.items() if name not in gone})
+    del model.quantization_method
 
 
 def mark_quantized(model: nn.Module, recipe: Recipe) -> None:
@@ -237,6 +299,7 @@ def _record(model: nn.Module, recipe: Recipe, layers: Collection[str]) -> bool:
     """Mark a diffusers model, unless some of its layers were quantized by another recipe."""
     from diffusers import ModelMixin
 
+    refuse_fusing(model)
     quantized = {name for name, layer in model.named_modules() if isinstance(layer, tuple(QUANTIZED.values()))}
     if not isinstance(model, ModelMixin) or quantized != set(layers):
         return False
@@ -263,15 +326,3 @@ def make_portable(folder: Path) -> None:
             portable["dtype"] = "float32"
         if portable != content:
             file.write_text(json.dumps(portable, indent=2) + "\n")
-
-
-def load_pipeline(folder: str | Path, **options: Any) -> Any:
-    """`DiffusionPipeline.from_pretrained` with dmquant registered; `options` are its own.
-
-    Raises UserError for a Path that is no folder; a str may be a Hub id, too.
-    """
-    from diffusers import DiffusionPipeline
-
-    if isinstance(folder, Path) and not folder.is_dir():
-        raise UserError(f"there is no folder {folder}")
-    return DiffusionPipeline.from_pretrained(str(folder), **options)

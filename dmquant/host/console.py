@@ -11,6 +11,7 @@ from io import StringIO
 from pathlib import Path
 
 import rich.console
+import rich.segment
 from rich.progress import (
     BarColumn,
     Progress,
@@ -23,36 +24,42 @@ from rich.progress import (
 from rich.table import Table
 
 from dmquant.host import processes
+from dmquant.host.text import bounded, replaced, visible, without_folders
 
 PLAIN_WIDTH = 120  # columns where there is no terminal to ask
+PLAIN = {"highlight": False, "markup": False, "emoji": False}
 
 
 class Console:
-    """Results go to standard output, bars to standard error; bars show only on a terminal."""
+    """Results go to standard output, bars to standard error; bars show only on a terminal.
+
+    Names and prompts in what is printed are text: markup, emoji codes and control characters in them do nothing.
+    """
 
     def __init__(self) -> None:
-        self._out = rich.console.Console(highlight=False, soft_wrap=True, width=_width())
-        self._bars = rich.console.Console(stderr=True, highlight=False)
+        self._out = rich.console.Console(soft_wrap=True, width=_width(), **PLAIN)
+        self._bars = rich.console.Console(stderr=True, **PLAIN)
         self._log: Path | None = None
 
     def say(self, line: str) -> None:
         """Print one line, and log it."""
-        self._out.print(line, markup=False)
+        line = visible(bounded(line))
+        self._out.print(line)
         self.note(line)
 
-    def note(self, line: str) -> None:
-        """Log one line without printing it."""
+    def note(self, text: str) -> None:
+        """Log lines without printing them; a log gets shared, and so names files without the folders above them."""
         if self._log is None:
             return
         now = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M:%S")
         with self._log.open("a", encoding="utf-8") as log:
-            log.writelines(f"{now} {part}\n" for part in line.splitlines())
+            log.writelines(f"{now} {visible(without_folders(line))}\n" for line in text.split("\n"))
 
     def show(self, table: Table) -> None:
         """Print a table, and log it as plain text."""
-        self._out.print(table, soft_wrap=False)
-        plain = rich.console.Console(file=StringIO(), width=PLAIN_WIDTH)
-        plain.print(table)
+        self._out.print(_Harmless(table), soft_wrap=False)
+        plain = rich.console.Console(file=StringIO(), width=PLAIN_WIDTH, **PLAIN)
+        plain.print(_Harmless(table))
         self.note(plain.file.getvalue().rstrip())
 
     @contextlib.contextmanager
@@ -63,7 +70,7 @@ class Console:
             yield
         except BaseException as error:
             with contextlib.suppress(OSError):
-                self.note(f"stopped: {type(error).__name__}: {error}")
+                self.note(bounded(f"stopped: {type(error).__name__}: {error}"))
             raise
         finally:
             self._log = None
@@ -72,7 +79,7 @@ class Console:
     def bar(self, title: str) -> Iterator["Bar"]:
         """A bar with the time to go, shown while the block runs."""
         columns = (
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             TaskProgressColumn(),
             TextColumn("{task.fields[speed]}"),
@@ -82,6 +89,17 @@ class Console:
         )
         with Progress(*columns, console=self._bars, transient=True, disable=not self._bars.is_terminal) as progress:
             yield Bar(progress, progress.add_task(title, total=None, speed=""))
+
+
+class _Harmless:
+    """A table whose cells hold no control characters."""
+
+    def __init__(self, table: Table):
+        self._table = table
+
+    def __rich_console__(self, console: rich.console.Console, options: rich.console.ConsoleOptions):
+        for segment in console.render(self._table, options):
+            yield segment if segment.control else rich.segment.Segment(replaced(segment.text), segment.style)
 
 
 class Bar:

@@ -1,6 +1,7 @@
 """Files: written whole or not at all, so that an interrupted run never leaves half of one, and told apart by hash."""
 
 import functools
+import glob
 import hashlib
 import importlib.util
 import json
@@ -9,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from dmquant.errors import UserError
 
@@ -19,22 +20,64 @@ FILES_REMEMBERED = 1 << 18
 T = TypeVar("T")
 
 
+class Keeper(Protocol):
+    """A folder that keeps account of the files that are written below it (`dmquant.host.owned`)."""
+
+    def depth(self, path: Path) -> int:
+        """Length of the root that `path` is below; 0 where it is not."""
+
+    def temporary(self, path: Path) -> Path | None:
+        """Where to write a file that is to become `path`; None for beside it."""
+
+    def admit(self, path: Path, temporary: Path) -> None:
+        """Take note of a finished file that is about to become `path`."""
+
+
+keepers: list[Keeper] = []
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary file name beside `path`; it becomes `path` when the block succeeds and is removed when not.
+    """Yield a temporary file name; it becomes `path` when the block succeeds and is removed when not.
 
     Makes the folder if needed. Raises UserError when the operating system refuses (full disk, no permission).
     """
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    keeper = max((one for one in keepers if one.depth(path)), key=lambda one: one.depth(path), default=None)
+    temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = (keeper and keeper.temporary(path)) or _beside(path)
         yield temporary
+        if keeper is not None:
+            keeper.admit(path, temporary)
         os.replace(temporary, path)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
-        with suppress(OSError):  # it is not there, or a file is in the place of its folder
-            temporary.unlink()
+        if temporary is not None:
+            with suppress(OSError):  # it is not there, or a file is in the place of its folder
+                temporary.unlink()
+
+
+def _beside(path: Path) -> Path:
+    """A name beside `path` that no other process writes to; what killed processes left under such names is removed."""
+    for left in path.parent.glob(f".{glob.escape(path.stem)}.*.dmquant{glob.escape(path.suffix)}"):
+        number = left.name.removesuffix(path.suffix).removesuffix(".dmquant").rpartition(".")[2]
+        if number.isdecimal() and not _is_alive(int(number)):
+            left.unlink(missing_ok=True)
+    return path.with_name(f".{path.stem}.{os.getpid()}.dmquant{path.suffix}")
+
+
+def _is_alive(process: int) -> bool:
+    if os.name == "nt":  # where a signal of 0 ends the process
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def write_text(path: Path, text: str) -> None:

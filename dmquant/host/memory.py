@@ -5,7 +5,7 @@ import ctypes
 import gc
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,29 +35,32 @@ def return_freed_memory() -> None:
 
 @dataclass
 class PeakMemory:
-    """Bytes at the highest point, and what they count."""
+    """Bytes at the highest point so far, what they count, and how to read them."""
 
+    read: Callable[[], int]
+    what: str
     bytes: int = 0
-    what: str = ""
+
+    def update(self) -> None:
+        """Read the highest point since the block began."""
+        self.bytes = self.read()
 
 
 @contextlib.contextmanager
 def peak_memory(device: str) -> Iterator[PeakMemory]:
-    """Measure the block; the yielded record is filled in when it ends.
+    """Measure the block; the yielded record is filled in when it ends, and by its `update`.
 
     On CUDA: bytes of tensors allocated on the device. Elsewhere: resident memory of the process, libraries included,
     within the block on Linux, since the process began on other systems.
     """
-    peak = PeakMemory()
     if device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats(device)
-        yield peak
-        peak.bytes, peak.what = torch.cuda.max_memory_allocated(device), "tensors allocated on the device"
-        return
-    reset = _reset_resident_peak()
+        peak = PeakMemory(lambda: torch.cuda.max_memory_allocated(device), "tensors allocated on the device")
+    else:
+        since = "" if _reset_resident_peak() else " since it began"
+        peak = PeakMemory(_resident_peak, f"resident memory of the process{since}")
     yield peak
-    peak.bytes = _resident_peak()
-    peak.what = "resident memory of the process" + ("" if reset else " since it began")
+    peak.update()
 
 
 def resident_memory() -> int:

@@ -8,7 +8,6 @@ import contextlib
 import importlib
 import os
 import pkgutil
-from collections import Counter
 from collections.abc import Iterator
 
 import torch
@@ -70,21 +69,6 @@ def linear(x: Tensor, layer: nn.Module) -> Tensor:
 def conv2d(x: Tensor, layer: nn.Module) -> Tensor:
     """The convolution of a transformed input (batch, channels, height, width) by a quantized Conv2d, in its dtype."""
     return _prepared(layer, x.device).conv2d(x, layer)
-
-
-def prepare_(module: nn.Module) -> None:
-    """Choose the kernel of every quantized layer of `module` now, and let it make its own weights.
-
-    The first call of a layer does so too, but breaks the graph inside of torch.compile.
-    """
-    for layer in module.modules():
-        if isinstance(layer, Chosen):
-            _prepared(layer, layer.qweight.device)
-
-
-def used(module: nn.Module) -> dict[str, int]:
-    """The number of quantized layers of `module` by kernel: the one that ran a layer last, or else would run it."""
-    return dict(Counter(layer.kernel for layer in module.modules() if isinstance(layer, Chosen)))
 
 
 def _prepared(layer: nn.Module, device: torch.device) -> Reference:

@@ -7,7 +7,6 @@ a batch, and every row comes out bit for bit the same; nor does the number of pr
 """
 
 import hashlib
-import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,8 +14,6 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from dmquant.evaluation.images import image_sha256
@@ -24,7 +21,7 @@ from dmquant.evaluation.progress import Progress, silent
 from dmquant.evaluation.read_ahead import READERS, read_ahead
 from dmquant.evaluation.result import Backbone
 from dmquant.host import processes
-from dmquant.host.files import replacing
+from dmquant.host.sealed import load_sealed, save_sealed
 
 SAVE_EVERY = 30.0  # seconds of work that a killed command loses at most
 TEXT = "text"
@@ -152,15 +149,12 @@ class _Table:
         if self.folder is None or not self._unsaved or time.monotonic() - self._saved_at < every:
             return
         rows = torch.stack([self.rows[key] for key in self._unsaved])
-        with replacing(self.folder / f"{self._unsaved[0][:16]}.safetensors") as partial:
-            save_file({FEATURES: rows}, partial, metadata={"digests": json.dumps(self._unsaved)})
+        path = self.folder / f"{self._unsaved[0][:16]}.safetensors"
+        save_sealed(path, {FEATURES: rows}, self._unsaved)
         self._unsaved, self._saved_at = [], time.monotonic()
 
 
 def _read(path: Path) -> dict[str, Tensor]:
     """The rows in a file by digest; none when it is damaged, so that they are computed again."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            return dict(zip(json.loads(file.metadata()["digests"]), file.get_tensor(FEATURES), strict=True))
-    except (OSError, SafetensorError, ValueError, TypeError, KeyError):
-        return {}
+    tensors, digests = load_sealed(path) or ({FEATURES: ()}, ())
+    return dict(zip(digests, tensors[FEATURES], strict=True))

@@ -12,12 +12,14 @@ from dmquant.evaluation.report.plot_style import (
     COLOURS,
     better_upwards,
     linear_ticks,
+    literal,
     logarithmic_ticks,
     panels,
     plain,
     save,
 )
 from dmquant.evaluation.result import Metric, RecipeResult, Report
+from dmquant.host import owned
 
 MARKERS = "osD^vPX*"
 FRONT = "#a9abb8"
@@ -38,12 +40,12 @@ def draw_comparison(report: Report, out: Path, metric: str | None = None) -> boo
     Better is higher up; a line joins the Pareto front: the recipes than which none of fewer or equal bits is better.
     Recipes without the metric are left out, and so is the second panel where fewer than two recipes have a latent MSE
     (above 0: the axis is logarithmic) and where it is the metric itself. Returns whether there was anything to draw;
-    where not, an older picture at `out` is removed.
+    where not, an older picture of ours at `out` is removed.
     """
     metric = metric or _first_metric(report)
     recipes = {name: recipe for name, recipe in report.recipes.items() if _value(recipe, metric) is not None}
     if not recipes:
-        out.unlink(missing_ok=True)
+        owned.remove(out)
         return False
     kind = METRICS[metric]
     measured = [recipe.metrics[metric] for recipe in recipes.values()]
@@ -65,7 +67,9 @@ def draw_comparison(report: Report, out: Path, metric: str | None = None) -> boo
         axes[0].set_xticks([bits[0]], [f"{bits[0]:.2f}"])
     better_upwards(axes[0], kind, measured[0].backbone and measured[0].backbone.name)
     about = "bars are 95 % intervals, " if any(one.low is not None for one in measured) else ""
-    figure.suptitle(f"{report.model}: {measured[0].images} images, {about}the line is the Pareto front", fontsize=11)
+    figure.suptitle(
+        f"{literal(report.model)}: {measured[0].images} images, {about}the line is the Pareto front", fontsize=11
+    )
     _label(axes[-1], {name: one.value for name, one in zip(recipes, measured, strict=True)}, kind, height)
     save(figure, out)
     return True
@@ -119,7 +123,7 @@ def _label(axis: Axes, values: dict[str, float], kind: Kind, height: float) -> N
         beside = {"transform": axis.transAxes, "color": colour, "clip_on": False}
         axis.plot([1.01, 1.05], [heights[name], y], linewidth=0.8, **beside)
         axis.plot(1.075, y, marker, markersize=6, **beside)
-        axis.text(1.11, y, f"{name}  {kind.number(values[name])}", va="center", fontsize=9, **beside)
+        axis.text(1.11, y, f"{literal(name)}  {kind.number(values[name])}", va="center", fontsize=9, **beside)
 
 
 def _spread(wanted: list[float], line: float, bottom: float, top: float) -> list[float]:

@@ -1,19 +1,33 @@
 """The `dmquant` app, and how a function becomes one of its commands."""
 
+import errno
 import functools
 import shlex
 import sys
 import traceback
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import typer
 
 from dmquant.errors import UserError
+from dmquant.host.text import bounded, visible
 from dmquant.pipelines.commands.help import Command, Group
 
-STOPPED = 130  # what a shell expects of a program ended by Ctrl-C; a batch system's SIGTERM is taken as one
+# The exit code is what a shell expects of a program ended by Ctrl-C; a batch system's SIGTERM is taken as one.
+STOPPED = ("stopped; run the same command to resume", 130)
 DEBUG = "--debug"  # not an option of typer's, which takes one before the subcommand alone and imports pydantic for it
+REMEDIES = {
+    errno.EACCES: "change its permissions, or name another",
+    errno.EPERM: "change its permissions, or name another",
+    errno.EROFS: "name one on a disk that can be written",
+    errno.ENAMETOOLONG: "give it a shorter name",
+    errno.ENOENT: "look whether it was moved or removed",
+    errno.ENOSPC: "make room on that disk and run the same command to resume",
+    errno.EDQUOT: "make room on that disk and run the same command to resume",
+    errno.EMFILE: "allow more open files with `ulimit -n`",
+}
+"""By the number of an operating system's error, how to get on."""
 
 app = typer.Typer(
     name="dmquant",
@@ -37,12 +51,9 @@ def command(*examples: str) -> Callable[[Callable[..., None]], Callable[..., Non
             try:
                 function(*args, **kwargs)
             except KeyboardInterrupt:
-                _fail("stopped; run the same command to resume", STOPPED)
-            except UserError as error:
-                _fail(f"error: {error}", error.exit_code)
+                _fail(*STOPPED)
             except Exception as error:
-                message = " ".join(str(error).split())
-                _fail(f"error: {type(error).__name__}: {message} (rerun with --debug for the traceback)", 1)
+                _fail(*_message(error))
 
         epilog = "\n  ".join(["Examples:", *examples])
         return app.command(cls=Command, epilog=epilog)(guarded)
@@ -55,8 +66,30 @@ def typed() -> str:
     return shlex.join(["dmquant", *(argument for argument in sys.argv[1:] if argument != DEBUG)])
 
 
-def _fail(message: str, exit_code: int) -> None:
+def _message(error: Exception) -> tuple[str, int]:
+    """The line that an error ends the command with, and the exit code."""
+    if _was_interrupted(error):
+        return STOPPED
+    if isinstance(error, UserError):
+        return f"error: {error}", error.exit_code
+    if isinstance(error, OSError) and error.strerror:
+        file = error.filename if isinstance(error.filename, str) else type(error).__name__
+        return f"error: {file}: {error.strerror}; {REMEDIES.get(error.errno, 'look at it, or name another')}", 1
+    message = " ".join(bounded(str(error)).split())
+    return f"error: {type(error).__name__}: {message} (rerun with --debug for the traceback)", 1
+
+
+def _was_interrupted(error: BaseException | None) -> bool:
+    """Whether Ctrl-C is behind an error: a library that calls Python may put an exception of its own in its place."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        if KeyboardInterrupt.__name__ in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return error is not None
+
+
+def _fail(message: str, exit_code: int) -> NoReturn:
     if DEBUG in sys.argv:
         traceback.print_exc()
-    print(message, file=sys.stderr)
+    print(visible(bounded(message)), file=sys.stderr)
     raise typer.Exit(exit_code)

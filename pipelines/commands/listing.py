@@ -1,7 +1,6 @@
 """Tables on the screen: models, formats, recipes, this machine, and the content of a folder."""
 
 import fnmatch
-import json
 from pathlib import Path
 
 from rich.table import Table
@@ -13,12 +12,15 @@ from dmquant.diffusers.families.generic import COMPONENTS
 from dmquant.diffusers.quantizer import PACKED, QuantConfig, QuantMethod
 from dmquant.errors import UserError
 from dmquant.formats import SHORT_NAMES, get_format, known_formats
+from dmquant.host import checksums, weight_file
 from dmquant.host.console import Console, quiet_libraries
 from dmquant.host.units import about_text, size_text
 from dmquant.pipelines.commands import doctor as examination
 from dmquant.pipelines.models import folders
 from dmquant.pipelines.models.registry import registered_models
 from dmquant.pipelines.models.skeleton import skeleton
+from dmquant.pipelines.models.weights import safetensors_files
+from dmquant.pipelines.models.whole import check_models
 from dmquant.pipelines.runs import runfolder
 from dmquant.pipelines.runs.defaults import DEFAULT_RECIPE
 from dmquant.recipe import Recipe, bits_names, recipe_names
@@ -119,14 +121,10 @@ def inspect(folder: Path, layers: bool) -> None:
     Raises UserError for a folder that holds no pipeline, or one that is not whole.
     """
     quiet_libraries()
-    if (folder / runfolder.RECIPES).is_dir():
-        raise UserError(f"{folder} compares several models: name one, {folder / runfolder.RECIPES}/NAME/model")
-    if runfolder.is_run(folder):
-        folder = folder / runfolder.MODEL
-    if not folder.exists():
-        raise UserError(f"there is no folder {folder}")
+    folder = _model_folder(folder)
     pipeline = folders.pipeline_class(folder)
     folders.check_whole(folder)
+    check_models(folder)
     console = Console()
     parts = _table("part", "files", "size")
     for name in folders.components(folder):
@@ -153,6 +151,38 @@ def inspect(folder: Path, layers: bool) -> None:
         console.say(f"{component}: quantized by {method}")
     else:
         _inspect_full_precision(folder / component, family, console)
+
+
+def verify(folder: Path) -> None:
+    """Read every file of a model folder (or of the model in a run folder) and name those that are not what was saved.
+
+    Raises UserError where there are such files, and for a folder without checksums.json.
+    """
+    folder = _model_folder(folder)
+    if not (folder / checksums.NAME).exists():
+        raise UserError(
+            f"{folder} has no {checksums.NAME} to verify it by: dmquant after 0.2 writes it when it saves a model; "
+            "without --verify the folder's tensors are compared with its configurations"
+        )
+    console, faults = Console(), checksums.faults(folder)
+    for fault in faults:
+        console.say(fault)
+    files = checksums.recorded(folder)
+    if faults:
+        raise UserError(f"{folder} is not what was saved, in {len(faults)} places: get those files again")
+    tensors = sum(len(entry.get("tensors", ())) for entry in files.values())
+    console.say(f"{folder} is what was saved: {len(files)} files, {tensors} tensors")
+
+
+def _model_folder(folder: Path) -> Path:
+    """The pipeline folder that is meant: itself, or the model of a run."""
+    if (folder / runfolder.RECIPES).is_dir():
+        raise UserError(f"{folder} compares several models: name one, {folder / runfolder.RECIPES}/NAME/model")
+    if runfolder.is_run(folder):
+        folder = folder / runfolder.MODEL
+    if not folder.is_dir():
+        raise UserError(f"{folder} is a file: give a folder" if folder.exists() else f"there is no folder {folder}")
+    return folder
 
 
 def _inspect_full_precision(folder: Path, family: Family | None, console: Console) -> None:
@@ -205,13 +235,8 @@ def _inspect_quantized(folder: Path, layers: bool, console: Console) -> None:
 
 def _tensor_bytes(folder: Path) -> dict[str, int]:
     """Bytes of every tensor in a component's safetensors files, by name; reads the headers only."""
-    sizes = {}
-    for path in folder.glob("*.safetensors"):
-        with path.open("rb") as file:
-            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        entries = {name: entry["data_offsets"] for name, entry in header.items() if name != "__metadata__"}
-        sizes |= {name: end - begin for name, (begin, end) in entries.items()}
-    return sizes
+    headers = [weight_file.header(path) for path in safetensors_files(folder)]
+    return {name: each.end - each.begin for header in headers for name, each in header.items()}
 
 
 def _table(*headers: str) -> Table:

@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
+from dmquant.host import names
 from dmquant.pipelines.commands.command import command, typed
 from dmquant.pipelines.commands.options import (
     COMPARE,
@@ -103,7 +104,7 @@ def compare(
         recipes,
     )
     common = next(iter(resolved.values()))
-    stages.compare(resolved, out or Path("runs") / f"{common.model.name}-compare", overwrite)
+    stages.compare(resolved, out or Path("runs") / names.readable(f"{common.model.name}-compare"), overwrite)
 
 
 @command(
@@ -155,7 +156,7 @@ def sweep(
     if dry_run:
         stages.list_trials(trials)
         return
-    folder = out or Path("runs") / f"{trials.trials[0].settings.model.name}-sweep"
+    folder = out or Path("runs") / names.readable(f"{trials.trials[0].settings.model.name}-sweep")
     stages.sweep(trials, folder, overwrite, engine, workers, threads, keep_images)
 
 
@@ -190,6 +191,7 @@ def quantize(
 def generate(
     model: Model,
     out: Annotated[Path, typer.Option(metavar="DIR", help="Where the images go.", rich_help_panel="Output")],
+    overwrite: Overwrite = False,
     **given: Any,
 ) -> None:
     """Generate one image a prompt with MODEL, at full precision or quantized; images already there are kept."""
@@ -198,4 +200,4 @@ def generate(
 
     # Nothing is quantized here; settings hold a recipe all the same, and this one goes with every family.
     resolved = settings.resolve(settings.Options(model=model, recipe="rtn", **given))
-    stages.generate(resolved, out)
+    stages.generate(resolved, out, overwrite)

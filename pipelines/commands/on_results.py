@@ -92,15 +92,25 @@ def report(
     stages.report(folder)
 
 
-@command("dmquant inspect runs/emoji-pixart-w4a6/model", "dmquant inspect runs/emoji-pixart-w4a6/model --layers")
+@command(
+    "dmquant inspect runs/emoji-pixart-w4a6/model",
+    "dmquant inspect runs/emoji-pixart-w4a6/model --layers",
+    "dmquant inspect runs/emoji-pixart-w4a6/model --verify",
+)
 def inspect(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A diffusers pipeline folder, or a run folder.")],
     layers: Annotated[bool, typer.Option("--layers", help="One row a layer.")] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Read every file and compare it with checksums.json; nothing else.")
+    ] = False,
 ) -> None:
-    """Show what is in a model folder: components, formats, bits a weight, sizes."""
+    """Show what is in a model folder: components, formats, bits a weight, sizes; or whether it is what was saved."""
     from dmquant.pipelines.commands import listing
 
-    listing.inspect(folder, layers)
+    if verify:
+        listing.verify(folder)
+    else:
+        listing.inspect(folder, layers)
 
 
 @command("dmquant models")

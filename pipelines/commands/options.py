@@ -178,7 +178,7 @@ Overwrite = Annotated[
     bool,
     typer.Option(
         "--overwrite",
-        help="Replace an earlier run in that folder, or write beside other files.",
+        help="Start anew in that folder: what dmquant wrote there is replaced, other files stay.",
         rich_help_panel="Output",
     ),
 ]

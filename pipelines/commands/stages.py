@@ -1,31 +1,32 @@
 """The commands: a whole run, and each of its stages alone on folders."""
 
 import contextlib
-import shutil
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import yaml
-
 from dmquant.diffusers.quantizer import QuantMethod
 from dmquant.errors import UsageError, UserError
-from dmquant.evaluation.generate import pruned_and_missing
+from dmquant.evaluation.generate import missing
 from dmquant.evaluation.images import generated_images
 from dmquant.evaluation.networks import Networks
-from dmquant.evaluation.png import read_prompt
+from dmquant.evaluation.png import is_picture, read_prompt
 from dmquant.evaluation.report.image_grid import draw_grid
-from dmquant.host import processes
+from dmquant.evaluation.scores_csv import read_scores
+from dmquant.host import owned, processes
 from dmquant.host.console import Console, quiet_libraries
+from dmquant.host.folder_swap import settle
 from dmquant.pipelines.models import folders
 from dmquant.pipelines.models.loading import checked_folder, resolve_device
+from dmquant.pipelines.models.saving import listed
 from dmquant.pipelines.prompts.lists import load_prompts
 from dmquant.pipelines.runs import runfolder
 from dmquant.pipelines.runs.closing_tables import closing_table, comparison_tables, metrics_table
-from dmquant.pipelines.runs.image_stage import make_images
+from dmquant.pipelines.runs.image_stage import claim_images, make_images
 from dmquant.pipelines.runs.model_stage import load_quantized, load_source, make_model_together
-from dmquant.pipelines.runs.run import Run
-from dmquant.pipelines.runs.run_report import build_report, unfinished, write_all_reports
+from dmquant.pipelines.runs.run import Run, saved_settings
+from dmquant.pipelines.runs.run_report import build_report, reading_records, unfinished, write_all_reports
 from dmquant.pipelines.runs.runfolder import RunFolder, claim, is_full_disk
 from dmquant.pipelines.runs.scores import make_scores, write_table
 from dmquant.pipelines.runs.settings import Settings, clip_source, resolve_metrics
@@ -42,7 +43,7 @@ def run(settings: Settings, out: Path, overwrite: bool) -> None:
     quiet_libraries()
     console = Console()
     source = processes.current().on_main(lambda: checked_folder(settings.model, console.say))
-    _keep_source(source, out)
+    _keep_apart(source, out)
     with (
         claim(out, settings.model.name, overwrite) as folder,
         console.logging_to(out / runfolder.LOG),
@@ -59,7 +60,7 @@ def compare(settings: Mapping[str, Settings], out: Path, overwrite: bool) -> Non
     console = Console()
     model = next(iter(settings.values())).model
     source = processes.current().on_main(lambda: checked_folder(model, console.say))
-    _keep_source(source, out)
+    _keep_apart(source, out)
     with (
         claim(out, model.name, overwrite) as folder,
         console.logging_to(out / runfolder.LOG),
@@ -78,7 +79,7 @@ def sweep(
     quiet_libraries()
     console, common = Console(), space.trials[0].settings
     source = checked_folder(common.model, console.say)
-    _keep_source(source, out)
+    _keep_apart(source, out)
     with (
         claim(out, common.model.name, overwrite) as folder,
         console.logging_to(out / runfolder.LOG),
@@ -107,24 +108,36 @@ def quantize(settings: Settings, out: Path, overwrite: bool) -> None:
     """
     quiet_libraries()
     everyone, console = processes.current(), Console()
-    everyone.on_main(lambda: _refuse_to_replace(out, overwrite))
+    _refuse_own_place(out)
     path = everyone.on_main(lambda: checked_folder(settings.model, console.say))
     _keep_apart(path, out)
-    weights = source_of(settings, path, console).key if settings.recipe.calibrated else ""
-    workspace = out.with_name(f"{out.name}.{runfolder.CALIBRATION}")
 
     def load() -> "DiffusionPipeline":
         return load_source(settings, console)
 
-    with _explaining_a_full_disk(out):
-        make_model_together(load, settings, out, console, workspace, weights)
-    everyone.on_main(lambda: shutil.rmtree(workspace, ignore_errors=True))
+    with contextlib.ExitStack() as held, _explaining_a_full_disk(out):
+        room = everyone.on_main(lambda: held.enter_context(_place_of_model(out, overwrite)))
+        weights = source_of(settings, path, console).key if settings.recipe.calibrated else ""
+        make_model_together(load, settings, out, console, room / runfolder.CALIBRATION, weights)
     console.say(f"model: {out}")
 
 
-def _refuse_to_replace(out: Path, overwrite: bool) -> None:
+@contextlib.contextmanager
+def _place_of_model(out: Path, overwrite: bool) -> Iterator[Path]:
+    """Hold the place of a model, where there is none yet or one to be replaced; yields its workspace."""
+    _refuse_to_replace(out, overwrite)
+    with owned.workspace(out) as room:
+        settle(out.resolve(), room, listed)
+        _refuse_to_replace(out, overwrite)  # what was there when another command held it
+        yield room
+
+
+def _refuse_own_place(out: Path) -> None:
     if Path.cwd().is_relative_to(out.resolve()):
         raise UsageError(f"--out {out} is the folder you are in, or above it: name a new one, such as --out model")
+
+
+def _refuse_to_replace(out: Path, overwrite: bool) -> None:
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     if not (out / folders.INDEX).is_file():
@@ -140,7 +153,7 @@ def _refuse_to_replace(out: Path, overwrite: bool) -> None:
 
 
 def _keep_apart(source: Path, out: Path) -> None:
-    """UserError where one of the two folders is in the other: to write the one would change the other."""
+    """UserError where one of the two folders is in the other: what is written to the one would be in the other."""
     source, target = source.resolve(), out.resolve()
     if source.is_relative_to(target) or target.is_relative_to(source):
         raise UserError(
@@ -149,15 +162,11 @@ def _keep_apart(source: Path, out: Path) -> None:
         )
 
 
-def _keep_source(source: Path, out: Path) -> None:
-    """UserError where a run in the folder `out` would write into its full-precision model, or over it."""
-    source, target = source.resolve(), out.resolve()
-    if source == target or any(source.is_relative_to(target / name) for name in runfolder.ENTRIES):
-        raise UserError(f"a run in {out} would write over its full-precision model: choose another folder with --out")
+def generate(settings: Settings, out: Path, overwrite: bool) -> None:
+    """Make one image a prompt in the folder `out`, with a model at full precision or one that dmquant quantized.
 
-
-def generate(settings: Settings, out: Path) -> None:
-    """Make one image a prompt in the folder `out`, with a model at full precision or one that dmquant quantized."""
+    Images of ours that are there are kept; with `overwrite` those of other settings are replaced or removed.
+    """
     quiet_libraries()
     if out.is_file():
         raise UserError(f"{out} is a file; choose another folder with --out")
@@ -166,11 +175,14 @@ def generate(settings: Settings, out: Path) -> None:
     quantized = folder.is_absolute() and folders.quantization(folder, settings.family.component) is not None
     everyone = processes.current()
     source = folder if quantized else everyone.on_main(lambda: checked_folder(settings.model, console.say))
+    _keep_apart(source, out)
     requests = settings.requests(source_of(settings, source, console).key)
-    if not everyone.on_main(lambda: pruned_and_missing(out, requests)):
-        console.say(f"images: all {len(requests)} are in {out}")
-        return
-    with _explaining_a_full_disk(out):
+    with claim_images(out, requests, overwrite) as others, _explaining_a_full_disk(out):
+        if others:
+            console.say(f"note: {out} holds {others} more image{'s' if others > 1 else ''} of earlier commands")
+        if not everyone.on_main(lambda: missing(out, requests)):
+            console.say(f"images: all {len(requests)} are in {out}")
+            return
         pipeline = load_quantized(folder, settings) if quantized else load_source(settings, console)
         make_images(pipeline, requests, out, settings, console, "images")
 
@@ -188,6 +200,8 @@ def score(
     """Print the metrics of two folders of images that pair up by name; those of each image go to the file `csv`."""
     quiet_libraries()
     console = Console()
+    if csv is not None and os.path.lexists(csv) and read_scores(csv) is None:
+        raise UserError(f"{csv} is there, and is no table of scores: choose another file with --csv")
     names, device = resolve_metrics(metrics, real), resolve_device(device)
     listed = None if prompts is None else load_prompts(prompts)
     networks = Networks(device, clip_source(clip), say=console.say)
@@ -211,6 +225,8 @@ def grid(
     per_line: int | None,
 ) -> None:
     """Draw images beside full precision, with the prompts that they carry, or their names where they carry none."""
+    if os.path.lexists(out) and not is_picture(out):
+        raise UserError(f"{out} is there, and dmquant did not draw it: choose another file with --out")
     prompts = [read_prompt(path) or path.stem for path in generated_images(fp)]
     names = ["quantized"] if len(quantized) == 1 else _distinct_names(quantized)
     columns = {"full precision": fp, **dict(zip(names, quantized, strict=True))}
@@ -231,15 +247,17 @@ def _distinct_names(paths: Sequence[Path]) -> list[str]:
 def report(folder: Path) -> None:
     """Write the reports of a finished run again."""
     run_folder = RunFolder(folder)
-    settings = yaml.load((folder / runfolder.SETTINGS).read_text(encoding="utf-8"), runfolder.YAML_LOADER)
+    settings = saved_settings(run_folder)
     if runfolder.TRIALS in settings:
         raise UserError(f"{folder} holds a sweep: its own command, given again, writes its tables again")
-    absent = unfinished(run_folder, settings)
+    with reading_records(run_folder):
+        absent = unfinished(run_folder, settings)
     if absent:
         raise UserError(f"{folder} is not finished ({', '.join(absent)} not done); run its command again to resume")
     result = build_report(run_folder, settings)
     console = Console()
-    processes.current().on_main(lambda: write_all_reports(run_folder, settings, result, console))
+    with owned.claimed(folder):
+        processes.current().on_main(lambda: write_all_reports(run_folder, settings, result, console))
     for table in comparison_tables(result) if "recipes" in settings else [closing_table(result)]:
         console.show(table)
 

@@ -1,18 +1,17 @@
 """Diffusers pipeline folders on disk: what they hold, and whether it is whole. Reads no weights."""
 
-import json
-import re
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any
-
-from safetensors import SafetensorError, safe_open
 
 from dmquant.errors import UserError
+from dmquant.host import weight_file
+from dmquant.host.json_file import read_object as read_json
+from dmquant.pipelines.models import weights
 
 INDEX = "model_index.json"
-_LFS_POINTER = b"version https://git-lfs"
-_VARIANT = re.compile(r"\.(\w+)(-\d+-of-\d+)?\.safetensors$")
-_PICKLES = (".bin", ".pt", ".ckpt")
+LARGEST_SIDE = 16_384  # pixels: four times what any pipeline is made for
+READ = {".json", ".safetensors", ".model", ".txt", ".vocab", ".spm", ".tiktoken", ".jinja"}
+"""Suffixes of what diffusers and transformers read of a part: configuration, weights, tokenizers."""
 
 
 def pipeline_class(folder: Path) -> str:
@@ -36,8 +35,18 @@ def pipeline_class(folder: Path) -> str:
 
 def components(folder: Path) -> list[str]:
     """Names of the pipeline's parts that come from files, as its index lists them."""
+    return list(classes(folder))
+
+
+def classes(folder: Path) -> dict[str, tuple[str, str]]:
+    """Library and class name of each part that comes from files, by the part's name, which is its folder's."""
     entries = read_json(folder / INDEX).items()
-    return [name for name, entry in entries if isinstance(entry, list) and len(entry) == 2 and entry[0] is not None]
+    listed = {name: entry for name, entry in entries if isinstance(entry, list) and len(entry) == 2}
+    found = {name: (library, kind) for name, (library, kind) in listed.items() if library is not None}
+    for name, entry in found.items():
+        if Path(name).name != name or name.startswith(".") or not all(isinstance(each, str) for each in entry):
+            raise UserError(f"{folder / INDEX} lists '{name}', which is no part of a pipeline: get that file again")
+    return found
 
 
 def image_size(folder: Path, backbone: str) -> tuple[int, int] | None:
@@ -51,7 +60,12 @@ def image_size(folder: Path, backbone: str) -> tuple[int, int] | None:
     sizes = sample if isinstance(sample, list) else [sample, sample]
     if len(sizes) != 2 or not all(isinstance(size, int) for size in sizes) or not isinstance(stages, list):
         return None
-    height, width = (size * 2 ** (len(stages) - 1) for size in sizes)
+    height, width = (size << min(len(stages) - 1, 32) for size in sizes)
+    if not 0 < min(height, width) <= max(height, width) <= LARGEST_SIDE:
+        raise UserError(
+            f"{folder} makes images of {height}x{width} pixels by its configurations, and 1 to {LARGEST_SIDE} a side "
+            "are possible: get its config.json files again"
+        )
     return height, width
 
 
@@ -59,16 +73,20 @@ def text_length(folder: Path) -> int:
     """Longest prompt, in tokens, that one of the tokenizers says its text encoder takes."""
     configs = [read_json(path) for path in folder.glob("tokenizer*/tokenizer_config.json")]
     lengths = [config.get("model_max_length") for config in configs]
-    return max((length for length in lengths if isinstance(length, int)), default=512)
+    return max((length for length in lengths if isinstance(length, int) and length > 0), default=512)
 
 
 def quantization(folder: Path, backbone: str) -> str | None:
     """The method that the backbone in `folder` is quantized with, or None in full precision."""
     config = read_json(folder / backbone / "config.json").get("quantization_config")
-    return None if config is None else str(config.get("quant_method", "an unknown method"))
+    if config is None:
+        return None
+    if not isinstance(config, dict):
+        raise UserError(f"{folder / backbone / 'config.json'} holds a quantization_config that is none: get it again")
+    return str(config.get("quant_method", "an unknown method"))
 
 
-def missing_parts(folder: Path, leave_out: frozenset[str] = frozenset()) -> list[str]:
+def missing_parts(folder: Path, leave_out: Collection[str] = ()) -> list[str]:
     """The files that a pipeline folder lacks to be loaded from safetensors, as paths relative to it."""
     missing = []
     for component in components(folder):
@@ -78,74 +96,44 @@ def missing_parts(folder: Path, leave_out: frozenset[str] = frozenset()) -> list
         if not part.is_dir() or not any(part.iterdir()):
             missing.append(f"{component}/")
         elif (part / "config.json").is_file():
-            missing += [f"{component}/{name}" for name in _missing_weights(part)]
+            missing += [f"{component}/{name}" for name in weights.missing_files(part)]
     return missing
 
 
 def variant(folder: Path, backbone: str) -> str | None:
     """The suffix, such as `fp16`, where the backbone's weights exist only under it, as partial downloads leave them."""
-    names = [path.name for path in _weight_files(folder / backbone)]
-    found = {match[1] if (match := _VARIANT.search(name)) else None for name in names}
+    found = weights.variants(folder / backbone)
     return found.pop() if len(found) == 1 else None
 
 
-def check_whole(folder: Path, leave_out: frozenset[str] = frozenset()) -> None:
-    """UserError, naming the file, unless `folder` is a pipeline whose weights are all there, whole and consistent."""
-    pipeline_class(folder)
-    missing = missing_parts(folder, leave_out)
-    if missing:
-        raise UserError(f"{folder} is not complete, it lacks {', '.join(missing)}")
-    for component in components(folder):
-        for path in sorted(_weight_files(folder / component)):
-            _tensor_names(path)
+def other_variants(folder: Path, variant: str | None, leave_out: Collection[str] = ()) -> dict[str, str]:
+    """The parts whose weights are there neither as `variant` nor plain, and a variant that they are there as."""
+    found = {name: weights.variants(folder / name) for name in components(folder) if name not in leave_out}
+    return {name: min(present) for name, present in found.items() if present and not present & {variant, None}}
 
 
-def tensor_names(part: Path) -> set[str]:
-    """Names of all tensors in a component's safetensors files."""
-    return {name for path in _weight_files(part) for name in _tensor_names(path)}
+def check_whole(folder: Path, leave_out: Collection[str] = ()) -> None:
+    """UserError, naming the file, unless `folder` is a pipeline whose files are all there, whole and to be read.
 
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; UserError if the file is missing or holds something else."""
+    Configurations are read, and the headers of weights. What is no regular file is not opened.
+    """
     try:
-        content = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing: the pipeline folder is not complete") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds no JSON object")
-    return content
+        pipeline_class(folder)
+        missing = missing_parts(folder, leave_out)
+        if missing:
+            raise UserError(f"{folder} is not complete, it lacks {', '.join(missing)}")
+        for component in components(folder):
+            if component not in leave_out:
+                _check_files(folder / component)
+    except OSError as error:  # it is not ours to read, or is being removed
+        raise UserError(f"cannot read {error.filename or folder}: {error.strerror or error}") from error
 
 
-def _weight_files(part: Path) -> list[Path]:
-    """A component's safetensors files; a link into the Hub's cache whose file is gone counts as none."""
-    return [path for path in part.glob("*.safetensors") if path.is_file()]
-
-
-def _missing_weights(part: Path) -> list[str]:
-    """Weight files that a component's folder should hold and does not; one whole variant of them is enough."""
-    present = {path.name for path in _weight_files(part)}
-    indexes = [read_json(path).get("weight_map", {}) for path in part.glob("*.safetensors.index*.json")]
-    sharded = [set(index.values()) for index in indexes]
-    if any("-of-" not in name for name in present) or any(shards <= present for shards in sharded):
-        return []
-    if sharded:
-        return sorted(min((shards - present for shards in sharded), key=len))
-    if present:
-        return ["*.safetensors.index.json"]
-    pickled = any(path.suffix in _PICKLES for path in part.iterdir())
-    return ["*.safetensors" + (" (pickled weights are there, but can run code when opened)" if pickled else "")]
-
-
-def _tensor_names(path: Path) -> list[str]:
-    try:
-        # Opening checks the header: every tensor's dtype and shape against its byte range, and those ranges against
-        # each other and the length of the file.
-        with safe_open(path, framework="pt") as weights:
-            return list(weights.keys())
-    except (SafetensorError, OSError) as error:
-        with path.open("rb") as file:
-            if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
-                raise UserError(f"{path} is a Git LFS pointer, not the weights: run `git lfs pull`") from None
-        raise UserError(f"{path} is truncated or damaged ({error}): get that file again") from None
+def _check_files(part: Path) -> None:
+    for path in sorted(path for path in part.iterdir() if path.suffix in READ and path.exists()):
+        if path.suffix == ".safetensors":
+            weight_file.header(path)
+        elif path.name.endswith("config.json"):
+            read_json(path)
+        else:
+            weight_file.check_regular(path)

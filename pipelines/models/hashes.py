@@ -3,18 +3,16 @@
 from collections.abc import Callable, Collection
 from pathlib import Path
 
+from dmquant.host import checksums
 from dmquant.host.hashes import sha256_once
 from dmquant.pipelines.models import folders
-
-READ = {".json", ".safetensors", ".model", ".txt", ".vocab", ".spm", ".tiktoken", ".jinja"}
-"""Suffixes of what diffusers and transformers read of a part: configuration, weights, tokenizers."""
 
 
 def identifying_files(folder: Path, leave_out: Collection[str] = ()) -> list[Path]:
     """Every file that a pipeline is loaded from: its index, and what is read of its parts but those to `leave_out`."""
     parts = [folder / name for name in folders.components(folder) if name not in leave_out]
-    of_parts = [path for part in parts for path in part.glob("*") if path.suffix in READ and path.is_file()]
-    return sorted({*folder.glob("*.json"), *of_parts})
+    of_parts = [path for part in parts for path in part.glob("*") if path.suffix in folders.READ and path.is_file()]
+    return sorted({*folder.glob("*.json"), *of_parts} - {folder / checksums.NAME})
 
 
 def pipeline_hashes(

@@ -1,5 +1,6 @@
-"""Load a full-precision pipeline, from files that were checked first, on a device and in a dtype that exist."""
+"""Load a pipeline from files that were checked first, on a device and in a dtype that exist."""
 
+import contextlib
 import inspect
 import re
 import sys
@@ -9,19 +10,40 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from dmquant.diffusers.families import family_of
 from dmquant.errors import UsageError, UserError
 from dmquant.host import processes
 from dmquant.pipelines.models import folders, hub
 from dmquant.pipelines.models.attention import check_attention
+from dmquant.pipelines.models.checksums import checked
 from dmquant.pipelines.models.placing import place
 from dmquant.pipelines.models.registry import ModelSpec, embedded_folder, family_for
+from dmquant.pipelines.models.whole import check_models, model_class
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def load_pipeline(folder: str | Path, *, verify: bool = True, **options: Any) -> Any:
+    """`DiffusionPipeline.from_pretrained` with dmquant registered, of a whole pipeline; `options` are its own.
+
+    Raises UserError for a Path that is no folder (a str may be a Hub id, too), for a part whose tensors are not those
+    of the model that its configuration describes and, with `verify`, for a file that is not what checksums.json says:
+    files are read for that while they are loaded. A folder without checksums.json is not verified.
+    """
+    from diffusers import DiffusionPipeline
+
+    if isinstance(folder, Path) and not folder.is_dir():
+        raise UserError(f"there is no folder {folder}")
+    local = Path(folder) if Path(folder).is_dir() else Path(DiffusionPipeline.download(str(folder), **options))
+    folders.check_whole(local, options)
+    check_models(local, options, options.get("variant"))
+    with checked(local, options) if verify else contextlib.nullcontext():
+        return DiffusionPipeline.from_pretrained(str(folder), **options)
 
 
 def resolve_device(text: str) -> str:
@@ -65,7 +87,7 @@ def checked_folder(spec: ModelSpec, say: Callable[[str], None]) -> Path:
     """The folder with the model's files, downloaded if need be, and found whole and in full precision.
 
     `say` is told of a download before it starts. Raises UserError for weights that are missing, truncated, damaged,
-    already quantized, or not to be had.
+    of another model than the configuration, already quantized, or not to be had.
     """
     family = family_for(spec)
     if spec.is_embedded:
@@ -74,13 +96,14 @@ def checked_folder(spec: ModelSpec, say: Callable[[str], None]) -> Path:
         folder = Path(spec.source)
     else:
         folder = hub.pipeline(spec.source, spec.download_bytes, family.without, say)
-    folders.check_whole(folder, frozenset(family.without))
+    folders.check_whole(folder, family.without)
     method = folders.quantization(folder, family.component)
     if method is not None:
         raise UserError(
             f"{folder} is already quantized (by {method}): start from the full-precision model; "
             "`dmquant inspect` shows what this one holds"
         )
+    check_models(folder, family.without, folders.variant(folder, family.component))
     return folder
 
 
@@ -96,7 +119,7 @@ def load_full_precision(
     """The model's pipeline in `dtype` on `device` (`place`), in eval mode, from safetensors only.
 
     `parts` are in memory already and not loaded again. Raises UserError as `checked_folder` does, and for a backbone
-    with tensors that are absent or not finite.
+    with tensors that are not finite.
     """
     say = say or (lambda line: print(line, file=sys.stderr))
     folder = checked_folder(spec, say)
@@ -109,35 +132,30 @@ def load_full_precision(
     kind = getattr(diffusers, spec.pipeline)  # DiffusionPipeline takes no parts that are optional to one of its kinds
     parameters = inspect.signature(kind.__init__).parameters
     without = {name: value for name, value in family.without.items() if name in parameters}
+    variant = folders.variant(folder, family.component)
+    options = {"torch_dtype": dtype, "use_safetensors": True, "local_files_only": True}
     try:
-        pipeline = kind.from_pretrained(
-            folder,
-            torch_dtype=dtype,
-            use_safetensors=True,
-            local_files_only=True,
-            variant=folders.variant(folder, family.component),
-            **(without | dict(parts)),
-        )
+        apart = {
+            name: model_class(*folders.classes(folder)[name]).from_pretrained(folder / name, variant=own, **options)
+            for name, own in folders.other_variants(folder, variant, {**family.without, **parts}).items()
+        }
+        pipeline = kind.from_pretrained(folder, variant=variant, **options, **(without | apart | dict(parts)))
     except (OSError, ValueError, RuntimeError, ImportError, AttributeError, KeyError, TypeError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"diffusers cannot load {folder}: {type(error).__name__}: {reason}") from error
     if family.backbones:
         family_of(pipeline)
-    _check_backbone(pipeline, folder, family.component)
+    _check_backbone(getattr(pipeline, family.component), folder / family.component)
     _remember_configuration(pipeline, folder, parameters)
     check_attention(getattr(pipeline, family.component))
     return place(pipeline, device, offload)
 
 
-def _check_backbone(pipeline: "DiffusionPipeline", folder: Path, component: str) -> None:
-    """UserError for a backbone that diffusers would leave partly at random values, or that holds NaN or infinity."""
-    backbone = getattr(pipeline, component)
-    absent = backbone.state_dict().keys() - folders.tensor_names(folder / component)
-    if absent:
-        raise UserError(f"{folder / component} lacks {len(absent)} tensor(s) of its model, '{min(absent)}' among them")
+def _check_backbone(backbone: nn.Module, part: Path) -> None:
+    """UserError for a backbone that holds NaN or infinity."""
     for name, parameter in backbone.named_parameters():
         if not parameter.isfinite().all():
-            raise UserError(f"{folder / component} is damaged: '{name}' holds NaN or infinity in {parameter.dtype}")
+            raise UserError(f"{part} is damaged: '{name}' holds NaN or infinity in {parameter.dtype}")
 
 
 def _remember_configuration(pipeline: "DiffusionPipeline", folder: Path, parameters: Iterable[str]) -> None:

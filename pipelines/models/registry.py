@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from dmquant.diffusers.families import GENERIC, HOW_TO_ADD, Family, ends, families, family_of_pipeline
 from dmquant.diffusers.families.generic import COMPONENTS
 from dmquant.errors import UsageError, UserError, unknown
+from dmquant.host.text import visible
 from dmquant.pipelines.models import folders, hub
 from dmquant.pipelines.models.skeleton import skeleton
 
@@ -116,7 +117,7 @@ def resolve_model(text: str, family: str | None = None) -> ModelSpec:
     path = Path(text).expanduser()
     if path.exists():
         folder = path.resolve()
-        return _spec_of_folder(folder, family, name=folder.name, source=str(folder))
+        return _spec_of_folder(folder, family, name=visible(folder.name) or "model", source=str(folder))
     if _HUB_ID.fullmatch(text):
         for spec in models.values():
             if spec.source == text:

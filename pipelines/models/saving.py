@@ -1,7 +1,7 @@
 """Write a quantized pipeline as a folder that works anywhere: whole or not at all."""
 
 import shutil
-from fnmatch import fnmatch
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,22 +10,16 @@ from torch import nn
 
 from dmquant.diffusers.quantizer import make_portable, save_pipeline
 from dmquant.errors import UserError
-from dmquant.pipelines.models import folders
+from dmquant.host import checksums, owned
+from dmquant.host.files import sha256
+from dmquant.host.folder_swap import take_place
 from dmquant.pipelines.models.shared_parts import SharedParts
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-PARTIAL, REPLACED = ".part", ".replaced"
 CARD = "README.md"
-MARK = ".dmquant-is-writing-here"
 NARROW = (torch.float16, torch.bfloat16)
-WRITTEN = (
-    *("config.json", "*_config.json", "diffusion_pytorch_model*.safetensors*", "model*.safetensors*"),
-    *("tokenizer.json", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt"),
-    *("spiece.model", "tokenizer.model", "*.jinja"),
-)
-"""Names of the files that diffusers and transformers write for a part of a pipeline."""
 
 
 def save_whole(
@@ -35,36 +29,43 @@ def save_whole(
     backbone: str,
     shared: SharedParts | None = None,
 ) -> Path | None:
-    """Save `pipeline` with its model card to `folder`; what is there is replaced at the end.
+    """Save `pipeline` with its model card to `folder`; a model that is there is replaced at the end.
 
-    Parts other than the `backbone` are taken from `shared`, or put there, where it is given. Files of a folder that was
-    replaced which are not of a pipeline are kept beside it: returns where, or None if there were none.
+    Parts other than the `backbone` are taken from `shared`, or put there, where it is given. Files of the user's in a
+    folder that was replaced stay in it. Returns where a model without checksums, of versions up to 0.2, went, or None.
     """
     folder = folder.resolve()
-    partial = folder.with_name(folder.name + PARTIAL)
-    if partial.exists() and not (partial / MARK).exists():
-        raise UserError(f"{partial} is in the way, and is no unfinished model of dmquant: move or remove it")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    (partial / MARK).touch()
-    try:
-        _save(pipeline, partial, backbone, shared)
-        (partial / CARD).write_text(card, encoding="utf-8")
-        replaced = _put_aside(folder)
+    with owned.workspace(folder) as room:
+        new = room / "new"
+        shutil.rmtree(new, ignore_errors=True)  # of a command that was killed
+        new.mkdir(parents=True)
         try:
-            partial.replace(folder)
+            _save(pipeline, new, backbone, shared)
+            (new / CARD).write_text(card, encoding="utf-8")
+            checksums.write(new)
+            replaced = take_place(new, folder, room, listed)
         except BaseException:
-            if replaced is not None:
-                replaced.replace(folder)
+            shutil.rmtree(new, ignore_errors=True)
             raise
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    (folder / MARK).unlink()
-    return None if replaced is None else _without_pipeline(replaced)
+        if owner := owned.of(folder / CARD):
+            for name, digest in listed(folder).items():
+                owner.record(folder / name, digest=digest)
+        return replaced
+
+
+def listed(folder: Path) -> Mapping[str, str]:
+    """SHA-256 of each file that was saved in the folder of a model, by its relative path; none without checksums."""
+    try:
+        recorded = checksums.recorded(folder)
+    except UserError:
+        return {}
+    return {name: entry["sha256"] for name, entry in recorded.items()} | {
+        checksums.NAME: sha256(folder / checksums.NAME)
+    }
 
 
 def _save(pipeline: "DiffusionPipeline", folder: Path, backbone: str, shared: SharedParts | None) -> None:
+    _put_tokenizers_at_rest(pipeline)
     if shared is not None and shared.fill(folder):
         getattr(pipeline, backbone).save_pretrained(folder / backbone, safe_serialization=True)
         make_portable(folder)
@@ -74,35 +75,12 @@ def _save(pipeline: "DiffusionPipeline", folder: Path, backbone: str, shared: Sh
         shared.keep(folder, backbone)
 
 
-def _put_aside(folder: Path) -> Path | None:
-    """Rename a folder, to a name that is free; returns where it is now, or None where there was none."""
-    if not folder.exists():
-        return None
-    number, aside = 1, folder.with_name(folder.name + REPLACED)
-    while aside.exists():
-        number += 1
-        aside = folder.with_name(f"{folder.name}{REPLACED}-{number}")
-    folder.replace(aside)
-    return aside
-
-
-def _without_pipeline(folder: Path) -> Path | None:
-    """Remove the files of a pipeline from a folder, and folders that are empty then; None if nothing is left of it."""
-    for path in _written(folder):
-        path.unlink()
-    for path in (*sorted(folder.rglob("*"), reverse=True), folder):
-        if path.is_dir() and not path.is_symlink() and not any(path.iterdir()):
-            path.rmdir()
-    return folder if folder.exists() else None
-
-
-def _written(folder: Path) -> list[Path]:
-    """The files of a pipeline folder that belong to the pipeline."""
-    if not (folder / folders.INDEX).is_file():
-        return []
-    of_parts = [path for name in folders.components(folder) for path in (folder / name).glob("*") if path.is_file()]
-    known = [path for path in of_parts if any(fnmatch(path.name, pattern) for pattern in WRITTEN)]
-    return [*known, *(path for name in (folders.INDEX, CARD) if (path := folder / name).is_file())]
+def _put_tokenizers_at_rest(pipeline: "DiffusionPipeline") -> None:
+    """Make the files of tokenizers independent of whether they were used: they save how they padded and cut last."""
+    for part in pipeline.components.values():
+        if (fast := getattr(part, "backend_tokenizer", None)) is not None:
+            fast.no_padding()
+            fast.no_truncation()
 
 
 def narrow_exactly(module: nn.Module) -> None:

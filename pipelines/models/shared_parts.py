@@ -15,6 +15,7 @@ from pathlib import Path
 
 from dmquant.errors import UserError
 from dmquant.host.hashes import LARGE, sha256_once
+from dmquant.host.owned import UNFINISHED
 from dmquant.pipelines.models import folders
 
 LISTING = "parts.json"
@@ -22,7 +23,7 @@ LISTING = "parts.json"
 
 @dataclass(frozen=True)
 class SharedParts:
-    """Parts in a folder of their own, saved under the `key` of all that their bytes depend on."""
+    """Parts in a folder in the room of a run, saved under the `key` of all that their bytes depend on."""
 
     folder: Path
     key: str
@@ -39,8 +40,9 @@ class SharedParts:
         others = [name for name in folders.components(model) if name != backbone]
         paths = [model / folders.INDEX, *(path for name in others for path in sorted(model.glob(f"{name}/*")))]
         parts = [path.relative_to(model) for path in paths]
-        self.folder.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{self.folder.name}.", dir=self.folder.parent))
+        unfinished = self.folder.parent / UNFINISHED
+        unfinished.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f"{self.folder.name}.", dir=unfinished))
         try:
             for name in parts:
                 _link(model / name, partial / name)

@@ -1,30 +1,45 @@
-"""A backbone without its weights: names and shapes of its layers from its config.json."""
+"""A model without its weights: names and shapes of its layers from its config.json."""
 
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from dmquant.diffusers.bounds import bounded, check_buffers, check_sizes
 from dmquant.errors import UserError
+from dmquant.host import weight_file
 from dmquant.pipelines.models import folders
+from dmquant.pipelines.models.weights import weight_files
+
+UNKNOWN = 10_000  # tensors that a model may have whose weights are not here
 
 
-def skeleton(folder: Path) -> nn.Module:
-    """The backbone of the component in `folder` at full precision, on the meta device.
+def skeleton(part: Path, kind: type[nn.Module] | None = None) -> nn.Module:
+    """The model of the component in the folder `part` at full precision, on the meta device.
 
-    Raises UserError for a config.json that the installed diffusers cannot build.
+    `kind` is its class in diffusers; by default the one that config.json names. Raises UserError for a config.json
+    that the installed diffusers cannot build, and, within a second, for one of a far larger model than its weights.
     """
     import diffusers
 
-    config = folders.read_json(folder / "config.json")
+    where, config = part / "config.json", folders.read_json(part / "config.json")
     config.pop("quantization_config", None)
     name = config.pop("_class_name", None)
-    model = getattr(diffusers, str(name), None)
+    model = kind or getattr(diffusers, str(name), None)
     if model is None:
-        raise UserError(f"{folder / 'config.json'} is of a {name}, which diffusers {diffusers.__version__} lacks")
+        raise UserError(f"{where} is of a {name}, which diffusers {diffusers.__version__} lacks")
+    files = weight_files(part)
+    stored = [tensor for path in files for tensor in weight_file.header(path).values()]
+    if files:
+        check_sizes(config, stored, str(where))
     try:
-        with torch.device("meta"):
-            return model.from_config(config)
-    except (TypeError, ValueError, AttributeError) as error:
+        with bounded(len(stored) or UNKNOWN, str(where)), torch.device("meta"):
+            built = model.from_config(config)
+    except UserError:
+        raise
+    except Exception as error:  # whatever the constructors of diffusers raise on settings that do not go together
         reason = " ".join(str(error).split())
-        raise UserError(f"diffusers cannot build the {name} of {folder / 'config.json'}: {reason}") from error
+        raise UserError(f"diffusers cannot build the {name} of {where}: {reason}") from error
+    if files:
+        check_buffers(built, sum(path.stat().st_size for path in files), str(where))
+    return built

@@ -1,6 +1,7 @@
-"""The bytes of a quantized model, the share of its quantized weights, and layers that do not divide into groups."""
+"""The bytes of a quantized model, the share of its quantized weights, groups that are not whole, and the kernels."""
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 
 from torch import nn
@@ -48,3 +49,8 @@ def remainder(layer: QuantLinear | QuantConv2d) -> str | None:
             divided = f"{columns} weights a channel{part} do not divide into groups of {size}"
             return f"{divided}; the last group has {columns % size}"
     return None
+
+
+def kernels_used(module: nn.Module) -> dict[str, int]:
+    """The number of quantized layers of `module` by kernel: the one that ran a layer last, or else would run it."""
+    return dict(Counter(layer.kernel for layer in module.modules() if isinstance(layer, (QuantLinear, QuantConv2d))))

@@ -20,11 +20,13 @@ from dmquant.host.hashes import sha256_once
 from dmquant.host.units import size_text
 from dmquant.pipelines.models import folders
 from dmquant.pipelines.models.attention import check_attention
+from dmquant.pipelines.models.checksums import checked
 from dmquant.pipelines.models.hashes import pipeline_hashes
 from dmquant.pipelines.models.loading import load_full_precision
 from dmquant.pipelines.models.placing import place, place_backbone_alone
 from dmquant.pipelines.models.saving import model_card, narrow_exactly, save_whole
 from dmquant.pipelines.models.shared_parts import SharedParts
+from dmquant.pipelines.models.whole import check_models
 from dmquant.pipelines.runs.calibration import calibrate, calibration_data
 from dmquant.pipelines.runs.footprint import footprint, remainder
 from dmquant.pipelines.runs.settings import Settings
@@ -96,8 +98,10 @@ def make_model(
     size, stored = footprint(backbone), sum(tensor.nbytes for tensor in backbone.state_dict().values())
     kind = type(pipeline).__name__
     card = model_card(settings.model.name, settings.recipe.name, *settings.formats, kind, settings.dtype)
-    if kept := save_whole(pipeline, folder, card, settings.family.component, shared):
-        console.say(f"note: {folder} was replaced; what it held that is not of a pipeline is in {kept}")
+    if replaced := save_whole(pipeline, folder, card, settings.family.component, shared):
+        console.say(
+            f"note: the model that was in {folder} has no checksums, so that it was not removed: it is {replaced}"
+        )
     seconds = time.perf_counter() - began
     component = folder / settings.family.component
     facts = {
@@ -145,9 +149,11 @@ def load_quantized(folder: Path, settings: Settings, **parts: Any) -> "Diffusion
     `parts` are in memory already and not loaded again. Raises UserError for a folder that is not whole, and for an
     attention backend that is not installed.
     """
-    folders.check_whole(folder)
+    folders.check_whole(folder, parts)
+    check_models(folder, parts)
     kind = getattr(diffusers, folders.pipeline_class(folder)) if parts else diffusers.DiffusionPipeline
-    pipeline = kind.from_pretrained(folder, torch_dtype=settings.dtype, local_files_only=True, **parts)
+    with checked(folder, parts):
+        pipeline = kind.from_pretrained(folder, torch_dtype=settings.dtype, local_files_only=True, **parts)
     check_attention(getattr(pipeline, settings.family.component))
     return place(pipeline, settings.device, settings.offload)
 

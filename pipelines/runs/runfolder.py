@@ -6,53 +6,65 @@ run folder for the quantized side of each recipe below `recipes/`.
 `state.json` is the memory of a run. A stage is done when its record there carries the fingerprint of exactly the
 settings the stage depends on and the files it wrote are still what it wrote, so the same command continues after a
 kill, and a changed setting redoes what depends on it and nothing else. Facts that come one by one while a stage runs
-are lines added to `state.journal`, which the next record takes into `state.json`.
+are lines added to a journal, which the next record takes into `state.json`. Both carry hashes: a state that is not
+what was written is no memory, and what it stood for is done again.
 """
 
 import contextlib
 import errno
 import json
+import logging
 import os
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from dmquant.errors import UserError
-from dmquant.host import processes
-from dmquant.host.files import append_line, write_text
-
-try:
-    import fcntl
-except ImportError:  # Windows: a run is not protected against a second one in the same folder
-    fcntl = None
+from dmquant.evaluation.png import read_key
+from dmquant.host import owned, processes
+from dmquant.host.files import append_line, json_sha256, write_text
+from dmquant.host.names import folder_of
+from dmquant.host.owned import Owned
 
 VERSION = 1
-STATE, JOURNAL, SETTINGS, LOG, LOCK = "state.json", "state.journal", "run.yaml", "log.txt", ".lock"
+STATE, SETTINGS, LOG = "state.json", "run.yaml", "log.txt"
+JOURNAL, MODEL_NAME = "state.journal", "model.txt"  # in the room of a run
 GRID, PLOT = "grid.png", "compare.png"
 SCORES, FEATURES, PROBE = "scores.csv", "features", "probe"
 LAYERS, CUT_PROMPTS = "layers", "cut_prompts"  # a stage, and a kind of notes
-IMAGES, MODEL, PARTIAL_MODEL, CALIBRATION, RECIPES = "images", "model", "model.part", "calibration", "recipes"
-TRIALS, SHARED = "trials", "shared"
+IMAGES, MODEL, CALIBRATION, RECIPES, TRIALS = "images", "model", "calibration", "recipes", "trials"
+SHARED = "shared"  # in the room of a run
 SWEEP_TABLE, SWEEP_PLOT, SWEEP_PAGE, SWEEP_DATA = "sweep.csv", "sweep.png", "sweep.md", "sweep.json"
 REPORTS = ("report.md", "report.html", "report.json")
 ENTRIES = (
-    *(STATE, JOURNAL, SETTINGS, LOG, LOCK, GRID, PLOT, SCORES, FEATURES, PROBE),
-    *(IMAGES, MODEL, PARTIAL_MODEL, CALIBRATION, RECIPES, TRIALS, SHARED),
+    *(STATE, SETTINGS, LOG, GRID, PLOT, SCORES, FEATURES, PROBE),
+    *(IMAGES, MODEL, CALIBRATION, RECIPES, TRIALS),
     *(SWEEP_TABLE, SWEEP_PLOT, SWEEP_PAGE, SWEEP_DATA),
     *REPORTS,
 )
+WRITTEN = (
+    *(STATE, SETTINGS, LOG, GRID, PLOT, SCORES, *REPORTS, SWEEP_TABLE, SWEEP_PLOT, SWEEP_PAGE, SWEEP_DATA),
+    *(f"{IMAGES}/*/[0-9]*.{suffix}" for suffix in ("png", "latent.safetensors", "trajectory.safetensors")),
+    *(f"{CALIBRATION}/data/*/{name}" for name in ("index.json", "prompts-*.safetensors")),
+    *(f"{CALIBRATION}/*/blocks/[0-9]*.{suffix}" for suffix in ("json", "safetensors")),
+    *(f"{FEATURES}/*/*.safetensors", f"{PROBE}/fp.safetensors", f"{MODEL}/README.md", f"{TRIALS}/*.json"),
+)
+"""Patterns of what commands write in a run folder, the model aside, which lists its files itself."""
+EARLIER = re.compile(r"[\w+-][\w.+-]*")
+SHORT = 16  # characters of a hash that tell a line of the journal that was changed
 
 
-YAML_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # run.yaml lists all prompts
+def folder_for(parent: Path, name: str) -> Path:
+    """The folder in `parent` for a recipe's name: the recipe's alone, and below `parent` whatever the name holds.
 
-
-def folder_name(name: str) -> str:
-    """A recipe's name as any file system takes it."""
-    return re.sub(r"[^\w.+-]", "_", name)
+    Versions up to 0.2 gave names with capitals to folders as they are; such a folder stays the recipe's.
+    """
+    own = folder_of(name)
+    if own != name and EARLIER.fullmatch(name) and parent.is_dir():
+        there = {entry.name for entry in parent.iterdir()}
+        own = name if {name, f"{name}.json"} & there else own
+    return parent / own
 
 
 def is_run(folder: Path) -> bool:
@@ -68,14 +80,7 @@ class RunFolder:
 
     def __init__(self, path: Path):
         self.path = path
-        try:
-            self._state = json.loads((path / STATE).read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise UserError(f"{path} holds no run: there is no {STATE} in it") from None
-        except ValueError as error:
-            raise UserError(f"{path / STATE} is damaged ({error}); start again with --overwrite") from None
-        if self._state.get("version") != VERSION:
-            raise UserError(f"{path} was written by another version of dmquant; start again with --overwrite")
+        self._state = _read_state(path)
         self._read_journal()
 
     @property
@@ -89,7 +94,7 @@ class RunFolder:
 
     def recipe(self, name: str) -> Path:
         """The run folder of one recipe of a comparison."""
-        return self.path / RECIPES / folder_name(name)
+        return folder_for(self.path / RECIPES, name)
 
     def record(self, stage: str) -> dict[str, Any] | None:
         """The record of a finished `stage`, or None."""
@@ -129,31 +134,68 @@ class RunFolder:
         """Add to the facts of one kind: one line, however many there are. A kill loses no fact that was added."""
         self._state["notes"].setdefault(kind, {}).update(facts)
         if processes.current().is_main:
-            append_line(self.path / JOURNAL, json.dumps([kind, facts]))
+            append_line(self._journal, json.dumps([kind, facts, json_sha256([kind, facts])[:SHORT]]))
+
+    @property
+    def has_stages(self) -> bool:
+        """Whether any stage is finished."""
+        return bool(self._state["stages"])
+
+    @property
+    def _journal(self) -> Path:
+        return self.path / owned.ROOM / JOURNAL
 
     def _read_journal(self) -> None:
         with contextlib.suppress(FileNotFoundError):
-            for line in (self.path / JOURNAL).read_text(encoding="utf-8").splitlines():
-                with contextlib.suppress(ValueError):  # half a line, where the disk was full or the machine stopped
-                    kind, facts = json.loads(line)
-                    self._state["notes"].setdefault(kind, {}).update(facts)
+            for line in self._journal.read_text(encoding="utf-8", errors="replace").splitlines():
+                # half a line, where the disk was full or the machine stopped, or one that was changed
+                with contextlib.suppress(ValueError, TypeError):
+                    kind, facts, digest = json.loads(line)
+                    if json_sha256([kind, facts])[:SHORT] == digest:
+                        self._state["notes"].setdefault(kind, {}).update(facts)
 
     def _save(self) -> None:
-        """Write all that is known; the journal is removed after that, and to read it twice does no harm."""
+        """Write all that is known; the journal is emptied after that, and to read it twice does no harm."""
         if processes.current().is_main:
-            write_text(self.path / STATE, json.dumps(self._state, indent=1) + "\n")
-            (self.path / JOURNAL).unlink(missing_ok=True)
+            state = json.loads(json.dumps(self._state))  # as it will be read, with every key a string
+            write_text(self.path / STATE, json.dumps(state | {"sha256": json_sha256(state)}, indent=1) + "\n")
+            self._journal.unlink(missing_ok=True)
 
-    def _empty(self) -> bool:
-        return not self._state["stages"] and not any(self.path.glob(f"{IMAGES}/*/*.png"))
+
+def _read_state(path: Path) -> dict[str, Any]:
+    """The content of state.json; UserError where there is none, or one that is not what was written."""
+    try:
+        state = json.loads((path / STATE).read_text(encoding="utf-8"))
+        version, digest = state["version"], state.pop("sha256", None)
+        if version != VERSION:
+            raise UserError(f"{path} was written by another version of dmquant; start anew with --overwrite")
+        if digest not in (None, json_sha256(state)):  # versions up to 0.2 wrote none
+            raise ValueError("it is not what was written")
+        if not (isinstance(state["model"], str) and _are_objects(state["stages"]) and _are_objects(state["notes"])):
+            raise ValueError("it holds something else than the stages of a run")
+    except FileNotFoundError:
+        raise UserError(f"{path} holds no run: there is no {STATE} in it") from None
+    except OSError as error:
+        raise UserError(f"cannot read {path / STATE}: {error.strerror or error}") from error
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise DamagedState(f"{path / STATE} is damaged ({error}): the command of the run makes it again") from None
+    return state
+
+
+def _are_objects(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(each, dict) for each in value.values())
+
+
+class DamagedState(UserError):  # noqa: N818
+    """A state.json that is not what was written."""
 
 
 @contextlib.contextmanager
 def claim(path: Path, model: str, overwrite: bool = False) -> Iterator[RunFolder]:
     """Hold the run folder of `model` at `path`, creating it if need be, alone until the block ends.
 
-    With `overwrite` the entries of an earlier run are removed first; files that no run writes are never touched.
-    If the block fails before anything was finished in a folder made here, the folder is removed again.
+    With `overwrite` the run starts anew: what an earlier run wrote is removed first. Files that are not of a run are
+    never touched. If the block fails before anything was finished in a folder made here, the folder is removed again.
 
     Of several processes the main one holds it, and all get it.
 
@@ -161,79 +203,109 @@ def claim(path: Path, model: str, overwrite: bool = False) -> Iterator[RunFolder
         UserError: the folder cannot be written, holds something else, or another command is writing it.
     """
     with contextlib.ExitStack() as held:
-        yield processes.current().on_main(lambda: held.enter_context(_claimed(path, model, overwrite)))
+        everyone = processes.current()
+        folder = everyone.on_main(lambda: held.enter_context(_claimed(path, model, overwrite)))
+        if not everyone.is_main:
+            held.enter_context(owned.joined(path))
+        yield folder
 
 
 @contextlib.contextmanager
 def _claimed(path: Path, model: str, overwrite: bool) -> Iterator[RunFolder]:
     _refuse_strangers(path, model, overwrite)
     created = [folder for folder in (path, *path.parents) if not folder.exists()]
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        lock = (path / LOCK).open("w")
-    except OSError as error:
-        raise UserError(f"cannot write to {path}: {error.strerror}; choose another folder with --out") from error
-    with lock:
-        _lock(lock, path)
-        if overwrite and is_run(path):
-            _remove_entries(path)
-        if not is_run(path):
-            write_text(path / STATE, json.dumps({"version": VERSION, "model": model, "stages": {}, "notes": {}}) + "\n")
-        folder = RunFolder(path)
+    with owned.claimed(path) as ours:
+        if overwrite:
+            ours.clear(keep=lambda name: name == LOG)
+        elif not ours.has_notes:
+            _adopt(ours)
         try:
-            yield folder
+            yield _opened(path, model)
         except BaseException:
-            if created and folder._empty():
-                shutil.rmtree(path, ignore_errors=True)
-                for parent in created[1:]:
-                    with contextlib.suppress(OSError):
-                        parent.rmdir()
+            _note_log(ours)
+            if created and _is_empty(path):
+                ours.clear()
+                ours.leave()
+                owned.remove_empty(set(created))
             raise
+        _note_log(ours)
+
+
+def _opened(path: Path, model: str) -> RunFolder:
+    """The run in a folder that is held, begun where there is none, or one whose memory is damaged."""
+    try:
+        return RunFolder(path)
+    except DamagedState as error:
+        logging.getLogger("dmquant").warning("note: %s", error)
+    except UserError:
+        if (path / STATE).exists():
+            raise
+    (path / owned.ROOM / MODEL_NAME).write_text(model, encoding="utf-8")
+    (path / owned.ROOM / JOURNAL).unlink(missing_ok=True)
+    write_text(path / STATE, json.dumps({"version": VERSION, "model": model, "stages": {}, "notes": {}}) + "\n")
+    return RunFolder(path)
+
+
+def _is_empty(path: Path) -> bool:
+    """Whether a run has finished nothing yet."""
+    try:
+        return not RunFolder(path).has_stages and not any(path.glob(f"{IMAGES}/*/*.png"))
+    except UserError:
+        return not (path / STATE).exists()
+
+
+def _note_log(ours: Owned) -> None:
+    """The log is written line by line, so that its hash is known at the end only."""
+    with contextlib.suppress(OSError):
+        ours.record(ours.root / LOG)
+
+
+def _adopt(ours: Owned) -> None:
+    """Take the files of a run for ours that is there without notes: of versions up to 0.2, or copied without them."""
+    if is_run(ours.root):
+        for path in (path for pattern in WRITTEN for path in ours.root.glob(pattern) if path.is_file()):
+            if path.suffix != ".png" or path.parent == ours.root or read_key(path):
+                ours.record(path)
 
 
 def _refuse_strangers(path: Path, model: str, overwrite: bool) -> None:
+    """UserError for a place that a run of `model` cannot have without taking something from somebody."""
     if not path.exists():
         return
     if not path.is_dir():
         raise UserError(f"{path} is a file; choose another folder with --out")
-    if overwrite:
-        return
-    if is_run(path):
-        held = RunFolder(path).model
-        if held != model:
+    held = _model_of(path)
+    if held is not None:
+        if held != model and not overwrite:
             raise UserError(
                 f"{path} holds a run of {held}, not of {model}; choose another folder with --out, "
                 "or replace it with --overwrite"
             )
         return
-    strangers = sorted(entry.name for entry in path.iterdir() if entry.name != LOCK)
-    if strangers:
-        shown = ", ".join(strangers[:3]) + (", ..." if len(strangers) > 3 else "")
+    strangers = sorted(entry.name for entry in path.iterdir() if entry.name != owned.ROOM)
+    in_the_way = [name for name in strangers if name in ENTRIES] if overwrite else strangers
+    if in_the_way:
+        advice = "" if overwrite else ", or write beside them with --overwrite"
         raise UserError(
-            f"{path} holds files that are not of a run ({shown}); choose another folder with --out, "
-            "or write beside them with --overwrite"
+            f"{path} holds files that are not of a run ({shortened(in_the_way)}); "
+            f"choose another folder with --out{'' if set(strangers) & set(ENTRIES) else advice}"
         )
 
 
-def _lock(file, path: Path) -> None:
-    if fcntl is None:
-        return
+def _model_of(path: Path) -> str | None:
+    """The name of the model that the run in a folder is about; None where there is no run."""
+    with contextlib.suppress(OSError, ValueError):
+        if owned.is_room(path / owned.ROOM):
+            return (path / owned.ROOM / MODEL_NAME).read_text(encoding="utf-8")
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno not in (errno.EAGAIN, errno.EACCES):
-            return  # a file system without locks
-        raise UserError(
-            f"another dmquant is writing {path}; wait for it, or choose another folder with --out"
-        ) from None
+        return RunFolder(path).model
+    except UserError:
+        return None
 
 
-def _remove_entries(path: Path) -> None:
-    for entry in (path / name for name in ENTRIES if name != LOCK):
-        if entry.is_dir() and not entry.is_symlink():
-            shutil.rmtree(entry)
-        else:
-            entry.unlink(missing_ok=True)
+def shortened(names: list[str]) -> str:
+    """The first three of some names."""
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def is_full_disk(error: BaseException | None) -> bool:

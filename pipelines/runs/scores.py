@@ -13,7 +13,7 @@ from dmquant.evaluation.result import Metric
 from dmquant.evaluation.scores_csv import columns, write_scores
 from dmquant.host import processes
 from dmquant.host.console import Console
-from dmquant.host.files import fingerprint
+from dmquant.host.files import fingerprint, sha256
 from dmquant.pipelines.runs.runfolder import SCORES, RunFolder
 from dmquant.pipelines.runs.settings import Settings
 
@@ -43,6 +43,7 @@ def complete_scores(
     of_images = {name: metric.values for name, metric in metrics.items()}
     of_images |= {name + OF_REFERENCE: metric.values for name, metric in reference.items()}
     write_table(folder.path / SCORES, quantized, settings.prompts, of_images)
+    table = processes.current().on_main(lambda: table_sha256(folder))
     folder.finish(
         STAGE,
         key,
@@ -50,6 +51,7 @@ def complete_scores(
         reference=record["reference"] | _as_json(reference),
         seconds=record["seconds"] + seconds,
         clip=settings.clip,
+        table_sha256=table,
     )
     console.say(f"scores: {', '.join(wanted)} in {seconds:.1f} s; of each image: {folder.path / SCORES}")
 
@@ -103,7 +105,7 @@ def _kept(folder: RunFolder, key: str, names: list[str], settings: Settings) -> 
     record = folder.finished(STAGE, key)
     if record is None:
         return {"metrics": {}, "reference": {}, "seconds": 0.0}
-    table = columns(folder.path / SCORES, names) or {}
+    table = columns(folder.path / SCORES, names) or {} if table_holds(folder, record) else {}
 
     def holds(name: str, metric: dict[str, Any]) -> bool:
         if metric["value"] is None or (METRICS[name].per_image and name not in table):
@@ -114,6 +116,19 @@ def _kept(folder: RunFolder, key: str, names: list[str], settings: Settings) -> 
     metrics = {name: metric for name, metric in known.items() if holds(name, metric)}
     reference = {name: metric for name, metric in record["reference"].items() if name in metrics}
     return {"metrics": metrics, "reference": reference, "seconds": record["seconds"]}
+
+
+def table_sha256(folder: RunFolder) -> str | None:
+    """SHA-256 of scores.csv; None where there is none."""
+    try:
+        return sha256(folder.path / SCORES)
+    except OSError:
+        return None
+
+
+def table_holds(folder: RunFolder, record: Mapping[str, Any]) -> bool:
+    """Whether scores.csv is what was written with the record of the stage; versions up to 0.2 recorded no hash."""
+    return "table_sha256" not in record or record["table_sha256"] == table_sha256(folder)
 
 
 def _as_json(metrics: Mapping[str, Metric]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from torch import nn
 
 import dmquant
 from dmquant import kernels
+from dmquant.calib.blocks.codes import meaning_of
 from dmquant.diffusers.families import GENERIC, Family
 from dmquant.errors import UsageError, check_choice
 from dmquant.evaluation.generate import ImageRequest, batch_size_for, image_requests
@@ -20,6 +21,7 @@ from dmquant.evaluation.images import any_images
 from dmquant.evaluation.metrics.registry import METRICS, all_names, check_names, default_names
 from dmquant.evaluation.networks import CLIP
 from dmquant.host.files import fingerprint
+from dmquant.host.names import readable
 from dmquant.pipelines.models.loading import resolve_device, resolve_dtype
 from dmquant.pipelines.models.registry import (
     EMBEDDED,
@@ -143,7 +145,7 @@ class Settings:
         return self.recipe.for_model(self.family.known(backbone))
 
     def model_key(self, weights: str) -> str:
-        """Fingerprint of all that the quantized model depends on, `weights` being that of the full-precision ones.
+        """Fingerprint of all that the quantized model computes with, `weights` being that of the full-precision ones.
 
         The memory budget is not part of it: it decides where data lies, not what is computed from it.
         """
@@ -151,12 +153,17 @@ class Settings:
         family = {"keep": sorted(self.family.keep)} if self.recipe.keep == "family" else {}
         return fingerprint(
             source=weights,
-            recipe=self.recipe.to_dict(),
+            recipe=meaning_of(self.recipe),
             dtype=self.dtype_name,
             dmquant=dmquant.__version__,
             **family,
             **data,
         )
+
+    def saved_model_key(self, weights: str) -> str:
+        """Fingerprint of all that the files of the quantized model depend on; they tell the recipe's name, too."""
+        named = {"name": self.recipe.name, "description": self.recipe.description}
+        return fingerprint(model=self.model_key(weights), **named)
 
     def to_dict(self, source_hashes: dict[str, str], recipes: dict[str, Any]) -> dict[str, Any]:
         """The content of run.yaml; `recipes` is its part on the quantization of the model."""
@@ -241,7 +248,7 @@ def resolve(options: Options) -> Settings:
         offload=options.offload,
         dtype_name=dtype_name,
         command=options.command,
-        folder_name="-".join(filter(None, (model.name, recipe.name, options.w, options.a))),
+        folder_name=readable("-".join(filter(None, (model.name, recipe.name, options.w, options.a)))),
     )
 
 

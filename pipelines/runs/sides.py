@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from dmquant.errors import UserError
 from dmquant.evaluation.generate import ImageRequest
 from dmquant.evaluation.networks import Networks
-from dmquant.host import processes
+from dmquant.host import owned, processes
 from dmquant.host.console import Console
 from dmquant.host.files import fingerprint
 from dmquant.host.memory import peak_memory
@@ -64,7 +64,8 @@ class FullPrecision:
         complete_images(FP, self.requests, self.load, self.folder, self.settings, self.console)
         key = images_key(self.requests)
         known = self.folder.notes(runfolder.CUT_PROMPTS)
-        if self._pipeline is not None or known.get("images", key) != key:  # of earlier versions there is no key
+        of_these = bool(known) and known.get("images", key) == key  # of earlier versions there is no key
+        if self._pipeline is not None or not of_these:
             self._tell_cut_prompts(self.load(), key)
 
     def _tell_cut_prompts(self, pipeline: "DiffusionPipeline", key: str) -> None:
@@ -113,6 +114,7 @@ class Quantized:
         self.compares_layers, self.shared = compares_layers, shared
         self.console = reference.console
         self.model_key = settings.model_key(reference.source.key)
+        self.saved_model_key = settings.saved_model_key(reference.source.key)
         self.requests = settings.requests(self.model_key)
         self._pipeline: DiffusionPipeline | None = None
 
@@ -178,11 +180,13 @@ class Quantized:
                 )
         finally:
             self.reference.release()
-        self.folder.finish("model", self.model_key, **facts, peak_memory_bytes=peak.bytes, peak_memory_of=peak.what)
+        self.folder.finish(
+            "model", self.saved_model_key, **facts, peak_memory_bytes=peak.bytes, peak_memory_of=peak.what
+        )
 
     def _is_made(self, path: Path) -> bool:
         """Whether the model is there as it was written."""
-        record = self.folder.finished("model", self.model_key)
+        record = self.folder.finished("model", self.saved_model_key)
         if not record or not path.is_dir():
             return False
         as_written = is_as_written(path, record["sha256"] | record.get("parts_sha256", {}))
@@ -208,7 +212,7 @@ def fingerprints_of(settings: Settings, reference: FullPrecision) -> dict[str, s
     requests = settings.requests(model_key)
     keys = {FP: reference.requests, QUANTIZED: requests}
     return {
-        "model": model_key,
+        "model": settings.saved_model_key(reference.source.key),
         f"images_{QUANTIZED}": images_key(requests),
         runfolder.LAYERS: _layers_key(model_key, reference.requests, settings),
         "scores": scores_key({side: [request.key for request in made] for side, made in keys.items()}, settings),
@@ -222,4 +226,4 @@ def _layers_key(model_key: str, reference: Sequence[ImageRequest], settings: Set
 def shared_parts(settings: Settings, source: Source, folder: RunFolder) -> SharedParts:
     """The place of the parts that the models of one folder share, since none of them changes these."""
     key = fingerprint(source=source.key, dtype=settings.dtype_name, versions=versions())
-    return SharedParts(folder.path / runfolder.SHARED, key)
+    return SharedParts(folder.path / owned.ROOM / runfolder.SHARED, key)

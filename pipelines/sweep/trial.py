@@ -3,7 +3,6 @@
 import contextlib
 import io
 import json
-import shutil
 import time
 import traceback
 from collections.abc import Iterator
@@ -16,8 +15,10 @@ import torch
 
 from dmquant.errors import UserError
 from dmquant.evaluation.networks import Networks
+from dmquant.host import owned
 from dmquant.host.console import Console, quiet_libraries
-from dmquant.host.files import fingerprint, write_text
+from dmquant.host.files import fingerprint, json_sha256, write_text
+from dmquant.host.owned import Owned
 from dmquant.pipelines.runs import runfolder
 from dmquant.pipelines.runs.calibration import data_key
 from dmquant.pipelines.runs.image_stage import FP, QUANTIZED
@@ -47,7 +48,7 @@ class Task:
     @property
     def folder(self) -> Path:
         """The work folder of the trial; its content is removed when the trial is done, except images that are kept."""
-        return self.sweep / runfolder.TRIALS / runfolder.folder_name(self.name)
+        return runfolder.folder_for(self.sweep / runfolder.TRIALS, self.name)
 
     @property
     def record(self) -> Path:
@@ -67,19 +68,17 @@ class Task:
             record = json.loads(self.record.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
+        if not isinstance(record, dict) or record.pop("sha256", json_sha256(record)) != json_sha256(record):
+            return None
         if record["fingerprint"] != self.key or not set(self.settings.metrics) <= record["metrics"].keys():
             return None
         return None if self.keep_images and not (self.folder / runfolder.IMAGES).is_dir() else record
 
     def tidy(self) -> None:
         """Remove what a finished trial does not need."""
-        if not self.keep_images:
-            shutil.rmtree(self.folder, ignore_errors=True)
-            return
-        for entry in self.folder.iterdir():
-            if entry.name == runfolder.IMAGES:
-                continue
-            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        ours = Owned(self.folder)
+        ours.clear(keep=lambda name: self.keep_images and name.startswith(f"{runfolder.IMAGES}/"))
+        ours.leave()
 
 
 @dataclass(frozen=True)
@@ -107,12 +106,13 @@ def run_trial(task: Task) -> dict[str, Any] | Failure:
     console = _Logging()
     try:
         with (
+            owned.joined(task.sweep),
             claim(task.folder, task.settings.model.name) as folder,
             console.logging_to(task.folder / runfolder.LOG),
             _traceback_in(console),
         ):
             record = _do(task, folder, console)
-        write_text(task.record, json.dumps(record, indent=1) + "\n")
+            write_text(task.record, json.dumps(record | {"sha256": json_sha256(record)}, indent=1) + "\n")
         task.tidy()
     except UserError as error:
         return Failure(" ".join(str(error).split()), is_full_disk(error))

@@ -73,7 +73,7 @@ def test_latents_that_have_not_changed_are_looked_at_once(tmp_path, monkeypatch)
     save_latent(torch.ones(2), image, "key")
     os.utime(latent_path(image), (1, 1))
     assert has_latent(image, "key")
-    monkeypatch.setattr(final_latents, "safe_open", lambda *given, **options: pytest.fail("read again"))
+    monkeypatch.setattr(final_latents, "sealed_about", lambda *given, **options: pytest.fail("read again"))
     assert has_latent(image, "key")
 
 

@@ -6,6 +6,7 @@ from PIL import Image
 
 from dmquant.evaluation.generate import batch_size_for, generate, image_requests, missing, prune
 from dmquant.evaluation.png import read_key, read_prompt
+from dmquant.host import owned
 from tests.tiny import IMAGE_SIZE, PIXART_CALL, tiny_pixart
 
 PROMPTS = ["red apple", "blue cat, animal", "a green house", "a boat on the tree"]
@@ -45,7 +46,7 @@ def test_each_image_has_its_own_seed(pipeline, tmp_path):
     assert np.abs(first - second).max() > 8
 
 
-def test_a_finished_image_is_not_made_again_and_a_damaged_or_foreign_one_is(pipeline, tmp_path):
+def test_a_finished_batch_is_not_made_again_and_one_with_a_damaged_or_foreign_image_is(pipeline, tmp_path):
     requests = image_requests(PROMPTS, seed=0, settings="s")
     first = generate(pipeline, requests, tmp_path, batch_size=2, call=CALL)
     assert set(first.seconds) == {request.key for request in requests}
@@ -53,14 +54,18 @@ def test_a_finished_image_is_not_made_again_and_a_damaged_or_foreign_one_is(pipe
     before = {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in tmp_path.glob("*.png")}
 
     (tmp_path / "00001.png").write_bytes(before["00001.png"][1][:-40])
-    Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE)).save(tmp_path / "00003.png")
     again = generate(pipeline, requests, tmp_path, batch_size=2, call=CALL)
 
-    assert set(again.seconds) == {requests[1].key, requests[3].key}
-    assert (tmp_path / "00000.png").stat().st_mtime_ns == before["00000.png"][0]
+    assert set(again.seconds) == {request.key for request in requests[:2]}
+    assert (tmp_path / "00003.png").stat().st_mtime_ns == before["00003.png"][0]
     assert sorted(path.name for path in tmp_path.iterdir()) == names(requests)
-    assert all((tmp_path / name).stat().st_size == len(content) for name, (_, content) in before.items())
+    assert {path.name: path.read_bytes() for path in tmp_path.glob("*.png")} == {
+        name: content for name, (_, content) in before.items()
+    }
     assert not missing(tmp_path, requests)
+    Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE)).save(tmp_path / "00003.png")
+    again = generate(pipeline, requests, tmp_path, batch_size=2, call=CALL)
+    assert set(again.seconds) == {request.key for request in requests[2:]}
 
 
 @pytest.mark.parametrize(
@@ -74,13 +79,32 @@ def test_a_finished_image_is_not_made_again_and_a_damaged_or_foreign_one_is(pipe
     ],
 )
 def test_only_images_with_a_new_prompt_seed_or_setting_are_missing(pipeline, tmp_path, prompts, seed, settings, made):
-    generate(pipeline, image_requests(PROMPTS, 0, "s"), tmp_path, batch_size=4, call=CALL)
-    changed = image_requests(prompts, seed, settings)
-    assert [request.index for request in missing(tmp_path, changed)] == made
     Image.new("RGB", (4, 4)).save(tmp_path / "2023.png")
-    prune(tmp_path, changed)
-    generate(pipeline, changed, tmp_path, batch_size=4, call=CALL)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [*names(changed), "2023.png"]
+    with owned.claimed(tmp_path):
+        generate(pipeline, image_requests(PROMPTS, 0, "s"), tmp_path, batch_size=4, call=CALL)
+        changed = image_requests(prompts, seed, settings)
+        assert [request.index for request in missing(tmp_path, changed)] == made
+        prune(tmp_path, changed)
+        generate(pipeline, changed, tmp_path, batch_size=4, call=CALL)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".dmquant", *names(changed), "2023.png"]
+
+
+def test_a_set_with_one_prompt_more_is_what_a_new_one_would_be(pipeline, tmp_path):
+    for count in (3, 4):
+        generate(pipeline, image_requests(PROMPTS[:count], 0, "s"), tmp_path / "grown", batch_size=4, call=CALL)
+    generate(pipeline, image_requests(PROMPTS, 0, "s"), tmp_path / "new", batch_size=4, call=CALL)
+    for path in (tmp_path / "new").iterdir():
+        assert path.read_bytes() == (tmp_path / "grown" / path.name).read_bytes()
+
+
+def test_what_is_to_be_known_of_an_image_is_told_before_it_is_there(pipeline, tmp_path):
+    requests, told = image_requests(PROMPTS, 0, "s"), []
+
+    def tell(generated):
+        told.append((len(generated.seconds), len(list(tmp_path.glob("*.png")))))
+
+    generate(pipeline, requests, tmp_path, batch_size=2, call=CALL, before_saving=tell)
+    assert told == [(2, 0), (4, 2)]
 
 
 def test_an_image_says_what_made_it(pipeline, tmp_path):
@@ -112,7 +136,7 @@ class Broken:
 
 def test_images_that_are_not_numbers_are_counted(tmp_path):
     generated = generate(Broken(), image_requests(PROMPTS, 0, "s"), tmp_path, batch_size=4, call={})
-    assert generated.not_finite == 1
+    assert generated.not_finite == {image_requests(PROMPTS, 0, "s")[1].key}
     assert pixels(tmp_path)[:, 0, 0, 0].tolist() == [128, 0, 128, 128]
 
 

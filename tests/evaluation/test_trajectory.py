@@ -17,6 +17,7 @@ from dmquant.evaluation.trajectory import (
     save_trajectory,
     trajectory_path,
 )
+from dmquant.host import owned
 from dmquant.recipe import Recipe
 from tests.calib.runs import call_of
 from tests.tiny import TINY
@@ -144,8 +145,9 @@ def test_a_missing_trajectory_makes_no_image_missing_and_the_others_make_the_cur
 
 def test_a_pruned_image_takes_its_trajectory_with_it(tmp_path):
     requests = image_requests(["a", "b"], 1, "s")
-    generate(Stepping(), requests, tmp_path, batch_size=2, call={})
-    prune(tmp_path, requests[:1])
+    with owned.claimed(tmp_path):
+        generate(Stepping(), requests, tmp_path, batch_size=2, call={})
+        prune(tmp_path, requests[:1])
     assert [path.name for path in tmp_path.glob("*.trajectory.*")] == ["00000.trajectory.safetensors"]
 
 

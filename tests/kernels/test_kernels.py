@@ -13,6 +13,7 @@ from dmquant.activations import ActivationSpec
 from dmquant.errors import UsageError
 from dmquant.kernels.reference import Reference
 from dmquant.layers import quantize_layer
+from dmquant.pipelines.runs.footprint import kernels_used
 from dmquant.qtensor import WeightSpec
 
 X = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
@@ -65,13 +66,13 @@ def test_a_registered_kernel_runs_the_layers_that_it_takes(toy):
     assert torch.equal(model[0](X), expected)
     model[1](X)
     assert toy.products == 1
-    assert kernels.used(model) == {"unpacked": 1, "cpu": 1}
+    assert kernels_used(model) == {"unpacked": 1, "cpu": 1}
     assert ["kernel=unpacked" in repr(layer) for layer in model] == [True, False, False]
 
 
 def test_before_any_call_a_layer_names_the_kernel_that_will_run():
     layer = layer_of()
-    assert kernels.used(layer) == {"cpu": 1}
+    assert kernels_used(layer) == {"cpu": 1}
     assert "kernel=cpu" in repr(layer)
 
 
@@ -102,9 +103,8 @@ def test_copies_and_casts_make_weights_of_their_own(toy):
     assert layer.kernel_weight.dtype == torch.float32
 
 
-def test_a_prepared_layer_compiles_into_one_graph(toy):
+def test_a_layer_that_has_run_compiles_into_one_graph(toy):
     layer = layer_of()
-    kernels.prepare_(layer)
     expected, graphs = layer(X), []
 
     def count(graph, example_inputs):

@@ -1,13 +1,17 @@
 """`quantize --overwrite` replaces a model that dmquant made, and nothing else."""
 
+import contextlib
+import multiprocessing
 import shutil
+from pathlib import Path
 
 import pytest
 
 from dmquant.errors import UsageError, UserError
+from dmquant.host import owned
 from dmquant.pipelines.commands import stages
 from dmquant.pipelines.models import saving
-from dmquant.pipelines.runs.settings import resolve
+from dmquant.pipelines.runs.settings import Options, resolve
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 
@@ -59,18 +63,23 @@ def test_a_pipeline_that_dmquant_did_not_quantize_is_not_replaced(quick, source)
     assert contents(source) == before
 
 
-def test_files_of_ones_own_are_kept_beside_it(quick, model, capsys):
+def test_files_of_ones_own_stay_where_they_are(quick, model):
     (model / "notes.txt").write_text("mine")
+    (model / "README.md").write_text("my own card")
+    (model / "empty").mkdir()
     (model / "transformer" / "curves.json").write_text("{}")
     (model / "samples").mkdir()
     (model / "samples" / "00000.png").write_bytes(b"png")
     before = (model / WEIGHTS).read_bytes()
     stages.quantize(resolve(quick(w="int8")), model, True)
     assert (model / WEIGHTS).read_bytes() != before
-    kept = model.with_name("model.replaced")
-    assert {str(name) for name in contents(kept)} == {"notes.txt", "transformer/curves.json", "samples/00000.png"}
-    assert f"what it held that is not of a pipeline is in {kept}" in capsys.readouterr().out
-    assert not (model / "notes.txt").exists()
+    assert (model / "notes.txt").read_text() == "mine"
+    assert (model / "transformer" / "curves.json").read_text() == "{}"
+    assert (model / "samples" / "00000.png").read_bytes() == b"png"
+    assert (model / "empty").is_dir()
+    assert (model / "README.md.replaced").read_text() == "my own card"
+    assert "my own card" not in (model / "README.md").read_text()
+    assert sorted(path.name for path in model.parent.iterdir()) == ["model"]
 
 
 def test_a_model_without_files_of_ones_own_is_replaced_whole(quick, model, made):
@@ -93,31 +102,66 @@ def test_a_replacement_that_fails_leaves_the_model_of_before(quick, model, monke
     assert [path.name for path in model.parent.iterdir()] == ["model"]
 
 
-def test_a_folder_that_is_called_like_an_unfinished_model_is_not_removed(quick, tmp_path):
-    (tmp_path / "model.part").mkdir()
-    (tmp_path / "model.part" / "thesis.tex").write_text("years of work")
-    with pytest.raises(UserError, match="is in the way"):
+def test_a_model_without_checksums_is_kept_whole(quick, model, capsys):
+    (model / "checksums.json").unlink()
+    before = contents(model)
+    stages.quantize(resolve(quick(w="int8")), model, True)
+    assert contents(model.with_name("model.replaced")) == before
+    assert "has no checksums" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["model.part", "model.calibration", ".model.dmquant"])
+def test_a_folder_that_is_called_like_a_workspace_is_not_touched(quick, tmp_path, name):
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "thesis.tex").write_text("years of work")
+    try:
         stages.quantize(resolve(quick()), tmp_path / "model", False)
-    assert (tmp_path / "model.part" / "thesis.tex").read_text() == "years of work"
+    except UserError as error:
+        assert "is in the way, and is not of dmquant" in str(error)  # noqa: PT017
+    assert contents(tmp_path / name) == {Path("thesis.tex"): b"years of work"}
 
 
-def test_an_unfinished_model_of_a_killed_command_is_removed(quick, tmp_path, monkeypatch):
+@pytest.mark.parametrize("renames", [0, 1, 2])
+def test_a_killed_replacement_is_finished_by_the_next_command(quick, model, made, monkeypatch, renames):
     class KilledError(BaseException):
         pass
 
-    def killed(pipeline, folder):
-        (folder / "half").write_bytes(b"half")
-        raise KilledError
+    (model / "notes.txt").write_text("mine")
+    real, left = Path.rename, [renames]
+
+    def rename(path, target):
+        if not left[0] and path.name in ("new", "model", "old"):
+            raise KilledError
+        left[0] -= path.name in ("new", "model", "old")
+        return real(path, target)
 
     with monkeypatch.context() as patch:
-        patch.setattr(saving, "save_pipeline", killed)
-        patch.setattr(saving.shutil, "rmtree", lambda *args, **kwargs: None)
-        with pytest.raises(KilledError):
-            stages.quantize(resolve(quick()), tmp_path / "model", False)
-    assert (tmp_path / "model.part" / "half").exists()
-    stages.quantize(resolve(quick()), tmp_path / "model", False)
-    assert [path.name for path in tmp_path.iterdir()] == ["model"]
-    assert not list((tmp_path / "model").glob(".*"))
+        patch.setattr(Path, "rename", rename)
+        patch.setattr(owned.shutil, "rmtree", lambda *args, **kwargs: None)
+        with contextlib.suppress(KilledError):
+            stages.quantize(resolve(quick(w="int8")), model, True)
+    stages.quantize(resolve(quick(w="int8")), model, True)
+    assert set(contents(model)) == {*contents(made), Path("notes.txt")}
+    assert [path.name for path in model.parent.iterdir()] == ["model"]
+
+
+def _hold(path, ready, release):
+    with owned.workspace(path):
+        ready.set()
+        release.wait(60)
+
+
+def test_two_commands_do_not_write_one_model(quick, tmp_path):
+    fork = multiprocessing.get_context("fork")
+    ready, release = fork.Event(), fork.Event()
+    other = fork.Process(target=_hold, args=(tmp_path / "model", ready, release))
+    other.start()
+    assert ready.wait(60)
+    with pytest.raises(UserError, match="another dmquant is writing"):
+        stages.quantize(resolve(quick()), tmp_path / "model", False)
+    release.set()
+    other.join()
+    assert not any(tmp_path.iterdir())
 
 
 def test_the_folder_one_is_in_is_no_place_for_a_model(quick, tmp_path, monkeypatch):
@@ -133,6 +177,35 @@ def test_a_run_is_not_written_over_its_source(quick, tiny_model, tmp_path, overw
     source = shutil.copytree(tiny_model, run / "model")
     before = contents(run)
     for out in (run, source):
-        with pytest.raises(UserError, match="would write over its full-precision model"):
+        with pytest.raises(UserError, match="one folder, or one in the other"):
             stages.run(resolve(quick(model=str(source))), out, overwrite)
     assert contents(run) == before
+
+
+def generated(quick, out, overwrite=False, **changes):
+    given = {"model": str(quick().model), "prompts": quick().prompts, "steps": 1, "device": "cpu", "dtype": "fp32"}
+    stages.generate(resolve(Options(recipe="rtn", **(given | changes))), out, overwrite)
+
+
+def test_generate_keeps_what_is_there_and_replaces_only_its_own_and_only_when_told(quick, tmp_path, capsys):
+    out = tmp_path / "images"
+    generated(quick, out)
+    (out / "00002.png").write_bytes(b"mine")
+    before = contents(out)
+    generated(quick, out, num_prompts=1)
+    assert "holds 1 more image of earlier commands" in capsys.readouterr().out
+    for changes in ({"seed": 7}, {"steps": 2}):
+        with pytest.raises(UserError, match="is an image of another model, prompt, seed or setting"):
+            generated(quick, out, **changes)
+    assert contents(out).items() >= {name: text for name, text in before.items() if name.suffix == ".png"}.items()
+    generated(quick, out, overwrite=True, seed=7, num_prompts=1)
+    assert {name.name for name in contents(out) if name.suffix == ".png"} == {"00000.png", "00002.png"}
+    assert contents(out)[Path("00000.png")] != before[Path("00000.png")]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_generate_never_replaces_an_image_of_somebody_else(quick, tmp_path, overwrite):
+    (tmp_path / "00001.png").write_bytes(b"mine")
+    with pytest.raises(UserError, match=r"00001.png is not of dmquant"):
+        generated(quick, tmp_path, overwrite)
+    assert contents(tmp_path)[Path("00001.png")] == b"mine"

@@ -1,5 +1,6 @@
 """What a report prints belongs to the settings that it prints: a run that stopped under new ones has none."""
 
+import contextlib
 import json
 import shutil
 
@@ -106,6 +107,56 @@ def test_prompts_that_are_cut_are_counted_again_for_other_prompts(quick, again, 
         assert result(again)["settings"]["prompts cut"].startswith(expected)
 
 
+def test_a_stop_right_after_the_last_image_loses_no_fact(quick, tmp_path, monkeypatch):
+    from dmquant.evaluation import generate
+
+    real, finish = generate._call, RunFolder.finish
+    long = tmp_path / "long.txt"
+    long.write_text("\n".join(["a red cat", "the blue boat " * 9]))
+
+    def overflowing(pipeline, batch, call):
+        images = real(pipeline, batch, call)
+        images[0] = float("nan")
+        return images
+
+    def stopping_at(name):
+        return lambda folder, stage, *given, **record: (
+            stop() if stage == name else finish(folder, stage, *given, **record)
+        )
+
+    for name in ("images_fp", "images_quantized", None):
+        with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+            patch.setattr(generate, "_call", overflowing)
+            patch.setattr(RunFolder, "finish", stopping_at(name))
+            stages.run(resolve(quick(prompts=str(long))), tmp_path / "run", False)
+    found = result(tmp_path / "run")
+    recipe = found["recipes"]["rtn"]
+    assert found["settings"]["prompts cut"].startswith("1 of 2 prompts")
+    assert recipe["settings"]["images with NaN or infinity"] == 1
+    assert min(found["reference"]["seconds"]["generate"], recipe["seconds"]["generate"]) > 0
+    assert min(found["reference"]["peak_memory_bytes"], recipe["peak_memory_bytes"]) > 0
+    assert "layers" in recipe["settings"]["kernels"]
+
+
+@pytest.mark.parametrize("change", ["psnr", "line"])
+def test_scores_and_settings_that_were_changed_are_not_reported(quick, again, change):
+    if change == "psnr":
+        table = (again / "scores.csv").read_text()
+        value = table.splitlines()[1].rpartition(",")[2]
+        (again / "scores.csv").write_text(table.replace(value, "99.0"))
+        with pytest.raises(UserError, match="scores not done"):
+            stages.report(again)
+    else:
+        settings = (again / "run.yaml").read_text()
+        (again / "run.yaml").write_text(settings.replace("seed: 0", "seed: 7"))
+        with pytest.raises(UserError, match=r"run.yaml was changed since the run wrote it"):
+            stages.report(again)
+    before = result(again)
+    stages.run(resolve(quick()), again, False)
+    assert result(again)["recipes"]["rtn"]["metrics"] == before["recipes"]["rtn"]["metrics"]
+    stages.report(again)
+
+
 @pytest.mark.parametrize("change", [{"seed": 500}, {"steps": 2}], ids=str)
 def test_a_comparison_stopped_under_other_settings_has_no_report(quick, compared, tmp_path, monkeypatch, change):
     again = shutil.copytree(compared, tmp_path / "run")
@@ -130,6 +181,9 @@ def test_a_recipe_of_a_comparison_that_was_made_anew_elsewhere_is_not_reported(q
 def test_a_run_of_an_earlier_version_can_be_reported(again):
     settings = (again / "run.yaml").read_text()
     (again / "run.yaml").write_text(settings[: settings.index("fingerprints:")])
+    state = json.loads((again / "state.json").read_text())
+    del state["sha256"], state["notes"]["run.yaml"]
+    (again / "state.json").write_text(json.dumps(state))
     before = result(again)
     stages.report(again)
     assert result(again) == before

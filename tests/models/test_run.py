@@ -192,7 +192,7 @@ def test_another_seed_makes_both_sides_again_and_keeps_the_model_with_a_card_of_
     images, model = times(again, "images/*/*.png"), times(again, "model/**/*")
     run(options(seed=5), again)
     assert len(changed(again, "images/*/*.png", images)) == 2 * len(PROMPTS)
-    assert changed(again, "model/**/*", model) == ["model/README.md"]
+    assert sorted(changed(again, "model/**/*", model)) == ["model/README.md", "model/checksums.json"]
 
 
 def test_more_prompts_keep_the_images_there_are_and_fewer_drop_the_rest(options, again, tmp_path):
@@ -358,7 +358,7 @@ def test_an_old_run_without_latents_makes_nothing_again_until_they_are_asked_for
     assert "4 of 4 images in fp have no final latents" in metric["reason"]
     run(options(metrics="psnr,latent_mse"), again)
     assert len(changed(again, "images/*/*.png", images)) == 2 * len(PROMPTS) == len(latents(again))
-    assert changed(again, "model/**/*", model) == ["model/README.md"]
+    assert sorted(changed(again, "model/**/*", model)) == ["model/README.md", "model/checksums.json"]
     assert report(again)["recipes"]["rtn"]["metrics"]["latent_mse"]["value"] > 0
 
 

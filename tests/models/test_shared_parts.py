@@ -50,7 +50,7 @@ def bytes_on_disk(*folders):
 
 def test_five_recipes_take_little_more_than_one_pipeline(compared, large):
     assert len(models(compared)) == 5
-    assert bytes_on_disk(*models(compared), compared / "shared") <= 1.2 * bytes_on_disk(large)
+    assert bytes_on_disk(*models(compared), compared / ".dmquant" / "shared") <= 1.2 * bytes_on_disk(large)
 
 
 def test_five_recipes_write_little_more_than_one_pipeline(quick, large, tmp_path):
@@ -78,7 +78,7 @@ def test_every_model_is_whole_and_none_needs_another(compared, tmp_path):
     expected = load_file(first / ENCODER)
     for model in models(folder)[:-1]:
         shutil.rmtree(model)
-    shutil.rmtree(folder / "shared")
+    shutil.rmtree(folder / ".dmquant" / "shared")
     (left,) = models(folder)
     moved = shutil.copytree(left, tmp_path / "moved")
     pipeline = DiffusionPipeline.from_pretrained(moved)
@@ -102,8 +102,7 @@ def test_a_recipe_gives_the_model_that_it_gives_alone(quick, compared, large, tm
     beside = compared / "recipes" / "w8a8" / "model"
     files = {path.relative_to(beside) for path in beside.rglob("*") if path.is_file()}
     assert files == {path.relative_to(tmp_path / "alone") for path in (tmp_path / "alone").rglob("*") if path.is_file()}
-    # A tokenizer saves how the pipeline called it last, and nothing has been called in a model made alone.
-    for name in files - {Path("README.md"), Path("tokenizer/tokenizer.json")}:
+    for name in files - {Path("README.md"), Path("checksums.json")}:
         assert (beside / name).read_bytes() == (tmp_path / "alone" / name).read_bytes(), name
 
 
@@ -120,12 +119,12 @@ def test_without_hard_links_there_are_copies(quick, large, tmp_path, monkeypatch
 
 def test_damaged_parts_are_not_handed_on(quick, compared, large, tmp_path):
     folder = shutil.copytree(compared, tmp_path / "run")
-    good = (folder / "shared" / ENCODER).read_bytes()
-    (folder / "shared" / ENCODER).chmod(0o644)
-    (folder / "shared" / ENCODER).write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+    good = (folder / ".dmquant" / "shared" / ENCODER).read_bytes()
+    (folder / ".dmquant" / "shared" / ENCODER).chmod(0o644)
+    (folder / ".dmquant" / "shared" / ENCODER).write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
     stages.compare(resolve_all(quick(model=str(large)), "rtn,w8a16"), folder, False)
     assert (folder / "recipes" / "w8a16" / "model" / ENCODER).read_bytes() == good
-    assert (folder / "shared" / ENCODER).read_bytes() == good
+    assert (folder / ".dmquant" / "shared" / ENCODER).read_bytes() == good
 
 
 def test_the_text_encoder_is_loaded_twice_and_not_with_every_recipe(quick, large, tmp_path, monkeypatch):
@@ -150,4 +149,4 @@ def test_trials_of_a_sweep_share_them_too_and_leave_none(quick, large, tmp_path,
     space = design_space(quick(model=str(large)), Choice(bits="4,8", formats="int4,int8"))
     stages.sweep(space, tmp_path / "run", False, "here", None, 1, False)
     assert filled == [False, True, True]
-    assert not (tmp_path / "run" / "shared").exists()
+    assert not (tmp_path / "run" / ".dmquant" / "shared").exists()

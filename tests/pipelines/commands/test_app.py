@@ -293,6 +293,13 @@ def test_score_and_grid_work_on_any_two_folders_that_pair_up(capsys, tmp_path):
     code, _, _ = dmquant(capsys, "grid", "fp", "quantized", "--out", "pairs.png", "--rows", "2")
     assert code == 0
     assert Image.open("pairs.png").width > 3 * 32
+    assert dmquant(capsys, "grid", "fp", "quantized", "--out", "pairs.png")[0] == 0
+    _fails(dmquant(capsys, "grid", "fp", "quantized", "--out", "fp/00000.png"), 1, "dmquant did not draw it")
+    Path("book.csv").write_text("a,b\n")
+    score = ("score", "fp", "quantized", "--metrics", "psnr", "--csv")
+    _fails(dmquant(capsys, *score, "book.csv"), 1, "book.csv is there, and is no table of scores")
+    assert [dmquant(capsys, *score, "scores.csv")[0] for _ in range(2)] == [0, 0]
+    assert Path("book.csv").read_text() == "a,b\n"
     (tmp_path / "quantized" / "00001.png").unlink()
     _fails(dmquant(capsys, "score", "fp", "quantized"), 1, "lacks 1 of 2 images")
 
@@ -319,6 +326,25 @@ def test_quantize_writes_a_model_that_inspect_describes_and_generate_uses(capsys
     _fails(dmquant(capsys, "run", "q", "--out", "run"), 1, "already quantized")
     assert dmquant(capsys, "quantize", model, "--recipe", "rtn", "--w", "int8", "--out", "q", "--overwrite")[0] == 0
     assert "int8" in dmquant(capsys, "inspect", "q")[1]
+
+
+def test_a_saved_model_of_which_a_bit_has_flipped_is_refused_and_the_tensor_named(capsys, model):
+    dmquant(capsys, "quantize", model, "--recipe", "rtn", "--out", "q")
+    code, out, _ = dmquant(capsys, "inspect", "q", "--verify")
+    assert code == 0
+    assert "q is what was saved: " in out
+    weights = Path("q/text_encoder/model.safetensors")
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    generate = ["generate", "q", "--num-prompts", 1, "--steps", 1, "--out", "images"]
+    _fails(dmquant(capsys, *generate), 1, "q: text_encoder/model.safetensors is not what was saved: tensor 'shared.w")
+    code, out, err = dmquant(capsys, "inspect", "q", "--verify")
+    assert code == 1
+    assert "text_encoder/model.safetensors is not what was saved: tensor 'shared.weight'" in " ".join(out.split())
+    assert err.startswith("error: q is not what was saved, in 1 places")
+    Path("q/checksums.json").unlink()
+    _fails(dmquant(capsys, "inspect", "q", "--verify"), 1, "q has no checksums.json to verify it by")
+    assert dmquant(capsys, *generate)[0] == 0
 
 
 def test_a_pipeline_of_no_family_goes_through_the_generic_one(capsys, tmp_path):

@@ -19,8 +19,14 @@ FILES = (
     *("text_encoder/model.safetensors", "tokenizer/spiece.model", "tokenizer/merges.txt"),
 )
 OTHERS = (
-    *("README.md", "transformer/README.md", "text_encoder/pytorch_model.bin", "transformer/.cache.json.lock"),
-    *("safety_checker/model.safetensors", "runs/report.json", "samples/00000.png"),
+    *(
+        "README.md",
+        "checksums.json",
+        "transformer/README.md",
+        "text_encoder/pytorch_model.bin",
+        "transformer/.cache.json.lock",
+    ),
+    *("checksums.json", "safety_checker/model.safetensors", "runs/report.json", "samples/00000.png"),
 )
 
 

@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 
 from dmquant.convert import quantize_
-from dmquant.diffusers.quantizer import load_pipeline, mark_quantized, save_pipeline
+from dmquant.diffusers.quantizer import mark_quantized, save_pipeline
 from dmquant.host.console import Console
-from dmquant.pipelines.models.loading import load_full_precision
+from dmquant.pipelines.models.loading import load_full_precision, load_pipeline
 from dmquant.pipelines.runs.probe import FILE, layer_errors, probe_full_precision
 from dmquant.pipelines.runs.settings import Options, resolve
 from dmquant.recipe import Recipe

@@ -3,11 +3,12 @@
 import errno
 import itertools
 import multiprocessing
+import shutil
 
 import pytest
 
 from dmquant.errors import UserError
-from dmquant.host.files import fingerprint
+from dmquant.host.files import fingerprint, write_text
 from dmquant.pipelines.runs.runfolder import RunFolder, claim, is_full_disk
 
 
@@ -46,13 +47,18 @@ def test_overwrite_replaces_a_run_and_keeps_files_no_run_writes(tmp_path):
     with claim(path, "pixart") as folder:
         folder.finish("model", "settings")
         folder.images("fp").mkdir(parents=True)
-        (folder.images("fp") / "00000.png").write_bytes(b"old")
+        write_text(folder.images("fp") / "00000.png", "old")
+        (folder.images("fp") / "mine.png").write_bytes(b"photo")
+        write_text(path / "report.md", "ours")
+        (path / "report.md").write_text("ours, with remarks of mine")
         (path / "notes of mine.txt").write_text("keep")
     with claim(path, "emoji", overwrite=True) as folder:
         assert folder.model == "emoji"
         assert folder.record("model") is None
-        assert not folder.images("fp").exists()
+        assert [image.name for image in folder.images("fp").iterdir()] == ["mine.png"]
+        write_text(path / "report.md", "new")
     assert (path / "notes of mine.txt").read_text() == "keep"
+    assert (path / "report.md.replaced").read_text() == "ours, with remarks of mine"
 
 
 def test_foreign_files_are_refused_and_survive_overwrite(tmp_path):
@@ -61,10 +67,13 @@ def test_foreign_files_are_refused_and_survive_overwrite(tmp_path):
     (tmp_path / "images" / "holiday.png").write_bytes(b"photo")
     with pytest.raises(UserError, match=r"not of a run \(images, thesis.tex\)"), claim(tmp_path, "emoji"):
         pass
+    with pytest.raises(UserError, match=r"not of a run \(images\)"), claim(tmp_path, "emoji", overwrite=True):
+        pass
+    (tmp_path / "images").rename(tmp_path / "photos")
     with claim(tmp_path, "emoji", overwrite=True):
         pass
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
-    assert (tmp_path / "images" / "holiday.png").read_bytes() == b"photo"
+    assert (tmp_path / "photos" / "holiday.png").read_bytes() == b"photo"
 
 
 @pytest.mark.parametrize("below_a_file", [False, True])
@@ -118,13 +127,57 @@ def test_a_second_writer_is_refused_and_a_killed_one_frees_the_folder(tmp_path):
         assert folder.model == "emoji"
 
 
-@pytest.mark.parametrize("text", ["{half", '{"version": 99}'])
-def test_a_damaged_or_strange_state_is_one_clear_error(tmp_path, text):
-    (tmp_path / "state.json").write_text(text)
-    with pytest.raises(UserError, match="--overwrite"), claim(tmp_path, "emoji"):
+def test_the_state_of_another_version_is_one_clear_error(tmp_path):
+    path = tmp_path / "run"
+    with claim(path, "emoji"):
+        write_text(path / "state.json", '{"version": 99}')
+    with (
+        pytest.raises(UserError, match="another version of dmquant; start anew with --overwrite"),
+        claim(path, "emoji"),
+    ):
         pass
-    with claim(tmp_path, "emoji", overwrite=True) as folder:
+    with claim(path, "emoji", overwrite=True) as folder:
         assert folder.model == "emoji"
+
+
+@pytest.mark.parametrize("damage", [lambda text: text[:-9], lambda text: text.replace("1.5", "9.5"), lambda text: "[]"])
+def test_a_state_that_is_not_what_was_written_is_no_memory(tmp_path, damage, caplog):
+    path = tmp_path / "run"
+    with claim(path, "emoji") as folder:
+        folder.finish("scores", "settings", seconds=1.5)
+    text = (path / "state.json").read_text()
+    (path / "state.json").write_text(damage(text))
+    with pytest.raises(UserError, match=r"state.json is damaged"):
+        RunFolder(path)
+    with pytest.raises(UserError, match="holds a run of emoji"), claim(path, "pixart"):
+        pass
+    with claim(path, "emoji") as folder:
+        assert folder.record("scores") is None
+    assert "damaged" in caplog.text
+    assert RunFolder(path).model == "emoji"
+
+
+def test_a_line_of_the_journal_that_was_changed_is_no_fact(tmp_path):
+    path = tmp_path / "run"
+    with claim(path, "emoji") as folder:
+        folder.add_notes("seconds", {"first": 1.0})
+        folder.add_notes("seconds", {"second": 2.0})
+        journal = path / ".dmquant" / "state.journal"
+        journal.write_text(journal.read_text().replace("1.0", "9.0"))
+        assert notes_of(path) == {"second": 2.0}
+
+
+def test_a_run_of_an_earlier_version_or_copied_without_its_notes_goes_on(tmp_path):
+    path = tmp_path / "run"
+    with claim(path, "emoji") as folder:
+        folder.finish("model", "settings")
+        write_text(path / "report.md", "old")
+        (path / "compare.txt").write_text("mine")
+    shutil.rmtree(path / ".dmquant")
+    with claim(path, "emoji") as folder:
+        assert folder.finished("model", "settings")
+        write_text(path / "report.md", "new")
+    assert {each.name for each in path.iterdir()} == {".dmquant", "compare.txt", "report.md", "state.json"}
 
 
 def _full_disk(*args, **kwargs):
@@ -157,13 +210,13 @@ def test_what_is_noted_image_by_image_survives_a_kill_and_costs_one_line_each(tm
         state = (path / "state.json").read_bytes()
         for index in range(100):
             folder.add_notes("seconds", {f"image {index}": index / 2})
-            sizes.append((path / "state.journal").stat().st_size)
+            sizes.append((path / ".dmquant" / "state.journal").stat().st_size)
         assert (path / "state.json").read_bytes() == state  # not written again
-        assert max(after - before for before, after in itertools.pairwise(sizes)) < 60
+        assert max(after - before for before, after in itertools.pairwise(sizes)) < 80
         expected = {f"image {index}": index / 2 for index in range(100)}
         assert notes_of(path) == expected == folder.notes("seconds")
         folder.finish("images_fp", "settings")
-    assert not (path / "state.journal").exists()
+    assert not (path / ".dmquant" / "state.journal").exists()
     assert notes_of(path) == expected
 
 
@@ -172,7 +225,7 @@ def test_half_a_line_of_a_full_disk_loses_that_line_only(tmp_path):
     with claim(path, "emoji") as folder:
         folder.add_notes("seconds", {"first": 1.0})
         folder.add_notes("seconds", {"second": 2.0})
-        journal = path / "state.journal"
+        journal = path / ".dmquant" / "state.journal"
         journal.write_bytes(journal.read_bytes()[:-4])
         folder.add_notes("seconds", {"third": 3.0})
         assert notes_of(path) == {"first": 1.0, "third": 3.0}
@@ -182,9 +235,9 @@ def test_a_journal_read_twice_and_one_of_a_run_that_was_overwritten_do_no_harm(t
     path = tmp_path / "run"
     with claim(path, "emoji") as folder:
         folder.add_notes("seconds", {"first": 1.0})
-        journal = (path / "state.journal").read_bytes()
+        journal = (path / ".dmquant" / "state.journal").read_bytes()
         folder.finish("images_fp", "settings")
-        (path / "state.journal").write_bytes(journal)  # killed between the two
+        (path / ".dmquant" / "state.journal").write_bytes(journal)  # killed between the two
     assert notes_of(path) == {"first": 1.0}
     with claim(path, "emoji", overwrite=True):
         assert notes_of(path) == {}
@@ -197,3 +250,21 @@ def test_a_stage_holds_under_its_own_fingerprint_only(tmp_path):
         assert not folder.holds("model", {"model": "others"})
         assert folder.holds("model", None)  # an earlier version wrote none
         assert not folder.holds("scores", None)
+
+
+@pytest.mark.parametrize("name", ["../../../x", "/abs", "C:\\x", "..", ".", "x/y", "Mine", "con", "x" * 300])
+def test_the_folder_of_a_recipe_lies_in_the_run_and_is_no_other_recipes(tmp_path, name):
+    with claim(tmp_path / "run", "model") as folder:
+        own = folder.recipe(name)
+        assert own.parent == tmp_path / "run" / "recipes"
+        own.mkdir(parents=True)
+        others = ("x_y", "mine", "abs", "x", "C_x", "con_")
+        assert not {folder.recipe(other).name.lower() for other in others} & {own.name.lower()}
+
+
+def test_the_folder_of_a_recipe_with_capitals_of_an_earlier_version_is_found(tmp_path):
+    with claim(tmp_path / "run", "model") as folder:
+        (tmp_path / "run" / "recipes" / "Mine").mkdir(parents=True)
+        assert folder.recipe("Mine").name == "Mine"
+        assert folder.recipe("mine").name == "mine"
+        assert folder.recipe("MINE").name not in ("Mine", "MINE")

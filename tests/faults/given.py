@@ -1,0 +1,64 @@
+"""What every trial works on: a tiny pipeline, its prompts, recipes, and the commands that are broken."""
+
+import os
+import shutil
+from pathlib import Path
+
+import yaml
+
+from tests.faults.child import Said, dmquant
+from tests.tiny import tiny_pixart
+
+PROMPTS = (
+    *("red apple", "a blue cat", "the green house, with a tree", "boat", "a face on the boat"),
+    "the red boat and the blue tree and the green cat and the apple and the house and the face",  # is cut
+)
+CALIBRATED = {
+    "name": "small",
+    "weights": "fp4",
+    "activations": "fp6",
+    "granularity": "group:16",
+    "rounding": {"method": "adaround"},
+    "calibration": {"prompts": 4, "steps_per_prompt": 2, "sampler": "importance"},
+    "learning": {"iterations": 2, "batch_size": 2},
+    "rules": [{"match": ["pos_embed*", "adaln_single*", "caption_projection*", "proj_out"], "keep": True}],
+}
+MODEL = "../given/model"
+IMAGES = ["--prompts", "../given/prompts.txt", "--steps", "2", "--height", "32", "--width", "32", "--batch-size", "4"]
+CALIBRATION = ["--calibration-prompts", "../given/prompts.txt"]
+METRICS = ["--metrics", "psnr,latent_mse"]
+OUT = ["--out", "out"]
+COMMANDS = {
+    "run": ["run", MODEL, "--recipe", "../given/small.yaml", *CALIBRATION, *IMAGES, *METRICS, *OUT],
+    "compare": ["compare", MODEL, "--recipes", "rtn:fp4,../given/small.yaml", *CALIBRATION, *IMAGES, *METRICS, *OUT],
+    "sweep": ["sweep", MODEL, "--bits", "4,8", "--formats", "fp4,int8", "--techniques", "rtn", *IMAGES, *METRICS, *OUT],
+}
+
+
+def prepare(scratch: Path) -> None:
+    """Make the tiny pipeline, prompts and recipe in `scratch`/given, once."""
+    given = scratch / "given"
+    if (given / "ready").exists():
+        return
+    given.mkdir(parents=True, exist_ok=True)
+    tiny_pixart(given / "model", blocks=2)
+    (given / "prompts.txt").write_text("\n".join(PROMPTS) + "\n", encoding="utf-8")
+    (given / "small.yaml").write_text(yaml.safe_dump(CALIBRATED), encoding="utf-8")
+    (given / "ready").touch()
+
+
+def environment(scratch: Path) -> dict[str, str]:
+    """The environment of every command: one thread, no network, and a cache that is no user's."""
+    fixed = {"DMQUANT_CACHE": str(scratch / "given" / "cache"), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return dict(os.environ) | fixed | {"COLUMNS": "120", "PYTHONHASHSEED": "0"}
+
+
+def undisturbed(folder: Path, *commands: list[str]) -> list[Said]:
+    """Do commands in a new folder, none of which may fail."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    said = [dmquant(command, folder, environment(folder.parent)) for command in commands]
+    for one, command in zip(said, commands, strict=True):
+        if one.code:
+            raise RuntimeError(f"undisturbed, dmquant {' '.join(command)} ends with {one.code} and says: {one.err}")
+    return said
