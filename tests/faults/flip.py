@@ -35,7 +35,7 @@ VICTIMS = (
     Victims("records, then report", ("state.json", "scores.csv", "run.yaml", "images/**/*"), (REPORT, COMMANDS["run"])),
     Victims("probe", ("probe/*",), (OTHER_WEIGHTS,)),
     Victims("calibration", ("calibration/**/*",), (COMMANDS["run"],), ("model",)),
-    Victims("calibration data", ("calibration/data/**/*",), (COMMANDS["run"],), ("model", "calibration/small-*")),
+    Victims("calibration data", ("calibration/data/**/*",), (COMMANDS["run"],), ("model", "calibration/codes-*")),
 )
 """With `removed`, paths of the run that are removed before, so that what is flipped is needed."""
 

@@ -199,7 +199,7 @@ def test_a_calibration_whose_saving_failed_continues_in_the_same_folder(tmp_path
     written = []
 
     def fail_once(*args):
-        work = (tmp_path / "quantized.calibration").rglob("*.safetensors")
+        work = (tmp_path / ".quantized.dmquant" / "calibration").rglob("*.safetensors")
         written.append({path: path.stat().st_mtime_ns for path in work})
         if len(written) == 1:
             raise OSError("disk is full")
