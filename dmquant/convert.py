@@ -164,5 +164,5 @@ def _obstacle(part: nn.Module) -> str | None:
 def _check_split(name: str, layer: nn.Linear | nn.Conv2d, split: int) -> None:
     if isinstance(layer, nn.Conv2d) and layer.groups > 1:
         raise UsageError(f"layer {name} is a grouped convolution: its input cannot be split")
-    if not 0 < split < (channels := layer.weight.shape[1]):
+    if not (channels := layer.weight.shape[1]) > split > 0:
         raise UsageError(f"layer {name} has {channels} input channels, which a split of {split} does not cut in two")

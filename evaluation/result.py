@@ -9,13 +9,11 @@ import json
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, TypeVar
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
-
 from dmquant.errors import UserError
 
 VERSION = 1
 T = TypeVar("T")
-_STRICT = ConfigDict(strict=True, revalidate_instances="always")
+_STRICT = {"strict": True, "revalidate_instances": "always"}
 
 
 class UnavailableError(UserError):
@@ -173,7 +171,7 @@ class Report:
         """ValueError where a field holds another type than it declares, or what JSON cannot hold."""
         try:
             _adapter().validate_python(self)
-        except ValidationError as error:
+        except ValueError as error:  # pydantic's
             first = error.errors()[0]
             raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
         json.dumps(self.to_json(), allow_nan=False)
@@ -225,7 +223,10 @@ def _build(cls: type[T], data: dict[str, Any]) -> T:
 
 
 @functools.cache
-def _adapter() -> TypeAdapter:
+def _adapter() -> Any:
+    """pydantic's of a report; it is imported here, so that `dmquant --help` does without."""
+    from pydantic import TypeAdapter
+
     for kind in (Backbone, Metric, Reference, RecipeResult, LayerError, StepError, Report):
         kind.__pydantic_config__ = _STRICT
     return TypeAdapter(Report)

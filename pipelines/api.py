@@ -27,10 +27,10 @@ from dmquant.pipelines.models.registry import registered_models
 from dmquant.pipelines.models.saving import model_card, save_whole
 from dmquant.pipelines.prompts.lists import load_prompts
 from dmquant.pipelines.runs import runfolder
+from dmquant.pipelines.runs.bounds import parse_size
 from dmquant.pipelines.runs.calibration import calibrate, weights_key
 from dmquant.pipelines.runs.defaults import DEFAULT_RECIPE
 from dmquant.pipelines.runs.footprint import Footprint, footprint
-from dmquant.pipelines.runs.settings import parse_size
 from dmquant.recipe import Recipe
 from dmquant.settings import format_name
 

@@ -25,6 +25,7 @@ from dmquant.diffusers.methods import refuse_fusing
 from dmquant.diffusers.state import apart, check_unchanged
 from dmquant.errors import UsageError, UserError
 from dmquant.host import checksums
+from dmquant.host.files import as_umask_says
 from dmquant.layers import QUANTIZED, become_, quantize_layer
 from dmquant.models import completed, records_quantization
 from dmquant.recipe import Recipe, bits_names, recipe_names
@@ -284,9 +285,12 @@ def _record(model: nn.Module, recipe: Recipe, layers: Collection[str]) -> bool:
 
 
 def save_pipeline(pipeline: Any, folder: str | Path) -> None:
-    """`save_pretrained`, and `make_portable`. Raises OSError as the disk does."""
+    """`save_pretrained`, `make_portable`, and the checksums of all that is there. Raises OSError as the disk does."""
     pipeline.save_pretrained(folder, safe_serialization=True)
     make_portable(Path(folder))
+    for file in Path(folder).glob("*/*.safetensors"):
+        as_umask_says(file)
+    checksums.write(Path(folder))
 
 
 def make_portable(folder: Path) -> None:

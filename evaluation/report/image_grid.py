@@ -42,7 +42,7 @@ def draw_grid(
 ) -> Path:
     """Draw the images of several folders side by side, a row a prompt, and write the PNG to `out`.
 
-    `columns` maps a heading to a folder of PNG images of the same names, full precision first. `prompts` has one
+    `columns` maps a heading to a folder of images of the same names, full precision first. `prompts` has one
     entry per image, in the order of the names. At most `rows` prompts are shown: evenly spread over all of them, or
     with `worst` those whose images are furthest from full precision, the furthest first. Their absolute difference to
     full precision times `amplify` stands beside one recipe, below several; None leaves it out. `per_line` prompts
