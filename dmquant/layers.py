@@ -61,6 +61,8 @@ class _QuantizedLayer(kernels.Chosen):
         return self
 
     def forward(self, x: Tensor) -> Tensor:
+        if not x.is_floating_point():
+            raise TypeError(f"a quantized layer takes floating point, not {x.dtype}: something cast its input")
         x = self.transform_input(x)
         return self.complete_output(type(self).multiply(x, self), x)
 

@@ -119,6 +119,13 @@ def test_state_dict_fills_an_empty_layer():
     assert torch.equal(empty(x), quantized(x))
 
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_input_that_was_cast_to_integers_is_refused(bias):
+    quantized = quantize_layer(nn.Linear(16, 8, bias=bias), FP4, FP6)
+    with pytest.raises(TypeError, match=r"takes floating point, not torch\.uint8"):
+        quantized(torch.ones(2, 16, dtype=torch.uint8))
+
+
 def test_subclasses_count_as_linear_and_convolution():
     assert isinstance(quantize_layer(nn.Linear(8, 8), FP4, None), nn.Linear)
     conv = quantize_layer(nn.Conv2d(8, 8, 1), FP4, None)

@@ -172,7 +172,7 @@ def test_layerwise_casting_of_a_quantized_model_keeps_its_codes(pipe):
 def test_layerwise_casting_before_quantizing_is_refused():
     model = tiny_sd().unet
     model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
-    with pytest.raises(UserError, match=r"^layer \S+ has a weight made by .*casting hook.*$"):
+    with pytest.raises(UserError, match=r"^layer \S+ holds Parameter of torch.float8_e4m3fn, .*casting hook.*$"):
         quantize_(model, "w4a6")
     model = tiny_sd().unet
     model.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
