@@ -194,6 +194,23 @@ def test_prompts_and_steps_default_to_those_of_the_kind_of_pipeline(caplog):
     assert caplog.text.count("calibration data: 4 prompts") == caplog.text.count("over 20 steps") == 2
 
 
+def test_hooks_and_references_of_layers_stay_through_calibration():
+    pipe, calls = tiny_pixart(), []
+    layer = pipe.transformer.transformer_blocks[0].attn1.to_q
+    dmquant.quantize_pipeline(pipe, FITTED, calibration=PROMPTS, **CALL, **PIXART_CALL)
+    assert pipe.transformer.transformer_blocks[0].attn1.to_q is layer
+    plain = tiny_pixart()
+    hooked = plain.transformer.transformer_blocks[0].attn1.to_q
+    handle = hooked.register_forward_hook(lambda module, *_: calls.append(type(module).__name__))
+    dmquant.quantize_pipeline(plain, FITTED, calibration=PROMPTS, **CALL, **PIXART_CALL)
+    assert same_weights(plain.transformer, pipe.transformer)
+    assert calls
+    calls.clear()
+    plain("red apple", output_type="latent", **CALL, **PIXART_CALL)
+    assert set(calls) == {"QuantLinear"}
+    handle.remove()
+
+
 def test_a_calibration_whose_saving_failed_continues_in_the_same_folder(tmp_path, monkeypatch):
     out, save = tmp_path / "quantized", api.save_whole
     written = []
