@@ -27,6 +27,7 @@ from dmquant.calib.data.capture import capture
 from dmquant.calib.data.sampling import Sampling
 from dmquant.calib.data.store import CalibrationStore
 from dmquant.convert import quantize_
+from dmquant.diffusers.arguments import Calls
 from dmquant.diffusers.calling import final_latents
 from dmquant.host.console import Console, quiet_libraries
 from dmquant.host.files import fingerprint, write_text
@@ -88,10 +89,8 @@ class Bench:
         return capture(
             self.pipeline,
             self.settings.family.component,
-            prompts,
+            Calls(prompts, seed, call),
             sampling=sampling,
-            call=call,
-            seed=seed,
             batch_size=BATCH,
             folder=self.out / "data" / key[:8],
             made_for=self.made_for,

@@ -23,7 +23,7 @@ import torch
 import dmquant  # before diffusers, for which it makes torchvision importable
 from dmquant.calib.data.sampling import Sample
 from dmquant.host.memory import peak_memory
-from dmquant.pipelines.runs.settings import parse_size
+from dmquant.pipelines.runs.bounds import parse_size
 
 WIDTH, HEADS, TEXT = 1152, 16, 4096
 TOKENS = 32

@@ -22,7 +22,7 @@ from calibration_cost import RandomData, no_bar
 import dmquant  # before diffusers, for which it makes torchvision importable
 from dmquant.errors import UsageError
 from dmquant.host.memory import peak_memory, resident_memory, return_freed_memory
-from dmquant.pipelines.runs.settings import parse_size
+from dmquant.pipelines.runs.bounds import parse_size
 
 TEXT, BATCH, LEARNING, HELD_OUT = 256, 2, 6, 2
 

@@ -81,7 +81,7 @@ class ActivationSpec:
 def parse_ranges(text: str) -> int | None:
     """The timestep ranges of an activation scale: R for `static:R`, None for `online`; else a UsageError."""
     kind, _, count = text.partition(":")
-    if kind == "static" and count.isdecimal() and int(count) > 0:
+    if kind == "static" and count.isdecimal() and len(count) < 5 and int(count) > 0:
         return int(count)
     if text == "online":
         return None
@@ -101,7 +101,7 @@ class TimestepRanges:
     """The timestep ranges of the backbone call in progress, shared by the static layers of one model.
 
     `counts` are the numbers of ranges in use. Whoever runs the layers calls `set` first: for a whole backbone that is
-    the hook of `diffusers.quantizer.attach`. A model serves one call at a time.
+    the hook of `diffusers.timesteps`. A model serves one call at a time.
     """
 
     def __init__(self, counts: Iterable[int]):

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from dmquant.activations import ActivationSpec
 from dmquant.errors import UsageError
 from dmquant.formats import Format, get_format
-from dmquant.layers import QUANTIZED, QuantConv2d, QuantLinear, quantize_layer
+from dmquant.layers import QUANTIZED, QuantConv2d, QuantLinear, become_, quantize_layer
 from dmquant.matching import without_match
 from dmquant.models import completed, known, record
-from dmquant.qtensor import WeightSpec
+from dmquant.qtensor import WeightSpec, check_finite
 from dmquant.recipe import Recipe, shipped_rules
 from dmquant.settings import NO_FORMAT
 from dmquant.transforms import Storage, create, fold_first_
@@ -47,9 +47,12 @@ def plan(module: nn.Module, recipe: Recipe) -> list[LayerPlan]:
     """Plans of the Linear and Conv2d layers of `module` by `recipe`, in the module's order; kept layers have none.
 
     Plans depend on names and shapes alone, so that a checkpoint's skeleton on the meta device gets the same ones.
-    Raises UsageError, naming the layer, for a split that does not cut its input channels in two, and for a transform
-    that it cannot have.
+    Raises UsageError, naming the layer, for one that is not plain weights, for a split that does not cut its input
+    channels in two, and for a transform that it cannot have.
     """
+    for name, part in module.named_modules():
+        if reason := _obstacle(part):
+            raise UsageError(f"{f'layer {name}' if name else type(module).__name__} {reason}")
     plans = []
     layers = layers_in(module)
     for name, settings in completed(recipe, module).settings_by_layer(layers).items():
@@ -95,8 +98,8 @@ def quantize_(module: nn.Module, recipe: Recipe | str, progress: Progress | None
     """Replace the layers of `module` by quantized ones in place, round to nearest, without data.
 
     A diffusers model is saved as quantized; another model with a `save_pretrained` refuses to be saved by it.
-    `progress(done, total, name)` is called after each layer. Raises UsageError if no layer is left to quantize, a
-    weight is NaN or infinite, the recipe needs calibration data, or `module` holds adapters or is compiled.
+    `progress(done, total, name)` is called after each layer. Raises UsageError, before anything changes, if no layer is
+    left to quantize or one is not plain finite weights (adapters, compiled), or the recipe needs calibration data.
     """
     if not isinstance(module, nn.Module) or type(module) in QUANTIZED:
         raise UsageError(f"{type(module).__name__} is no module that holds layers: give one, such as pipe.transformer")
@@ -111,41 +114,27 @@ def quantize_(module: nn.Module, recipe: Recipe | str, progress: Progress | None
 
 def quantize_layers_(module: nn.Module, recipe: Recipe, progress: Progress | None = None) -> list[LayerReport]:
     """`quantize_` for a caller that records in the module itself what became of it."""
-    if hasattr(module, "_orig_mod"):
-        raise UsageError("the module is compiled: quantize it first, then torch.compile it")
-    if holds_adapters(module):
-        raise UsageError(f"{type(module).__name__} holds LoRA adapters: merge or unload them, then quantize")
     plans = plan_without_data(module, recipe)
+    for step in plans:
+        check_finite(module.get_submodule(step.name).weight, f"layer {step.name}: ")
     fold_first_(module, {step.name: step.transforms for step in plans})
     reports = []
     for done, step in enumerate(plans, start=1):
         layer = module.get_submodule(step.name)
-        try:
-            quantized = quantize_layer(layer, step.weights, step.activations, transforms=step.transforms)
-        except UsageError as error:
-            raise UsageError(f"layer {step.name}: {error}") from None
+        quantized = quantize_layer(layer, step.weights, step.activations, transforms=step.transforms)
         reports.append(LayerReport(step, relative_error(layer.weight, quantized)))
-        module.set_submodule(step.name, quantized)
+        become_(layer, quantized)
         if progress:
             progress(done, len(plans), step.name)
     return reports
 
 
 def unmatched(module: nn.Module, recipe: Recipe) -> str | None:
-    """A line on the patterns of a recipe's own rules that match no layer of `module`; None where all match one.
-
-    Rules that come with dmquant, and what a family keeps, are for many models and may match nothing.
-    """
+    """A line on the patterns of a recipe's rules, but dmquant's and the family's, that match no layer of `module`."""
     own, of_family = [rule.match for rule in recipe.rules if rule not in shipped_rules()], known(module).keep
     missed = ", ".join(f"'{pattern}'" for pattern in without_match(own, layers_in(module)) if pattern not in of_family)
-    if not missed:
-        return None
-    return f"recipe '{recipe.name}': no layer of {type(module).__name__} matches {missed}, so that changes nothing"
-
-
-def holds_adapters(module: nn.Module) -> bool:
-    """Whether peft has put layers of its own around layers of `module`."""
-    return any(hasattr(layer, "base_layer") for layer in module.modules())
+    line = f"recipe '{recipe.name}': no layer of {type(module).__name__} matches {missed}, so that changes nothing"
+    return line if missed else None
 
 
 def relative_error(weight: Tensor, quantized: QuantLinear | QuantConv2d) -> float:
@@ -154,9 +143,26 @@ def relative_error(weight: Tensor, quantized: QuantLinear | QuantConv2d) -> floa
     return ((quantized.float_weight() - exact).square().sum() / exact.square().sum().clamp(min=1e-30)).item()
 
 
+def _obstacle(part: nn.Module) -> str | None:
+    """Why a part of a module cannot be quantized as it is, and what to do; None for most."""
+    if hasattr(part, "_orig_mod"):
+        return "is compiled: quantize it first, then torch.compile it"
+    if hasattr(part, "base_layer"):
+        return "holds LoRA adapters: merge or unload them, then quantize"
+    if (other := getattr(part, "quantization_method", None) or "dmquant") != "dmquant":
+        return f"is quantized by {str.__str__(other)} already: start from the full-precision model"
+    if not isinstance(part, tuple(QUANTIZED)) or isinstance(part, tuple(QUANTIZED.values())):
+        return None
+    weight = part._parameters.get("weight")
+    if type(weight) is not nn.Parameter or not weight.is_floating_point() or weight.itemsize < 2:
+        return "has a weight made by another quantizer, a casting hook, weight_norm or prune: start from a plain weight"
+    if getattr(part.forward, "__func__", None) is not type(part).forward:
+        return "has a forward of its own, as offloading and casting hooks give it: quantize first, then put them on"
+    return None
+
+
 def _check_split(name: str, layer: nn.Linear | nn.Conv2d, split: int) -> None:
     if isinstance(layer, nn.Conv2d) and layer.groups > 1:
         raise UsageError(f"layer {name} is a grouped convolution: its input cannot be split")
-    channels = layer.weight.shape[1]
-    if not 0 < split < channels:
+    if not (channels := layer.weight.shape[1]) > split > 0:
         raise UsageError(f"layer {name} has {channels} input channels, which a split of {split} does not cut in two")

@@ -11,6 +11,9 @@ class UserError(Exception):
 
     exit_code = 1
 
+    def __str__(self) -> str:
+        return " ".join(super().__str__().split())[:2000]
+
 
 class UsageError(UserError, ValueError):
     """The command itself is wrong (an unknown name, an option that makes no sense); exits with 2."""
@@ -21,9 +24,8 @@ class UsageError(UserError, ValueError):
 def unknown(kind: str, name: str, choices: Iterable[str], hint: str) -> UsageError:
     """A UsageError like "unknown format 'fp44': did you mean 'fp4'? `dmquant formats` lists them"."""
     name = name if len(name) <= LONGEST else f"{name[:LONGEST]}..."
-    likely = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.5)
-    suggestion = f" did you mean '{likely[0]}'?" if likely else ""
-    return UsageError(f"unknown {kind} '{name}':{suggestion} {hint}".replace(":  ", ": "))
+    likely = "".join(f" did you mean '{one}'?" for one in difflib.get_close_matches(name, list(choices), 1, 0.5))
+    return UsageError(f"unknown {kind} '{name}':{likely} {hint}")
 
 
 def check_choice(kind: str, name: str, choices: Iterable[str]) -> str:

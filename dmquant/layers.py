@@ -1,8 +1,7 @@
 """Linear and Conv2d layers whose weights stay packed: codes and scales in memory, dequantized when used.
 
 Both subclass the float layer, so that LoRA adapters, offloading and module filters go on recognising them. Codes and
-scales are uint8 Parameters: as Parameters they are offloaded, and as bytes no `.to(dtype)`, and no loader that casts
-floating-point tensors, can change them.
+scales are uint8 Parameters: Parameters are offloaded, and no cast and no loader that casts can change bytes.
 """
 
 from collections.abc import Callable
@@ -29,7 +28,7 @@ class _QuantizedLayer(kernels.Chosen):
     geometry: tuple[str, ...]
     """Attributes taken from the float layer."""
     multiply: Callable[[Tensor, nn.Module], Tensor]
-    timestep_ranges: TimestepRanges | None = None  # set by `share_timesteps`
+    timestep_ranges: TimestepRanges | None = None  # set by whoever runs the whole model
 
     @classmethod
     def like(
@@ -58,9 +57,7 @@ class _QuantizedLayer(kernels.Chosen):
         for transform in transforms:
             for name, part in transform.parts().items():
                 setattr(self, f"{transform.name}_{name}", empty(part.shape, part.dtype))
-        self.bias = None
-        if layer.bias is not None:
-            self.bias = nn.Parameter(torch.empty(rows, device=device, dtype=self._dtype))
+        self.bias = None if layer.bias is None else nn.Parameter(torch.empty(rows, device=device, dtype=self._dtype))
         return self
 
     def forward(self, x: Tensor) -> Tensor:
@@ -82,12 +79,6 @@ class _QuantizedLayer(kernels.Chosen):
         for method, tensors in parts.items():
             for name, tensor in tensors.items():
                 setattr(self, f"{method}_{name}", _as_bytes(tensor))
-
-    @property
-    def timestep_counts(self) -> set[int]:
-        """The numbers of timestep ranges by which the layer's scales and transforms differ."""
-        own = self.activations.ranges if self.is_static else 1
-        return {own, *(transform.timestep_ranges for transform in self.transforms)} - {1}
 
     @property
     def is_static(self) -> bool:
@@ -130,9 +121,8 @@ class _QuantizedLayer(kernels.Chosen):
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """The weight that multiplies the quantized input, in `dtype` and the float layer's shape."""
-        kernel = kernels.select(self, self.qweight.device)
-        weight = kernel.dequantize(self.qweight, self.scales.decode(), self.weight_spec, self.weight_shape, dtype)
-        return self.complete(weight)
+        decode, scale = kernels.select(self, self.qweight.device).dequantize, self.scales.decode()
+        return self.complete(decode(self.qweight, scale, self.weight_spec, self.weight_shape, dtype))
 
     def complete(self, weight: Tensor) -> Tensor:
         """The weight that multiplies the input, from the decoded codes (out, in, ...); same dtype and shape."""
@@ -207,6 +197,7 @@ class QuantConv2d(_QuantizedLayer, nn.Conv2d):
         return nn.Conv2d(*args, **kwargs) if args else super().__new__(cls)
 
 
+_FRAME = vars(nn.Module()).keys()  # hooks, buffers, modules and parameters
 QUANTIZED = {nn.Linear: QuantLinear, nn.Conv2d: QuantConv2d}  # by exact class: a subclass may compute something else
 
 
@@ -236,15 +227,20 @@ def quantize_layer(
     return quantized.train(layer.training)
 
 
-def share_timesteps(module: nn.Module) -> TimestepRanges | None:
-    """One `TimestepRanges` for the layers of `module` that differ by timestep; None where there are none."""
-    layers = [layer for layer in module.modules() if isinstance(layer, _QuantizedLayer) and layer.timestep_counts]
-    if not layers:
-        return None
-    shared = TimestepRanges(count for layer in layers for count in layer.timestep_counts)
-    for layer in layers:
-        layer.timestep_ranges = shared
-    return shared
+def become_(layer: nn.Linear | nn.Conv2d, quantized: QuantLinear | QuantConv2d) -> None:
+    """Make `layer` what `quantized` is, in all its places, with its hooks and whatever else was set on it.
+
+    UsageError, before anything changes, for a name set on it that a quantized layer uses.
+    """
+    more = {name: one for name, one in layer._parameters.items() if name not in ("weight", "bias")}
+    added = {*vars(layer), *more, *layer._buffers, *layer._modules} - {*_FRAME, *quantized.geometry}
+    used = {*vars(quantized), *quantized._parameters, *dir(quantized)} - {*dir(type(layer))}
+    if taken := sorted(added & used):
+        raise UsageError(f"a quantized layer uses the name '{taken[0]}', which was set on it: take another name")
+    layer.__class__ = type(quantized)
+    vars(layer).pop("forward", None)  # what a hook leaves behind that was removed: the float layer's
+    own = {name: value for name, value in vars(quantized).items() if name not in _FRAME}
+    vars(layer).update(own, _parameters=quantized._parameters | more)
 
 
 def _as_bytes(tensor: Tensor) -> nn.Parameter:

@@ -69,10 +69,10 @@ def record(model: "nn.Module", recipe: Recipe, layers: Collection[str]) -> None:
     for name, part in model.named_modules():
         holds = any(layer.startswith(f"{name}." if name else "") for layer in layers)
         if holds and hasattr(part, "save_pretrained") and not (recorded and part is model):
-            part.save_pretrained = functools.partial(_refuse_to_save, type(part).__name__)  # which can be copied
+            part.save_pretrained = functools.partial(refuse_to_save, type(part).__name__)  # which can be copied
 
 
-def _refuse_to_save(kind: str, *args: Any, **kwargs: Any) -> None:
+def refuse_to_save(kind: str, *args: Any, **kwargs: Any) -> None:
     """Replaces a model's `save_pretrained`."""
     raise UserError(
         f"this {kind} was quantized in place in a way that its save_pretrained does not record, so it would "

@@ -146,10 +146,10 @@ def quantize(weight: Tensor, spec: WeightSpec) -> QuantizedTensor:
     return QuantizedTensor(codes, Scales(stored, base, spec.store), spec, shape)
 
 
-def check_finite(values: Tensor) -> None:
+def check_finite(values: Tensor, where: str = "") -> None:
     """Raise UsageError for NaN or infinity among weights of any shape, and for weights without values (device meta)."""
     if values.is_meta or not torch.isfinite(values).all():
-        raise UsageError("the weights hold NaN or infinite values, or none (device meta): they cannot be quantized")
+        raise UsageError(f"{where}the weights hold NaN or infinity, or none (device meta): they cannot be quantized")
 
 
 def _parts(rows: int, columns: int, granularity: Granularity) -> list[slice]:

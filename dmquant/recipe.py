@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, model_validator
 
-from dmquant.errors import UsageError, unknown
+from dmquant.errors import UsageError, UserError, unknown
 from dmquant.matching import Matcher
 from dmquant.settings import NO_FORMAT, ONLINE, Rounding, Rule, Settings, Transformation, format_name
-from dmquant.yaml_models import problem, read_yaml, validated
+from dmquant.yaml_models import read_yaml, validated
 
 _FOLDER = importlib.resources.files("dmquant.configs") / "recipes"
 _FLOATS = {4: "fp4", 6: "fp6", 8: "fp8", 16: "none"}
@@ -149,10 +149,7 @@ class Recipe(Settings):
 
     def with_settings(self, **settings: Any) -> "Recipe":
         """A copy with some settings replaced, checked like the rest."""
-        try:
-            return Recipe.model_validate(self.model_dump() | settings)
-        except ValidationError as error:
-            raise UsageError(problem(error.errors()[0], Recipe)) from None
+        return validated(Recipe, self.model_dump() | settings, lambda place: "")
 
     def for_model(self, known: Known) -> "Recipe":
         """A copy with `keep: family` written out as rules for a model; a recipe without it stays as it is."""
@@ -221,7 +218,7 @@ def _find(source: str):
     path = Path(source)
     if path.suffix in (".yaml", ".yml", ".json") or "/" in source:
         if not path.is_file():
-            raise UsageError(f"no recipe file {source}")
+            raise UserError(f"no recipe file {source}")
         return path
     raise unknown(
         "recipe",

@@ -7,17 +7,13 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-_READ_ONLY = (
-    "a quantized layer's weight cannot be written to, so nothing can be fused into it: "
-    "keep the LoRA adapter unfused, or fuse it into the full-precision model and quantize again"
-)
+_READ_ONLY = "a quantized layer's weight cannot be written to: keep the LoRA adapter unfused, or fuse, then quantize"
 
 
 class DequantizedWeight(Tensor):
     """A weight that is computed when its data is asked for, and no place to write to.
 
-    Shape, dtype and device are known without. Every operation sees, and gives, plain tensors. RuntimeError for one that
-    writes.
+    Shape, dtype and device are known without; operations see and give plain tensors. RuntimeError for one that writes.
     """
 
     __torch_function__ = torch._C._disabled_torch_function_impl

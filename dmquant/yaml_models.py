@@ -14,8 +14,7 @@ from dmquant.errors import UsageError, unknown
 
 _quoted = reprlib.Repr()  # a few hundred bytes of nested aliases are megabytes when written out
 _quoted.maxlevel, _quoted.maxstring, _quoted.maxother = 2, 80, 80
-MOST_BYTES, MOST_DIGITS = 1_000_000, 400
-MOST_VALUES = 100_000  # of all that a file stands for, with its aliases written out
+MOST_BYTES, MOST_DIGITS, MOST_VALUES = 1_000_000, 400, 100_000  # values with aliases written out
 
 
 class _Loader(yaml.SafeLoader):
@@ -46,10 +45,8 @@ def read_yaml(model: type[BaseModel], path: Path, source: str) -> Any:
         loader = _Loader(data[:MOST_BYTES].decode())
         root = loader.get_single_node()
         content = None if root is None else loader.construct_document(root)
-    except OSError as error:
-        raise UsageError(f"{source} cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise UsageError(f"{source} cannot be read: it is not UTF-8 text") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{source} cannot be read: {getattr(error, 'strerror', 'it is not UTF-8 text')}") from None
     except (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         line = f", line {error.problem_mark.line + 1}" if getattr(error, "problem_mark", None) else ""
         reason = next(filter(None, (getattr(error, name, None) for name in ("problem", "reason"))), error)

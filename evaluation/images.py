@@ -2,7 +2,7 @@
 
 import contextlib
 import struct
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,11 +13,11 @@ from PIL import Image, ImageOps, PngImagePlugin
 from torch import Tensor
 
 from dmquant.errors import UserError
+from dmquant.evaluation import image_files
 from dmquant.evaluation.png import OURS, SOFTWARE
 from dmquant.host.files import replacing
 from dmquant.host.hashes import sha256_once
 
-SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif"})
 EXIF_ORIENTATION = 0x0112
 LYING = range(5, 9)  # orientations that exchange width and height
 PNG_DEPTH = 24  # where a PNG says its bits a channel: Pillow takes 16 bits in colour for 8, and drops the lower ones
@@ -73,20 +73,20 @@ def save_image(image: Image.Image | Tensor, path: Path) -> None:
 
 
 def generated_images(folder: Path) -> list[Path]:
-    """The PNG files directly in `folder`, numbered ones by their number and then others by name.
+    """The images directly in `folder`, in the order of the numbers in their names: PNG, or where there is none another.
 
     Raises UserError when there are none.
     """
-    return _some(sorted(_listed(folder, "*.png"), key=_place), folder, "PNG image")
+    return image_files.in_folder(folder)
 
 
 def any_images(folder: Path) -> list[Path]:
     """The images in `folder` and its subfolders, sorted; raises UserError when there are none."""
-    return _some((path for path in _listed(folder, "**/*") if path.suffix.lower() in SUFFIXES), folder, "image")
+    return image_files.below(folder)
 
 
 def matching_images(folders: Mapping[str, Path], count: int) -> dict[str, list[Path]]:
-    """The PNG files of several named folders; raises UserError unless each holds `count`, of the same names in all."""
+    """The images of several named folders; raises UserError unless each holds `count`, of the same names in all."""
     images = {name: generated_images(folder) for name, folder in folders.items()}
     first = next(iter(images.values()))
     for name, paths in images.items():
@@ -94,7 +94,7 @@ def matching_images(folders: Mapping[str, Path], count: int) -> dict[str, list[P
             raise UserError(
                 f"{folders[name]} ({name}) has {len(paths)} images for {count} prompts: generate them again"
             )
-        _require_same_names(first, paths, folders[name])
+        image_files.check_same_names(first, paths, folders[name])
     return images
 
 
@@ -107,10 +107,10 @@ class ImagePairs:
 
     @classmethod
     def open(cls, reference: Path, quantized: Path) -> "ImagePairs":
-        """Match the PNG files of two folders by name; raises UserError when one lacks an image that the other has."""
+        """Match the images of two folders by name; raises UserError when one lacks an image that the other has."""
         pairs = cls(generated_images(reference), generated_images(quantized))
-        _require_same_names(pairs.reference, pairs.quantized, quantized)
-        _require_same_names(pairs.quantized, pairs.reference, reference)
+        image_files.check_same_names(pairs.reference, pairs.quantized, quantized)
+        image_files.check_same_names(pairs.quantized, pairs.reference, reference)
         return pairs
 
     def __len__(self) -> int:
@@ -169,30 +169,3 @@ def _common_size(reference: Path, quantized: Path) -> tuple[int, int]:
         ours, theirs = ("x".join(map(str, sides)) for sides in (size, other))
         raise UserError(f"{quantized} is {ours} but {reference} is {theirs}: generate both at one size")
     return size
-
-
-def _listed(folder: Path, pattern: str) -> list[Path]:
-    """Files matching `pattern` in `folder`, sorted; names starting with a dot are unfinished or not ours."""
-    if not folder.is_dir():
-        raise UserError(f"{folder} is not a folder of images")
-    return sorted(path for path in folder.glob(pattern) if path.is_file() and not path.name.startswith("."))
-
-
-def _place(path: Path) -> tuple[bool, int, str]:
-    """A sort key of images: 99999.png before 100000.png, which the names alone would exchange."""
-    number = path.stem.isdecimal()
-    return not number, int(path.stem) if number else 0, path.name
-
-
-def _some(paths: Iterable[Path], folder: Path, kind: str) -> list[Path]:
-    found = list(paths)
-    if not found:
-        raise UserError(f"no {kind} in {folder}")
-    return found
-
-
-def _require_same_names(have: list[Path], other: list[Path], other_folder: Path) -> None:
-    missing = sorted({path.name for path in have} - {path.name for path in other})
-    if missing:
-        shown = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
-        raise UserError(f"{other_folder} lacks {len(missing)} of {len(have)} images ({shown}): generate them first")

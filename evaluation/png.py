@@ -10,6 +10,7 @@ from PIL import Image
 
 from dmquant.errors import UserError
 from dmquant.host.files import remembering
+from dmquant.host.text import unescaped
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 KEY = "key"
@@ -27,8 +28,12 @@ def read_key(path: Path) -> str | None:
 
 def read_prompt(path: Path) -> str | None:
     """The prompt that a PNG of ours was made from, or None."""
-    with Image.open(path) as image:
-        return image.info.get("prompt")
+    try:
+        with Image.open(path) as image:
+            text = image.info.get("prompt")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        return None  # whoever opens it for its pixels says what is wrong
+    return unescaped(text) if isinstance(text, str) else None
 
 
 def is_picture(path: Path) -> bool:

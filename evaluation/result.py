@@ -4,6 +4,8 @@ Everything here goes into report.json and comes back equal. Version 1 of that fi
 writes; releases may add keys to it, so a reader ignores those it does not know.
 """
 
+import functools
+import json
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, TypeVar
 
@@ -11,6 +13,7 @@ from dmquant.errors import UserError
 
 VERSION = 1
 T = TypeVar("T")
+_STRICT = {"strict": True, "revalidate_instances": "always"}
 
 
 class UnavailableError(UserError):
@@ -164,6 +167,15 @@ class Report:
     versions: dict[str, str] = field(default_factory=dict)
     command: str = ""
 
+    def check(self) -> None:
+        """ValueError where a field holds another type than it declares, or what JSON cannot hold."""
+        try:
+            _adapter().validate_python(self)
+        except ValueError as error:  # pydantic's
+            first = error.errors()[0]
+            raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+        json.dumps(self.to_json(), allow_nan=False)
+
     def to_json(self) -> dict[str, Any]:
         """The report as the object that report.json holds."""
         return {
@@ -208,3 +220,13 @@ def _measured_from_json(cls: type[T], data: dict[str, Any]) -> T:
 def _build(cls: type[T], data: dict[str, Any]) -> T:
     """`cls` from those items of `data` that are its fields."""
     return cls(**{field.name: data[field.name] for field in fields(cls) if field.name in data})
+
+
+@functools.cache
+def _adapter() -> Any:
+    """pydantic's of a report; it is imported here, so that `dmquant --help` does without."""
+    from pydantic import TypeAdapter
+
+    for kind in (Backbone, Metric, Reference, RecipeResult, LayerError, StepError, Report):
+        kind.__pydantic_config__ = _STRICT
+    return TypeAdapter(Report)

@@ -1,17 +1,23 @@
 """`scores.csv`: one row an image, so that the images behind a mean can be looked up, sorted and plotted elsewhere.
 
 Columns are `image` (the file name), `prompt`, and one a metric, under its name in report.json. Numbers have all their
-digits, so that they read back equal.
+digits, so that they read back equal. A text that a spreadsheet would compute stands behind an apostrophe, and control
+characters are escapes; `read_scores` gives the text as it was.
 """
 
 import csv
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from dmquant.host.files import replacing
+from dmquant.host.text import escaped, unescaped
 
 IMAGE, PROMPT = "image", "prompt"
+_FORMULA = re.compile(r"(?:^|(?<=[;\t\n]))(?='*[ ]*[=+\-@\t\uff0b\uff0d\uff1d\uff20])")
+"""The place before what a spreadsheet computes: a cell begins there, where a semicolon or tab separates cells, too."""
+_QUOTED = re.compile(r"(?:^|(?<=[;\t\n]))'(?='*[ ]*[=+\-@\t\uff0b\uff0d\uff1d\uff20])")
 
 
 @dataclass(frozen=True)
@@ -34,7 +40,12 @@ def write_scores(
     old = read_scores(path)
     kept = old.columns if old and (old.names, old.prompts) == (list(names), list(prompts)) else {}
     merged = {**kept, **columns}
-    rows = zip(names, prompts, *(map(repr, map(float, column)) for column in merged.values()), strict=True)
+    rows = zip(
+        map(text_cell, names),
+        map(text_cell, prompts),
+        *(map(repr, map(float, column)) for column in merged.values()),
+        strict=True,
+    )
     with replacing(path) as partial, partial.open("w", encoding="utf-8", newline="") as file:
         csv.writer(file).writerows([(IMAGE, PROMPT, *merged), *rows])
 
@@ -61,4 +72,14 @@ def _parse(lines: Iterable[list[str]]) -> Scores:
         raise ValueError("not a table of scores")
     names, prompts, *values = ([] for _ in header) if not rows else map(list, zip(*rows, strict=True))
     metrics = dict(zip(header[2:], ([float(value) for value in column] for column in values), strict=True))
-    return Scores(names, prompts, metrics)
+    return Scores(list(map(_text, names)), list(map(_text, prompts)), metrics)
+
+
+def text_cell(text: str) -> str:
+    """`text` as a cell that no spreadsheet computes and no terminal acts on."""
+    return _FORMULA.sub("'", escaped(text))
+
+
+def _text(cell: str) -> str:
+    """The inverse of `text_cell`."""
+    return unescaped(_QUOTED.sub("", cell))

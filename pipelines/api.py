@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from dmquant.convert import LayerReport, holds_adapters, quantize_layers_, unmatched
+from dmquant.convert import LayerReport, quantize_layers_, unmatched
+from dmquant.diffusers.arguments import EMBEDDED
 from dmquant.diffusers.families import Family, family_of
 from dmquant.diffusers.quantizer import mark_quantized
 from dmquant.errors import UsageError, UserError, unknown
@@ -26,18 +27,23 @@ from dmquant.pipelines.models.registry import registered_models
 from dmquant.pipelines.models.saving import model_card, save_whole
 from dmquant.pipelines.prompts.lists import load_prompts
 from dmquant.pipelines.runs import runfolder
+from dmquant.pipelines.runs.bounds import parse_size
 from dmquant.pipelines.runs.calibration import calibrate, weights_key
 from dmquant.pipelines.runs.defaults import DEFAULT_RECIPE
 from dmquant.pipelines.runs.footprint import Footprint, footprint
-from dmquant.pipelines.runs.settings import parse_size
 from dmquant.recipe import Recipe
 from dmquant.settings import format_name
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-STEPS = "num_inference_steps"
-OURS = ("prompt", "generator", "output_type")  # of the pipeline's call: calibration gives these itself
+STEPS, SCHEDULES = "num_inference_steps", ("timesteps", "sigmas")
+REFUSED = {
+    "prompt": "prompts to calibrate with are its `calibration`",
+    "generator": "calibration draws noise of its own, the same every time; leave it out",
+    "skip_guidance_layers": "calls without some layers are no calibration data; leave it out and give it afterwards",
+}
+WITHOUT_EFFECT = ("output_type", "return_dict")  # on what the backbone is given
 DEFAULT_PROMPTS = "default-calibration"
 
 
@@ -56,7 +62,7 @@ class _Calibration:
 
     family: Family
     recipe: Recipe
-    calibration_prompts: Sequence[str]
+    calibration_prompts: Sequence[str] | None
     memory_budget: int | None
     batch_size: int
     call: dict[str, Any]
@@ -97,8 +103,10 @@ def quantize_pipeline(
         memory_budget: such as "8GB", for calibration beside the model; by default half of the memory that is free.
         out: folder to save the whole pipeline to, as `DiffusionPipeline.from_pretrained` loads it. A calibration that
             was stopped continues when the full-precision pipeline is given again with the same `out`.
-        call: arguments of the pipeline's call as it will be used (num_inference_steps, guidance_scale, height, ...);
-            those not given are the pipeline's own defaults.
+        call: arguments of the pipeline's call as it will be used for one prompt (num_inference_steps, guidance_scale,
+            negative_prompt, callback_on_step_end, ...); those not given are the pipeline's own defaults. Texts,
+            embeddings and latents may also have an entry for every prompt, and `prompt_embeds` take the place of
+            `calibration`. With a callback, a calibration that was stopped starts anew.
 
     Raises UsageError for arguments that do not fit, UserError for a backbone that no family knows, that is quantized
     already, offloaded, or holds LoRA adapters, and for a folder `out` that is in use.
@@ -153,7 +161,7 @@ def _check_backbone(backbone: nn.Module, component: str) -> None:
         isinstance(each, tuple(QUANTIZED.values())) for each in modules
     ):
         raise UserError(f"the {component} is already quantized: start from the full-precision pipeline")
-    if holds_adapters(backbone):
+    if any(hasattr(each, "base_layer") for each in modules):  # of peft
         raise UserError(
             f"the {component} holds LoRA adapters: call fuse_lora() and then unload_lora_weights() to quantize it with "
             "them, or unload_lora_weights() alone and load them again afterwards"
@@ -172,13 +180,15 @@ def _is_hooked(module: nn.Module) -> bool:
 
 def _complete_call(prompted: Any, call: dict[str, Any]) -> dict[str, Any]:
     """`call` with the number of steps, which is the pipeline's own unless given; UsageError for unknown arguments."""
-    parameters = inspect.signature(prompted.__call__).parameters
+    signature = inspect.signature(prompted.__call__)
+    parameters = {name: each for name, each in signature.parameters.items() if each.kind is not each.VAR_KEYWORD}
     for name in call:
-        if name in OURS:
-            raise UsageError(f"'{name}' is not for quantize_pipeline: prompts to calibrate with are its `calibration`")
+        if name in REFUSED and call[name] is not None:
+            raise UsageError(f"'{name}' is not for quantize_pipeline: {REFUSED[name]}")
         if name not in parameters:
             raise unknown("argument", name, parameters, f"{type(prompted).__name__} is not called with it")
-    return {STEPS: parameters[STEPS].default} | call
+    steps = {} if any(call.get(name) is not None for name in SCHEDULES) else {STEPS: parameters[STEPS].default}
+    return steps | {name: value for name, value in call.items() if name not in WITHOUT_EFFECT}
 
 
 def _calibration(
@@ -197,9 +207,7 @@ def _calibration(
         )
     backbone = getattr(pipe, family.component)
     height, width = _image_size(pipe, backbone, call)
-    if prompts is None:
-        prompts = _default_prompts(kind, height, width)
-    listed = load_prompts(prompts) if isinstance(prompts, str) else list(prompts)
+    listed = _prompts(kind, prompts, call, height, width)
     dtype = next((name for name, dtype in DTYPES.items() if dtype == backbone.dtype), str(backbone.dtype))
     budget = None if memory_budget is None else parse_size(memory_budget, "memory_budget")
     return _Calibration(family, recipe, listed, budget, batch_size_for(height, width), call, dtype)
@@ -212,6 +220,19 @@ def _image_size(pipe: "DiffusionPipeline", backbone: nn.Module, call: dict[str, 
     factor = getattr(pipe, "vae_scale_factor", None) or 2 ** (len(pipe.vae.config.block_out_channels) - 1)
     own = [side * factor for side in sides]
     return call.get("height") or own[0], call.get("width") or own[1]
+
+
+def _prompts(
+    kind: str, prompts: Sequence[str] | str | None, call: dict[str, Any], height: int, width: int
+) -> list[str] | None:
+    """The prompts to calibrate with, None where the call has their embeddings."""
+    if call.get(EMBEDDED) is not None:
+        if prompts is not None:
+            raise UsageError(f"'{EMBEDDED}' take the place of prompts: give either them or `calibration`")
+        return None
+    if prompts is None:
+        prompts = _default_prompts(kind, height, width)
+    return load_prompts(prompts) if isinstance(prompts, str) else list(prompts)
 
 
 def _default_prompts(kind: str, height: int, width: int) -> str:

@@ -6,4 +6,5 @@ ensure_torchvision_imports()
 
 
 import tests.calib.runs
+import tests.faults.loaded
 import tests.tiny  # noqa: F401

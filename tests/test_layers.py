@@ -11,8 +11,9 @@ from torch import nn
 
 from dmquant import kernels
 from dmquant.activations import ActivationSpec, fake_quantize
+from dmquant.diffusers.timesteps import share_timesteps
 from dmquant.errors import UsageError
-from dmquant.layers import QuantConv2d, QuantLinear, quantize_layer, share_timesteps
+from dmquant.layers import QuantConv2d, QuantLinear, quantize_layer
 from dmquant.qtensor import WeightSpec, quantize_tensor
 
 FP4, FP6 = WeightSpec.parse("fp4"), ActivationSpec.parse("fp6")

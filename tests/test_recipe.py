@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from dmquant.errors import UsageError
+from dmquant.errors import UsageError, UserError
 from dmquant.recipe import Known, Recipe, Rule, bits_names, recipe_names
 
 
@@ -213,7 +213,6 @@ def test_a_wrong_file_is_one_line_with_file_and_line(tmp_path, text, message):
     ("arguments", "message"),
     [
         (("rtnn",), "unknown recipe 'rtnn': did you mean 'rtn'"),
-        (("nowhere.yaml",), "no recipe file nowhere.yaml"),
         (("rtn", "fp5"), "unknown format 'fp5'"),
         (("rtn", "fp4", "int9"), "integer formats"),
         (("w5a6",), "unknown recipe 'w5a6': did you mean 'w.a6'.*--w and --a set other formats"),
@@ -267,3 +266,10 @@ def test_naming_another_weight_format_drops_the_candidates_for_it(tmp_path):
     Recipe.model_validate({"name": "x", "candidates": ["fp4_e2m1", "fp4_e1m2"]}).save(tmp_path / "x.yaml")
     assert Recipe.load(tmp_path / "x.yaml").candidates == ["fp4_e2m1", "fp4_e1m2"]
     assert Recipe.load(tmp_path / "x.yaml", w="int4").candidates is None
+
+
+@pytest.mark.parametrize("source", ["nowhere.yaml", "no/where", "/dev/zero"])
+def test_a_file_that_is_not_there_is_no_wrong_use(source):
+    with pytest.raises(UserError, match=f"no recipe file {source}") as error:
+        Recipe.load(source)
+    assert error.value.exit_code == 1

@@ -48,7 +48,7 @@ def calibrate_block_(decider: Decider, codes: CodesFolder, inputs: BlockInputs) 
         parts = {name: state.parts for name, state in states.items()}
         codes.save(number, block.name, tensors_of(weights, parts) | factors, facts)
     for name, weight in weights.items():
-        decider.states[name].put_in_place_(decider.backbone, weight)
+        decider.states[name].put_in_place_(weight)
     streams.carry(streams.quantized, number, inputs.title, inputs.bar)
     streams.drop(number)
     return facts

@@ -1,25 +1,28 @@
 """The codes of finished units on disk, so that a killed calibration continues where it was."""
 
+import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+import safetensors.torch
 from torch import Tensor
 
-from dmquant.host.files import replacing, sha256, write_text
+from dmquant.host.files import json_sha256, replacing, sha256, write_text
 from dmquant.qtensor import QuantizedTensor, WeightSpec
+from dmquant.recipe import Recipe
 from dmquant.scaling import Scales
 from dmquant.transforms import Parts, Storage
 
 LAYOUT = 2  # version of the files of a unit, a part of their key
+_SEAL = "record_sha256"
 
 
 @dataclass(frozen=True)
 class CodesFolder:
-    """A folder with a safetensors file for each unit, and a JSON file with its checksum, its key and facts."""
+    """A folder with a safetensors file for each unit, and a JSON file with its checksum, key, facts and own hash."""
 
     path: Path
     key: str
@@ -30,26 +33,37 @@ class CodesFolder:
 
         Returns None unless both files are whole and of this key.
         """
-        tensors, record = self._files(number)
+        file, record = self._files(number)
         try:
             content = json.loads(record.read_text(encoding="utf-8"))
-            made_by = content["key"], content["name"], content["sha256"]
-            is_whole = made_by == (self.key, name, sha256(tensors))
-            return (load_file(tensors), content["facts"]) if is_whole else None
-        except (OSError, ValueError, KeyError, TypeError):
+            is_whole = content.pop(_SEAL) == json_sha256(content) and (content["key"], content["name"]) == (
+                self.key,
+                name,
+            )
+            data = file.read_bytes() if is_whole else b""
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
             return None
+        if not is_whole or hashlib.sha256(data).hexdigest() != content["sha256"]:
+            return None
+        # Not load_file: torch drops the KeyboardInterrupt of a Ctrl-C that falls into it, and raises a ValueError.
+        return safetensors.torch.load(data), content["facts"]
 
     def save(self, number: int, name: str, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
         """Write a finished unit, whole or not at all; tensors of any shape and dtype, by name."""
         file, record = self._files(number)
         with replacing(file) as partial:
-            save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, partial)
+            safetensors.torch.save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, partial)
             checksum = sha256(partial)
         content = {"key": self.key, "name": name, "sha256": checksum, "facts": facts}
-        write_text(record, json.dumps(content, indent=1) + "\n")
+        write_text(record, json.dumps(content | {_SEAL: json_sha256(content)}, indent=1) + "\n")
 
     def _files(self, number: int) -> tuple[Path, Path]:
         return self.path / f"{number:03d}.safetensors", self.path / f"{number:03d}.json"
+
+
+def meaning_of(recipe: Recipe) -> dict[str, Any]:
+    """The part of a recipe that its codes depend on: all but its name and description."""
+    return {key: value for key, value in recipe.to_dict().items() if key not in ("name", "description")}
 
 
 def tensors_of(values: Mapping[str, QuantizedTensor], parts: Mapping[str, dict[str, Parts]]) -> dict[str, Tensor]:

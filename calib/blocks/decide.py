@@ -134,6 +134,7 @@ class Decider:
             target=lambda batch: that_counts(targets.read(batch, device)),
             learning=self.samples.learning,
             held_out=self.samples.held_out,
+            overwrites=any(block.overwrites for block in streams.blocks if block.name in task.blocks),
         )
 
     def _learners(self, task: Task, inputs: BlockInputs) -> list[Learner]:

@@ -19,15 +19,15 @@ from torch import Tensor, nn
 import dmquant
 from dmquant.calib.blocks.block import FROM_DISK, calibrate_block_
 from dmquant.calib.blocks.budget import Held, check_budget
-from dmquant.calib.blocks.codes import LAYOUT, CodesFolder
+from dmquant.calib.blocks.codes import LAYOUT, CodesFolder, meaning_of
 from dmquant.calib.blocks.decide import Decider, Samples
 from dmquant.calib.blocks.input_specs import choose_formats_, fit_static_scales_
 from dmquant.calib.blocks.inputs import BlockInputs
 from dmquant.calib.blocks.outputs import Budget
-from dmquant.calib.blocks.replay import trace
 from dmquant.calib.blocks.resolved import resolved_recipe
 from dmquant.calib.blocks.state import LayerState, plan_layers
 from dmquant.calib.blocks.streams import Bar, Streams
+from dmquant.calib.blocks.trace import trace
 from dmquant.calib.blocks.units import find_blocks
 from dmquant.calib.data.store import CalibrationStore
 from dmquant.calib.layers.fitting import fit_transforms
@@ -118,7 +118,7 @@ def calibrate_(
     called = [name for block in in_order for name in block.layers]
     never_called = [name for name in states if name not in called]
     for name in never_called:
-        _round_without_data_(backbone, states[name], rounder)
+        _round_without_data_(states[name], rounder)
     reports = [states[name].report for name in (*called, *never_called)]
     plans = [state.plan for state in states.values() if state.plan.activation_candidates]
     input_formats = {step.name: step.activations.fmt.name for step in plans}
@@ -140,7 +140,7 @@ def _samples(store: CalibrationStore, batch_size: int) -> Samples:
 def _key(recipe: Recipe, store: CalibrationStore, made_for: dict[str, Any], counted: Mapping[str, Tensor]) -> str:
     """Fingerprint of all that codes depend on."""
     depends_on = {
-        "recipe": recipe.to_dict(),
+        "recipe": meaning_of(recipe),
         "data": store.key,
         "made_for": made_for,
         "dmquant": dmquant.__version__,
@@ -160,13 +160,13 @@ def _bytes_of_moments(rounder: Rounder, states: Mapping[str, LayerState]) -> dic
     }
 
 
-def _round_without_data_(backbone: nn.Module, state: LayerState, rounder: Rounder) -> None:
+def _round_without_data_(state: LayerState, rounder: Rounder) -> None:
     """Quantize a layer outside of all blocks that the forward pass does not use."""
     quantized = state.without_weight()
     weight = fit_transforms(state.layer, state.plan, quantized, None)
     grid = rounder.start(state.layer, state.plan, quantized, weight, None).grid
     state.parts = {one.name: quantized.parts(one) for one in quantized.transforms}
-    state.put_in_place_(backbone, QuantizedTensor.of(grid, grid.nearest))
+    state.put_in_place_(QuantizedTensor.of(grid, grid.nearest))
 
 
 def _in_words(tasks: Sequence[dict[str, Any]], seconds: Sequence[float], left: int) -> str:

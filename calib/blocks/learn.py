@@ -39,12 +39,18 @@ class Learned:
 class UnitData:
     """Data of one unit: `run(indices, generator)` computes its output for a batch of samples, with its layers as
     `learning_layers` has them, `target(indices)` is the output in full precision, nested alike and of the same shapes.
-    `learning` and `held_out` are indices of samples, sorted by step."""
+    `learning` and `held_out` are indices of samples, sorted by step. `overwrites`: the unit's code writes into tensors
+    that autograd keeps."""
 
     run: Callable[[Sequence[int], torch.Generator | None], Any]
     target: Callable[[Sequence[int]], Any]
     learning: Sequence[int]
     held_out: Sequence[int]
+    overwrites: bool = False
+
+    def graph(self) -> contextlib.AbstractContextManager[Any]:
+        """The context of a pass forward and back."""
+        return torch.autograd.graph.allow_mutation_on_saved_tensors() if self.overwrites else contextlib.nullcontext()
 
 
 def learn(
@@ -86,8 +92,9 @@ def learn(
             penalty = learner.rounding.penalty((step - 1) / options.iterations)
             if penalty is not None:
                 (penalty / weights).backward()
-        loss = squared_error(data.run(batch, generator), data.target(batch)) / max(nearest_error, _TINY)
-        loss.backward()
+        with data.graph():
+            loss = squared_error(data.run(batch, generator), data.target(batch)) / max(nearest_error, _TINY)
+            loss.backward()
         if step % REPORT_EVERY == 0 or step == options.iterations:
             if not math.isfinite(loss.item()):
                 raise UserError(f"the loss of {unit} became {loss.item()} at step {step}: lower learning.learning_rate")

@@ -106,14 +106,16 @@ def nbytes(one: Any) -> int:
     return sum(leaf.nbytes for _, leaf in flatten(one)[1])
 
 
-def stand_in(one: Any, samples: int, device: torch.device) -> Any:
-    """A placeholder for an output that nothing reads any more: zeros of its shape and dtype, of no size in memory.
+def stand_in(one: Any, samples: int, device: torch.device, is_overwritten: bool = False) -> Any:
+    """A placeholder for an output that nothing reads any more: zeros of its shape and dtype.
 
-    `one` is the output for one sample, with tensors (rows, ...); the placeholder's are (samples * rows, ...).
+    They take no memory unless the output is written into. `one` is the output for one sample, with tensors (rows, ...);
+    the placeholder's are (samples * rows, ...).
     """
 
     def shaped(leaf: Tensor) -> Tensor:
-        return torch.zeros((), dtype=leaf.dtype, device=device).expand(samples * len(leaf), *leaf.shape[1:])
+        zeros = torch.zeros((), dtype=leaf.dtype, device=device).expand(samples * len(leaf), *leaf.shape[1:])
+        return zeros.contiguous() if is_overwritten else zeros
 
     return map_floats(shaped, one)
 

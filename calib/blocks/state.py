@@ -1,5 +1,6 @@
 """The layers of a backbone on their way from a recipe's plan to the quantized layers that take their places."""
 
+from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 
@@ -12,7 +13,7 @@ from dmquant.calib.layers.ranges import check_timesteps
 from dmquant.convert import LayerPlan, LayerReport, plan, relative_error
 from dmquant.errors import UsageError
 from dmquant.formats import Format
-from dmquant.layers import QUANTIZED, QuantConv2d, QuantLinear
+from dmquant.layers import QUANTIZED, QuantConv2d, QuantLinear, become_
 from dmquant.qtensor import QuantizedTensor, WeightSpec
 from dmquant.recipe import Recipe
 from dmquant.transforms import Parts, fit_of
@@ -66,12 +67,12 @@ class LayerState:
         """Put the format of the input, one of its candidates, into the plan."""
         self.plan = replace(self.plan, activations=replace(self.plan.activations, fmt=fmt))
 
-    def put_in_place_(self, backbone: nn.Module, weight: QuantizedTensor) -> None:
-        """Replace the layer in `backbone` by the quantized one with this weight, (out, in, ...) as the layer's."""
+    def put_in_place_(self, weight: QuantizedTensor) -> None:
+        """Make the backbone's layer the quantized one with this weight, (out, in, ...) as the layer's."""
         quantized = self.with_weight(weight)
         self.plan = replace(self.plan, weights=weight.spec, candidates=())
         self.report = LayerReport(self.plan, relative_error(self.layer.weight, quantized))
-        backbone.set_submodule(self.name, quantized)
+        become_(self.layer, quantized)
 
     def _empty(self, spec: WeightSpec) -> QuantLinear | QuantConv2d:
         of_input, transforms = self.plan.activations, self.plan.transforms
@@ -83,10 +84,16 @@ class LayerState:
 def plan_layers(backbone: nn.Module, recipe: Recipe, store: CalibrationStore) -> dict[str, LayerState]:
     """The layers that `recipe` quantizes, by name in the backbone's order.
 
-    Raises UsageError where there are none, and UserError where the recipe tells timesteps apart that are none of
-    0..SCHEDULE.
+    Raises UsageError where there are none or two share a weight, and UserError where the recipe tells timesteps apart
+    that are none of 0..SCHEDULE.
     """
     plans = plan(backbone, recipe)
+    uses = Counter(id(weight) for _, weight in backbone.named_parameters(remove_duplicate=False))
+    if shared := [step.name for step in plans if uses[id(backbone.get_submodule(step.name).weight)] > 1]:
+        raise UsageError(
+            f"layer {shared[0]} shares its weight with another place of the model, which calibration takes for a layer "
+            "of its own: keep it in a rule, or use a recipe without data such as rtn"
+        )
     if not plans:
         raise UsageError(f"recipe '{recipe.name}' quantizes none of the layers of {type(backbone).__name__}")
     transforms = [transform for step in plans for transform in step.transforms]

@@ -82,7 +82,7 @@ class Streams:
         given = {
             block.name: stream[block.name].read(batch, self.device)
             if block.last_use >= number
-            else stand_in(block.output, len(batch), self.device)
+            else stand_in(block.output, len(batch), self.device, block.is_overwritten)
             for block in self.blocks[:number]
         }
         share = self.full_precision_inputs if mixing is not None else 0.0

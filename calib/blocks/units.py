@@ -4,7 +4,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dmquant.calib.blocks.replay import Traced
+from dmquant.calib.blocks.trace import Traced
 from dmquant.recipe import Learning
 
 
@@ -24,6 +24,10 @@ class Block:
     """Activations that autograd keeps for one sample."""
     largest_input: int
     """Elements of the largest input of a layer for one sample."""
+    overwrites: bool = False
+    """Whether the block writes into what its layers have read, which autograd may keep."""
+    is_overwritten: bool = False
+    """Whether what runs between the blocks writes into the output."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,7 @@ def find_blocks(
         Block(
             traced.name, (owned | stray)[traced.name], traced.name in stray,
             traced.output, traced.last_use, traced.saved_bytes, traced.largest_input,
+            traced.overwrites, traced.is_overwritten,
         )
         for traced in trace([*owned, *stray])
     ]  # fmt: skip

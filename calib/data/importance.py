@@ -1,14 +1,14 @@
 """Measure how much the final latents depend on the output of the backbone at each step."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dmquant.diffusers.calling import backbone_calls, final_latents
+from dmquant.diffusers.arguments import Calls
 from dmquant.errors import UserError
 
 PROMPTS = 4
@@ -18,10 +18,9 @@ RELATIVE_NOISE = 1e-2
 def measure_importance(
     pipeline: Any,
     component: str,
-    prompts: Sequence[str],
+    calls: Calls,
     *,
-    call: dict[str, Any],
-    seed: int,
+    steps: int,
     batch_size: int,
     relative_noise: float = RELATIVE_NOISE,
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -36,21 +35,22 @@ def measure_importance(
     Args:
         component: attribute of the pipeline that is the backbone; it returns a tensor, or a tuple or dataclass that
             begins with one.
+        steps: backbone calls of one pipeline call.
         batch_size: prompts a pipeline call; the weights depend on it by rounding alone.
         relative_noise: delta, small enough for z to respond linearly and far above the rounding of the dtype.
         progress: told after every pass of how many; there is one more than there are steps.
 
     Raises UserError where a weight is not finite.
     """
-    backbone, steps = getattr(pipeline, component), backbone_calls(pipeline, call["num_inference_steps"])
-    batches = [range(len(prompts))[start : start + batch_size] for start in range(0, len(prompts), batch_size)]
+    backbone = getattr(pipeline, component)
+    batches = [range(len(calls))[start : start + batch_size] for start in range(0, len(calls), batch_size)]
 
     def latents(hook_of: Callable[[range], Callable[..., Any]]) -> Tensor:
         found = []
         for batch in batches:
             handle = backbone.register_forward_hook(hook_of(batch))
             try:
-                found.append(final_latents(pipeline, [prompts[index] for index in batch], seed + batch.start, call))
+                found.append(calls.latents(pipeline, batch))
             finally:
                 handle.remove()
         return torch.cat(found).float()
@@ -59,7 +59,7 @@ def measure_importance(
     progress(1, steps + 1)
     weights = []
     for step in range(steps):
-        noise = partial(_Disturbance, step, relative_noise, seed, len(prompts))
+        noise = partial(_Disturbance, step, relative_noise, calls)
         weights.append((latents(noise) - clean).square().mean().item() / relative_noise**2)
         progress(step + 2, steps + 1)
     if not torch.tensor(weights).isfinite().all():
@@ -68,22 +68,22 @@ def measure_importance(
 
 
 class _Disturbance:
-    """A forward hook that adds noise to the output of one call of the backbone, of a `batch` of all `prompts`."""
+    """A forward hook that adds noise to the output of one backbone call, for a `batch` of all prompts."""
 
-    def __init__(self, step: int, relative_noise: float, seed: int, prompts: int, batch: range) -> None:
-        self._step, self._relative_noise, self._calls = step, relative_noise, 0
-        self._prompts, self._batch = prompts, batch
-        self._generator = torch.Generator("cpu").manual_seed(seed)
+    def __init__(self, step: int, relative_noise: float, calls: Calls, batch: range) -> None:
+        self._step, self._relative_noise, self._called = step, relative_noise, 0
+        self._prompts, self._images, self._batch = len(calls), calls.images, batch
+        self._generator = torch.Generator("cpu").manual_seed(calls.seed)
 
     def __call__(self, module: torch.nn.Module, args: tuple, output: Any) -> Any:
-        self._calls += 1
-        return _with_first(output, self._disturbed) if self._calls == self._step + 1 else None
+        self._called += 1
+        return _with_first(output, self._disturbed) if self._called == self._step + 1 else None
 
     def _disturbed(self, prediction: Tensor) -> Tensor:
         rms = prediction.float().square().mean(dim=tuple(range(1, prediction.dim())), keepdim=True).sqrt()
-        branches = len(prediction) // len(self._batch)  # of the guidance, one behind the other
-        noise = torch.randn(branches, self._prompts, *prediction.shape[1:], generator=self._generator)
-        noise = noise[:, list(self._batch)].flatten(0, 1).to(prediction.device)
+        branches = len(prediction) // (len(self._batch) * self._images)  # of the guidance, one behind the other
+        shape = branches, self._prompts, self._images, *prediction.shape[1:]
+        noise = torch.randn(shape, generator=self._generator)[:, list(self._batch)].flatten(0, 2).to(prediction.device)
         return (prediction.float() + self._relative_noise * rms * noise).to(prediction.dtype)
 
 

@@ -5,7 +5,6 @@ quantized one fills empty quantized layers with its bytes. Registered by `dmquan
 """
 
 import enum
-import inspect
 import json
 import logging
 from collections.abc import Collection
@@ -18,12 +17,16 @@ from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import nn
 
-from dmquant.activations import TimestepRanges
 from dmquant.convert import LayerPlan, plan, plan_without_data, quantize_layers_, unmatched
 from dmquant.diffusers import families, pairs, tensors  # noqa: F401  (enter what they know)
+from dmquant.diffusers.attach import attach, detach
+from dmquant.diffusers.dequantize import dequantize_
+from dmquant.diffusers.methods import refuse_fusing
+from dmquant.diffusers.state import apart, check_unchanged
 from dmquant.errors import UsageError, UserError
 from dmquant.host import checksums
-from dmquant.layers import QUANTIZED, quantize_layer, share_timesteps
+from dmquant.host.files import as_umask_says
+from dmquant.layers import QUANTIZED, become_, quantize_layer
 from dmquant.models import completed, records_quantization
 from dmquant.recipe import Recipe, bits_names, recipe_names
 from dmquant.transforms import folds_first
@@ -99,6 +102,8 @@ class DMQuantizer(DiffusersQuantizer):
         # `from_single_file` does not say, and reads weights in full precision.
         super().__init__(quantization_config, **{"pre_quantized": False, **kwargs})
         self._plans, self._whole_model, self._files = {}, False, []
+        self.tensors: frozenset[str] = frozenset()
+        """Names of the tensors of the quantized model."""
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Check nothing: every environment that runs torch will do."""
@@ -123,13 +128,14 @@ class DMQuantizer(DiffusersQuantizer):
         recipe = completed(recipe, model)
         # A copy, because the caller may load a model of another family with the same configuration.
         self.quantization_config = QuantConfig(recipe, version=self.quantization_config.version)
+        places = list(model.named_modules(remove_duplicate=False))
         plans = (
             empty_layers_(model, self.quantization_config) if self.pre_quantized else plan_without_data(model, recipe)
         )
-        self._plans = {step.name: step for step in plans}
+        layers = {model.get_submodule(step.name): step for step in plans}
+        self._plans = {name: layers[layer] for name, layer in places if layer in layers}
         self._whole_model = any(folds_first(one) for step in plans for one in step.transforms)
         self._check_tensors(model, state_dict)
-        attach(model, self)
 
     def _check_tensors(self, model: nn.Module, state_dict: dict[str, torch.Tensor] | None) -> None:
         """UserError unless the files, or the state dict of a single-file checkpoint, hold the model that is built."""
@@ -150,6 +156,17 @@ class DMQuantizer(DiffusersQuantizer):
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         if self._whole_model and not self.pre_quantized:
             quantize_layers_(model, self.quantization_config.recipe)
+        if left := [name for name in self._plans if type(model.get_submodule(name)) in QUANTIZED]:
+            raise UserError(
+                f"{left[0]} went to disk in full precision: quantize with a device_map without disk, save the model, "
+                "and load what was saved with that device_map"
+            )
+        attach(model, self)
+        return model
+
+    def _dequantize(self, model: nn.Module) -> nn.Module:
+        dequantize_(model)
+        detach(model)
         return model
 
     def check_if_quantized_param(
@@ -186,10 +203,16 @@ class DMQuantizer(DiffusersQuantizer):
         stored = state_dict[param_name].to(target_device)
         if self.pre_quantized:
             setattr(layer, leaf, nn.Parameter(stored, requires_grad=False))
-        else:
+        elif type(layer) in QUANTIZED:  # the first time, where the layer has several names
             step = self._plans[layer_name]
             quantized = quantize_layer(layer, step.weights, step.activations, stored, transforms=step.transforms)
-            model.set_submodule(layer_name, quantized)
+            become_(layer, quantized)
+
+    def get_state_dict_and_metadata(
+        self, state_dict: dict[str, Any], safe_serialization: bool = False
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        check_unchanged(state_dict.keys(), self.tensors)
+        return apart(state_dict), {}
 
     @property
     def is_serializable(self) -> bool:
@@ -214,7 +237,7 @@ def empty_layers_(model: nn.Module, config: QuantConfig) -> list[LayerPlan]:
         layer = model.get_submodule(step.name)
         _check_order_of_codes(step.name, layer, config.version)
         empty = QUANTIZED[type(layer)].like(layer, step.weights, step.activations, "meta", step.transforms)
-        model.set_submodule(step.name, empty)
+        become_(layer, empty)
     return plans
 
 
@@ -243,43 +266,6 @@ auto.AUTO_QUANTIZER_MAPPING.setdefault(QuantMethod.DMQUANT.value, DMQuantizer)
 auto.AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault(QuantMethod.DMQUANT.value, QuantConfig)
 
 
-class _TellTimestep:
-    """A forward pre-hook that tells a backbone's static layers the timestep; a class, so that copies keep apart."""
-
-    def __init__(self, backbone: nn.Module, ranges: TimestepRanges):
-        parameters = list(inspect.signature(type(backbone).forward).parameters)
-        if "timestep" not in parameters:
-            raise UsageError(
-                f"{type(backbone).__name__} is called without a timestep, so its layers cannot differ by "
-                "timestep range: use activation scales static:1 or online, and bias with ranges: 1"
-            )
-        self.position = parameters.index("timestep") - 1  # not counting self
-        self.ranges = ranges
-
-    def __call__(self, backbone: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        timestep = kwargs.get("timestep", next(iter(args[self.position :]), None))
-        if timestep is None:
-            raise RuntimeError(f"{type(backbone).__name__} was called without a timestep")
-        self.ranges.set(timestep)
-
-
-def attach(model: nn.Module, quantizer: DMQuantizer) -> None:
-    """Tell a diffusers model that it is quantized, so that `save_pretrained` writes it as such.
-
-    Where its layers differ by timestep range, every call tells them its timestep.
-    """
-    if ranges := share_timesteps(model):
-        told = next((hook for hook in model._forward_pre_hooks.values() if isinstance(hook, _TellTimestep)), None)
-        if told is None:
-            model.register_forward_pre_hook(_TellTimestep(model, ranges), with_kwargs=True)
-        else:
-            told.ranges = ranges
-    config = quantizer.quantization_config
-    model.register_to_config(quantization_config=config.to_dict())
-    model.hf_quantizer, model.is_quantized = quantizer, True
-    model.quantization_method = config.quant_method
-
-
 def mark_quantized(model: nn.Module, recipe: Recipe) -> None:
     """`attach` for a model whose layers were quantized in place by `recipe`."""
     attach(model, DMQuantizer(QuantConfig(completed(recipe, model)), pre_quantized=True))
@@ -290,6 +276,7 @@ def _record(model: nn.Module, recipe: Recipe, layers: Collection[str]) -> bool:
     """Mark a diffusers model, unless some of its layers were quantized by another recipe."""
     from diffusers import ModelMixin
 
+    refuse_fusing(model)
     quantized = {name for name, layer in model.named_modules() if isinstance(layer, tuple(QUANTIZED.values()))}
     if not isinstance(model, ModelMixin) or quantized != set(layers):
         return False
@@ -301,6 +288,8 @@ def save_pipeline(pipeline: Any, folder: str | Path) -> None:
     """`save_pretrained`, `make_portable`, and the checksums of all that is there. Raises OSError as the disk does."""
     pipeline.save_pretrained(folder, safe_serialization=True)
     make_portable(Path(folder))
+    for file in Path(folder).glob("*/*.safetensors"):
+        as_umask_says(file)
     checksums.write(Path(folder))
 
 

@@ -47,7 +47,7 @@ def _make_float(bits: int, exponent: int, mantissa: int) -> FloatFormat:
 
 
 _PATTERNS: dict[str, Callable[..., Format]] = {
-    r"fp(\d+)_e(\d+)m(\d+)": _make_float,
-    r"int(\d+)": IntFormat,
+    r"fp(\d{1,3})_e(\d{1,3})m(\d{1,3})": _make_float,
+    r"int(\d{1,3})": IntFormat,
     NF4.name: lambda: NF4,
 }

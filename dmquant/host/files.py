@@ -48,6 +48,7 @@ def replacing(path: Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = (keeper and keeper.temporary(path)) or _beside(path)
         yield temporary
+        as_umask_says(temporary)
         if keeper is not None:
             keeper.admit(path, temporary)
         os.replace(temporary, path)
@@ -57,6 +58,15 @@ def replacing(path: Path) -> Iterator[Path]:
         if temporary is not None:
             with suppress(OSError):  # it is not there, or a file is in the place of its folder
                 temporary.unlink()
+
+
+def as_umask_says(path: Path) -> None:
+    """Give a file, or every file below a folder, the mode of a new file: safetensors writes for the owner alone."""
+    mask = os.umask(0o077)  # there is no other way to ask for it
+    os.umask(mask)
+    for file in path.rglob("*") if path.is_dir() else (path,):
+        if file.is_file() and not file.is_symlink() and file.stat().st_mode & 0o777 != 0o666 & ~mask:
+            file.chmod(0o666 & ~mask)
 
 
 def _beside(path: Path) -> Path:

@@ -46,10 +46,10 @@ def finds_pairs(finder: Finder) -> Finder:
 
 
 def pairs(module: nn.Module) -> Iterator[Pair]:
-    """The pairs of a module by every finder in the order of their registration (dmquant.diffusers.pairs)."""
-    for finder in _finders:
-        for block in module.modules():
-            yield from (pair for pair in finder(block) if _fits(pair))
+    """The pairs of a module by every finder in the order of their registration, of layers and weights in one place."""
+    met = [id(weight) for _, weight in module.named_parameters(remove_duplicate=False)]
+    found = (pair for finder in _finders for block in module.modules() for pair in finder(block) if _fits(pair))
+    yield from (one for one in found if all(met.count(id(layer.weight)) == 1 for layer in one.firsts + one.seconds))
 
 
 def _fits(pair: Pair) -> bool:

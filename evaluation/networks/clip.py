@@ -11,6 +11,7 @@ A model is named in one of these ways:
 Preparation and tokenizer are the model's own. Everything is computed in float32.
 """
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -83,13 +84,13 @@ def find(name: str) -> Source:
         repo = name.removeprefix(HUB)
         return Source(repo, HubFile(repo, WEIGHTS, beside=(CONFIGURATION,)))
     folder = Path(name).expanduser()
-    if folder.is_dir():
+    if os.path.isdir(folder):  # unlike Path.is_dir, False for a name too long to be one
         return Source(folder.resolve().name, _weights_in(folder))
     architecture, _, weights = name.partition(":")
     if architecture not in open_clip.list_models():
         hint = "give MODEL:WEIGHTS of open_clip (ViT-L-14-336:openai), hf-hub:OWNER/NAME, or a folder"
         raise unknown("CLIP model", name, open_clip.list_pretrained(as_str=True), hint)
-    if Path(weights).expanduser().is_file():
+    if os.path.isfile(Path(weights).expanduser()):
         path = Path(weights).expanduser()
         return Source(f"{architecture} ({path.name})", path, architecture)
     return _tagged(architecture, weights)

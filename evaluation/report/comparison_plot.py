@@ -12,6 +12,7 @@ from dmquant.evaluation.report.plot_style import (
     COLOURS,
     better_upwards,
     linear_ticks,
+    literal,
     logarithmic_ticks,
     panels,
     plain,
@@ -66,7 +67,9 @@ def draw_comparison(report: Report, out: Path, metric: str | None = None) -> boo
         axes[0].set_xticks([bits[0]], [f"{bits[0]:.2f}"])
     better_upwards(axes[0], kind, measured[0].backbone and measured[0].backbone.name)
     about = "bars are 95 % intervals, " if any(one.low is not None for one in measured) else ""
-    figure.suptitle(f"{report.model}: {measured[0].images} images, {about}the line is the Pareto front", fontsize=11)
+    figure.suptitle(
+        f"{literal(report.model)}: {measured[0].images} images, {about}the line is the Pareto front", fontsize=11
+    )
     _label(axes[-1], {name: one.value for name, one in zip(recipes, measured, strict=True)}, kind, height)
     save(figure, out)
     return True
@@ -120,7 +123,7 @@ def _label(axis: Axes, values: dict[str, float], kind: Kind, height: float) -> N
         beside = {"transform": axis.transAxes, "color": colour, "clip_on": False}
         axis.plot([1.01, 1.05], [heights[name], y], linewidth=0.8, **beside)
         axis.plot(1.075, y, marker, markersize=6, **beside)
-        axis.text(1.11, y, f"{name}  {kind.number(values[name])}", va="center", fontsize=9, **beside)
+        axis.text(1.11, y, f"{literal(name)}  {kind.number(values[name])}", va="center", fontsize=9, **beside)
 
 
 def _spread(wanted: list[float], line: float, bottom: float, top: float) -> list[float]:

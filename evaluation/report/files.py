@@ -9,6 +9,7 @@ from dmquant.evaluation.report.markdown import render_markdown
 from dmquant.evaluation.report.page import render_html
 from dmquant.evaluation.result import VERSION, Report
 from dmquant.host.files import write_text
+from dmquant.host.text import json_text
 
 JSON_NAME = "report.json"
 
@@ -21,7 +22,7 @@ def write_report(folder: Path, report: Report, progress: Progress = silent) -> N
     """
     folder = Path(folder)
     contents = {
-        JSON_NAME: json.dumps(report.to_json(), indent=2, ensure_ascii=False, allow_nan=False) + "\n",
+        JSON_NAME: json_text(report.to_json(), indent=2) + "\n",
         "report.md": render_markdown(folder, report),
         "report.html": render_html(folder, report, progress),
     }

@@ -1,5 +1,6 @@
 """A picture that shows the effect of quantization: images of the same prompts, side by side."""
 
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -10,6 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from dmquant.evaluation.difference import difference_picture, open_alike, rms_difference
 from dmquant.evaluation.images import matching_images, save_image
+from dmquant.host.text import visible
 
 SMALLEST, LARGEST = 128, 384  # pixels: the longer side of a picture in the grid
 LINE_WIDTH = 1320  # pixels: small pictures of several prompts share a line up to this width
@@ -40,7 +42,7 @@ def draw_grid(
 ) -> Path:
     """Draw the images of several folders side by side, a row a prompt, and write the PNG to `out`.
 
-    `columns` maps a heading to a folder of PNG images of the same names, full precision first. `prompts` has one
+    `columns` maps a heading to a folder of images of the same names, full precision first. `prompts` has one
     entry per image, in the order of the names. At most `rows` prompts are shown: evenly spread over all of them, or
     with `worst` those whose images are furthest from full precision, the furthest first. Their absolute difference to
     full precision times `amplify` stands beside one recipe, below several; None leaves it out. `per_line` prompts
@@ -167,7 +169,7 @@ def _font() -> ImageFont.FreeTypeFont:
 def _wrapped(text: str, width: int, most: int) -> list[str]:
     """`text` broken into lines of at most `width` pixels; of more than `most` lines the rest is cut and said to be."""
     lines: list[str] = []
-    for word in text.split():
+    for word in visible(text).split():
         if lines and _length(f"{lines[-1]} {word}") <= width:
             lines[-1] += f" {word}"
             continue
@@ -184,7 +186,7 @@ def _wrapped(text: str, width: int, most: int) -> list[str]:
 
 def _fitting(text: str, width: float) -> int:
     """Number of characters of `text` that fit into `width` pixels; a name is broken after a hyphen or underscore."""
-    fits = next(count for count in range(len(text), -1, -1) if _length(text[:count]) <= max(width, 0))
+    fits = max(0, bisect_right(range(len(text) + 1), max(width, 0), key=lambda count: _length(text[:count])) - 1)
     if fits == len(text):
         return fits
     natural = max(text.rfind(sign, 0, fits) for sign in "-_") + 1

@@ -13,6 +13,7 @@ from dmquant.evaluation.report.plot_style import (
     COLOURS,
     better_upwards,
     linear_ticks,
+    literal,
     logarithmic_ticks,
     panels,
     plain,
@@ -63,7 +64,7 @@ def draw_pareto(title: str, points: Sequence[Point], costs: Mapping[str, str], m
         _panel(axis, known, cost, costs[cost], colours, kind.sign)
     better_upwards(axes[0], kind)
     figure.legend(handles=_legend(points, colours), loc="outside right upper", frameon=False, fontsize=9)
-    figure.suptitle(title, fontsize=11)
+    figure.suptitle(literal(title), fontsize=11)
     save(figure, out)
     return True
 
@@ -96,13 +97,15 @@ def _panel(axis: Axes, points: Sequence[Point], cost: str, title: str, colours: 
         x, value = xs[index], points[index].quality.value
         right = to_axes.transform((x, value))[0] > 0.5
         place = {"xytext": (-3, 4), "ha": "right"} if right else {"xytext": (3, 4), "ha": "left"}
-        axis.annotate(
-            points[index].label, (x, value), textcoords="offset points", fontsize=6.5, color=FRONT, zorder=4, **place
-        )
+        look = {"fontsize": 6.5, "color": FRONT, "zorder": 4}
+        axis.annotate(literal(points[index].label), (x, value), textcoords="offset points", **look, **place)
 
 
 def _legend(points: Sequence[Point], colours: Mapping[str, str]) -> list[Line2D]:
-    lines = [Line2D([], [], marker="o", linestyle="", color=colour, label=group) for group, colour in colours.items()]
+    lines = [
+        Line2D([], [], marker="o", linestyle="", color=colour, label=literal(group))
+        for group, colour in colours.items()
+    ]
     for kind in dict.fromkeys(point.kind for point in points):
         marker = MARKERS.get(kind, OTHER_MARKER)
         shape = {"marker": marker, "linestyle": "", "color": FRONT, "markerfacecolor": "none"}

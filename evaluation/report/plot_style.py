@@ -9,6 +9,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 
 from dmquant.evaluation.metrics.kind import Kind
 from dmquant.host.files import replacing
+from dmquant.host.text import visible
 
 COLOURS = ("#2457c5", "#c5472a", "#2a8a4a", "#8a4ab8", "#b8860b", "#1f8a99", "#a83a74", "#5f6068")
 LINES = "#e4e4ea"
@@ -51,6 +52,11 @@ def better_upwards(axis: Axes, kind: Kind, network: str | None = None) -> None:
         axis.invert_yaxis()
     title = kind.heading(network)[:-2]  # the arrow would point nowhere here
     axis.set_ylabel(f"{title}{f', {kind.unit.strip()}' if kind.unit else ''}")
+
+
+def literal(text: str) -> str:
+    """A name as a plot shows it: without mathematics between dollar signs, and on one line."""
+    return visible(text).replace("$", r"\$")
 
 
 def save(figure: Figure, out: Path) -> None:

@@ -1,7 +1,13 @@
 """Help texts in plain text, grouped as the options say. rich would take longer to import than everything else here."""
 
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
 from typer import Context, Exit, echo
 from typer.core import TyperCommand, TyperGroup
+
+from dmquant.host.text import bounded, visible
 
 
 class _PlainHelp:
@@ -33,6 +39,20 @@ class _PlainHelp:
             formatter.write(self.epilog + "\n")
 
 
+@contextlib.contextmanager
+def _in_one_line() -> Iterator[None]:
+    """Print an error of the parser, which would take four lines with its usage; help that stands for one stays."""
+    try:
+        yield
+    except Exception as error:
+        context, message = getattr(error, "ctx", None), getattr(error, "format_message", None)
+        if message is None or context is None or type(error).__name__ == "NoArgsIsHelpError":
+            raise
+        said = bounded(message().rstrip(".").replace("Invalid value for ", ""))
+        echo(visible(f"error: {said}: see {context.command_path} --help"), err=True)
+        raise Exit(error.exit_code) from None
+
+
 def _filled_in(text: str) -> str:
     """A help text with the metrics that there are; they are looked for only where a text names them."""
     if "{metrics}" not in text:
@@ -47,7 +67,15 @@ class Command(_PlainHelp, TyperCommand):
 
 
 class Group(_PlainHelp, TyperGroup):
-    """The command that holds the others."""
+    """The command that holds the others; what it cannot make sense of is one line, like every other error."""
+
+    def make_context(self, *args: Any, **kwargs: Any) -> Context:
+        with _in_one_line():
+            return super().make_context(*args, **kwargs)
+
+    def invoke(self, ctx: Context) -> Any:
+        with _in_one_line():
+            return super().invoke(ctx)
 
     def get_params(self, ctx: Context) -> list:
         """None to parse before a command's name: a flag that is not set is what typer imports pydantic for, too."""

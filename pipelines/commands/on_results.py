@@ -67,7 +67,7 @@ def grid(
         bool, typer.Option(help="Show the difference to full precision as well.", rich_help_panel="Output")
     ] = True,
     amplify: Annotated[
-        float, typer.Option(min=0.1, help="Times the difference is shown.", rich_help_panel="Output")
+        float, typer.Option(min=0.1, max=255, help="Times the difference is shown.", rich_help_panel="Output")
     ] = 4.0,
     columns: Annotated[
         int | None,

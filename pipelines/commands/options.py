@@ -237,6 +237,7 @@ Workers = Annotated[
     int | None,
     typer.Option(
         min=1,
+        max=1024,
         help="Trials at once. Default: one a GPU, one on a CPU.",
         rich_help_panel="Machine",
         show_default=False,
@@ -246,6 +247,7 @@ Threads = Annotated[
     int | None,
     typer.Option(
         min=1,
+        max=1024,
         help="Threads of a trial. Default: those of this machine, shared out. With equal threads results are equal "
         "to the bit, whatever the engine and the number of workers.",
         rich_help_panel="Machine",

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from dmquant.diffusers.quantizer import QuantMethod
 from dmquant.errors import UsageError, UserError
 from dmquant.evaluation.generate import missing
+from dmquant.evaluation.image_files import check_one_kind
 from dmquant.evaluation.images import generated_images
 from dmquant.evaluation.networks import Networks
 from dmquant.evaluation.png import is_picture, read_prompt
@@ -26,7 +27,7 @@ from dmquant.pipelines.runs.closing_tables import closing_table, comparison_tabl
 from dmquant.pipelines.runs.image_stage import claim_images, make_images
 from dmquant.pipelines.runs.model_stage import load_quantized, load_source, make_model_together
 from dmquant.pipelines.runs.run import Run, saved_settings
-from dmquant.pipelines.runs.run_report import build_report, unfinished, write_all_reports
+from dmquant.pipelines.runs.run_report import build_report, reading_records, unfinished, write_all_reports
 from dmquant.pipelines.runs.runfolder import RunFolder, claim, is_full_disk
 from dmquant.pipelines.runs.scores import make_scores, write_table
 from dmquant.pipelines.runs.settings import Settings, clip_source, resolve_metrics
@@ -200,6 +201,7 @@ def score(
     """Print the metrics of two folders of images that pair up by name; those of each image go to the file `csv`."""
     quiet_libraries()
     console = Console()
+    _check_folders(fp, quantized)
     if csv is not None and os.path.lexists(csv) and read_scores(csv) is None:
         raise UserError(f"{csv} is there, and is no table of scores: choose another file with --csv")
     names, device = resolve_metrics(metrics, real), resolve_device(device)
@@ -225,6 +227,7 @@ def grid(
     per_line: int | None,
 ) -> None:
     """Draw images beside full precision, with the prompts that they carry, or their names where they carry none."""
+    _check_folders(fp, *quantized)
     if os.path.lexists(out) and not is_picture(out):
         raise UserError(f"{out} is there, and dmquant did not draw it: choose another file with --out")
     prompts = [read_prompt(path) or path.stem for path in generated_images(fp)]
@@ -232,6 +235,14 @@ def grid(
     columns = {"full precision": fp, **dict(zip(names, quantized, strict=True))}
     drawn = processes.current().on_main(lambda: draw_grid(columns, prompts, out, rows, difference, worst, per_line))
     Console().say(f"grid: {drawn}")
+
+
+def _check_folders(fp: Path, *others: Path) -> None:
+    """UserError for images that are compared with themselves, and for a folder of which some would be left out."""
+    for folder in (fp, *others):
+        check_one_kind(folder)
+        if folder is not fp and folder.samefile(fp):
+            raise UsageError(f"{fp} and {folder} are one folder: name that of the other images")
 
 
 def _distinct_names(paths: Sequence[Path]) -> list[str]:
@@ -250,7 +261,8 @@ def report(folder: Path) -> None:
     settings = saved_settings(run_folder)
     if runfolder.TRIALS in settings:
         raise UserError(f"{folder} holds a sweep: its own command, given again, writes its tables again")
-    absent = unfinished(run_folder, settings)
+    with reading_records(run_folder):
+        absent = unfinished(run_folder, settings)
     if absent:
         raise UserError(f"{folder} is not finished ({', '.join(absent)} not done); run its command again to resume")
     result = build_report(run_folder, settings)

@@ -134,7 +134,7 @@ def load_full_precision(
     without = {name: value for name, value in family.without.items() if name in parameters}
     variant = folders.variant(folder, family.component)
     options = {"torch_dtype": dtype, "use_safetensors": True, "local_files_only": True}
-    with explaining(folder):
+    with explained(folder):
         apart = {
             name: model_class(*folders.classes(folder)[name]).from_pretrained(folder / name, variant=own, **options)
             for name, own in folders.other_variants(folder, variant, {**family.without, **parts}).items()
@@ -149,13 +149,13 @@ def load_full_precision(
 
 
 @contextlib.contextmanager
-def explaining(folder: Path) -> Iterator[None]:
-    """Turn what diffusers raises where it cannot load a folder into a UserError."""
+def explained(folder: Path) -> Iterator[None]:
+    """UserError, in one line, for whatever the libraries raise while they load the pipeline in `folder`."""
     try:
         yield
     except UserError:
         raise
-    except (OSError, ValueError, RuntimeError, ImportError, AttributeError, LookupError, TypeError) as error:
+    except Exception as error:  # tokenizers raises no other kind, and diffusers and transformers any
         reason = " ".join(str(error).split())
         raise UserError(f"diffusers cannot load {folder}: {type(error).__name__}: {reason}") from error
 

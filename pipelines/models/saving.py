@@ -1,6 +1,5 @@
 """Write a quantized pipeline as a folder that works anywhere: whole or not at all."""
 
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,8 +9,9 @@ from torch import nn
 
 from dmquant.diffusers.quantizer import make_portable, save_pipeline
 from dmquant.errors import UserError
+from dmquant.evaluation.report.markdown import cell, code
 from dmquant.host import checksums, owned
-from dmquant.host.files import sha256
+from dmquant.host.files import as_umask_says, sha256
 from dmquant.host.folder_swap import take_place
 from dmquant.pipelines.models.shared_parts import SharedParts
 
@@ -37,7 +37,7 @@ def save_whole(
     folder = folder.resolve()
     with owned.workspace(folder) as room:
         new = room / "new"
-        shutil.rmtree(new, ignore_errors=True)  # of a command that was killed
+        owned.drop(new)  # of a command that was killed
         new.mkdir(parents=True)
         try:
             _save(pipeline, new, backbone, shared)
@@ -45,7 +45,7 @@ def save_whole(
             checksums.write(new)
             replaced = take_place(new, folder, room, listed)
         except BaseException:
-            shutil.rmtree(new, ignore_errors=True)
+            owned.drop(new)
             raise
         if owner := owned.of(folder / CARD):
             for name, digest in listed(folder).items():
@@ -68,6 +68,7 @@ def _save(pipeline: "DiffusionPipeline", folder: Path, backbone: str, shared: Sh
     _put_tokenizers_at_rest(pipeline)
     if shared is not None and shared.fill(folder):
         getattr(pipeline, backbone).save_pretrained(folder / backbone, safe_serialization=True)
+        as_umask_says(folder / backbone)
         make_portable(folder)
         return
     save_pipeline(pipeline, folder)
@@ -105,9 +106,9 @@ library_name: diffusers
 tags: [dmquant, quantized, text-to-image]
 ---
 
-# {name}, weights in {weights}, activations in {activations}
+# {cell(name)}, weights in {weights}, activations in {activations}
 
-A diffusers `{pipeline}` whose backbone dmquant quantized with the recipe `{recipe}`. Scales and layers are in
+A diffusers `{pipeline}` whose backbone dmquant quantized with the recipe {code(recipe)}. Scales and layers are in
 `config.json` of the backbone, codes in its safetensors.
 
 ```python

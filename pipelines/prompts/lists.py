@@ -10,7 +10,7 @@ from pathlib import Path
 
 from dmquant.errors import UsageError, UserError, unknown
 from dmquant.host.files import in_package
-from dmquant.pipelines.prompts.readers import NO_STYLE, SUFFIXES, read_file, text_lines
+from dmquant.pipelines.prompts.readers import NO_STYLE, SUFFIXES, Listed, read_file, text_lines
 
 SUFFIX = ".txt"
 
@@ -19,7 +19,8 @@ SUFFIX = ".txt"
 class PromptSet:
     """Prompts and where they come from: the first or the drawn ones of the `total` prompts of the list `name`.
 
-    `styles` has one entry a prompt, empty where the list knows no styles. `seed` is None where none was drawn.
+    `styles` has one entry a prompt, empty where the list knows no styles. `seed` is None where none was drawn;
+    `comments` counts the lines of the file that were left out.
     """
 
     name: str
@@ -27,6 +28,7 @@ class PromptSet:
     styles: tuple[str, ...]
     total: int
     seed: int | None = None
+    comments: int = 0
 
     def take(self, number: int, seed: int | None = None) -> "PromptSet":
         """The first `number` prompts, or that many drawn without replacement; in the order of the list either way.
@@ -53,9 +55,10 @@ class PromptSet:
             part = f"first {count} of {self.total}"
         else:
             part = f"{count} of {self.total}, seed {self.seed}"
+        left_out = f"; {self.comments} lines with # left out" if self.comments else ""
         styles = Counter(style for style in self.styles if style != NO_STYLE)
         by_style = ", ".join(f"{number} {style}" for style, number in styles.items())
-        return f"{self.name}, {part} ({by_style})" if by_style else f"{self.name}, {part}"
+        return f"{self.name}, {part}{f' ({by_style})' if by_style else ''}{left_out}"
 
 
 @dataclass(frozen=True)
@@ -93,23 +96,23 @@ def read_prompts(source: str) -> PromptSet:
     packaged = _packaged()
     path, column = _file_and_column(source)
     if source in packaged:
-        by_style = {NO_STYLE: text_lines(packaged[source])}
+        listed = Listed({NO_STYLE: text_lines(packaged[source])})
     elif source in INSTALLED:
-        by_style = read_file(_installed_file(source), INSTALLED[source].column)
+        listed = read_file(_installed_file(source), INSTALLED[source].column)
     elif os.path.exists(path):
-        by_style = read_file(path, column)
+        listed = read_file(path, column)
     elif path.suffix.partition(":")[0].lower() in SUFFIXES:
         raise UserError(f"there is no file {source}")
     else:
         known = [*packaged, *INSTALLED]
         raise unknown("prompt set", source, known, f"it is one of {', '.join(known)}, or a file")
-    prompts = tuple(prompt for listed in by_style.values() for prompt in listed)
+    prompts = tuple(prompt for of_style in listed.by_style.values() for prompt in of_style)
     if not prompts:
         raise UserError(f"{source} holds no prompts")
-    styles = tuple(style for style, listed in by_style.items() for _ in listed)
+    styles = tuple(style for style, of_style in listed.by_style.items() for _ in of_style)
     # The last part of a path is what means the same on another machine; of a packaged set it is the name.
     name = path.absolute().name + ("" if column is None else f":{column}")
-    return PromptSet(name, prompts, styles, total=len(prompts))
+    return PromptSet(name, prompts, styles, total=len(prompts), comments=listed.comments)
 
 
 def load_prompts(source: str, number: int | None = None, seed: int | None = None) -> list[str]:

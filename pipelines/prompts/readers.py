@@ -1,80 +1,136 @@
-"""Prompts in the files they come in: text, CSV, TSV, JSON, JSON lines, Parquet, COCO captions, HPSv2's benchmark."""
+"""Prompts in the files they come in: text, CSV, TSV, JSON, YAML, Parquet, COCO captions, HPSv2's benchmark."""
 
 import csv
-import io
-import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from dmquant.errors import UsageError, UserError, unknown
+from dmquant.pipelines.prompts.structured import parse_json, parse_yaml
+from dmquant.pipelines.prompts.texts import (
+    BLANK,
+    MOST_PROMPTS,
+    check_lines,
+    kind_of,
+    lines_of,
+    prompts_of,
+    reading,
+    whole_text,
+)
 
 STYLES = ("anime", "concept-art", "paintings", "photo")
 """The styles of HPSv2's benchmark, each with prompts of its own."""
 NO_STYLE = ""
 USUAL_COLUMNS = frozenset({"prompt", "prompts", "prompt_en", "caption", "captions", "text"})
-MISSING = frozenset({"", "nan", "NaN"})
-"""Cells that hold no prompt; the two words are what pandas writes for an empty cell."""
 SHOWN_COLUMNS = 20
+YAML_BYTES = 10_000_000  # it is read at some 5 MB a second
+LONGEST_OBJECT = 1_000_000  # characters of a line of JSON
+DELIMITERS = {",": "commas", ";": "semicolons", "\t": "a tab"}
+COMMENT, NO_COMMENT = "#", "\\#"
 
 Found = list[str] | dict[str, list[str]]
 
 
-def read_file(path: Path, column: str | None = None) -> dict[str, list[str]]:
-    """The prompts of a file or folder by style, all under NO_STYLE where it has no styles; in the file's order.
+@dataclass(frozen=True)
+class Listed:
+    """The prompts of a file by style, all under NO_STYLE where it has none; and how many of its lines were comments."""
+
+    by_style: dict[str, list[str]]
+    comments: int = 0
+
+
+def read_file(path: Path, column: str | None = None) -> Listed:
+    """The prompts of a file or folder, in the file's order.
 
     White space around a prompt is dropped, and so are prompts without any text.
 
     Raises UsageError for a column that is not there and where none, or more than one, is called as usual; UserError
-    for a file that cannot be read or holds something else.
+    for a file that cannot be read or holds something else, and for one beyond the bounds of `texts`.
     """
-    read = _benchmark if path.is_dir() else _READERS.get(path.suffix.lower(), _lines)
+    if path.is_dir():
+        return Listed(_benchmark(path, column))
+    if not path.is_file():
+        raise UserError(f"{path} is a device or a pipe, no file: write the prompts to a file")
+    read = _READERS.get(path.suffix.lower())
+    if read is None:
+        return _lines(path, column)
     found = read(path, column)
-    return found if isinstance(found, dict) else {NO_STYLE: found}
+    return Listed(found if isinstance(found, dict) else {NO_STYLE: found})
 
 
 def text_lines(text: str) -> list[str]:
-    """The prompts of a text, one for each line; blank lines and lines that start with `#` are left out."""
-    lines = (line.strip() for line in text.split("\n"))
-    return [line for line in lines if line and not line.startswith("#")]
+    """The prompts of a text, one for each line; blank lines and comments, which start with `#`, are left out."""
+    return [prompt for line in text.split("\n") if (prompt := _uncommented(line.strip()))]
 
 
-def _lines(path: Path, column: str | None) -> Found:
+def _lines(path: Path, column: str | None) -> Listed:
     _refuse_column(path, column)
-    return text_lines(_text_of(path))
+    comments = 0
+
+    def prompts() -> Iterator[str | None]:
+        nonlocal comments
+        for _, line in lines_of(path):
+            comments += line.strip().startswith(COMMENT)
+            yield _uncommented(line.strip())
+
+    return Listed({NO_STYLE: prompts_of(prompts(), str(path), BLANK)}, comments)
+
+
+def _uncommented(line: str) -> str | None:
+    """The prompt on a line; None for a comment. A prompt that begins with `#` is written behind a backslash."""
+    if line.startswith(COMMENT):
+        return None
+    return line[1:] if line.startswith(NO_COMMENT) else line
 
 
 def _delimited(path: Path, column: str | None, delimiter: str) -> Found:
-    (_, header), *rows = _rows(path, delimiter) or [(0, [])]
-    names = [name.strip() for name in header]
-    for line, row in rows:
-        if any(cell.strip() for cell in row[len(names) :]):
-            raise UserError(
-                f"{path}, line {line}: {len(row)} values for {len(names)} columns; put prompts that hold "
-                f"{'a tab' if delimiter == chr(9) else 'commas'} into double quotes"
-            )
-    name = _choose(path, names, column)
-    index = names.index(name)
-    return _column(path, name, [row[index] if index < len(row) else None for _, row in rows])
-
-
-def _rows(path: Path, delimiter: str) -> list[tuple[int, list[str]]]:
-    """The rows that are not empty, each with the number of its last line."""
-    text = _text_of(path)
+    check_lines(path)
     # Many TSV files know no quoting: there a prompt may begin with a quotation mark.
     quotings = [csv.QUOTE_MINIMAL] if delimiter == "," else [csv.QUOTE_MINIMAL, csv.QUOTE_NONE]
     for quoting in quotings:
-        reader = csv.reader(io.StringIO(text), delimiter=delimiter, quoting=quoting, strict=True)
-        try:
-            return [(reader.line_num, row) for row in reader if row]
-        except csv.Error as error:
-            problem = f"{path}, line {reader.line_num}: {error}"
+        with reading(path, newline="") as file:
+            first = file.readline()
+            file.seek(0)
+            usual = ";" if delimiter == "," and ";" in first and "," not in first else delimiter
+            reader = csv.reader(file, delimiter=usual, quoting=quoting, strict=True)
+            try:
+                return _cells(path, column, reader, usual)
+            except csv.Error as error:
+                problem = f"{path}, line {reader.line_num}: {error}"
     raise UserError(problem)
 
 
+def _cells(path: Path, column: str | None, reader: Any, delimiter: str) -> list[str]:
+    """One column of a table whose first row names the columns; rows without any cell are left out."""
+    rows = (row for row in reader if row)
+    names = [name.strip() for name in next(rows, [])]
+    name = _choose(path, names, column)
+    index = names.index(name)
+
+    def cells() -> Iterator[str | None]:
+        for row in rows:
+            if any(cell.strip() for cell in row[len(names) :]):
+                raise UserError(
+                    f"{path}, line {reader.line_num}: {len(row)} values for {len(names)} columns; put prompts that "
+                    f"hold {DELIMITERS[delimiter]} into double quotes"
+                )
+            yield row[index] if index < len(row) else None
+
+    return _column(path, name, cells())
+
+
 def _json(path: Path, column: str | None) -> Found:
-    data = _parse(_text_of(path), str(path))
+    return _structured(path, parse_json(whole_text(path), str(path)), column)
+
+
+def _yaml(path: Path, column: str | None) -> Found:
+    return _structured(path, parse_yaml(whole_text(path, YAML_BYTES), str(path)), column)
+
+
+def _structured(path: Path, data: Any, column: str | None) -> Found:
+    """The prompts in the content of a JSON or YAML file."""
     if isinstance(data, list):
         return _records(path, data, column)
     if not isinstance(data, dict):
@@ -88,18 +144,22 @@ def _json(path: Path, column: str | None) -> Found:
     is_column = column in data if column is not None else bool(_usual(data))
     if not is_column and all(isinstance(value, dict) for value in data.values()):
         return _records(path, list(data.values()), column)  # rows by name
+    if not is_column and column is None and all(isinstance(value, str) for value in data.values()):
+        return prompts_of(data.values(), str(path))  # prompts by id
     name = _choose(path, list(data), column)
     cells = data[name]
     if isinstance(cells, dict):  # as pandas writes a column: by the rows' names
         cells = list(cells.values())
     if not isinstance(cells, list):
-        raise UserError(f"'{name}' in {path} holds {_kind(cells)}, not a list of prompts")
+        raise UserError(f"'{name}' in {path} holds {kind_of(cells)}, not a list of prompts")
     return _column(path, name, cells)
 
 
 def _json_lines(path: Path, column: str | None) -> Found:
-    lines = enumerate(_text_of(path).split("\n"), start=1)
-    return _records(path, [_parse(line, f"{path}, line {number}") for number, line in lines if line.strip()], column)
+    lines = lines_of(path, most=LONGEST_OBJECT)
+    return _records(
+        path, [parse_json(line, f"{path}, line {number}") for number, line in lines if line.strip()], column
+    )
 
 
 def _parquet(path: Path, column: str | None) -> Found:
@@ -111,6 +171,8 @@ def _parquet(path: Path, column: str | None) -> Found:
     try:
         with ParquetFile(path) as file:
             name = _choose(path, file.schema_arrow.names, column)
+            if file.metadata.num_rows > MOST_PROMPTS:
+                raise UserError(f"{path} has more than {MOST_PROMPTS:,} rows: keep the prompts that are meant")
             cells = file.read([name]).column(0).to_pylist()
     except (ArrowException, OSError) as error:
         raise UserError(f"{path} cannot be read as Parquet: {error}") from None
@@ -124,7 +186,7 @@ def _benchmark(folder: Path, column: str | None) -> Found:
     missing = [file.name for file in files.values() if not file.is_file()]
     if missing:
         raise UserError(f"{folder} is not the folder of HPSv2's benchmark, whose prompts are in {', '.join(missing)}")
-    return {style: _records(file, _parse(_text_of(file), str(file)), None) for style, file in files.items()}
+    return {style: _records(file, parse_json(whole_text(file), str(file)), None) for style, file in files.items()}
 
 
 def _coco(path: Path, annotations: Sequence[Any]) -> list[str]:
@@ -145,12 +207,12 @@ def _coco(path: Path, annotations: Sequence[Any]) -> list[str]:
 def _records(path: Path, items: Any, column: str | None) -> list[str]:
     """The prompts in a list of strings, or in one column of a list of objects."""
     if not isinstance(items, list):
-        raise UserError(f"{path} holds {_kind(items)} where a list of prompts should be")
+        raise UserError(f"{path} holds {kind_of(items)} where a list of prompts should be")
     if items and all(isinstance(item, dict) for item in items):
         name = _choose(path, list(dict.fromkeys(name for item in items for name in item)), column)
         return _column(path, name, [item.get(name) for item in items])
     _refuse_column(path, column)
-    return _texts(items, str(path))
+    return prompts_of(items, str(path))
 
 
 def _choose(path: Path, names: Sequence[str], column: str | None) -> str:
@@ -176,28 +238,10 @@ def _usual(names: Iterable[str]) -> list[str]:
 
 def _column(path: Path, name: str, cells: Iterable[Any]) -> list[str]:
     where = f"column '{name}' of {path}"
-    texts = _texts(cells, where)
+    texts = prompts_of(cells, where)
     if texts and all(map(_is_number, texts)):
         raise UserError(f"{where} holds numbers, not prompts; numbers of classes go into a .txt, one a line")
     return texts
-
-
-def _texts(cells: Iterable[Any], where: str) -> list[str]:
-    texts = []
-    for cell in cells:
-        if cell is None or cell != cell:  # NaN
-            continue
-        if not isinstance(cell, str):
-            raise UserError(f"{where} holds {_kind(cell)}, not text")
-        if (text := cell.strip()) not in MISSING:
-            texts.append(text)
-    return texts
-
-
-def _kind(value: Any) -> str:
-    if isinstance(value, int | float):
-        return "numbers"
-    return {list: "lists", dict: "objects", str: "text", bytes: "bytes"}.get(type(value), type(value).__name__)
 
 
 def _is_number(text: str) -> bool:
@@ -213,27 +257,14 @@ def _refuse_column(path: Path, column: str | None) -> None:
         raise UsageError(f"{path} has no columns to choose from: leave ':{column}' away")
 
 
-def _text_of(path: Path) -> str:
-    try:
-        return path.read_text("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read as UTF-8 text: {error}") from None
-
-
-def _parse(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise UserError(f"{where} cannot be read as JSON: {error}") from None
-
-
 _READERS: dict[str, Callable[[Path, str | None], Found]] = {
-    ".txt": _lines,
     ".csv": partial(_delimited, delimiter=","),
     ".tsv": partial(_delimited, delimiter="\t"),
     ".json": _json,
     ".jsonl": _json_lines,
+    ".yaml": _yaml,
+    ".yml": _yaml,
     ".parquet": _parquet,
 }
-SUFFIXES = frozenset(_READERS)
+SUFFIXES = frozenset({".txt", *_READERS})
 """File names that end so are of a known kind; any other file is read as text with one prompt a line."""

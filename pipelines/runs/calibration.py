@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import nn
 
+from dmquant.calib.blocks.codes import meaning_of
 from dmquant.calib.blocks.engine import Calibrated, calibrate_
 from dmquant.calib.data.capture import capture
 from dmquant.calib.data.sampling import Sampling
+from dmquant.diffusers.arguments import Calls
 from dmquant.diffusers.families import Family
 from dmquant.host.console import Console
-from dmquant.host.files import fingerprint
+from dmquant.host.files import fingerprint, json_sha256
 from dmquant.pipelines.models.placing import place_backbone_alone
 from dmquant.recipe import Recipe
 
@@ -31,7 +33,8 @@ class CalibrationSettings(Protocol):
 
     family: Family
     recipe: Recipe
-    calibration_prompts: Sequence[str]
+    calibration_prompts: Sequence[str] | None
+    """None where `call` has the embeddings of prompts."""
     calibration_data: Path | None
     memory_budget: int | None
     batch_size: int
@@ -59,7 +62,7 @@ def calibrate(
         recipe,
         store,
         blocks=family.blocks(backbone),
-        folder=workspace / f"{recipe.name}-{fingerprint(recipe=recipe.to_dict())[:8]}",
+        folder=workspace / f"codes-{fingerprint(recipe=meaning_of(recipe))[:8]}",
         made_for=_made_for(settings, weights),
         counted=family.counted(backbone),
         memory_budget=settings.memory_budget,
@@ -72,39 +75,45 @@ def calibration_data(
     pipeline: "DiffusionPipeline", settings: CalibrationSettings, workspace: Path, console: Console, weights: str
 ) -> "CalibrationStore":
     """The recipe's calibration data; what is missing of it is captured now, by all processes of a command together."""
-    wanted, listed = settings.recipe.calibration, settings.calibration_prompts
-    prompts = listed[: wanted.prompts]
-    if len(listed) < wanted.prompts:
-        console.say(f"note: the recipe asks for {wanted.prompts} calibration prompts, the list has {len(listed)}")
+    wanted, calls, key = settings.recipe.calibration, calls_of(settings), data_key(settings, weights)[:8]
+    if len(calls) < wanted.prompts:
+        console.say(f"note: the recipe asks for {wanted.prompts} calibration prompts, the list has {len(calls)}")
+    folder = settings.calibration_data or workspace / DATA / key
     with console.bar("calibration data") as bar:
         store = capture(
             settings.family.prompted(pipeline),
             settings.family.component,
-            prompts,
+            calls,
             sampling=_sampling(settings),
-            call=settings.call,
-            seed=FIRST_SEED,
             batch_size=settings.batch_size,
-            folder=settings.calibration_data or workspace / DATA / data_key(settings, weights)[:8],
+            folder=folder,
             made_for=_made_for(settings, weights),
             shared=settings.family.shared,
             progress=bar,
+            replace=folder.name == key,  # as runs and sweeps name those that are theirs alone
         )
     held_out = sum(sample.held_out for sample in store.samples)
     console.say(
-        f"calibration data: {len(prompts)} prompts, {len(store) - held_out} backbone calls to learn from and "
+        f"calibration data: {len(calls)} prompts, {len(store) - held_out} backbone calls to learn from and "
         f"{held_out} held out, {wanted.sampler} over {store.steps} steps"
     )
     return store
 
 
+def calls_of(settings: CalibrationSettings) -> Calls:
+    """The pipeline's calls with the prompts to calibrate with, as many as the recipe takes."""
+    listed = Calls(settings.calibration_prompts, FIRST_SEED, settings.call)
+    return listed.only(range(min(settings.recipe.calibration.prompts, len(listed))))
+
+
 def data_key(settings: CalibrationSettings, weights: str) -> str:
     """Fingerprint of all that calibration data depends on, `weights` being the key of the full-precision pipeline."""
+    calls = calls_of(settings)
     return fingerprint(
         made_for=_made_for(settings, weights),
         sampling=vars(_sampling(settings)),
-        prompts=settings.calibration_prompts[: settings.recipe.calibration.prompts],
-        call=settings.call,
+        prompts=calls.prompts,
+        call=calls.described(),
     )
 
 
@@ -119,11 +128,19 @@ def _sampling(settings: CalibrationSettings) -> Sampling:
 
 
 def weights_key(pipeline: "DiffusionPipeline") -> str:
-    """The key of a pipeline in memory: SHA-256 of the names, dtypes and bytes of the state of its parts."""
-    digest = hashlib.sha256()
-    parts = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
-    for part, module in sorted(parts.items()):
-        for name, tensor in sorted(module.state_dict().items()):
+    """The key of a pipeline in memory: SHA-256 of the configurations, vocabularies, and tensors of its parts."""
+    digest = hashlib.sha256(type(pipeline).__name__.encode())
+    for part, it in sorted(pipeline.components.items()):
+        digest.update(json_sha256([part, type(it).__name__, _configuration(it)]).encode())
+        for name, tensor in sorted(it.state_dict().items()) if isinstance(it, nn.Module) else ():
             digest.update(f"{part}.{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def _configuration(part: Any) -> dict[str, Any]:
+    """What a part of a pipeline is told besides its tensors, in JSON types; without versions and paths."""
+    config = getattr(part, "config", {})
+    config = config.to_dict() if hasattr(config, "to_dict") else dict(config)
+    config |= part.get_vocab() if hasattr(part, "get_vocab") else {}
+    return {str(name): repr(value) for name, value in config.items() if not str(name).startswith("_")}

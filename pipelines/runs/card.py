@@ -3,12 +3,11 @@
 import re
 from typing import Any
 
-import yaml
-
 from dmquant.evaluation.metrics.registry import METRICS
 from dmquant.evaluation.report import wording
-from dmquant.evaluation.report.markdown import cell, markdown_table
+from dmquant.evaluation.report.markdown import cell, code, fenced, markdown_table
 from dmquant.evaluation.result import RecipeResult, Report
+from dmquant.host.text import command_without_folders, visible, without_folders, yaml_text
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 MEASURED = ("images", "seed", "steps", "guidance", "size", "dtype", "device", "real images")  # of a report's settings
@@ -17,7 +16,7 @@ MEASURED = ("images", "seed", "steps", "guidance", "size", "dtype", "device", "r
 def scored_card(report: Report, recipe_name: str, pipeline_class: str, dtype: str) -> str:
     """The model card of one recipe of a report; `dtype` is as torch prints it: "torch.bfloat16".
 
-    Cards get published: the source is named where it is a Hub id, and nothing that holds an absolute path is.
+    Cards get published: the source is named where it is a Hub id, and of a path the name of its file is left.
     """
     recipe, source = report.recipes[recipe_name], str(report.settings.get("source", ""))
     on_hub = HUB_ID.fullmatch(source)
@@ -28,11 +27,11 @@ def scored_card(report: Report, recipe_name: str, pipeline_class: str, dtype: st
         **({"base_model": source, "base_model_relation": "quantized"} if on_hub else {}),
     }
     parts = [
-        f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---",
+        f"---\n{yaml_text(front)}---",
         f"# {cell(report.model)}, weights in {recipe.weights}, activations in {recipe.activations}",
-        f"A diffusers `{pipeline_class}` whose backbone dmquant quantized with the recipe `{recipe_name}`"
-        + (f" from [{source}](https://huggingface.co/{source}). " if on_hub else ". ")
-        + wording.summary(_alone(report, recipe_name)),
+        f"A diffusers `{pipeline_class}` whose backbone dmquant quantized with the recipe {code(recipe_name)}"
+        + (f" from [{cell(source)}](https://huggingface.co/{source}). " if on_hub else ". ")
+        + cell(wording.summary(_alone(report, recipe_name))),
         _loading(dtype),
         "## Scores",
         _how(report),
@@ -40,7 +39,7 @@ def scored_card(report: Report, recipe_name: str, pipeline_class: str, dtype: st
         "## Size and speed",
         markdown_table(wording.FACTS_HEADER, wording.facts(_alone(report, recipe_name))),
         _recipe(recipe),
-        f"## Repeat it\n\n```\n{report.command}\n```" if report.command and not _names_a_folder(report.command) else "",
+        _repeat(command_without_folders(report.command, source if on_hub else "")),
         "## Versions",
         markdown_table(("package", "version"), report.versions.items()),
     ]
@@ -64,12 +63,12 @@ pipe = DiffusionPipeline.from_pretrained("path/to/this/folder", torch_dtype={dty
 
 def _how(report: Report) -> str:
     given: dict[str, Any] = {key: report.settings[key] for key in MEASURED if key in report.settings}
-    told = "; ".join(f"{key}: {cell(str(value))}" for key, value in given.items() if not _names_a_folder(value))
+    told = "; ".join(f"{key}: {cell(without_folders(str(value)))}" for key, value in given.items())
     return f"The images of a pair share prompt, seed and initial noise. {told}."
 
 
-def _names_a_folder(value: Any) -> bool:
-    return any(re.match(r"/|[A-Za-z]:\\", word.strip("'\"")) for word in re.split(r"[\s=]", str(value)))
+def _repeat(command: str) -> str:
+    return f"## Repeat it\n\n{fenced(visible(command))}" if command else ""
 
 
 def _scores(report: Report, recipe: RecipeResult) -> str:
@@ -104,4 +103,4 @@ def _scores(report: Report, recipe: RecipeResult) -> str:
 def _recipe(recipe: RecipeResult) -> str:
     if not recipe.recipe:
         return ""
-    return f"## Recipe\n\n```yaml\n{yaml.safe_dump(recipe.recipe, sort_keys=False, allow_unicode=True)}```"
+    return f"## Recipe\n\n{fenced(yaml_text(recipe.recipe), 'yaml')}"

@@ -6,7 +6,6 @@ so the error of a layer is accumulated: it contains the errors of the layers bef
 
 import contextlib
 import functools
-import json
 import math
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,8 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dmquant.calib.blocks.replay import Arguments
@@ -26,7 +23,8 @@ from dmquant.errors import UserError
 from dmquant.evaluation.generate import ImageRequest
 from dmquant.evaluation.result import LayerError
 from dmquant.host.console import Console
-from dmquant.host.files import fingerprint, replacing
+from dmquant.host.files import fingerprint
+from dmquant.host.sealed import load_sealed, save_sealed
 from dmquant.layers import QUANTIZED
 from dmquant.pipelines.runs.footprint import footprint
 from dmquant.pipelines.runs.settings import Settings
@@ -56,24 +54,18 @@ class Probe:
         skeleton, leaves = flatten(self.calls)
         tensors = {f"argument.{index}": leaf.tensor.clone() for index, leaf in enumerate(leaves)}
         tensors |= {f"output.{index}": output for index, output in enumerate(self.outputs.values())}
-        about = {"calls": skeleton, "arguments": len(leaves), "layers": list(self.outputs)}
-        with replacing(path) as partial:
-            save_file(tensors, partial, metadata={"key": key} | {part: json.dumps(it) for part, it in about.items()})
+        save_sealed(path, tensors, {"key": key, "calls": skeleton, "layers": list(self.outputs)})
 
     @classmethod
     def load(cls, path: Path, key: str) -> "Probe | None":
         """The probe of that key as it was saved; None where there is none, or a damaged one."""
-        try:
-            with safe_open(path, framework="pt") as file:
-                about = file.metadata() or {}
-                if about.get("key") != key:
-                    return None
-                skeleton, count, names = (json.loads(about[part]) for part in ("calls", "arguments", "layers"))
-                arguments = [file.get_tensor(f"argument.{index}") for index in range(count)]
-                outputs = {name: file.get_tensor(f"output.{index}") for index, name in enumerate(names)}
-                return cls(unflatten(skeleton, arguments), outputs)
-        except (OSError, SafetensorError, LookupError, ValueError):
+        tensors, about = load_sealed(path) or ({}, {})
+        if about.get("key") != key:
             return None
+        names = about["layers"]
+        outputs = {name: tensors[f"output.{index}"] for index, name in enumerate(names)}
+        arguments = [tensors[f"argument.{index}"] for index in range(len(tensors) - len(names))]
+        return cls(unflatten(about["calls"], arguments), outputs)
 
 
 def probe_key(requests: Sequence[ImageRequest], settings: Settings) -> str:

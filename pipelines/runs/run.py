@@ -11,6 +11,8 @@ from dmquant.evaluation.report.image_grid import draw_grid
 from dmquant.host import processes
 from dmquant.host.console import Console
 from dmquant.host.files import write_text
+from dmquant.host.text import yaml_text
+from dmquant.host.yaml_loading import load_yaml
 from dmquant.pipelines.runs import runfolder
 from dmquant.pipelines.runs.closing_tables import closing_table
 from dmquant.pipelines.runs.image_stage import FP, QUANTIZED
@@ -73,7 +75,7 @@ def images_line(settings: Settings) -> str:
 
 def save_settings(folder: RunFolder, record: dict[str, Any]) -> None:
     """Write run.yaml."""
-    text = yaml.safe_dump(record, sort_keys=False, allow_unicode=True, width=120)
+    text = yaml_text(record, width=120)
     folder.note(runfolder.SETTINGS, {"sha256": hashlib.sha256(text.encode()).hexdigest()})
     processes.current().on_main(lambda: write_text(folder.path / runfolder.SETTINGS, text))
 
@@ -83,7 +85,7 @@ def saved_settings(folder: RunFolder) -> dict[str, Any]:
     path, noted = folder.path / runfolder.SETTINGS, folder.notes(runfolder.SETTINGS)
     try:
         text = path.read_text(encoding="utf-8")
-        settings = yaml.load(text, runfolder.YAML_LOADER)
+        settings = load_yaml(text)
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise UserError(f"cannot read {path} ({' '.join(str(error).split())}): give the run's command again") from error
     if not isinstance(settings, dict) or (noted and noted["sha256"] != hashlib.sha256(text.encode()).hexdigest()):

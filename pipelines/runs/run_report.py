@@ -1,9 +1,11 @@
 """The report of a run, built from what its folder remembers."""
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
+from dmquant.errors import UserError
 from dmquant.evaluation.metrics.registry import needing
 from dmquant.evaluation.report.files import write_report
 from dmquant.evaluation.result import LayerError, Metric, RecipeResult, Reference, Report
@@ -15,6 +17,7 @@ from dmquant.host.files import write_text
 from dmquant.pipelines.models.loading import DTYPES
 from dmquant.pipelines.runs import runfolder
 from dmquant.pipelines.runs.card import scored_card
+from dmquant.pipelines.runs.published import published, published_metric
 from dmquant.pipelines.runs.runfolder import RECIPES, RunFolder
 from dmquant.pipelines.runs.scores import OF_REFERENCE, generated_names, table_holds
 from dmquant.settings import format_name
@@ -24,27 +27,44 @@ NOT_TAKEN = "not taken by the pipeline"
 
 def build_report(folder: RunFolder, settings: dict[str, Any]) -> Report:
     """The report of a finished run or comparison; `settings` is what its run.yaml holds."""
-    sides = quantized_sides(folder, settings)
-    side, _ = next(iter(sides.values()))
-    reference = Reference(
-        dtype=settings["dtype"],
-        size_bytes=side.record("model")["full_precision_bytes"],
-        seconds={"generate": _seconds(folder, "fp")},
-        peak_memory_bytes=_peak(folder, "fp"),
-        metrics=_metrics(side.record("scores")["reference"], settings["metrics"], _values(side), OF_REFERENCE),
-    )
-    return Report(
-        model=settings["model"]["name"],
-        reference=reference,
-        recipes={
-            name: _result(folder, side, recipe, settings["metrics"], _fingerprints(settings, name))
-            for name, (side, recipe) in sides.items()
-        },
-        prompts=settings["prompts"],
-        settings=_flat_settings(folder, side, settings),
-        versions=settings["versions"],
-        command=settings.get("command", ""),
-    )
+    with reading_records(folder):
+        sides = quantized_sides(folder, settings)
+        side, _ = next(iter(sides.values()))
+        reference = Reference(
+            dtype=settings["dtype"],
+            size_bytes=side.record("model")["full_precision_bytes"],
+            seconds={"generate": _seconds(folder, "fp")},
+            peak_memory_bytes=_peak(folder, "fp"),
+            metrics=_metrics(side.record("scores")["reference"], settings["metrics"], _values(side), OF_REFERENCE),
+        )
+        report = Report(
+            model=settings["model"]["name"],
+            reference=reference,
+            recipes={
+                name: _result(folder, side, recipe, settings["metrics"], _fingerprints(settings, name))
+                for name, (side, recipe) in sides.items()
+            },
+            prompts=settings["prompts"],
+            settings=_flat_settings(folder, side, published(settings)),
+            versions=settings["versions"],
+            command=published(settings)["command"],
+        )
+        report.check()
+    return report
+
+
+@contextlib.contextmanager
+def reading_records(folder: RunFolder) -> Iterator[None]:
+    """UserError where a record of a run does not hold what a run records: it is damaged, or of another version."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as error:
+        raise UserError(
+            f"the records of the run in {folder.path} are damaged ({type(error).__name__}: {error}): "
+            "run its command again with --overwrite"
+        ) from error
 
 
 def write_all_reports(folder: RunFolder, settings: dict[str, Any], report: Report, console: Console) -> None:
@@ -131,7 +151,7 @@ def _metrics(
     stored: dict[str, Any], listed: list[str], values: Mapping[str, list[float]], suffix: str = ""
 ) -> dict[str, Metric]:
     """The listed metrics that are stored, with the values of their images, whose columns end in `suffix`."""
-    metrics = {name: Metric.from_json(stored[name]) for name in listed if name in stored}
+    metrics = {name: published_metric(Metric.from_json(stored[name])) for name in listed if name in stored}
     return {
         name: replace(metric, values=tuple(values[name + suffix])) if name + suffix in values else metric
         for name, metric in metrics.items()

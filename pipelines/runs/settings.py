@@ -3,7 +3,6 @@
 import importlib.metadata
 import os
 import platform
-import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,11 +12,12 @@ from torch import nn
 
 import dmquant
 from dmquant import kernels
+from dmquant.calib.blocks.codes import meaning_of
 from dmquant.diffusers.families import GENERIC, Family
 from dmquant.errors import UsageError, check_choice
 from dmquant.evaluation.generate import ImageRequest, batch_size_for, image_requests
 from dmquant.evaluation.images import any_images
-from dmquant.evaluation.metrics.registry import METRICS, all_names, check_names, default_names
+from dmquant.evaluation.metrics.registry import METRICS, all_names, check_names, default_names, needing
 from dmquant.evaluation.networks import CLIP
 from dmquant.host.files import fingerprint
 from dmquant.host.names import readable
@@ -31,16 +31,14 @@ from dmquant.pipelines.models.registry import (
     resolve_model,
 )
 from dmquant.pipelines.prompts.lists import PromptSet, load_prompts, read_prompts
+from dmquant.pipelines.runs.bounds import check_image_size, check_numbers, parse_size
 from dmquant.pipelines.runs.defaults import DEFAULT_RECIPE
 from dmquant.recipe import Recipe
 from dmquant.settings import format_name
 
 DEFAULT_PROMPTS = 64
 ALL = "all"
-PIXELS_A_LATENT = 8  # diffusers asks for sizes that this divides
 LIBRARIES = ("torch", "diffusers", "transformers")
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]i?)b?", re.IGNORECASE)
-_POWERS = "kmgt"
 
 
 @dataclass(frozen=True)
@@ -144,7 +142,7 @@ class Settings:
         return self.recipe.for_model(self.family.known(backbone))
 
     def model_key(self, weights: str) -> str:
-        """Fingerprint of all that the quantized model depends on, `weights` being that of the full-precision ones.
+        """Fingerprint of all that the quantized model computes with, `weights` being that of the full-precision ones.
 
         The memory budget is not part of it: it decides where data lies, not what is computed from it.
         """
@@ -152,12 +150,17 @@ class Settings:
         family = {"keep": sorted(self.family.keep)} if self.recipe.keep == "family" else {}
         return fingerprint(
             source=weights,
-            recipe=self.recipe.to_dict(),
+            recipe=meaning_of(self.recipe),
             dtype=self.dtype_name,
             dmquant=dmquant.__version__,
             **family,
             **data,
         )
+
+    def saved_model_key(self, weights: str) -> str:
+        """Fingerprint of all that the files of the quantized model depend on; they tell the recipe's name, too."""
+        named = {"name": self.recipe.name, "description": self.recipe.description}
+        return fingerprint(model=self.model_key(weights), **named)
 
     def to_dict(self, source_hashes: dict[str, str], recipes: dict[str, Any]) -> dict[str, Any]:
         """The content of run.yaml; `recipes` is its part on the quantization of the model."""
@@ -203,9 +206,12 @@ def resolve(options: Options) -> Settings:
 
     Raises UsageError for unknown names and impossible values, UserError for what this machine does not have.
     """
+    check_numbers(options)
     model = resolve_model(options.model, options.family)
     recipe = _recipe(model, options.recipe, options.w, options.a)
     metrics = resolve_metrics(options.metrics, options.real, own_clip=model.clip is not None)
+    if options.clip and set(metrics) & set(needing("clip")):
+        _check_clip(options.clip)
     device = resolve_device(options.device)
     if options.offload and device == "cpu":
         raise UsageError("--offload is for a GPU; with --device cpu all parts are in host memory anyway: leave it out")
@@ -216,9 +222,7 @@ def resolve(options: Options) -> Settings:
     _check_taken(options, model)
     prompts = _prompts(options, model)
     height, width = options.height or model.height, options.width or model.width
-    for side, pixels in (("height", height), ("width", width)):
-        if pixels % PIXELS_A_LATENT:
-            raise UsageError(f"--{side} {pixels} is not a multiple of {PIXELS_A_LATENT}")
+    check_image_size(height, width)
     return Settings(
         model=model,
         recipe=recipe,
@@ -276,15 +280,6 @@ def with_recipe(settings: Settings, source: str, w: str | None, a: str | None) -
     return replace(settings, recipe=recipe.with_settings(name="-".join(filter(None, (recipe.name, w, a)))))
 
 
-def parse_size(text: str, option: str) -> int:
-    """Bytes of a size such as 8GB, 512MB or 1.5GiB; UsageError, naming the option, for anything else."""
-    match = _SIZE.fullmatch(text.strip())
-    if match is None or not float(match[1]):
-        raise UsageError(f"{option} '{text}' is not a size: write it as 8GB, 512MB or 1.5GiB")
-    prefix = match[2].lower()
-    return int(float(match[1]) * (1024 if prefix.endswith("i") else 1000) ** (_POWERS.index(prefix[0]) + 1))
-
-
 def resolve_metrics(listed: str | None, real: Path | None, own_clip: bool = False) -> tuple[str, ...]:
     """Names of the metrics to compute, from a comma-separated list; also checks that `real` holds images.
 
@@ -309,6 +304,13 @@ def clip_source(name: str | None) -> str:
     if name is None:
         return CLIP
     return str(embedded_folder(name)) if name.startswith(EMBEDDED) else name
+
+
+def _check_clip(name: str) -> None:
+    """UsageError for a CLIP model that nobody knows, before the hours that pass until it is needed."""
+    from dmquant.evaluation.networks.clip import find  # brings open_clip
+
+    find(clip_source(name))
 
 
 def versions() -> dict[str, str]:

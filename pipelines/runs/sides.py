@@ -114,6 +114,7 @@ class Quantized:
         self.compares_layers, self.shared = compares_layers, shared
         self.console = reference.console
         self.model_key = settings.model_key(reference.source.key)
+        self.saved_model_key = settings.saved_model_key(reference.source.key)
         self.requests = settings.requests(self.model_key)
         self._pipeline: DiffusionPipeline | None = None
 
@@ -179,11 +180,13 @@ class Quantized:
                 )
         finally:
             self.reference.release()
-        self.folder.finish("model", self.model_key, **facts, peak_memory_bytes=peak.bytes, peak_memory_of=peak.what)
+        self.folder.finish(
+            "model", self.saved_model_key, **facts, peak_memory_bytes=peak.bytes, peak_memory_of=peak.what
+        )
 
     def _is_made(self, path: Path) -> bool:
         """Whether the model is there as it was written."""
-        record = self.folder.finished("model", self.model_key)
+        record = self.folder.finished("model", self.saved_model_key)
         if not record or not path.is_dir():
             return False
         as_written = is_as_written(path, record["sha256"] | record.get("parts_sha256", {}))
@@ -209,7 +212,7 @@ def fingerprints_of(settings: Settings, reference: FullPrecision) -> dict[str, s
     requests = settings.requests(model_key)
     keys = {FP: reference.requests, QUANTIZED: requests}
     return {
-        "model": model_key,
+        "model": settings.saved_model_key(reference.source.key),
         f"images_{QUANTIZED}": images_key(requests),
         runfolder.LAYERS: _layers_key(model_key, reference.requests, settings),
         "scores": scores_key({side: [request.key for request in made] for side, made in keys.items()}, settings),

@@ -10,6 +10,7 @@ import yaml
 from dmquant.host import processes
 from dmquant.host.console import Console
 from dmquant.host.files import fingerprint
+from dmquant.host.yaml_loading import load_yaml
 from dmquant.pipelines.models.hashes import pipeline_hashes
 from dmquant.pipelines.runs import runfolder
 from dmquant.pipelines.runs.runfolder import RunFolder
@@ -55,7 +56,7 @@ def _before(folder: RunFolder) -> dict[str, Any] | None:
     if note := folder.notes(NOTE):
         return note | {"every": True}
     try:
-        settings = yaml.load((folder.path / runfolder.SETTINGS).read_text("utf-8"), runfolder.YAML_LOADER)
+        settings = load_yaml((folder.path / runfolder.SETTINGS).read_text("utf-8"))
         hashes = settings["model"]["sha256"]
     except (OSError, yaml.YAMLError, LookupError, TypeError):
         return None

@@ -9,6 +9,8 @@ from typing import Any
 from dmquant.evaluation.metrics.registry import METRICS
 from dmquant.evaluation.pareto_front import pareto_front
 from dmquant.evaluation.result import Metric
+from dmquant.evaluation.scores_csv import text_cell
+from dmquant.host.text import without_folders
 from dmquant.pipelines.sweep.costs import Costs
 from dmquant.pipelines.sweep.space import Trial, bits_in
 from dmquant.pipelines.sweep.trial import Failure
@@ -67,7 +69,7 @@ class Row:
             "peak_memory_of": self.measured("peak_memory_of"),
             "images_with_nan": self.measured("not_finite"),
             "threads": self.measured("threads"),
-            "error": self.outcome.reason if self.failed else None,
+            "error": without_folders(self.outcome.reason) if self.failed else None,
         }
 
 
@@ -102,7 +104,7 @@ def as_csv(rows: Sequence[dict[str, Any]], metrics: Sequence[str]) -> str:
     """The rows of sweep.json flat: intervals in columns METRIC_low and METRIC_high, seconds in seconds_STAGE."""
     flat = []
     for row in rows:
-        plain = {name: value for name, value in row.items() if not isinstance(value, dict | list)}
+        plain = {name: _cell(value) for name, value in row.items() if not isinstance(value, dict | list)}
         values: dict[str, Any] = {"pareto": " ".join(row["pareto"])}
         for name in metrics:
             metric = row["metrics"].get(name, {})
@@ -118,3 +120,7 @@ def as_csv(rows: Sequence[dict[str, Any]], metrics: Sequence[str]) -> str:
     writer.writeheader()
     writer.writerows(flat)
     return text.getvalue()
+
+
+def _cell(value: Any) -> Any:
+    return text_cell(value) if isinstance(value, str) else value

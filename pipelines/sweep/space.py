@@ -14,7 +14,7 @@ from dmquant.pipelines.sweep.costs import BITS_LEFT_ALONE, bits_of
 FLOAT, INTEGER, LEFT_ALONE = "fp", "int", "none"
 KINDS = {FloatFormat: FLOAT, IntFormat: INTEGER}
 FEWEST, MOST = 2, 8
-_RANGE = re.compile(r"(\d+)(?:-(\d+))?")
+_RANGE = re.compile(r"(\d{1,3})(?:-(\d{1,3}))?")
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ def parse_bits(text: str, option: str, besides: int | None = None) -> tuple[int,
         low, high = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
         if not (FEWEST <= low <= high <= MOST or low == high == besides):
             also = f", or {besides} for activations that are left alone" if besides else ""
-            raise UsageError(f"{option} '{text}': write bits from {FEWEST} to {MOST} as 3-8 or 4,6,8{also}")
+            raise UsageError(f"{option} '{text[:40]}': write bits from {FEWEST} to {MOST} as 3-8 or 4,6,8{also}")
         found |= set(range(low, high + 1))
     if not found:
         raise UsageError(f"{option} is empty: write bits as 3-8 or 4,6,8")

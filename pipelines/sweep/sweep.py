@@ -18,10 +18,12 @@ from dmquant.host import owned, processes
 from dmquant.host.console import Console
 from dmquant.host.files import write_text
 from dmquant.host.memory import default_budget
+from dmquant.host.text import without_folders
 from dmquant.host.units import time_text
 from dmquant.pipelines.models.skeleton import skeleton
 from dmquant.pipelines.runs import runfolder
 from dmquant.pipelines.runs.calibration import calibration_data
+from dmquant.pipelines.runs.published import published
 from dmquant.pipelines.runs.run import images_line, save_settings
 from dmquant.pipelines.runs.runfolder import RunFolder, is_full_disk
 from dmquant.pipelines.runs.settings import Settings
@@ -193,12 +195,12 @@ class Sweep:
             "model": self.common.model.name,
             "metrics": list(self.common.metrics),
             "trials": [row.to_json(fronts) for row in sorted_rows(rows, metric)],
-            "left_out": self.space.left_out,
-            "settings": {name: value for name, value in record.items() if name != "trials"},
+            "left_out": {name: without_folders(reason) for name, reason in self.space.left_out.items()},
+            "settings": published({name: value for name, value in record.items() if name != "trials"}),
         }
         write_text(path / runfolder.SWEEP_DATA, json.dumps(data, indent=1) + "\n")
         write_text(path / runfolder.SWEEP_TABLE, as_csv(data["trials"], data["metrics"]))
-        write_text(path / runfolder.SWEEP_PAGE, page(data, self.common.command))
+        write_text(path / runfolder.SWEEP_PAGE, page(data, data["settings"]["command"]))
         images = f"{len(self.common.prompts)} images, {len(rows)} trials"
         drawn = draw_pareto(f"{data['model']}: {images}", _points(rows, metric), AXES, metric, path / files[-1])
         self.console.show(terminal_table(data["model"], data["trials"], data["metrics"]))

@@ -5,7 +5,7 @@ from typing import Any
 
 from rich.table import Table
 
-from dmquant.evaluation.report.markdown import markdown_table
+from dmquant.evaluation.report.markdown import cell, code, markdown_table
 from dmquant.evaluation.report.wording import metric_interval, metric_short, metric_title
 from dmquant.evaluation.result import Metric
 from dmquant.host.units import size_text, time_text
@@ -41,9 +41,10 @@ def page(data: dict[str, Any], command: str) -> str:
     failed = [row for row in rows if row["error"]]
     images = data["settings"]["images"]
     parts = [
-        f"# {data['model']}: {len(rows)} trials of the design space",
+        f"# {cell(data['model'])}: {len(rows)} trials of the design space",
         f"{images['count']} images{_steps(images)} at {images['width']}x{images['height']}, "
-        f"seed {images['seed']}, on {data['settings']['device']} in {data['settings']['dtype']}. Made by `{command}`.",
+        f"seed {images['seed']}, on {data['settings']['device']} in {data['settings']['dtype']}. "
+        f"Made by {code(command)}.",
         f"![{data['metrics'][0]} against three costs]({runfolder.SWEEP_PLOT})",
         "Bits are those of a quantized weight with all its scales. Bit operations are weight bits times activation "
         "bits times multiply-accumulates of the quantized layers, in one call of the backbone for one image. Area "
@@ -56,9 +57,12 @@ def page(data: dict[str, Any], command: str) -> str:
         _markdown([row for row in rows if not row["error"]], metrics, with_front=False),
     ]
     if failed:
-        parts += ["## Failed", "\n".join(f"- {row['name']}: {row['error']}" for row in failed)]
+        parts += ["## Failed", "\n".join(f"- {cell(row['name'])}: {cell(row['error'])}" for row in failed)]
     if data["left_out"]:
-        parts += ["## Left out", "\n".join(f"- {name}: {reason}" for name, reason in data["left_out"].items())]
+        parts += [
+            "## Left out",
+            "\n".join(f"- {cell(name)}: {cell(reason)}" for name, reason in data["left_out"].items()),
+        ]
     return "\n\n".join(filter(None, parts)) + "\n"
 
 

@@ -11,6 +11,7 @@ import torch
 from dmquant.calib.blocks.engine import calibrate_
 from dmquant.calib.data.capture import capture
 from dmquant.calib.data.sampling import Sampling
+from dmquant.diffusers.arguments import Calls
 from dmquant.diffusers.families import families
 from dmquant.diffusers.quantizer import mark_quantized, save_pipeline
 from dmquant.layers import QuantConv2d, QuantLinear
@@ -49,10 +50,8 @@ def captured(model: str, folder: Path, **sizes):
     store = capture(
         family.prompted(pipeline),
         family.component,
-        tiny.prompts[:PROMPTS],
+        Calls(tiny.prompts[:PROMPTS], 0, call_of(model, STEPS)),
         sampling=Sampling("stratified", 4, 0.25, 0),
-        call=call_of(model, STEPS),
-        seed=0,
         batch_size=4,
         folder=folder,
         made_for={"model": model},

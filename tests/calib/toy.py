@@ -26,14 +26,12 @@ class Backbone(torch.nn.Module):
 
 
 class Toy:
-    """Stands for a diffusers pipeline of `len(sizes)` steps without guidance."""
+    """Stands for a diffusers pipeline of `len(sizes)` steps without guidance, one less for the prompt `ends_early`."""
 
-    def __init__(self, sizes, values=None, wrap=lambda prediction: (prediction,), extra=None, scheduled=None):
+    def __init__(self, sizes, values=None, wrap=lambda prediction: (prediction,), extra=None, ends_early=None):
         self.sizes = sizes
         self.unet = Backbone(values or [1.0] * len(sizes), wrap)
-        self.extra = extra
-        steps = list(range(scheduled or len(sizes)))
-        self.scheduler = SimpleNamespace(timesteps=steps, set_timesteps=lambda steps: None, config={})
+        self.extra, self.ends_early = extra, ends_early
 
     def set_progress_bar_config(self, **config):
         pass
@@ -41,7 +39,7 @@ class Toy:
     def __call__(self, prompt, generator, output_type, num_inference_steps):
         latents = torch.stack([torch.randn(SHAPE, generator=one) for one in generator])
         text = torch.stack([torch.full((3,), float(len(one))) for one in prompt])
-        for step, size in enumerate(self.sizes):
+        for step, size in enumerate(self.sizes[:-1] if self.ends_early in prompt else self.sizes):
             output = self.unet(latents, torch.tensor(step), encoder_hidden_states=text, extra=self.extra)
             prediction = output if isinstance(output, torch.Tensor) else getattr(output, "sample", None)
             latents = latents - size * (output[0] if prediction is None else prediction)

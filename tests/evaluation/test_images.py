@@ -3,6 +3,7 @@ import errno
 import io
 import os
 import struct
+import time
 import zlib
 
 import numpy as np
@@ -13,6 +14,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from dmquant.errors import UserError
+from dmquant.evaluation import image_files
+from dmquant.evaluation.image_files import check_one_kind
 from dmquant.evaluation.images import ImagePairs, any_images, generated_images, image_size, load_image, save_image
 from dmquant.host.files import replacing, write_text
 from tests.evaluation.conftest import smooth_images, write_images
@@ -226,3 +229,58 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
         fail_halfway()
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def touch(folder, *names):
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        Image.new("RGB", (8, 8)).save(folder / name)
+    return folder
+
+
+def test_numbers_in_names_sort_as_numbers(tmp_path):
+    names = ["2.png", "10.png", "img1-10.png", "img2.png", "IMG3.png", "img10.png"]
+    assert [path.name for path in generated_images(touch(tmp_path, *reversed(names)))] == names
+
+
+@pytest.mark.parametrize("suffixes", [(".PNG", ".png"), (".jpg", ".JPEG"), (".webp", ".WebP"), (".tif", ".TIFF")])
+def test_images_of_any_kind_pair_up_however_their_suffix_is_spelled(tmp_path, suffixes):
+    fp, quantized = (touch(tmp_path / suffix, f"a2{suffix}", f"a10{suffix}") for suffix in suffixes)
+    pairs = ImagePairs.open(fp, quantized)
+    assert [(one.stem, other.stem) for one, other in pairs.paths] == [("a2", "a2"), ("a10", "a10")]
+    assert pairs.sizes == [(8, 8)] * 2
+
+
+def test_another_kind_is_no_twin(tmp_path):
+    fp, quantized = touch(tmp_path / "fp", "a.png"), touch(tmp_path / "q", "a.jpg")
+    with pytest.raises(UserError, match=r"q lacks 1 of 1 images \(a\.png\); it holds \.jpg files"):
+        ImagePairs.open(fp, quantized)
+
+
+def test_pictures_of_ones_own_beside_generated_images_are_left_alone(tmp_path):
+    folder = touch(tmp_path, "00000.png", "00001.png", "photo.jpg")
+    assert [path.name for path in generated_images(folder)] == ["00000.png", "00001.png"]
+    with pytest.raises(UserError, match=r"several kinds \(.*1 \.jpg.*\): keep each kind"):
+        check_one_kind(folder)
+
+
+def test_two_spellings_of_one_name_are_refused(tmp_path):
+    with pytest.raises(UserError, match=r"holds both a\.JPG and a\.jpeg|holds both a\.jpeg and a\.JPG"):
+        generated_images(touch(tmp_path, "a.jpeg", "a.JPG"))
+
+
+def test_links_to_folders_are_followed_once(tmp_path):
+    real, elsewhere = touch(tmp_path / "real", "1.png"), touch(tmp_path / "elsewhere", "2.JPEG", "3.tif")
+    (real / "train").symlink_to(elsewhere)
+    (elsewhere / "again").symlink_to(real)
+    (real / "broken").symlink_to(tmp_path / "nowhere")
+    touch(real / ".hidden", "4.png")
+    assert [path.relative_to(real).as_posix() for path in any_images(real)] == ["1.png", "train/2.JPEG", "train/3.tif"]
+
+
+def test_two_hundred_thousand_images_are_in_order_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(image_files, "_files", lambda folder: (folder / f"{n}.png" for n in range(200_000, -1, -1)))
+    began = time.perf_counter()
+    found = generated_images(tmp_path)
+    assert [found[2].name, found[-1].name] == ["2.png", "200000.png"]
+    assert time.perf_counter() - began < 15

@@ -1,14 +1,16 @@
 import csv
+import re
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from dmquant.evaluation.scores_csv import columns, read_scores, write_scores
+from dmquant.host.text import CONTROLS
 
 NAMES, PROMPTS = ["00000.png", "00001.png"], ["a cat", "a dog"]
 values = st.floats(allow_nan=False)
-prompts = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"))
+prompts = st.text() | st.text("'=+-@;\t\n\\u0019\x1b ", max_size=10)
 
 
 @given(st.lists(st.tuples(prompts, values, values), min_size=1, max_size=5))
@@ -30,6 +32,22 @@ def test_a_spreadsheet_finds_one_row_an_image(tmp_path):
             {"image": "00000.png", "prompt": 'a "cat", sitting\nor not', "psnr": "0.1"},
             {"image": "00001.png", "prompt": "ein Hünd", "psnr": "1e-17"},
         ]
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    ['=HYPERLINK("x")', "+1", "-1+2", "@SUM(1)", "\t=1", "\r=1", " =1", "'=1", "＝1", "a;=1", "a\n=1", "\x1b[31m"],
+)
+def test_a_spreadsheet_computes_nothing_and_a_terminal_does_nothing(tmp_path, prompt):
+    path = tmp_path / "scores.csv"
+    write_scores(path, NAMES, [prompt, "a cat"], {"psnr": [-0.5, 1.0]})
+    with path.open(encoding="utf-8", newline="") as file:
+        _, first, _ = csv.reader(file)
+    cells = [cell for line in first[1].split("\n") for cell in re.split(r"[;\t]", line)]
+    assert not any(cell.strip(" ").startswith(tuple("=+-@＝")) for cell in cells)
+    assert not re.search(f"[{CONTROLS}]", path.read_text(encoding="utf-8").replace("\r\n", ""))
+    assert read_scores(path).prompts == [prompt, "a cat"]
+    assert read_scores(path).columns["psnr"] == [-0.5, 1.0]
 
 
 def test_scoring_again_replaces_columns_of_the_same_name_and_keeps_the_others(tmp_path):

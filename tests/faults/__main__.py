@@ -1,4 +1,4 @@
-"""`python -m tests.faults TRIAL [OPTIONS]`: the exit status is 1 if any trial failed."""
+"""Break dmquant on purpose. The exit status is 1 if any trial failed."""
 
 import argparse
 import os
@@ -8,47 +8,59 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from tests.faults import full_disk, kill
+from tests.faults import flip, full_disk, kill, overwrite
+from tests.faults.fuzz.cases import fuzz
+from tests.faults.fuzz.targets import TARGETS
 from tests.faults.given import COMMANDS, prepare
 from tests.faults.trials import Mode, perform
 
 TRIALS = {
-    "kill": (
-        "SIGKILL at random moments",
-        lambda scratch, given: kill.kills(scratch, given.command, given.runs, given.seed),
-    ),
-    "writes": (
-        "SIGKILL right before, after or within a change of files",
-        lambda scratch, given: kill.write_points(scratch, given.command, given.runs, given.seed),
-    ),
+    "kill": (kill.kills, "SIGKILL at random moments of a command, which is then given again"),
+    "writes": (kill.write_points, "SIGKILL right before, right after or within a change of files"),
     "disk-full": (
+        full_disk.full_disks,
         "a disk that is full from a write on, and small disks where one may be mounted",
-        lambda scratch, given: full_disk.full_disks(scratch, given.command, given.runs, given.seed),
     ),
+    "flip": (flip.flips, "single bits of the files of a finished run, and of a saved model"),
+    "overwrite": (overwrite.overwrites, "files of users in every place that a command may write to"),
 }
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__)
-    kinds = parser.add_subparsers(dest="trial", required=True)
-    for name, (about, _) in TRIALS.items():
-        kind = kinds.add_parser(name, help=about, description=about)
-        kind.add_argument("--runs", type=int, default=50, help="trials of each command (default: 50)")
-        kind.add_argument("--command", choices=COMMANDS, action="append", help="default: each of them")
-        kind.add_argument("--seed", type=int, default=0)
-        kind.add_argument("--only", type=int, action="append", metavar="NUMBER", help="the trial of this number alone")
-        kind.add_argument(
-            "--jobs", type=int, default=os.cpu_count() or 1, help="trials at once (default: all processors)"
-        )
-        kind.add_argument("--scratch", type=Path, help="folder to work in, kept (default: a temporary one)")
-    given = parser.parse_args()
-    given.command = given.command or list(COMMANDS)
+    given = _arguments()
     scratch = (given.scratch or Path(tempfile.mkdtemp(prefix="dmquant-faults-"))).resolve()
     prepare(scratch)
-    trials = TRIALS[given.trial][1](scratch, given)
-    chosen = [trial for trial in trials if given.only is None or trial.number in given.only]
-    repeat = " ".join(["python -m tests.faults", given.trial, f"--runs {given.runs} --seed {given.seed}"])
-    return min(1, perform(chosen, Mode(given.jobs, scratch, repeat)))
+    if given.trial == "fuzz":
+        return min(1, fuzz(scratch, given.kind or list(TARGETS), given.cases, given.seed, given.only, given.jobs))
+    commands = given.command or list(COMMANDS)
+    trials = TRIALS[given.trial][0](scratch, commands, given.runs, given.seed)
+    wanted = [trial for trial in trials if given.only is None or trial.number in given.only]
+    chosen = "".join(f" --command {name}" for name in given.command or ())
+    repeat = f"python -m tests.faults {given.trial}{chosen} --runs {given.runs} --seed {given.seed}"
+    return min(1, perform(wanted, Mode(given.jobs, scratch, repeat)))
+
+
+def _arguments() -> argparse.Namespace:
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--seed", type=int, default=0, help="from which everything is drawn (default: 0)")
+    common.add_argument("--only", type=int, action="append", metavar="NUMBER", help="do the trial of this number alone")
+    common.add_argument(
+        "--jobs", type=int, default=os.cpu_count() or 1, help="trials at once (default: one a processor)"
+    )
+    common.add_argument("--scratch", type=Path, metavar="DIR", help="work there and leave it (default: a new folder)")
+    parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__)
+    kinds = parser.add_subparsers(dest="trial", required=True, metavar="TRIAL")
+    for name, (_, about) in TRIALS.items():
+        kind = kinds.add_parser(name, help=about, description=about, parents=[common])
+        kind.add_argument(
+            "--runs", type=int, default=50, help="trials of a command, or of a kind of file (default: 50)"
+        )
+        kind.add_argument("--command", choices=COMMANDS, action="append", help="default: each of them")
+    about = "damaged recipes, records, configurations, headers and prompts: a line of error, in time, in little memory"
+    kind = kinds.add_parser("fuzz", help=about, description=about, parents=[common])
+    kind.add_argument("--cases", type=int, default=100_000, help="of all kinds together (default: 100000)")
+    kind.add_argument("--kind", choices=TARGETS, action="append", help="default: each of them")
+    return parser.parse_args()
 
 
 if __name__ == "__main__":

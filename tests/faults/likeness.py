@@ -1,4 +1,9 @@
-"""Whether two run folders are the same: every file by its SHA-256, less what no two runs have in common."""
+"""Whether two run folders are the same: every file by its SHA-256, less what no two runs have in common.
+
+Not compared are: the log, which has times of day and a line more for every attempt; seconds and peak memory, where they
+are above 0; hashes and sizes of files that hold such; the hash that a JSON file has of itself; the times and the order
+in the manifest of our files. Of the manifest it counts which of the files that are there it knows as they are.
+"""
 
 import csv
 import hashlib
@@ -7,30 +12,27 @@ import re
 from pathlib import Path
 from typing import Any
 
-UNLIKE = ("log.txt", ".lock")
-"""Files that are not compared: the log has times of day, and a line more for every attempt; the lock has no content."""
+UNLIKE = ("log.txt", "lock")
 MEASURED = re.compile(r"seconds(_\w+)?|peak_memory_bytes")
-"""Keys of JSON, and columns of CSV: numbers above 0 there, or anywhere below, are not compared. A zero is."""
+"""Keys of JSON, and columns of CSV: numbers above 0 there, or anywhere below, are not compared."""
 TEXTS = (
     (re.compile(r"\b(quantize|generate|score) [\d.,]+ (s|min|h)\b"), r"\1 TIME"),
     (re.compile(r"(?<=\| )[\d.,]+ (s|min|h)(?= \|)"), "TIME"),
     (re.compile(r"\b[\d.,]+ (MB|GB)\b"), "MEMORY"),
 )
 """What is not compared in the text of Markdown and HTML: the time of a stage, and sizes as large as a process."""
+ROUNDS = 4  # of files that hold hashes of files that hold hashes
 
 
 def contents(folder: Path) -> dict[str, str]:
     """The SHA-256 of every file below a folder, as compared, by its path; empty folders count too."""
     paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*"))}
-    files = {name: path for name, path in paths.items() if path.is_file() and path.name not in UNLIKE}
-    whole = {name: path.read_bytes() for name, path in files.items()}
-    compared = {name: _comparable(files[name], data) for name, data in whole.items()}
-    hashes = {_hash(data): name for name, data in whole.items() if compared[name] != data}
-    # The hash of a file with times, which another file may hold, stands for what is compared of that file.
-    for digest, name in hashes.items():
-        compared = {
-            other: data.replace(digest.encode(), f"hash of {name}".encode()) for other, data in compared.items()
-        }
+    whole = {name: path.read_bytes() for name, path in paths.items() if path.is_file() and path.name not in UNLIKE}
+    hashes = {name: _hash(data) for name, data in whole.items()}
+    unlike: dict[str, str] = {}
+    for _ in range(ROUNDS):
+        compared = {name: _comparable(name, data, hashes, unlike) for name, data in whole.items()}
+        unlike = {hashes[name]: f"hash of {name}" for name, data in whole.items() if compared[name] != data}
     empty = {name: "an empty folder" for name, path in paths.items() if path.is_dir() and not any(path.iterdir())}
     return {name: _hash(data) for name, data in compared.items()} | empty
 
@@ -43,35 +45,54 @@ def differences(expected: dict[str, str], found: dict[str, str]) -> list[str]:
     return missing + left_over + [f"another: {name}" for name in both if expected[name] != found[name]]
 
 
-def _comparable(path: Path, data: bytes) -> bytes:
+def _comparable(name: str, data: bytes, hashes: dict[str, str], unlike: dict[str, str]) -> bytes:
+    """The bytes of a file less what is not compared; `unlike` has a word for the hash of each file that is so."""
+    path = Path(name)
     try:
+        if path.name == "manifest.jsonl":
+            return _known_as_they_are(path.parent.parent, data, hashes)
         if path.suffix == ".json":
             value = json.loads(data)
-            kept = _without_measurements(value)
-            return data if kept == value else json.dumps(kept).encode()
+            kept = _without_measurements(value, unlike)
+            if isinstance(kept, dict):
+                kept.pop("sha256", None)
+            return data if kept == value else json.dumps(kept, sort_keys=True).encode()
         if path.suffix in (".md", ".html"):
             text = data.decode("utf-8")
             for pattern, replacement in TEXTS:
                 text = pattern.sub(replacement, text)
             return text.encode()
         if path.name == "sweep.csv":
-            return _csv_without_measurements(data.decode("utf-8")).encode()
+            rows = csv.DictReader(data.decode("utf-8").splitlines())
+            return repr(
+                [{key: cell for key, cell in row.items() if not MEASURED.fullmatch(key)} for row in rows]
+            ).encode()
     except ValueError:
         return data  # damaged: it is unlike any other
     return data
 
 
-def _without_measurements(value: Any, below: bool = False) -> Any:
+def _without_measurements(value: Any, unlike: dict[str, str], below: bool = False) -> Any:
     if isinstance(value, dict):
-        return {key: _without_measurements(one, below or bool(MEASURED.fullmatch(key))) for key, one in value.items()}
+        kept = {} if str(value.get("sha256")) not in unlike else {"size": "that of the file"}
+        return {
+            key: _without_measurements(one, unlike, below or bool(MEASURED.fullmatch(key)))
+            for key, one in value.items()
+        } | kept
     if isinstance(value, list):
-        return [_without_measurements(one, below) for one in value]
-    return "MEASURED" if below and isinstance(value, int | float) and value > 0 else value
+        return [_without_measurements(one, unlike, below) for one in value]
+    if isinstance(value, str):
+        return unlike.get(value, value)
+    return "measured" if below and isinstance(value, int | float) and value > 0 else value
 
 
-def _csv_without_measurements(text: str) -> str:
-    rows = list(csv.DictReader(text.splitlines()))
-    return repr([{name: cell for name, cell in row.items() if not MEASURED.fullmatch(name)} for row in rows])
+def _known_as_they_are(root: Path, data: bytes, hashes: dict[str, str]) -> bytes:
+    known = set()
+    for line in data.decode("utf-8").splitlines():
+        name, *_, digest = json.loads(line)
+        if hashes.get((root / name).as_posix()) == digest:
+            known.add(name)
+    return "\n".join(sorted(known)).encode()
 
 
 def _hash(data: bytes) -> str:

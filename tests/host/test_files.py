@@ -3,13 +3,14 @@
 import errno
 import hashlib
 import json
+import os
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from dmquant.errors import UserError
-from dmquant.host.files import append_line, fingerprint, json_sha256, sha256
+from dmquant.host.files import append_line, as_umask_says, fingerprint, json_sha256, replacing, sha256
 
 
 def test_sha256_of_a_file_is_the_published_one(tmp_path):
@@ -54,3 +55,18 @@ def test_a_line_that_cannot_be_written_is_one_clear_error(tmp_path):
     with pytest.raises(UserError, match="cannot write") as raised:
         append_line(tmp_path / "absent" / "lines", "first")
     assert raised.value.__cause__.errno == errno.ENOENT
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077, 0o000, 0o027])
+def test_files_have_the_mode_that_the_umask_says_whoever_writes_them(tmp_path, mask):
+    before = os.umask(mask)
+    try:
+        with replacing(tmp_path / "a" / "x.safetensors") as temporary:
+            temporary.touch(0o600)
+        (tmp_path / "b").mkdir()
+        (tmp_path / "b" / "y").touch(0o600)
+        as_umask_says(tmp_path / "b")
+    finally:
+        assert os.umask(before) == mask
+    for path in (tmp_path / "a" / "x.safetensors", tmp_path / "b" / "y"):
+        assert path.stat().st_mode & 0o777 == 0o666 & ~mask

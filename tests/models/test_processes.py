@@ -115,16 +115,15 @@ def test_calibration_data_that_lacks_shards_is_completed_by_several_processes_as
         from pathlib import Path
         from dmquant.calib.data.capture import capture
         from dmquant.calib.data.sampling import Sampling
+        from dmquant.diffusers.arguments import Calls
         from tests.tiny import IMAGE_SIZE, PIXART_CALL, tiny_pixart
 
         size = {{"height": IMAGE_SIZE, "width": IMAGE_SIZE, "num_inference_steps": 3, "guidance_scale": 3.0}}
         store = capture(
             tiny_pixart(),
             "transformer",
-            ["red apple", "blue cat", "green house", "a tree", "a boat", "a face"],
+            Calls(["red apple", "blue cat", "green house", "a tree", "a boat", "a face"], 0, size | PIXART_CALL),
             sampling=Sampling("stratified", 2, 0.25, 0),
-            call=size | PIXART_CALL,
-            seed=0,
             batch_size=1,
             folder=Path({str(tmp_path / "data")!r}),
             made_for={{}},

@@ -9,7 +9,8 @@ from torch import nn
 from dmquant.activations import ActivationSpec
 from dmquant.convert import quantize_
 from dmquant.diffusers.quantizer import QuantConfig, mark_quantized
-from dmquant.layers import QuantConv2d, QuantLinear, quantize_layer, share_timesteps
+from dmquant.diffusers.timesteps import share_timesteps
+from dmquant.layers import QuantConv2d, QuantLinear, quantize_layer
 from dmquant.pipelines.runs.footprint import footprint
 from dmquant.qtensor import WeightSpec
 from dmquant.recipe import Recipe

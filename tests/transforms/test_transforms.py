@@ -488,7 +488,7 @@ class TestBias:
             transforms = create([("bias", {"ranges": 4})], layer, None)
             quantized = quantize_layer(layer, FP4, None, transforms=transforms)
             x = inputs(layer, rows=4)
-            quantized.timestep_ranges = TimestepRanges(quantized.timestep_counts)
+            quantized.timestep_ranges = TimestepRanges({4})
             quantized.timestep_ranges.set(torch.tensor([10.0, 990.0]))
             plain = quantized(x)
             table = torch.randn(4, len(layer.weight))

@@ -21,4 +21,5 @@ FAMILY = Family(
         "proj_out": "its error goes straight into the predicted noise",
     },
     blocks=blocks_in("transformer_blocks"),
+    may_lack={"StableDiffusion3Pipeline": ("text_encoder_3", "tokenizer_3")},
 )

@@ -28,7 +28,8 @@ def _blocks(unet: "nn.Module") -> list[str]:
 
 def _concatenations(unet: "nn.Module") -> dict[str, int]:
     """The shortcut of every resnet on the way up: its stream comes from the resnet before it."""
-    stream, found = unet.mid_block.resnets[-1].out_channels, {}
+    lowest = unet.down_blocks[-1] if unet.mid_block is None else unet.mid_block
+    stream, found = lowest.resnets[-1].out_channels, {}
     for level, block in enumerate(unet.up_blocks):
         for index, resnet in enumerate(block.resnets):
             if resnet.conv_shortcut is not None:
@@ -50,6 +51,7 @@ FAMILY = Family(
     },
     blocks=_blocks,
     concatenations=_concatenations,
+    may_lack={"StableDiffusionXLPipeline": ("text_encoder", "tokenizer")},
     # A picture that the checker blanks would count as an error of the quantized model, or hide one.
     without={"safety_checker": None, "requires_safety_checker": False},
 )

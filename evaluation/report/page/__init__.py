@@ -1,6 +1,5 @@
 """report.html: one file with the numbers, the charts and the images in it, for any browser and without a network."""
 
-from html import escape
 from importlib.resources import files
 from pathlib import Path
 from string import Template
@@ -9,6 +8,7 @@ from dmquant.evaluation.progress import Progress, silent
 from dmquant.evaluation.report import wording
 from dmquant.evaluation.report.page import sections
 from dmquant.evaluation.report.page.gallery import image_pairs
+from dmquant.evaluation.report.page.markup import escape
 from dmquant.evaluation.report.page.pictures import data_uri
 from dmquant.evaluation.result import Report
 

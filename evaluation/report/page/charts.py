@@ -4,8 +4,8 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from html import escape
 
+from dmquant.evaluation.report.page.markup import escape
 from dmquant.evaluation.result import LayerError, RecipeResult, Report
 
 FINE_DECADES = 2  # up to this many, the logarithmic axis is labelled 1, 2, 5, 10

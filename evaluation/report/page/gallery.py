@@ -3,7 +3,6 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -15,7 +14,7 @@ from dmquant.evaluation.images import matching_images
 from dmquant.evaluation.metrics.registry import METRICS
 from dmquant.evaluation.progress import Progress, silent
 from dmquant.evaluation.report import wording
-from dmquant.evaluation.report.page.markup import json_script
+from dmquant.evaluation.report.page.markup import escape, json_script
 from dmquant.evaluation.report.page.pictures import WebP, embed
 from dmquant.evaluation.result import RecipeResult, Report
 

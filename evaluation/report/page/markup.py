@@ -1,9 +1,15 @@
 """Pieces of HTML. Cells and contents are HTML already; `escape` what comes from outside."""
 
-import json
+import html
 from collections.abc import Iterable, Sequence
-from html import escape
 from typing import Any
+
+from dmquant.host.text import json_text, visible
+
+
+def escape(text: str) -> str:
+    """`text` on one line as HTML shows it, in which nothing is markup; control characters are visible."""
+    return html.escape(visible(text))
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]], kind: str = "") -> str:
@@ -26,7 +32,7 @@ def text_row(row: Iterable[Any], cell: str = "<td>{}</td>") -> list[str]:
 
 def json_script(name: str, data: Any) -> str:
     """Data for the page's script, which nothing in it can end early."""
-    text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    text = json_text(data, separators=(",", ":"))
     for character, escaped in (("<", "\\u003c"), (">", "\\u003e"), ("&", "\\u0026")):
         text = text.replace(character, escaped)
     return f'<script type="application/json" id="{name}">{text}</script>'

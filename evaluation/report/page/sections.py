@@ -1,15 +1,14 @@
 """The sections of report.html below its title, each from the report alone."""
 
+import html
 from collections.abc import Iterable, Sequence
-from html import escape
-
-import yaml
 
 from dmquant.evaluation.report import wording
 from dmquant.evaluation.report.page.charts import layer_chart, step_chart
 from dmquant.evaluation.report.page.gallery import Pairs
-from dmquant.evaluation.report.page.markup import table, text_row
+from dmquant.evaluation.report.page.markup import escape, table, text_row
 from dmquant.evaluation.result import LayerError, Metric, RecipeResult, Report
+from dmquant.host.text import yaml_text
 from dmquant.host.units import size_text
 
 TILE_METRICS = 4  # metrics that a report of one recipe shows in large figures
@@ -172,7 +171,5 @@ def repeat(report: Report) -> str:
 def _whole_recipe(name: str, recipe: RecipeResult) -> str:
     if not recipe.recipe:
         return ""
-    text = yaml.safe_dump(recipe.recipe, sort_keys=False, allow_unicode=True)
-    return (
-        f"<details><summary>The whole recipe {escape(name)}</summary><pre><code>{escape(text)}</code></pre></details>"
-    )
+    text = html.escape(yaml_text(recipe.recipe))
+    return f"<details><summary>The whole recipe {escape(name)}</summary><pre><code>{text}</code></pre></details>"

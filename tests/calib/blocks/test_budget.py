@@ -10,7 +10,7 @@ from dmquant.calib.blocks.budget import FITTED, LEARNED, WORKING, check_budget
 from dmquant.calib.blocks.units import Block
 from dmquant.errors import UsageError
 from dmquant.host.memory import default_budget
-from dmquant.pipelines.runs.settings import parse_size
+from dmquant.pipelines.runs.bounds import parse_size
 from dmquant.recipe import Learning
 
 

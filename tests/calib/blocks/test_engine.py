@@ -16,7 +16,7 @@ from dmquant.calib.data.store import CalibrationStore
 from dmquant.convert import plan, quantize_
 from dmquant.errors import UsageError, UserError
 from dmquant.kernels.cpu import missing_to_compile
-from dmquant.pipelines.runs.settings import parse_size
+from dmquant.pipelines.runs.bounds import parse_size
 from tests.calib.runs import calibrated, captured, is_same, packed, quantized_layers, recipe_of, saved_and_loaded
 from tests.forked import Forked
 from tests.tiny import TINY

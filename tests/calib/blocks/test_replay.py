@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from dmquant.calib.blocks.replay import replaced_forward, replay, trace
+from dmquant.calib.blocks.replay import replaced_forward, replay
+from dmquant.calib.blocks.trace import trace
 from dmquant.calib.blocks.units import find_blocks
 from dmquant.calib.data.tree import flatten, map_floats
 from dmquant.convert import plan

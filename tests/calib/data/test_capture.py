@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import json
 import signal
 import sys
 from collections.abc import Sequence
@@ -12,9 +13,11 @@ import torch
 from safetensors import safe_open
 
 from dmquant.calib.data.capture import capture
+from dmquant.calib.data.index import INDEX, Index
 from dmquant.calib.data.sampling import Sampling
-from dmquant.calib.data.store import INDEX, CalibrationStore, Index
+from dmquant.calib.data.store import CalibrationStore
 from dmquant.calib.data.tree import flatten
+from dmquant.diffusers.arguments import Calls
 from dmquant.diffusers.families import Family, families
 from dmquant.errors import UsageError, UserError
 from tests.calib.runs import call_of
@@ -52,20 +55,22 @@ def model(request):
 
 
 def captured(model, folder, **changes):
-    settings = {"sampling": Sampling("stratified", 3, 0.2), "seed": 7, "batch_size": 2, "made_for": {"weights": "w"}}
-    settings |= {"prompts": model.prompts, "call": model.call, "shared": model.family.shared, "folder": folder}
-    return capture(model.pipeline, model.family.component, **(settings | changes))
+    given = {"prompts": model.prompts, "seed": 7, "call": model.call}
+    prompts, seed, call = (changes.pop(name, value) for name, value in given.items())
+    settings = {"sampling": Sampling("stratified", 3, 0.2), "batch_size": 2, "made_for": {"weights": "w"}}
+    settings |= {"shared": model.family.shared, "folder": folder}
+    return capture(model.pipeline, model.family.component, Calls(prompts, seed, call), **(settings | changes))
 
 
 def toy_capture(toy, folder, **changes):
     prompts = changes.pop("prompts", ["a", "bb", "ccc", "dddd"])
-    call = {"num_inference_steps": len(toy.sizes)}
-    settings = {"sampling": Sampling("uniform", 2, 0.2), "seed": 0, "batch_size": 1, "made_for": {"weights": "w"}}
-    return capture(toy, "unet", prompts, call=call, folder=folder, **(settings | changes))
+    calls = Calls(prompts, changes.pop("seed", 0), {"num_inference_steps": len(toy.sizes)})
+    settings = {"sampling": Sampling("uniform", 2, 0.2), "batch_size": 1, "made_for": {"weights": "w"}}
+    return capture(toy, "unet", calls, folder=folder, **(settings | changes))
 
 
 def spied(backbone, work):
-    """Every call of the backbone during `work`, as its arguments by name and its output; and what `work` returned."""
+    """Every call of the backbone after the rehearsal in `work`, as its arguments by name and its output; its result."""
     calls, signature = [], inspect.signature(backbone.forward)
 
     def spy(module, args, kwargs, output):
@@ -73,7 +78,8 @@ def spied(backbone, work):
 
     handle = backbone.register_forward_hook(spy, with_kwargs=True)
     try:
-        return calls, work()
+        result = work()
+        return calls[STEPS:], result
     finally:
         handle.remove()
 
@@ -244,7 +250,7 @@ def test_a_second_capture_runs_nothing(tmp_path):
     first = toy_capture(toy, tmp_path)
     calls, before, told = toy.unet.calls, files(tmp_path), []
     second = toy_capture(toy, tmp_path, progress=lambda *counts: told.append(counts))
-    assert toy.unet.calls == calls == 12
+    assert toy.unet.calls == calls == 1 + 12
     assert not told
     assert files(tmp_path) == before
     assert (second.key, second.samples) == (first.key, first.samples)
@@ -270,7 +276,7 @@ import os, signal, sys
 from pathlib import Path
 from tests.calib.data.test_capture import Toy, toy_capture
 toy = Toy([1.0, 1.0, 1.0])
-toy.unet.register_forward_hook(lambda *_: os.kill(os.getpid(), signal.SIGKILL) if toy.unet.calls == 8 else None)
+toy.unet.register_forward_hook(lambda *_: os.kill(os.getpid(), signal.SIGKILL) if toy.unet.calls == 9 else None)
 toy_capture(toy, Path(sys.argv[1]))
 """
 
@@ -353,17 +359,102 @@ def test_our_own_folder_is_replaced_when_asked(tmp_path):
     fresh = toy_capture(Toy([1.0, 1.0]), tmp_path / "fresh", seed=5)
     assert store.key == fresh.key
     (tmp_path / INDEX).write_text("{")
-    with pytest.raises(UserError, match="damaged"):
-        toy_capture(Toy([1.0, 1.0]), tmp_path, seed=5)
+    for shard in tmp_path.glob("*.safetensors"):
+        shard.write_bytes(b"")
     toy_capture(Toy([1.0, 1.0]), tmp_path, seed=5, replace=True)
     assert {path.name for path in tmp_path.iterdir() if path.is_file()} == set(files(tmp_path / "fresh"))
 
 
-def test_a_folder_with_something_else_is_left_alone(tmp_path):
-    (tmp_path / "thesis.txt").write_text("words")
-    with pytest.raises(UserError, match="holds something else"):
+def cut(text):
+    return text[: len(text) // 2]
+
+
+def with_a_digit_more(text):
+    return text.replace('"steps": 3', '"steps": 4')
+
+
+def with_samples_swapped(text):
+    content = json.loads(text)
+    first, second = content["shards"][0]["samples"][:2]
+    first["leaves"], second["leaves"] = second["leaves"], first["leaves"]
+    return json.dumps(content)
+
+
+def with_held_out_inverted(text):
+    return text.replace("true", "TRUE").replace("false", "true").replace("TRUE", "false")
+
+
+def older_and_with_held_out_inverted(text):
+    content = json.loads(with_held_out_inverted(text)) | {"version": 1}
+    del content["sha256"]
+    return json.dumps(content)
+
+
+DAMAGES = [None, cut, with_a_digit_more, with_samples_swapped, with_held_out_inverted, lambda text: ""]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_index_is_made_again_of_the_shards(tmp_path, damage):
+    toy = Toy([1.0, 1.0, 1.0])
+    toy_capture(toy, tmp_path, sampling=Sampling("importance", 2, 0.2))
+    before, calls = files(tmp_path), toy.unet.calls
+    text = (tmp_path / INDEX).read_text()
+    (tmp_path / INDEX).unlink()
+    if damage is not None:
+        assert damage(text) != text
+        (tmp_path / INDEX).write_text(damage(text))
+    toy_capture(toy, tmp_path, sampling=Sampling("importance", 2, 0.2))
+    assert toy.unet.calls == calls
+    assert files(tmp_path) == before
+
+
+def test_shards_with_other_samples_than_those_chosen_are_captured_again(tmp_path):
+    """Indexes of the version before carry no hash."""
+    toy = Toy([1.0, 1.0, 1.0])
+    samples = toy_capture(toy, tmp_path).samples
+    text = (tmp_path / INDEX).read_text()
+    (tmp_path / INDEX).write_text(older_and_with_held_out_inverted(text))
+    assert toy_capture(toy, tmp_path).samples == samples
+    assert (tmp_path / INDEX).read_text() == text
+
+
+def test_an_index_and_shards_that_are_damaged_are_captured_again(tmp_path):
+    toy = Toy([1.0, 1.0, 1.0])
+    toy_capture(toy, tmp_path)
+    before = files(tmp_path)
+    (tmp_path / INDEX).write_text(cut(before[INDEX].decode()))
+    for number, shard in enumerate(sorted(tmp_path.glob("*.safetensors"))):
+        content = bytearray(shard.read_bytes())
+        content[-1 - number] ^= 1
+        shard.write_bytes(content)
+    toy_capture(toy, tmp_path)
+    assert files(tmp_path) == before
+
+
+def test_shards_made_for_something_else_are_refused_without_their_index_too(tmp_path):
+    toy_capture(Toy([1.0, 1.0]), tmp_path)
+    (tmp_path / INDEX).unlink()
+    before = files(tmp_path)
+    with pytest.raises(UserError, match="made for seed 0, this run has 3; choose"):
+        toy_capture(Toy([1.0, 1.0]), tmp_path, seed=3)
+    assert files(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", ["thesis.txt", INDEX, "my-prompts-1-2.safetensors"])
+def test_a_folder_with_something_else_is_left_alone(tmp_path, name):
+    (tmp_path / name).write_text("words")
+    with pytest.raises(UserError, match=f"holds something else than calibration data \\({name}\\)"):
         toy_capture(Toy([1.0, 1.0]), tmp_path)
-    assert set(files(tmp_path)) == {"thesis.txt"}
+    assert files(tmp_path) == {name: b"words"}
+
+
+def test_files_of_others_beside_the_data_stay(tmp_path):
+    toy_capture(Toy([1.0, 1.0]), tmp_path)
+    others = {"prompts-of-mine.safetensors": b"1", "prompts-00007-00009.safetensors": b"2", "notes.txt": b"3"}
+    for name, content in others.items():
+        (tmp_path / name).write_bytes(content)
+    toy_capture(Toy([1.0, 1.0]), tmp_path, seed=5, replace=True)
+    assert others.items() <= files(tmp_path).items()
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -400,15 +491,18 @@ def test_what_depends_on_the_number_of_prompts_cannot_be_shared(tmp_path):
 
 
 def test_pipelines_that_cannot_be_captured(tmp_path):
-    with pytest.raises(UserError, match=r"Backbone 2 times.*schedule has 3 steps"):
-        toy_capture(Toy([1.0, 1.0], scheduled=3), tmp_path / "calls")
+    toy = Toy([1.0, 1.0, 1.0], ends_early="bb")
+    with pytest.raises(UserError, match=r"Backbone 2 times for prompts 1 to 1, and 3 times before.*such as a callback"):
+        toy_capture(toy, tmp_path / "calls")
+    with pytest.raises(UserError, match=r"never called its Backbone"):
+        toy_capture(Toy([]), tmp_path / "none")
     with pytest.raises(UserError, match="the argument extra is of type dtype"):
         toy_capture(Toy([1.0, 1.0], extra=torch.float16), tmp_path / "type")
     toy = Toy([1.0, 1.0])
     toy.unet.register_forward_pre_hook(
         lambda module, args: (args[0].repeat(2, 1, 1, 1), *args[1:]) if int(args[1]) else None
     )
-    with pytest.raises(UserError, match="given 2 rows for 1 prompts at step 1"):
+    with pytest.raises(UserError, match="given 2 rows for 1 prompts at step 1, and 1 rows each before"):
         toy_capture(toy, tmp_path / "rows")
     with pytest.raises(UsageError, match="at least 2 prompts"):
         toy_capture(Toy([1.0, 1.0]), tmp_path / "few", prompts=["a"])
@@ -421,3 +515,18 @@ def test_a_scheduler_that_calls_the_backbone_more_often_than_it_has_steps(tmp_pa
     model.pipeline.scheduler = PNDMScheduler.from_config(model.pipeline.scheduler.config, skip_prk_steps=True)
     store = captured(model, tmp_path, prompts=model.prompts[:2])
     assert store.steps == len(store.timesteps) == STEPS + 1
+
+
+def test_a_timestep_that_two_calls_have_is_held_out_of_both(tmp_path):
+    from diffusers import HeunDiscreteScheduler
+
+    model = built("sd15")
+    model.pipeline.scheduler = HeunDiscreteScheduler.from_config(model.pipeline.scheduler.config)
+    store = captured(model, tmp_path, sampling=Sampling("uniform", 99, 0.2))
+    assert len(set(store.timesteps)) == STEPS < store.steps == 2 * STEPS - 1
+    timesteps = {held_out: set() for held_out in (True, False)}
+    for sample in store.samples:
+        timesteps[sample.held_out].add(store.timesteps[sample.step])
+    assert timesteps[True]
+    assert timesteps[True].isdisjoint(timesteps[False])
+    assert len(timesteps[True] | timesteps[False]) == STEPS

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from dmquant.calib.data.importance import measure_importance
+from dmquant.diffusers.arguments import Calls
 from dmquant.diffusers.families import families
 from dmquant.errors import UserError
 from tests.calib.runs import call_of
@@ -20,9 +21,8 @@ def test_a_pipeline_whose_final_latents_are_a_known_sum(wrap):
     weights = measure_importance(
         toy,
         "unet",
-        ["a", "bb"],
-        call=CALL,
-        seed=0,
+        Calls(["a", "bb"], 0, CALL),
+        steps=4,
         batch_size=2,
         progress=lambda done, total: passes.append((done, total)),
     )
@@ -35,8 +35,9 @@ def test_a_pipeline_whose_final_latents_are_a_known_sum(wrap):
 def test_a_diffusers_pipeline_responds_linearly_and_as_before():
     pipeline = tiny_sd()
     call = {"height": IMAGE_SIZE, "width": IMAGE_SIZE, "num_inference_steps": 3, "guidance_scale": 3.0}
+    calls = Calls(["red cat"], 0, call)
     large, small, again = (
-        measure_importance(pipeline, "unet", ["red cat"], call=call, seed=0, batch_size=1, relative_noise=noise)
+        measure_importance(pipeline, "unet", calls, steps=3, batch_size=1, relative_noise=noise)
         for noise in (1e-2, 3e-3, 1e-2)
     )
     assert large == again
@@ -46,7 +47,7 @@ def test_a_diffusers_pipeline_responds_linearly_and_as_before():
 
 def test_a_pipeline_that_ends_in_nan():
     with pytest.raises(UserError, match="NaN or infinity"):
-        measure_importance(Toy([1.0, 1.0], [1.0, float("nan")]), "unet", ["a"], call=CALL, seed=0, batch_size=1)
+        measure_importance(Toy([1.0, 1.0], [1.0, float("nan")]), "unet", Calls(["a"], 0, CALL), steps=2, batch_size=1)
 
 
 @pytest.mark.parametrize("model", ["flux", "hunyuan-1.2", "dit"])
@@ -54,8 +55,8 @@ def test_every_step_of_a_pipeline_has_a_measured_importance(model):
     """Flux packs its latents, Hunyuan's sampler draws noise on the way, DiT takes classes."""
     tiny, family = TINY[model], families()[TINY[model].family]
     pipeline = family.prompted(tiny.build())
-    call = call_of(model, 3)
-    weights = measure_importance(pipeline, family.component, tiny.prompts[:2], call=call, seed=0, batch_size=2)
+    calls = Calls(tiny.prompts[:2], 0, call_of(model, 3))
+    weights = measure_importance(pipeline, family.component, calls, steps=3, batch_size=2)
     assert len(weights) == 3
     assert min(weights) > 0
 
@@ -66,12 +67,10 @@ def test_no_call_has_more_prompts_than_a_batch_and_the_noise_of_each_stays(model
     pipeline, rows = family.prompted(tiny.build()), set()
     backbone = getattr(pipeline, family.component)
     backbone.register_forward_hook(lambda module, args, output: rows.add(len(output[0])))
-    prompts, found = (tiny.prompts * 3)[:3], {}
+    calls, found = Calls((tiny.prompts * 3)[:3], 0, call_of(model, 2)), {}
     for batch_size in (3, 2):
-        found[batch_size] = measure_importance(
-            pipeline, family.component, prompts, call=call_of(model, 2), seed=0, batch_size=batch_size
-        )
+        found[batch_size] = measure_importance(pipeline, family.component, calls, steps=2, batch_size=batch_size)
     assert found[2] == pytest.approx(found[3], rel=0.02)
     rows.clear()
-    measure_importance(pipeline, family.component, prompts, call=call_of(model, 2), seed=0, batch_size=1)
+    measure_importance(pipeline, family.component, calls, steps=2, batch_size=1)
     assert rows == {2}  # both branches of the guidance of one prompt

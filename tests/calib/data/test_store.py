@@ -1,27 +1,32 @@
 """The store: content kept once, batches in any order, and damage that is noticed."""
 
 import json
+import random
+from dataclasses import replace
 
 import pytest
 import torch
 
+from dmquant.calib.data.index import INDEX, Index
 from dmquant.calib.data.sampling import Sample
-from dmquant.calib.data.store import INDEX, CalibrationStore, Index, ShardWriter, StoredSample
+from dmquant.calib.data.shard import Captured, Kept, ShardWriter
+from dmquant.calib.data.store import CalibrationStore
 from dmquant.errors import UserError
+from dmquant.host.files import json_sha256
 
 SKELETON = {"dict": {"x": {"tensor": 0}, "table": {"tensor": 1}, "flag": True}}
+OTHER = {"dict": {"x": {"tensor": 0}, "table": {"tensor": 1}, "flag": False}}
 
 
-def write(folder, tables=((1.0, 2.0), (1.0, 2.0)), skeletons=(0, 0)):
+def write(folder, tables=((1.0, 2.0), (1.0, 2.0)), skeletons=(SKELETON, SKELETON)):
     """Two shards of one prompt and two rows each: x is [prompt, 10 + prompt]."""
-    index = Index({"height": 8}, prompts=2, steps=1, rows=2, timesteps=[5.0])
-    index.skeletons = [SKELETON, {"dict": {"x": {"tensor": 0}, "table": {"tensor": 1}, "flag": False}}]
+    index = Index({"height": 8}, prompts=2, steps=1)
     for prompt, (table, skeleton) in enumerate(zip(tables, skeletons, strict=True)):
         writer = ShardWriter()
         rows = [writer.add(torch.tensor(float(value)))[0] for value in (prompt, 10 + prompt)]
-        leaves = [rows, writer.add(torch.tensor(table))[0]]
-        samples = [StoredSample(Sample(prompt, 0, prompt == 1), skeleton, leaves)]
-        index.shards.append(writer.save(folder, prompt, prompt + 1, samples))
+        kept = [Kept(Sample(prompt, 0, prompt == 1), skeleton, [rows, writer.add(torch.tensor(table))[0]])]
+        captured = Captured(index.setup, prompt, prompt + 1, [5.0], 2, kept)
+        index.add(captured, writer.save(folder, captured))
     index.save(folder)
     return index
 
@@ -54,7 +59,7 @@ def test_samples_that_cannot_share_a_batch(tmp_path):
     assert store.batch([1])[1]["table"].tolist() == [1, 3]
     with pytest.raises(UserError, match="all rows share differs"):
         store.batch([0, 1])
-    write(tmp_path / "skeletons", skeletons=(0, 1))
+    write(tmp_path / "skeletons", skeletons=(SKELETON, OTHER))
     with pytest.raises(UserError, match="passed them other arguments"):
         CalibrationStore.open(tmp_path / "skeletons").batch([0, 1])
 
@@ -67,8 +72,10 @@ def test_the_same_content_is_one_tensor_and_other_types_or_shapes_are_not(tmp_pa
     assert {writer.add(tensor)[0] for tensor in same} == {0}
     assert [writer.add(tensor) for tensor in other] == [(number, True) for number in range(1, 6)]
     zeros.add_(1)  # the pipeline goes on working with its tensor
-    shard = writer.save(tmp_path, 0, 1, [StoredSample(Sample(0, 0, False), 0, list(range(6)))])
-    index = Index({}, 1, 1, 1, [0.0], None, [{"list": [{"tensor": number} for number in range(6)]}], [shard])
+    index = Index({}, prompts=1, steps=1)
+    kept = Kept(Sample(0, 0, False), {"list": [{"tensor": number} for number in range(6)]}, list(range(6)))
+    captured = Captured(index.setup, 0, 1, [0.0], 1, [kept])
+    index.add(captured, writer.save(tmp_path, captured))
     stored = CalibrationStore(tmp_path, index).batch([0])[1]
     for written, read in zip([torch.zeros(4), *other], stored, strict=True):
         assert (written.dtype, written.shape) == (read.dtype, read.shape)
@@ -85,20 +92,49 @@ def test_a_flipped_byte_is_noticed(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "complaint"),
-    [
-        (None, "holds no calibration data"),
-        ("{", "is damaged"),
-        ("[]", "is damaged"),
-        ('{"version": 1}', "is damaged"),
-        ('{"version": 99}', "has version 99, this dmquant reads 1"),
-    ],
+    "text", [None, "{", "[]", "null", '{"version": 1}', '{"version": 2}', '{"version": 99}', "[" * 10**5]
 )
-def test_an_index_that_cannot_be_read(tmp_path, text, complaint):
+def test_an_index_that_cannot_be_read(tmp_path, text):
     if text is not None:
         (tmp_path / INDEX).write_text(text)
-    with pytest.raises(UserError, match=complaint):
+    assert Index.load(tmp_path) is None
+    with pytest.raises(UserError, match="holds no calibration data, or its index"):
         CalibrationStore.open(tmp_path)
+
+
+def test_an_index_of_a_later_version_is_refused(tmp_path):
+    content = {"version": 99, "seen": "later"}
+    (tmp_path / INDEX).write_text(json.dumps(content | {"sha256": json_sha256(content)}))
+    with pytest.raises(UserError, match="has version 99, this dmquant reads 2: update it"):
+        CalibrationStore.open(tmp_path)
+
+
+def test_an_index_of_the_version_before_is_read(tmp_path):
+    index = write(tmp_path)
+    content = json.loads((tmp_path / INDEX).read_text()) | {"version": 1}
+    del content["sha256"]
+    (tmp_path / INDEX).write_text(json.dumps(content))
+    assert Index.load(tmp_path) == index
+
+
+def test_a_changed_byte_in_the_index_is_noticed_and_the_shards_tell_it_again(tmp_path):
+    index, draw = write(tmp_path), random.Random(0)
+    text = (tmp_path / INDEX).read_bytes()
+    for position in draw.sample(range(len(text)), 60):
+        damaged = bytearray(text)
+        damaged[position] ^= 1 << draw.randrange(7)
+        (tmp_path / INDEX).write_bytes(damaged)
+        assert Index.load(tmp_path) in (None, index), position  # equal where an escape became another
+    assert Index.of_shards(tmp_path) == index
+
+
+def test_shards_that_overlap_or_differ_in_their_settings_are_listed_once(tmp_path):
+    index = write(tmp_path)
+    whole = Captured(index.setup, 0, 2, [5.0], 2, [])
+    other = Captured(replace(index.setup, steps=2), 2, 3, [5.0], 2, [])
+    for captured in (whole, other):
+        ShardWriter().save(tmp_path, captured)
+    assert Index.of_shards(tmp_path) == index
 
 
 def test_an_unfinished_store(tmp_path):
@@ -117,4 +153,4 @@ def test_the_key_stands_for_what_it_was_made_for_whatever_the_order():
 def test_the_index_reads_back_as_it_was_written(tmp_path):
     index = write(tmp_path)
     assert Index.load(tmp_path) == index
-    assert json.loads((tmp_path / INDEX).read_text())["version"] == 1
+    assert json.loads((tmp_path / INDEX).read_text())["version"] == 2

@@ -11,9 +11,11 @@ from dmquant.activations import ActivationSpec, fake_quantize
 from dmquant.calib.data.capture import capture
 from dmquant.calib.data.sampling import Sample, Sampling
 from dmquant.calib.layers.ranges import CLIPS, histogram, least_error_amplitude, observe_ranges
+from dmquant.diffusers.arguments import Calls
+from dmquant.diffusers.timesteps import share_timesteps
 from dmquant.errors import UserError
 from dmquant.formats import get_format
-from dmquant.layers import quantize_layer, share_timesteps
+from dmquant.layers import quantize_layer
 from dmquant.qtensor import WeightSpec
 from tests.tiny import IMAGE_SIZE, PIXART_CALL, tiny_pixart, tiny_sd
 
@@ -199,13 +201,12 @@ def test_what_cannot_be_observed_is_said_in_one_line():
 )
 def test_captured_calls_reach_the_ranges_of_their_timesteps(build, component, layer, options, tmp_path):
     pipeline, magnitudes = build(), {}
+    call = {"num_inference_steps": 4, "height": IMAGE_SIZE, "width": IMAGE_SIZE, "guidance_scale": 3.0, **options}
     store = capture(
         pipeline,
         component,
-        ["a red cat", "a blue boat", "a tree"],
+        Calls(["a red cat", "a blue boat", "a tree"], 0, call),
         sampling=Sampling("uniform", steps_per_prompt=4, held_out=0.3, seed=0),
-        call={"num_inference_steps": 4, "height": IMAGE_SIZE, "width": IMAGE_SIZE, "guidance_scale": 3.0, **options},
-        seed=0,
         batch_size=2,
         folder=tmp_path,
         made_for={},

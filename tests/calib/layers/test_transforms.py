@@ -14,7 +14,8 @@ from dmquant.calib.layers.fitting import fit_transforms
 from dmquant.calib.layers.statistics import InputObserver
 from dmquant.convert import LayerPlan
 from dmquant.diffusers.quantizer import mark_quantized
-from dmquant.layers import QuantConv2d, QuantLinear, share_timesteps
+from dmquant.diffusers.timesteps import share_timesteps
+from dmquant.layers import QuantConv2d, QuantLinear
 from dmquant.pipelines.runs.footprint import footprint
 from dmquant.qtensor import WeightSpec, quantize_tensor
 from dmquant.transforms import InputStatistics, bias, create

@@ -1,15 +1,19 @@
 import ast
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 
 import pytest
+from markdown_it import MarkdownIt
 
 from dmquant.errors import UserError
 from dmquant.evaluation.report.files import read_report, write_report
+from dmquant.evaluation.report.markdown import code, fenced
 from dmquant.evaluation.report.wording import metric_title, metric_value
 from dmquant.evaluation.result import Backbone, Metric, RecipeResult, Reference, Report
+from dmquant.host.text import CONTROLS, visible
 from tests.evaluation.conftest import smooth_images, write_images
 
 HOSTILE = "<script>alert('x')</script> & \"quotes\" | pipe"
@@ -122,6 +126,55 @@ def test_markdown_table_rows_keep_their_columns_whatever_a_cell_holds(run_folder
     lines = (run_folder / "report.md").read_text(encoding="utf-8").splitlines()
     assert r"| prompts | &lt;script>alert('x')&lt;/script> & " + '"quotes"' + r" \| pipe |" in lines
     assert "| lines | a b |" in lines
+
+
+HOSTILE_NAMES = (
+    "![x](https://evil.example/x.png)",
+    "<img src=x onerror=alert(1)>",
+    "`code` **bold** _em_ ~~gone~~ $x$",
+    "https://evil.example www.evil.example a@evil.example",
+    "# heading",
+    "- item",
+    "1. item",
+    "a\n\n# heading",
+    "\x1b[31mred\x07",
+    "\u202egnp.exe",
+    "&lt;b&#62;",
+    "=HYPERLINK(1)",
+)
+
+
+@pytest.mark.parametrize("name", HOSTILE_NAMES)
+def test_names_are_text_in_every_page(run_folder, report, name):
+    report = dataclasses.replace(
+        report, model=name, recipes={name: report.recipes["w4a6"]}, prompts=[name] * 3, settings={name: name}
+    )
+    write_report(run_folder, report)
+    page = (run_folder / "report.md").read_text(encoding="utf-8")
+    tokens = MarkdownIt().enable(["table", "strikethrough"]).parse(page)
+    assert not re.search(r"https?://|www\.|\w@\w", page), "GitHub makes links of these"
+    inside = [inline.type for token in tokens for inline in token.children or ()]
+    assert not {"link_open", "image", "html_inline", "strong_open", "em_open", "s_open", "code_inline"} & set(inside)
+    assert not {"html_block", "list_item_open", "blockquote_open"} & {token.type for token in tokens}
+    shown = " ".join("".join(each.content for each in token.children) for token in tokens if token.children)
+    assert visible(" ".join(name.split())) in shown
+    for file in ("report.md", "report.html", "report.json"):
+        assert not re.search(f"[{CONTROLS}]", (run_folder / file).read_text(encoding="utf-8"))
+    assert read_report(run_folder) == report
+
+
+@pytest.mark.parametrize("text", ["a ``` b", "```\n# heading\n```", "````"])
+def test_nothing_in_a_block_of_code_ends_it(text):
+    first, *lines, last = fenced(text).splitlines()
+    assert first == last
+    assert "\n".join(lines) == text
+    assert first not in text
+
+
+@pytest.mark.parametrize("text", ["a `b` c", "`", "``x", "plain"])
+def test_inline_code_is_the_text(text):
+    (token,) = (token for token in MarkdownIt().parse(code(text)) if token.children)
+    assert [(inline.type, inline.content) for inline in token.children] == [("code_inline", text)]
 
 
 def test_a_report_of_several_recipes_shows_each_beside_full_precision(run_folder, report):

@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 
 from dmquant.pipelines.commands import app as cli
+from dmquant.pipelines.runs.bounds import parse_size
 from dmquant.pipelines.runs.defaults import DEFAULT_RECIPE
-from dmquant.pipelines.runs.settings import parse_size
 from tests.tiny import tiny_dit, tiny_pixart, tiny_sd
 
 COMMANDS = [command.callback.__name__ for command in cli.app.registered_commands]
@@ -79,19 +79,40 @@ def test_the_lists_name_what_there_is(capsys, command):
     assert expected[command] in out
 
 
+RECIPES = {
+    "group.yaml": b"name: x\ngranularity: group:99999999999999999999999\n",
+    "name.yaml": b'name: "a\\nb"\n',
+    "empty.yaml": b"",
+    "latin.yaml": b"name: \xff\n",
+}
 WRONG_USAGE = {
     "unknown model": (["emoji-pixar"], "did you mean 'emoji-pixart'?"),
     "unknown weight format": (["MODEL", "--w", "fp44"], "did you mean 'fp4'?"),
     "unknown activation format": (["MODEL", "--a", "e2m3"], "unknown format"),
     "unknown recipe": (["MODEL", "--recipe", "rtm"], "did you mean 'rtn'?"),
-    "no such recipe file": (["MODEL", "--recipe", "mine.yaml"], "mine.yaml"),
     "unknown metric": (["MODEL", "--metrics", "psnr,sim"], "did you mean 'ssim'?"),
+    "unknown CLIP model": (["MODEL", "--metrics", "clip_score", "--clip", "ViT-B-33"], "unknown CLIP model 'ViT-B-33'"),
+    "a long name for a CLIP model": (["MODEL", "--metrics", "clip_score", "--clip", "x" * 300], "unknown CLIP model"),
     "no metric": (["MODEL", "--metrics", ","], "--metrics is empty"),
     "unknown prompt set": (["MODEL", "--prompts", "emojo"], "did you mean 'emoji'?"),
     "too many prompts": (["MODEL", "--num-prompts", "1000000"], "1000000 prompts asked for"),
     "unknown device": (["MODEL", "--device", "gpu"], "unknown device 'gpu'"),
     "unknown dtype": (["MODEL", "--dtype", "fp64"], "unknown dtype 'fp64'"),
     "odd size": (["MODEL", "--height", "33"], "not a multiple of 8"),
+    "height of a million": (["MODEL", "--height", "1000000"], "--height 1000000 is more than this takes: 16384"),
+    "a hundred million pixels": (["MODEL", "--height", "16000", "--width", "8000"], "more than 67 million pixels"),
+    "a billion steps": (["MODEL", "--steps", "1000000000"], "--steps 1000000000 is more"),
+    "a billion prompts": (["MODEL", "--num-prompts", "1000000000"], "--num-prompts 1000000000 is more"),
+    "a seed of 65 bits": (["MODEL", "--seed", str(2**64)], "--seed 18446744073709551616 is more"),
+    "guidance of infinity": (["MODEL", "--guidance", "inf"], "--guidance inf is more"),
+    "guidance that is no number": (["MODEL", "--guidance", "nan"], "--guidance"),
+    "no such option": (["MODEL", "--stepz", "3"], "--steps"),
+    "an endless format": (["MODEL", "--w", "int" + "9" * 5000], "unknown format"),
+    "an endless group": (["MODEL", "--recipe", "group.yaml"], "unknown granularity 'group:99999999999999999999999'"),
+    "an endless budget": (["MODEL", "--memory-budget", "9" * 400 + "GB"], "write it as 8GB"),
+    "a recipe of a name with a line break": (["MODEL", "--recipe", "name.yaml"], "a name is one line"),
+    "an empty recipe": (["MODEL", "--recipe", "empty.yaml"], "empty.yaml holds no settings"),
+    "a recipe that is not UTF-8": (["MODEL", "--recipe", "latin.yaml"], "it is not UTF-8 text"),
     "no size": (["MODEL", "--memory-budget", "8 apples"], "write it as 8GB"),
     "no memory": (["MODEL", "--memory-budget", "0GB"], "write it as 8GB"),
     "unknown family": (["MODEL", "--family", "pixarts"], "did you mean 'pixart'?"),
@@ -104,8 +125,10 @@ WRONG_USAGE = {
 @pytest.mark.parametrize(("arguments", "says"), WRONG_USAGE.values(), ids=WRONG_USAGE)
 def test_wrong_usage_is_one_line_exits_with_2_and_writes_nothing(capsys, model, tmp_path, arguments, says):
     arguments = [model if argument == "MODEL" else argument for argument in arguments]
+    for name, content in RECIPES.items():
+        Path(name).write_bytes(content)
     _fails(dmquant(capsys, "run", *arguments, "--out", "run"), 2, says)
-    assert list(tmp_path.iterdir()) == []
+    assert {path.name for path in tmp_path.iterdir()} == RECIPES.keys()
 
 
 @pytest.mark.parametrize("command", ["run", "generate", "quantize", "compare"])
@@ -217,6 +240,11 @@ def test_an_empty_prompt_file(capsys, model, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_recipe_file_that_is_not_there(capsys, model):
+    _fails(dmquant(capsys, "run", model, "--recipe", "mine.yaml", "--out", "run"), 1, "no recipe file mine.yaml")
+    assert not Path("run").exists()
+
+
 def test_a_folder_of_real_images_without_any(capsys, model, tmp_path):
     (tmp_path / "photos").mkdir()
     _fails(dmquant(capsys, "run", model, "--real", "photos", "--out", "run"), 1, "no image in photos")
@@ -249,9 +277,11 @@ def test_cuda_where_there_is_none(capsys, model, tmp_path):
     "arguments", [["run"], ["run", "model", "--num-prompts", "0"], ["fly"], ["run", "m", "--stepz"]]
 )
 def test_what_the_parser_refuses_exits_with_2(capsys, arguments):
-    code, _, err = dmquant(capsys, *arguments)
-    assert code == 2
-    assert "Traceback" not in err
+    code, out, err = dmquant(capsys, *arguments)
+    assert (code, out) == (2, "")
+    assert err.startswith("error: ")
+    assert err.endswith(" --help\n")
+    assert err.count("\n") == 1
 
 
 def test_an_unexpected_error_is_one_line_and_debug_shows_the_traceback(capsys, monkeypatch):
@@ -302,6 +332,15 @@ def test_score_and_grid_work_on_any_two_folders_that_pair_up(capsys, tmp_path):
     assert Path("book.csv").read_text() == "a,b\n"
     (tmp_path / "quantized" / "00001.png").unlink()
     _fails(dmquant(capsys, "score", "fp", "quantized"), 1, "lacks 1 of 2 images")
+
+
+@pytest.mark.parametrize("command", ["score", "grid"])
+def test_images_are_not_compared_with_themselves(capsys, tmp_path, command):
+    (tmp_path / "a").mkdir()
+    Image.new("RGB", (32, 32)).save(tmp_path / "a" / "0.png")
+    (tmp_path / "b").symlink_to("a")
+    for other in ("a", "b"):
+        _fails(dmquant(capsys, command, "a", other), 2, f"a and {other} are one folder")
 
 
 def test_the_report_of_a_folder_without_a_run(capsys, tmp_path):

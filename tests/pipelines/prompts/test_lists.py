@@ -1,5 +1,6 @@
 import json
 import math
+import os
 import sys
 import time
 from collections import Counter
@@ -159,6 +160,12 @@ TABLES = {
     "strings.jsonl": '"a red cat"\n\n"ünïcode, & more"\n',
     "objects.JSONL": '{"caption": "a red cat", "n": 1}\r\n{"caption": "ünïcode, & more"}\r\n',
     "list.prompts": "a red cat\nünïcode, & more",
+    "by-id.json": {"00001.png": "a red cat", "00000.png": "ünïcode, & more"},
+    "by-id.yaml": "1: a red cat\n2: 'ünïcode, & more'\n",
+    "list.yml": "- a red cat\n-\n- 'ünïcode, & more'\n",
+    "objects.yaml": "- {caption: a red cat, 1: x}\n- {caption: 'ünïcode, & more'}\n",
+    "excel.csv": "id;Prompt\n1;a red cat\n2;ünïcode, & more\n",
+    "mac.txt": "a red cat\rünïcode, & more\r",
 }
 
 
@@ -252,6 +259,20 @@ BAD = {
     "empty list": ("m.json", [], "", r"m\.json holds no prompts"),
     "empty object": ("m.json", {}, "", r"m\.json holds no prompts"),
     "empty JSON lines": ("m.jsonl", "\n", "", r"m\.jsonl holds no prompts"),
+    "a key given twice": ("m.json", '{"1": "a", "1": "b"}', "", r"m\.json cannot be read as JSON: the key .1. is"),
+    "a YAML key given twice": ("m.yaml", "1: a\n1: b\n", "", r"m\.yaml cannot be read as YAML: a key is given twice"),
+    "YAML aliases": ("m.yaml", "- &a x\n- *a\n", "", r"m\.yaml cannot be read as YAML: line 2: aliases have no place"),
+    "no YAML": ("m.yaml", "- [x\n", "", r"m\.yaml cannot be read as YAML: line 2"),
+    "answers in YAML": ("m.yaml", "- yes\n", "", r"m\.yaml holds numbers, not text"),
+    "deep JSON": ("m.json", "[" * 100_000, "", r"m\.json cannot be read as JSON"),
+    "deep YAML": ("m.yaml", "[" * 5_000, "", r"m\.yaml cannot be read as YAML"),
+    "endless digits": ("m.json", "[" + "9" * 10_000 + "]", "", r"m\.json cannot be read as JSON"),
+    "half a character": ("m.json", '["\\ud800"]', "", r"m\.json, prompt 1: it holds half a character"),
+    "a NUL": ("m.txt", "a\0b\n", "", r"m\.txt, prompt 1: it holds a NUL"),
+    "a prompt of 10 MB": ("m.txt", "ok\n" + "x" * 10_000_000, "", r"m\.txt, line 2: more than 20,000 characters"),
+    "a prompt of 10 MB in JSON": ("m.json", ["x" * 10_000_000], "", r"prompt 1: more than 20,000 characters"),
+    "ten million prompts": ("m.txt", "a\n" * 10_000_000, "", r"m\.txt has more than 1,000,000 lines"),
+    "ten million rows": ("m.csv", "prompt\n" + "a\n" * 10_000_000, "", r"m\.csv has more than 1,000,000 lines"),
     "no captions": ("m.json", {"annotations": []}, "", r"m\.json holds no prompts"),
 }
 
@@ -266,6 +287,21 @@ def test_a_file_that_is_no_prompt_set(tmp_path, case):
         load_prompts(written(tmp_path / name, content) + column)
     assert "\n" not in str(caught.value)
     assert caught.value.exit_code == (2 if case in WRONG_USE else 1)
+
+
+def test_a_line_with_a_hash_is_a_comment_which_is_counted_and_a_backslash_makes_it_a_prompt(tmp_path):
+    found = read_prompts(written(tmp_path / "m.txt", "# cats\na cat; a hat\n\n# 1 fan\n\\# 1 fan\nnan\n"))
+    assert found.prompts == ("a cat; a hat", "# 1 fan", "nan")
+    assert found.describe() == "m.txt, all 3; 2 lines with # left out"
+    assert load_prompts(written(tmp_path / "m.csv", "prompt\n# 1 fan\n\\# 2\n")) == ["# 1 fan", "\\# 2"]
+
+
+def test_what_is_no_file_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.txt")
+    (tmp_path / "zero.csv").symlink_to("/dev/zero")
+    for source in ("/dev/zero", str(tmp_path / "pipe.txt"), str(tmp_path / "zero.csv")):
+        with pytest.raises(UserError, match="is a device or a pipe, no file"):
+            load_prompts(source)
 
 
 def test_a_file_that_is_not_there():

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import yaml
+from markdown_it import MarkdownIt
 
 from dmquant.evaluation.result import Backbone, Metric, RecipeResult, Reference, Report
 from dmquant.pipelines.runs.card import scored_card
@@ -67,6 +68,13 @@ def test_the_recipe_in_the_card_is_the_recipe(report):
     assert "int8" not in card(report)
 
 
+def test_a_recipe_cannot_end_its_block(report):
+    recipe = dataclasses.replace(report.recipes["w4a6"], recipe={"description": "a\n\n```\n\n![x](https://evil)"})
+    text = card(dataclasses.replace(report, recipes={"w4a6": recipe}))
+    (block,) = (token for token in MarkdownIt().parse(text) if token.info == "yaml")
+    assert yaml.safe_load(block.content) == recipe.recipe
+
+
 def test_the_lines_that_load_it_are_python(report):
     compile(card(report).split("```python\n")[1].split("```")[0], "card", "exec")
 
@@ -74,6 +82,10 @@ def test_the_lines_that_load_it_are_python(report):
 def test_no_path_of_the_machine_that_made_it_is_in_the_card(report):
     assert "dmquant run pixart-sigma" in card(report)
     settings = {**report.settings, "source": "/home/me/pipeline"}
-    local = dataclasses.replace(report, settings=settings, command="dmquant run --out=/home/me/out '/home/me/pipeline'")
+    command = "dmquant compare some/pipeline --out=/home/me/out --recipes rtn,/home/me/mine.yaml '/home/me/a b'"
+    local = dataclasses.replace(report, settings=settings, command=command)
     assert "/home/me" not in card(report) + card(local)
+    assert "dmquant compare pipeline --out=out --recipes rtn,mine.yaml 'a b'" in card(local)
+    hub = dataclasses.replace(report, command="dmquant run PixArt-alpha/PixArt-Sigma-XL-2-1024-MS")
+    assert "dmquant run PixArt-alpha/PixArt-Sigma-XL-2-1024-MS" in card(hub)
     assert "base_model" not in front_matter(card(local))

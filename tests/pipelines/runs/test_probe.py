@@ -134,7 +134,11 @@ def test_an_absent_foreign_or_damaged_file_is_no_probe(tmp_path):
     assert Probe.load(path, "key") is not None
     assert Probe.load(path, "other") is None
     content = path.read_bytes()
-    for damaged in (content[:-1], content[:20], content.replace(b"argument.0", b"argument.x"), b"", b"{}" * 50):
+    damages = [content[:-1], content[:20], content.replace(b"argument.0", b"argument.x"), b"", b"{}" * 50]
+    for position in range(0, len(content), 7):
+        damages.append(bytearray(content))
+        damages[-1][position] ^= 4
+    for damaged in damages:
         path.write_bytes(damaged)
         assert Probe.load(path, "key") is None
 

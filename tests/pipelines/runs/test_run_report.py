@@ -2,9 +2,12 @@
 
 import pytest
 
+from dmquant.errors import UserError
 from dmquant.pipelines.runs.run_report import build_report
 from dmquant.pipelines.runs.runfolder import claim
 from tests.evaluation.conftest import smooth_images, write_images
+
+LAYER = {"name": "proj", "kind": "Linear", "format": "fp4_e2m1", "bits": 4.0, "weight_error": 0.1, "output_error": None}
 
 
 @pytest.fixture
@@ -35,14 +38,45 @@ def settings():
     }
 
 
-def test_a_pipeline_whose_call_takes_no_steps_and_no_guidance_has_a_report(tmp_path, settings):
-    with claim(tmp_path / "run", "m") as folder:
+def finished(path, **changed):
+    """A run folder in which everything is recorded; `changed` replaces records by stage."""
+    records = {
+        "images_fp": dict.fromkeys(("peak_memory_bytes", "peak_memory_of"), None) | {"not_finite": 0},
+        "images_quantized": dict.fromkeys(("peak_memory_bytes", "peak_memory_of"), None) | {"not_finite": 0},
+        "model": {
+            **dict.fromkeys(("layers", "parameters", "quantized_weights", "size_bytes", "full_precision_bytes"), 4),
+            **dict.fromkeys(("bits_per_quantized_weight", "bits_per_weight", "seconds"), 4.0),
+            "sha256": {},
+            "formats": {"fp4_e2m1": 1},
+        },
+        "scores": {"metrics": {}, "reference": {}, "seconds": 1.0},
+    }
+    with claim(path, "m") as folder:
         for side in ("fp", "quantized"):
             write_images(folder.images(side), smooth_images(2))
-            folder.finish(f"images_{side}", "0", peak_memory_bytes=None, peak_memory_of=None, not_finite=0)
-        counts = {"layers": 1, "parameters": 4, "quantized_weights": 4, "bits_per_quantized_weight": 4.0}
-        sizes = {"bits_per_weight": 4.0, "size_bytes": 2, "full_precision_bytes": 8, "seconds": 1.0}
-        folder.finish("model", "0", **counts, **sizes, sha256={}, formats={"fp4_e2m1": 1})
-        folder.finish("scores", "0", metrics={}, reference={}, seconds=1.0)
-        shown = build_report(folder, settings).settings
+        for stage, record in (records | changed).items():
+            folder.finish(stage, "0", **record)
+        return folder
+
+
+def test_a_pipeline_whose_call_takes_no_steps_and_no_guidance_has_a_report(tmp_path, settings):
+    shown = build_report(finished(tmp_path / "run"), settings).settings
     assert shown["steps"] == shown["guidance"] == "not taken by the pipeline"
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"layers": {"layers": [["a list"]]}},
+        {"layers": {"layers": [{**LAYER, "weight_error": "0.1"}]}},
+        {"scores": {"metrics": {"psnr": {"value": float("inf")}}, "reference": {}, "seconds": 1.0}},
+        {"scores": {"metrics": {}, "reference": {}, "seconds": [1.0]}},
+        {"images_fp": {}},
+        {"model": {"layers": 1}},
+    ],
+)
+def test_a_record_that_no_run_writes_is_one_line_that_names_the_run(tmp_path, settings, changed):
+    folder = finished(tmp_path / "run", **changed)
+    with pytest.raises(UserError, match=f"{tmp_path / 'run'} are damaged .*--overwrite") as caught:
+        build_report(folder, settings)
+    assert len(str(caught.value).splitlines()) == 1

@@ -1,0 +1,49 @@
+"""Bounds of the numbers that a command is given: what no use needs is refused before anything is allocated for it."""
+
+import math
+import re
+from typing import Any
+
+from dmquant.errors import UsageError
+
+BOUNDS = {
+    "num_prompts": 1_000_000,
+    "prompt_seed": 1 << 62,
+    "steps": 10_000,
+    "guidance": 1_000,
+    "height": 16_384,
+    "width": 16_384,
+    "seed": 1 << 62,  # and the number of the image is added to it
+    "batch_size": 10_000,
+}
+"""By option, the largest number that it takes."""
+MOST_PIXELS = 1 << 26
+PIXELS_A_LATENT = 8  # diffusers asks for sizes that this divides
+_SIZE = re.compile(r"(\d{1,15}(?:\.\d{1,15})?)\s*([kmgt]i?)b?", re.IGNORECASE)
+_POWERS = "kmgt"
+
+
+def check_numbers(options: Any) -> None:
+    """UsageError for an option of BOUNDS that is beyond it, or no number."""
+    for name, most in BOUNDS.items():
+        given = getattr(options, name)
+        if given is not None and not (math.isfinite(given) and given <= most):
+            raise UsageError(f"--{name.replace('_', '-')} {str(given)[:40]} is more than this takes: {most} at most")
+
+
+def check_image_size(height: int, width: int) -> None:
+    """UsageError for a size in pixels that diffusers does not take, or that is larger than any image."""
+    for side, pixels in (("height", height), ("width", width)):
+        if pixels % PIXELS_A_LATENT:
+            raise UsageError(f"--{side} {pixels} is not a multiple of {PIXELS_A_LATENT}")
+    if height * width > MOST_PIXELS:
+        raise UsageError(f"images of {width}x{height} have more than {MOST_PIXELS // 1_000_000} million pixels")
+
+
+def parse_size(text: str, option: str) -> int:
+    """Bytes of a size such as 8GB, 512MB or 1.5GiB; UsageError, naming the option, for anything else."""
+    match = _SIZE.fullmatch(text.strip())
+    if match is None or not float(match[1]):
+        raise UsageError(f"{option} '{text[:40]}' is not a size: write it as 8GB, 512MB or 1.5GiB")
+    prefix = match[2].lower()
+    return int(float(match[1]) * (1024 if prefix.endswith("i") else 1000) ** (_POWERS.index(prefix[0]) + 1))
