@@ -135,7 +135,8 @@ def _check_files(part: Path) -> None:
         if path.suffix == ".safetensors":
             weight_file.header(path)
         elif path.name.endswith("config.json"):
-            read_json(path)
+            if "_class_name" not in read_json(path) and path.name == "scheduler_config.json":
+                raise UserError(f"{path} names no scheduler: get that file again")  # diffusers would take defaults
         else:
             weight_file.check_regular(path)
             if (size := path.stat().st_size) > LARGEST_TOKENIZER:

@@ -151,6 +151,9 @@ def test_packed_bytes_of_another_dtype(packed):
 def test_a_malformed_description_of_the_quantization(change, match, packed):
     edit(packed / "transformer/config.json", lambda config: change(config["quantization_config"]))
     refused(packed, match)
+    with pytest.raises(UserError) as caught:
+        load_pipeline(packed)
+    assert caught.value.exit_code == 1
 
 
 @pytest.mark.parametrize(
@@ -285,6 +288,10 @@ class TestFilesThatAreNone:
             (plain / name).write_text(content)
             refused(plain, rf"{name} .*{match}")
             (plain / name).write_text(whole)
+
+    def test_a_scheduler_that_is_none(self, plain):
+        (plain / "scheduler/scheduler_config.json").write_text("{}")
+        refused(plain, "scheduler_config.json names no scheduler")
 
     def test_names_of_parts_and_shards_stay_in_their_folder(self, plain):
         edit(plain / "model_index.json", lambda index: index.update({"../vae": ["diffusers", "AutoencoderKL"]}))
