@@ -42,7 +42,7 @@ def load_pipeline(folder: str | Path, *, verify: bool = True, **options: Any) ->
     local = Path(folder) if Path(folder).is_dir() else Path(DiffusionPipeline.download(str(folder), **options))
     folders.check_whole(local, options)
     check_models(local, options, options.get("variant"))
-    with checked(local, options) if verify else contextlib.nullcontext():
+    with checked(local, options) if verify else contextlib.nullcontext(), explained(local):
         return DiffusionPipeline.from_pretrained(str(folder), **options)
 
 
