@@ -82,7 +82,10 @@ class QuantConfig(QuantizationConfigMixin):
             config_dict = config_dict | {"recipe": {"keep": "none"} | recipe}
         elif recipe not in (*recipe_names(), *bits_names()):
             raise UserError("the quantization_config of this model holds no recipe: get its config.json again")
-        return super().from_dict(config_dict, return_unused_kwargs, **kwargs)
+        try:
+            return super().from_dict(config_dict, return_unused_kwargs, **kwargs)
+        except UsageError as error:  # whoever loads a model has not typed its recipe
+            raise UserError(str(error)) from None
 
     def to_dict(self) -> dict[str, Any]:
         return {"quant_method": QuantMethod.DMQUANT.value, "version": VERSION, "recipe": self.recipe.to_dict()}

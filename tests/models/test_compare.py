@@ -55,11 +55,11 @@ def times(folder, pattern):
 
 
 def work_done(folder):
-    """When every image and every file of a model was written, but for its card, which is written with the report."""
+    """When every image and every file of a model was written, but for its card, which the report brings, and sums."""
     return (
         times(folder, "images/fp/*.png")
         | times(folder, "recipes/*/images/*/*.png")
-        | times(folder, "recipes/*/model/*.json")
+        | times(folder, "recipes/*/model/model_index.json")
         | times(folder, "recipes/*/model/*/*")
     )
 
