@@ -1,5 +1,6 @@
 """The command line: instant help, and one clear line with the right exit code for everything that can be wrong."""
 
+import errno
 import importlib.util
 import shutil
 import signal
@@ -12,6 +13,7 @@ import torch
 from PIL import Image
 
 from dmquant.pipelines.commands import app as cli
+from dmquant.pipelines.runs import settings
 from dmquant.pipelines.runs.bounds import parse_size
 from dmquant.pipelines.runs.defaults import DEFAULT_RECIPE
 from tests.tiny import tiny_dit, tiny_pixart, tiny_sd
@@ -296,6 +298,54 @@ def test_an_unexpected_error_is_one_line_and_debug_shows_the_traceback(capsys, m
     assert code == 1
     assert "Traceback" in err
     assert "in broken" in err
+
+
+FORESEEN = {
+    "no permission": (
+        PermissionError(errno.EACCES, "Permission denied", "w.bin"),
+        "w.bin: Permission denied; change its",
+    ),
+    "a read-only disk": (
+        OSError(errno.EROFS, "Read-only file system", "out"),
+        "out: Read-only file system; name one on",
+    ),
+    "a long name": (OSError(errno.ENAMETOOLONG, "File name too long", "x"), "x: File name too long; give it a shorter"),
+    "no memory": (MemoryError(), "there is not enough memory: take a smaller --batch-size"),
+    "no memory in torch": (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "there is not enough memory"),
+}
+
+
+@pytest.mark.parametrize(("error", "says"), FORESEEN.values(), ids=FORESEEN)
+def test_what_an_operating_system_refuses_is_one_line_that_says_what_to_do(capsys, monkeypatch, error, says):
+    from dmquant.pipelines.commands import listing
+
+    def broken():
+        raise error
+
+    monkeypatch.setattr(listing, "formats", broken)
+    _fails(dmquant(capsys, "formats"), 1, says)
+
+
+def test_ctrl_c_inside_a_library_that_puts_its_own_error_in_its_place(capsys, monkeypatch):
+    from dmquant.pipelines.commands import listing
+
+    def broken():
+        raise ValueError("could not serialize: KeyboardInterrupt: ")
+
+    monkeypatch.setattr(listing, "formats", broken)
+    assert dmquant(capsys, "formats") == (130, "", "stopped; run the same command to resume\n")
+
+
+def test_an_error_shows_no_escape_sequences_and_is_bounded(capsys, model):
+    _fails(dmquant(capsys, "run", model, "--recipe", "\x1b[31m/x\n"), 1, "no recipe file \\u001b[31m/x")
+    code, _, err = dmquant(capsys, "run", "m" * 100_000)
+    assert (code, len(err) < 2100) == (1, True)
+
+
+def test_a_recipe_that_compiles_needs_a_compiler(capsys, model, monkeypatch):
+    monkeypatch.setattr(settings, "missing_to_compile", lambda: "a C++ compiler: install g++ or clang")
+    Path("mine.yaml").write_text("name: x\nrounding: adaround\nlearning: {compile: true}\n")
+    _fails(dmquant(capsys, "run", model, "--recipe", "mine.yaml"), 1, "learning: compile, for which this machine lacks")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
