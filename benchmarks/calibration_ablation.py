@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from calibration import BATCH, Bench, Measured
+from calibration import BATCH, PROMPTS, Bench, Measured
 from diffusers import DDPMScheduler
 from torch import Tensor, nn
 
@@ -300,9 +300,10 @@ def main() -> None:
     parser.add_argument("--regularizer", default="1000", help="one or several, with commas; or paper")
     parser.add_argument("--rows", default=",".join(ROUNDING_ROWS), help="VARIANT:RATE:ITERATIONS, ...")
     parser.add_argument("--images", type=int, default=64)
+    parser.add_argument("--prompts", default=PROMPTS, help="what images are made of; default %(default)s")
     parser.add_argument("--out", type=Path, default=Path("runs/ablation"))
     options = parser.parse_args()
-    bench = Bench(options.out, options.images)
+    bench = Bench(options.out, options.images, prompts=options.prompts)
     if options.part == "rounding":
         print(rounding(bench, options.rows.split(","), options.regularizer.split(",")))
     else:

@@ -145,13 +145,12 @@ def relative_error(weight: Tensor, quantized: QuantLinear | QuantConv2d) -> floa
 
 def _obstacle(part: nn.Module) -> str | None:
     """Why a part of a module cannot be quantized as it is, and what to do; None for most."""
-    other = getattr(part, "quantization_method", "dmquant")
     if hasattr(part, "_orig_mod"):
         return "is compiled: quantize it first, then torch.compile it"
     if hasattr(part, "base_layer"):
         return "holds LoRA adapters: merge or unload them, then quantize"
-    if (other := getattr(other, "value", other)) != "dmquant":
-        return f"is quantized by {other} already: start from the full-precision model"
+    if (other := getattr(part, "quantization_method", None) or "dmquant") != "dmquant":
+        return f"is quantized by {str.__str__(other)} already: start from the full-precision model"
     if not isinstance(part, tuple(QUANTIZED)) or isinstance(part, tuple(QUANTIZED.values())):
         return None
     weight = part._parameters.get("weight")

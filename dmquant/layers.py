@@ -57,8 +57,7 @@ class _QuantizedLayer(kernels.Chosen):
         for transform in transforms:
             for name, part in transform.parts().items():
                 setattr(self, f"{transform.name}_{name}", empty(part.shape, part.dtype))
-        bias = layer.bias is not None
-        self.bias = nn.Parameter(torch.empty(rows, device=device, dtype=self._dtype)) if bias else None
+        self.bias = None if layer.bias is None else nn.Parameter(torch.empty(rows, device=device, dtype=self._dtype))
         return self
 
     def forward(self, x: Tensor) -> Tensor:
@@ -122,9 +121,8 @@ class _QuantizedLayer(kernels.Chosen):
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """The weight that multiplies the quantized input, in `dtype` and the float layer's shape."""
-        kernel = kernels.select(self, self.qweight.device)
-        weight = kernel.dequantize(self.qweight, self.scales.decode(), self.weight_spec, self.weight_shape, dtype)
-        return self.complete(weight)
+        decode, scale = kernels.select(self, self.qweight.device).dequantize, self.scales.decode()
+        return self.complete(decode(self.qweight, scale, self.weight_spec, self.weight_shape, dtype))
 
     def complete(self, weight: Tensor) -> Tensor:
         """The weight that multiplies the input, from the decoded codes (out, in, ...); same dtype and shape."""

@@ -17,6 +17,7 @@ from PIL import Image, PngImagePlugin
 
 from dmquant.diffusers.calling import call_pipeline
 from dmquant.diffusers.watching import recording_latents
+from dmquant.errors import UserError
 from dmquant.evaluation.final_latents import has_latent, latent_path, save_latent
 from dmquant.evaluation.png import KEY, read_key
 from dmquant.evaluation.trajectory import TRAJECTORIES, recording_trajectories, save_trajectory, trajectory_path
@@ -184,9 +185,18 @@ def _save_all(batches: Sequence[_Batch], folder: Path) -> None:
 
 
 def _call(pipeline: Any, batch: Sequence[ImageRequest], call: dict[str, Any]) -> np.ndarray:
-    """Images of one batch, float32 [images, height, width, 3] in 0..1."""
+    """Images of one batch, float32 [images, height, width, 3] in 0..1; UserError where the pipeline's call fails."""
     prompts, seeds = [request.prompt for request in batch], [request.seed for request in batch]
-    return np.asarray(call_pipeline(pipeline, prompts, seeds, "np", call), dtype=np.float32)
+    try:
+        return np.asarray(call_pipeline(pipeline, prompts, seeds, "np", call), dtype=np.float32)
+    except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError, RuntimeError) as error:
+        if isinstance(error, UserError):
+            raise
+        name = type(pipeline).__name__
+        raise UserError(
+            f"{name} fails while it makes images ({type(error).__name__}: {error}): a configuration in its folder, or "
+            "an option of this command, does not fit it, or memory is short"
+        ) from error
 
 
 def _save(image: np.ndarray, request: ImageRequest, path: Path) -> None:

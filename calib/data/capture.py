@@ -13,8 +13,6 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from dmquant.calib.data.importance import PROMPTS, measure_importance
 from dmquant.calib.data.index import INDEX, Index, is_damaged_index
 from dmquant.calib.data.recorder import Recorder, Shared
@@ -68,13 +66,14 @@ def capture(
         index = _index_in(folder, made_for, replace)
         if index is None:
             remove_shards(folder)
-            index = Index(made_for, len(calls), _rehearsed(pipeline, component, calls))
+            timesteps = _rehearsed(pipeline, component, calls)
+            index = Index(made_for, len(calls), len(timesteps), timesteps=timesteps)
         index.shards = [shard for shard in index.shards if shard.is_whole(folder)]
         return index
 
     index = everyone.on_main(index_there)
-    samples = choose(sampling, len(calls), index.steps, index.weights) if index.shards else []
-    _drop_others(index, samples)
+    if index.shards:
+        _drop_others(index, choose(sampling, len(calls), index.steps, index.weights, index.timesteps))
     if not index.missing():
         everyone.on_main(lambda: _complete(folder, index))
         return CalibrationStore(folder, index)
@@ -96,7 +95,7 @@ def capture(
     if everyone.is_main:
         index.save(folder)
     progress(total - len(index.missing()), total)
-    samples = choose(sampling, len(calls), index.steps, index.weights)
+    samples = choose(sampling, len(calls), index.steps, index.weights, index.timesteps)
     same = Shared(shared)
 
     def captured(batch: range) -> tuple[Captured, str, dict[str, str]]:
@@ -120,24 +119,15 @@ def capture(
     return CalibrationStore(folder, index)
 
 
-def _rehearsed(pipeline: Any, component: str, calls: Calls) -> int:
-    """Backbone calls of one pipeline call; UserError for a pipeline that cannot be called so."""
+def _rehearsed(pipeline: Any, component: str, calls: Calls) -> list[float]:
+    """The timestep of every backbone call of one pipeline call; UserError for a pipeline that cannot be called so."""
     backbone = getattr(pipeline, component)
     recorder = Recorder(backbone, range(1), [], Shared(()))
-    try:
-        with recorder, rehearsing(backbone):
-            calls.latents(pipeline, range(1))
-    except (UserError, torch.OutOfMemoryError):
-        raise
-    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        kind, given = type(pipeline).__name__, ", ".join(calls.arguments)
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise UserError(
-            f"the {kind} cannot be called with {given}: {reason}; give what it takes for one prompt"
-        ) from error
+    with recorder, rehearsing(backbone):
+        calls.latents(pipeline, range(1))
     if not recorder.timesteps:
         raise UserError(f"the pipeline never called its {type(backbone).__name__}: there is nothing to calibrate on")
-    return len(recorder.timesteps)
+    return recorder.timesteps
 
 
 def _batches(prompts: Sequence[int], size: int) -> list[range]:

@@ -59,8 +59,9 @@ class Index:
     steps: int
     """Backbone calls of one pipeline call."""
     rows: int = 0
-    """Rows of one sample; 0 before the first shard, as `timesteps` is empty."""
+    """Rows of one sample; 0 before the first shard."""
     timesteps: list[float] = field(default_factory=list)
+    """The timestep of every backbone call."""
     weights: list[float] | None = None
     """Measured importance of every step, where the sampler needed it."""
     skeletons: list[Any] = field(default_factory=list)

@@ -80,18 +80,26 @@ class Sampling:
             raise UsageError(f"a held-out fraction of {self.held_out} makes no sense: it lies between 0 and 1")
 
 
-def choose(sampling: Sampling, prompts: int, steps: int, weights: Sequence[float] | None = None) -> list[Sample]:
+def choose(
+    sampling: Sampling,
+    prompts: int,
+    steps: int,
+    weights: Sequence[float] | None = None,
+    timesteps: Sequence[float] = (),
+) -> list[Sample]:
     """The samples of `prompts` prompts on a schedule of `steps` backbone calls, in the order of prompts and steps.
 
     Held-out samples share neither prompt nor step with those that are learned from, wherever the schedule has 8 steps
-    or more; on a shorter one they share steps.
+    or more; on a shorter one they share steps. Nor do they share timesteps, which some schedulers have for two steps.
 
     Args:
         weights: importance of every step, not negative; only the `importance` sampler reads them.
+        timesteps: the timestep of every step, where two may have the same.
     """
     held_out = held_out_prompts(sampling, prompts)
     apart = held_out_steps(steps)
-    shared = [step for step in range(steps) if step not in apart]
+    unseen = {timesteps[step] for step in apart} if timesteps else set()
+    shared = [step for step in range(steps) if step not in apart and not (timesteps and timesteps[step] in unseen)]
     count = min(sampling.steps_per_prompt, len(shared))
     samples = []
     for prompt in range(prompts):

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from dmquant.calib.data.sampling import Sample
+from dmquant.host import owned
 from dmquant.host.files import sha256
 from dmquant.host.sealed import save_sealed, sealed_about
 
@@ -122,4 +123,4 @@ def remove_shards(folder: Path, keep: Iterable[str] = ()) -> None:
     for path in folder.glob("*"):
         is_shard = _NAME.fullmatch(path.name) and path.name not in keep and Captured.read(path)
         if is_shard or _PARTIAL.fullmatch(path.name):
-            path.unlink()
+            owned.drop(path)

@@ -15,6 +15,13 @@ from dmquant.errors import UsageError
 
 EMBEDDED = "prompt_embeds"  # in the place of prompts
 TEXTS = frozenset({"prompt_2", "prompt_3", "negative_prompt", "negative_prompt_2", "negative_prompt_3"})
+TOGETHER = TEXTS | {
+    *("height", "width", "num_inference_steps", "timesteps", "sigmas", "denoising_end", "eta", "clip_skip"),
+    *("guidance_scale", "guidance_rescale", "true_cfg_scale"),
+    *("max_sequence_length", "clean_caption", "use_resolution_binning", "complex_human_instruction"),
+}
+"""Arguments that mean the same for several prompts as for one. SDXL's negative sizes do not: diffusers 0.42 gives those
+of a batch to the wrong rows."""
 IMAGES, LATENTS = "num_images_per_prompt", "latents"
 PLAIN = (type(None), bool, int, float, str)
 
@@ -51,12 +58,14 @@ class Calls:
     @property
     def images(self) -> int:
         """Images of one prompt."""
-        return self.arguments.get(IMAGES) or 1
+        given = self.arguments.get(IMAGES)
+        return 1 if given is None else given
 
     @property
     def one_by_one(self) -> bool:
-        """Whether a call is for one prompt, as its arguments may have no meaning for several at once."""
-        return self.images > 1 or not _is_plain(self.arguments)
+        """Whether each call is for one prompt, as its arguments may mean something else for several at once."""
+        given = {name for name, value in self.arguments.items() if value is not None}
+        return not given <= TOGETHER or not _is_plain(self.arguments)
 
     def only(self, indices: Sequence[int]) -> "Calls":
         """The calls with some of the prompts, numbered anew."""

@@ -1,7 +1,8 @@
 """Calls of a diffusers pipeline, to make images and to learn from it alike."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import textwrap
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from dmquant.diffusers.families import family_of_pipeline
 from dmquant.errors import UserError
 
+QUOTED = 160  # characters of another's error
 READERS = ("text_encoder", "tokenizer")  # names of the parts that read prompts begin so
 
 
@@ -20,23 +22,41 @@ def call_pipeline(
 
     Every image starts from the noise of its own seed, drawn on the CPU, so that it depends neither on the batch nor on
     the device. `call` holds the arguments other than prompt, generator and output type; with the embeddings of prompts
-    among them, `prompts` are None. Raises UserError for a pipeline without the parts that this takes.
+    among them, `prompts` are None. Raises UserError for a pipeline without the parts that this takes, and for
+    one that fails.
     """
     _check_parts(pipeline, prompts is not None, output_type != "latent")
     given = {} if prompts is None else {"prompt": list(prompts)}
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-    with _no_progress_bar(pipeline), torch.no_grad():
+    with _no_progress_bar(pipeline), torch.no_grad(), _refusing(type(pipeline).__name__, call):
         return pipeline(**given, generator=generators, output_type=output_type, **call).images
+
+
+@contextlib.contextmanager
+def _refusing(kind: str, call: Iterable[str]) -> Iterator[None]:
+    """UserError for what a pipeline of this kind, or one of its parts, raises in a call with these arguments."""
+    try:
+        yield
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        reason = textwrap.shorten(f"{type(error).__name__}: {error}", QUOTED, placeholder=" ...")
+        given = ", ".join(["prompts", *call])
+        raise UserError(
+            f"the {kind} cannot be called with {given}: {reason}: correct that argument, or that part of the pipeline"
+        ) from error
 
 
 def _check_parts(pipeline: Any, takes_prompts: bool, makes_images: bool) -> None:
     """UserError for a part that a call needs and the pipeline was loaded without."""
-    family = family_of_pipeline(type(pipeline).__name__)
+    kind = type(pipeline).__name__
+    family = family_of_pipeline(kind)
+    spare = family.may_lack.get(kind, ()) if family else ()
     needed = ("scheduler", *(READERS if takes_prompts else ()), *(("vae",) if makes_images else ()))
     absent = [
         name
         for name, part in getattr(pipeline, "components", {}).items()
-        if part is None and name.startswith(needed) and not (family and name in family.may_lack)
+        if part is None and name.startswith(needed) and name not in spare
     ]
     if not absent:
         return
@@ -44,7 +64,7 @@ def _check_parts(pipeline: Any, takes_prompts: bool, makes_images: bool) -> None
     if any(name.startswith(READERS) for name in absent):
         takes, otherwise = "takes no prompts", ", or calibrate with prompt_embeds in quantize_pipeline"
     raise UserError(
-        f"this {type(pipeline).__name__} has no {' and no '.join(absent)}, so it {takes}: add what is missing to its "
+        f"this {kind} has no {' and no '.join(absent)}, so it {takes}: add what is missing to its "
         f"folder and model_index.json{otherwise}"
     )
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.configuration_utils import FrozenDict
 from diffusers.quantizers import auto
 from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
@@ -20,15 +19,15 @@ from torch import nn
 
 from dmquant.convert import LayerPlan, plan, plan_without_data, quantize_layers_, unmatched
 from dmquant.diffusers import families, pairs, tensors  # noqa: F401  (enter what they know)
+from dmquant.diffusers.attach import attach, detach
 from dmquant.diffusers.dequantize import dequantize_
-from dmquant.diffusers.methods import allow_fusing, extend, refuse_fusing
-from dmquant.diffusers.state import answer_to_weights, apart, check_unchanged, forget_weights
-from dmquant.diffusers.timesteps import forget_timesteps, tell_timesteps
+from dmquant.diffusers.methods import refuse_fusing
+from dmquant.diffusers.state import apart, check_unchanged
 from dmquant.errors import UsageError, UserError
 from dmquant.host import checksums
 from dmquant.host.files import as_umask_says
 from dmquant.layers import QUANTIZED, become_, quantize_layer
-from dmquant.models import completed, records_quantization, refuse_to_save
+from dmquant.models import completed, records_quantization
 from dmquant.recipe import Recipe, bits_names, recipe_names
 from dmquant.transforms import folds_first
 
@@ -157,6 +156,11 @@ class DMQuantizer(DiffusersQuantizer):
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         if self._whole_model and not self.pre_quantized:
             quantize_layers_(model, self.quantization_config.recipe)
+        if left := [name for name in self._plans if type(model.get_submodule(name)) in QUANTIZED]:
+            raise UserError(
+                f"{left[0]} went to disk in full precision: quantize with a device_map without disk, save the model, "
+                "and load what was saved with that device_map"
+            )
         attach(model, self)
         return model
 
@@ -262,34 +266,6 @@ auto.AUTO_QUANTIZER_MAPPING.setdefault(QuantMethod.DMQUANT.value, DMQuantizer)
 auto.AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault(QuantMethod.DMQUANT.value, QuantConfig)
 
 
-def attach(model: nn.Module, quantizer: DMQuantizer) -> None:
-    """Tell a diffusers model that it is quantized: it is saved as such, cast, counted, and told its timesteps."""
-    from diffusers import ModelMixin
-
-    extend(ModelMixin, DMQuantizer)
-    tell_timesteps(model)
-    answer_to_weights(model)
-    refuse_fusing(model)
-    config = quantizer.quantization_config
-    model.register_to_config(quantization_config=config.to_dict())
-    model.hf_quantizer, model.is_quantized = quantizer, True
-    quantizer.tensors = frozenset(model.state_dict())
-    model.quantization_method = config.quant_method
-
-
-def detach(model: nn.Module) -> None:
-    """Undo `attach`, for a model without quantized layers."""
-    forget_timesteps(model)
-    forget_weights(model)
-    allow_fusing(model)
-    for part in model.modules():
-        if getattr(vars(part).get("save_pretrained"), "func", None) is refuse_to_save:
-            del part.save_pretrained
-    gone = ("quantization_config", "_pre_quantization_dtype")
-    model._internal_dict = FrozenDict({name: value for name, value in model.config.items() if name not in gone})
-    del model.quantization_method
-
-
 def mark_quantized(model: nn.Module, recipe: Recipe) -> None:
     """`attach` for a model whose layers were quantized in place by `recipe`."""
     attach(model, DMQuantizer(QuantConfig(completed(recipe, model)), pre_quantized=True))
@@ -309,11 +285,12 @@ def _record(model: nn.Module, recipe: Recipe, layers: Collection[str]) -> bool:
 
 
 def save_pipeline(pipeline: Any, folder: str | Path) -> None:
-    """`save_pretrained`, and `make_portable`. Raises OSError as the disk does."""
+    """`save_pretrained`, `make_portable`, and the checksums of all that is there. Raises OSError as the disk does."""
     pipeline.save_pretrained(folder, safe_serialization=True)
     make_portable(Path(folder))
     for file in Path(folder).glob("*/*.safetensors"):
         as_umask_says(file)
+    checksums.write(Path(folder))
 
 
 def make_portable(folder: Path) -> None:

@@ -8,6 +8,7 @@ anything else is left alone, and moved aside where a file of ours has to be in i
 
 import contextlib
 import errno
+import hashlib
 import json
 import logging
 import os
@@ -96,6 +97,15 @@ class Owned:
         except OSError:
             return False
 
+    def extends(self, path: Path) -> bool:
+        """Whether the file at `path` begins with one that we wrote, as a log does of which no hash is known yet."""
+        try:
+            content = path.read_bytes()
+        except OSError:
+            return False
+        known = self._known.get(self._name(path), ())
+        return any(hashlib.sha256(content[: record.size]).hexdigest() == record.sha256 for record in known)
+
     def is_known(self, path: Path) -> bool:
         """Whether we wrote a file at `path`, which may have been changed since."""
         return self._name(path) in self._known
@@ -177,6 +187,16 @@ def remove(path: Path) -> None:
     owner = of(path)
     if owner is not None:
         owner.remove(path)
+
+
+def drop(path: Path) -> None:
+    """Remove a file or folder that is in a room, where everything is ours, or that says itself that it is ours."""
+    if path.is_dir() and not path.is_symlink():
+        if not any(is_room(folder) for folder in path.parents):
+            raise ValueError(f"{path} is in no room of dmquant's")
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def set_aside(path: Path) -> Path:

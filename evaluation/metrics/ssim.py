@@ -1,4 +1,7 @@
-"""SSIM and MS-SSIM: structural similarity of every pair of images, at one scale and over five."""
+"""SSIM and MS-SSIM: structural similarity of every pair of images, at one scale and over five.
+
+Their titles say whose: torchmetrics counts the border, mirrored, where others leave it out (docs/evaluation.md).
+"""
 
 from typing import TYPE_CHECKING
 
@@ -10,7 +13,10 @@ if TYPE_CHECKING:
 
 
 def ssim(scored: "ScoredImages") -> "Metric":
-    """Mean structural similarity of the pairs (Wang et al. 2004): 11x11 Gaussian window of sigma 1.5, RGB, 8 bits."""
+    """Mean structural similarity of the pairs (Wang et al. 2004): 11x11 Gaussian window of sigma 1.5, RGB, 8 bits.
+
+    As torchmetrics has it: the window overhangs the border, which is mirrored.
+    """
     from dmquant.evaluation import structural_similarity
     from dmquant.evaluation.metrics.pairs import mean_of_pairs
 
@@ -24,7 +30,10 @@ def ssim(scored: "ScoredImages") -> "Metric":
 
 
 def ms_ssim(scored: "ScoredImages") -> "Metric":
-    """Mean multi-scale structural similarity of the pairs (Wang et al. 2003), over the five scales of the paper."""
+    """Mean multi-scale structural similarity of the pairs (Wang et al. 2003), over the five scales of the paper.
+
+    As torchmetrics has it: the mirrored border counts at the last scale.
+    """
     from dmquant.evaluation import structural_similarity
     from dmquant.evaluation.metrics.pairs import mean_of_pairs
 
@@ -40,7 +49,7 @@ def ms_ssim(scored: "ScoredImages") -> "Metric":
 SSIM = Kind(
     name="ssim",
     function=ssim,
-    title="SSIM",
+    title="SSIM (torchmetrics)",
     digits=".4f",
     better="higher",
     needs=frozenset({"reference"}),
@@ -50,7 +59,7 @@ SSIM = Kind(
 MS_SSIM = Kind(
     name="ms_ssim",
     function=ms_ssim,
-    title="MS-SSIM",
+    title="MS-SSIM (torchmetrics)",
     digits=".4f",
     better="higher",
     needs=frozenset({"reference"}),

@@ -9,6 +9,7 @@ from dmquant.host.json_file import read_object as read_json
 from dmquant.pipelines.models import weights
 
 INDEX = "model_index.json"
+LARGEST_TOKENIZER = 1 << 28  # bytes: eight times Gemma's
 LARGEST_SIDE = 16_384  # pixels: four times what any pipeline is made for
 READ = {".json", ".safetensors", ".model", ".txt", ".vocab", ".spm", ".tiktoken", ".jinja"}
 """Suffixes of what diffusers and transformers read of a part: configuration, weights, tokenizers."""
@@ -137,3 +138,5 @@ def _check_files(part: Path) -> None:
             read_json(path)
         else:
             weight_file.check_regular(path)
+            if (size := path.stat().st_size) > LARGEST_TOKENIZER:
+                raise UserError(f"{path} has {size / 1e6:.0f} MB, more than any tokenizer: get that file again")

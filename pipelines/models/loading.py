@@ -4,7 +4,7 @@ import contextlib
 import inspect
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -134,21 +134,30 @@ def load_full_precision(
     without = {name: value for name, value in family.without.items() if name in parameters}
     variant = folders.variant(folder, family.component)
     options = {"torch_dtype": dtype, "use_safetensors": True, "local_files_only": True}
-    try:
+    with explained(folder):
         apart = {
             name: model_class(*folders.classes(folder)[name]).from_pretrained(folder / name, variant=own, **options)
             for name, own in folders.other_variants(folder, variant, {**family.without, **parts}).items()
         }
         pipeline = kind.from_pretrained(folder, variant=variant, **options, **(without | apart | dict(parts)))
-    except (OSError, ValueError, RuntimeError, ImportError, AttributeError, KeyError, TypeError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"diffusers cannot load {folder}: {type(error).__name__}: {reason}") from error
     if family.backbones:
         family_of(pipeline)
     _check_backbone(getattr(pipeline, family.component), folder / family.component)
     _remember_configuration(pipeline, folder, parameters)
     check_attention(getattr(pipeline, family.component))
     return place(pipeline, device, offload)
+
+
+@contextlib.contextmanager
+def explained(folder: Path) -> Iterator[None]:
+    """UserError, in one line, for whatever the libraries raise while they load the pipeline in `folder`."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # tokenizers raises no other kind, and diffusers and transformers any
+        reason = " ".join(str(error).split())
+        raise UserError(f"diffusers cannot load {folder}: {type(error).__name__}: {reason}") from error
 
 
 def _check_backbone(backbone: nn.Module, part: Path) -> None:

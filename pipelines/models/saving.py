@@ -1,6 +1,5 @@
 """Write a quantized pipeline as a folder that works anywhere: whole or not at all."""
 
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -38,16 +37,15 @@ def save_whole(
     folder = folder.resolve()
     with owned.workspace(folder) as room:
         new = room / "new"
-        shutil.rmtree(new, ignore_errors=True)  # of a command that was killed
+        owned.drop(new)  # of a command that was killed
         new.mkdir(parents=True)
         try:
             _save(pipeline, new, backbone, shared)
-            as_umask_says(new)
             (new / CARD).write_text(card, encoding="utf-8")
             checksums.write(new)
             replaced = take_place(new, folder, room, listed)
         except BaseException:
-            shutil.rmtree(new, ignore_errors=True)
+            owned.drop(new)
             raise
         if owner := owned.of(folder / CARD):
             for name, digest in listed(folder).items():
@@ -70,6 +68,7 @@ def _save(pipeline: "DiffusionPipeline", folder: Path, backbone: str, shared: Sh
     _put_tokenizers_at_rest(pipeline)
     if shared is not None and shared.fill(folder):
         getattr(pipeline, backbone).save_pretrained(folder / backbone, safe_serialization=True)
+        as_umask_says(folder / backbone)
         make_portable(folder)
         return
     save_pipeline(pipeline, folder)

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dmquant.errors import UserError
+from dmquant.host import owned
 from dmquant.host.hashes import LARGE, sha256_once
-from dmquant.host.owned import UNFINISHED
 from dmquant.pipelines.models import folders
 
 LISTING = "parts.json"
@@ -40,7 +40,7 @@ class SharedParts:
         others = [name for name in folders.components(model) if name != backbone]
         paths = [model / folders.INDEX, *(path for name in others for path in sorted(model.glob(f"{name}/*")))]
         parts = [path.relative_to(model) for path in paths]
-        unfinished = self.folder.parent / UNFINISHED
+        unfinished = self.folder.parent / owned.UNFINISHED
         unfinished.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f"{self.folder.name}.", dir=unfinished))
         try:
@@ -55,21 +55,26 @@ class SharedParts:
             if not self.folder.is_dir():
                 raise UserError(f"cannot write {self.folder}: {error.strerror or error}") from error
         finally:
-            shutil.rmtree(partial, ignore_errors=True)
+            owned.drop(partial)
 
     def remove(self) -> None:
         """Remove the folder; models that were made keep their parts."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        owned.drop(self.folder)
 
     def _as_written(self) -> list[str]:
         """Names of the files in the folder; none where one is not what was written under this key."""
         try:
             listed = json.loads((self.folder / LISTING).read_text(encoding="utf-8"))
             hashes = listed["sha256"] if listed["key"] == self.key else {}
-            whole = all(sha256_once(self.folder / name) == digest for name, digest in hashes.items())
+            whole = all(_is_here(name) and sha256_once(self.folder / name) == hashes[name] for name in hashes)
         except (OSError, ValueError, LookupError, TypeError):
             return []
         return list(hashes) if whole else []
+
+
+def _is_here(name: str) -> bool:
+    """Whether a relative path that a listing names leads nowhere else."""
+    return not Path(name).is_absolute() and ".." not in Path(name).parts
 
 
 def _link(source: Path, target: Path) -> None:

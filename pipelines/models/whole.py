@@ -51,7 +51,7 @@ def _fault(part: Path, kind: type[nn.Module], variant: str | None) -> str | None
     import transformers
 
     config, files = folders.read_json(part / "config.json"), weight_files(part, variant)
-    method = (config.get("quantization_config") or {}).get("quant_method")
+    method = folders.quantization(part.parent, part.name)
     if method not in (None, QuantMethod.DMQUANT.value) or not files:
         return None
     found = tensors.of_files(files, str(part))

@@ -22,7 +22,7 @@ from dmquant.pipelines.models import folders
 from dmquant.pipelines.models.attention import check_attention
 from dmquant.pipelines.models.checksums import checked
 from dmquant.pipelines.models.hashes import pipeline_hashes
-from dmquant.pipelines.models.loading import load_full_precision
+from dmquant.pipelines.models.loading import explained, load_full_precision
 from dmquant.pipelines.models.placing import place, place_backbone_alone
 from dmquant.pipelines.models.saving import model_card, narrow_exactly, save_whole
 from dmquant.pipelines.models.shared_parts import SharedParts
@@ -152,7 +152,7 @@ def load_quantized(folder: Path, settings: Settings, **parts: Any) -> "Diffusion
     folders.check_whole(folder, parts)
     check_models(folder, parts)
     kind = getattr(diffusers, folders.pipeline_class(folder)) if parts else diffusers.DiffusionPipeline
-    with checked(folder, parts):
+    with checked(folder, parts), explained(folder):
         pipeline = kind.from_pretrained(folder, torch_dtype=settings.dtype, local_files_only=True, **parts)
     check_attention(getattr(pipeline, settings.family.component))
     return place(pipeline, settings.device, settings.offload)

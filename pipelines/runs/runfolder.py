@@ -52,6 +52,7 @@ WRITTEN = (
 )
 """Patterns of what commands write in a run folder, the model aside, which lists its files itself."""
 EARLIER = re.compile(r"[\w+-][\w.+-]*")
+LOG_BEGINS = "times are UTC\n"
 SHORT = 16  # characters of a hash that tell a line of the journal that was changed
 
 
@@ -158,8 +159,10 @@ class RunFolder:
         """Write all that is known; the journal is emptied after that, and to read it twice does no harm."""
         if processes.current().is_main:
             state = json.loads(json.dumps(self._state))  # as it will be read, with every key a string
-            write_text(self.path / STATE, json.dumps(state | {"sha256": json_sha256(state)}, indent=1) + "\n")
-            self._journal.unlink(missing_ok=True)
+            write_text(
+                self.path / STATE, json.dumps(state | {"sha256": json_sha256(state)}, indent=1, sort_keys=True) + "\n"
+            )
+            owned.drop(self._journal)
 
 
 def _read_state(path: Path) -> dict[str, Any]:
@@ -219,6 +222,7 @@ def _claimed(path: Path, model: str, overwrite: bool) -> Iterator[RunFolder]:
             ours.clear(keep=lambda name: name == LOG)
         elif not ours.has_notes:
             _adopt(ours)
+        _begin_log(ours)
         try:
             yield _opened(path, model)
         except BaseException:
@@ -241,7 +245,7 @@ def _opened(path: Path, model: str) -> RunFolder:
         if (path / STATE).exists():
             raise
     (path / owned.ROOM / MODEL_NAME).write_text(model, encoding="utf-8")
-    (path / owned.ROOM / JOURNAL).unlink(missing_ok=True)
+    owned.drop(path / owned.ROOM / JOURNAL)
     write_text(path / STATE, json.dumps({"version": VERSION, "model": model, "stages": {}, "notes": {}}) + "\n")
     return RunFolder(path)
 
@@ -252,6 +256,13 @@ def _is_empty(path: Path) -> bool:
         return not RunFolder(path).has_stages and not any(path.glob(f"{IMAGES}/*/*.png"))
     except UserError:
         return not (path / STATE).exists()
+
+
+def _begin_log(ours: Owned) -> None:
+    """Have a log that begins as one of ours does; of a log in its place that is somebody else's nothing changes."""
+    log = ours.root / LOG
+    if not ours.extends(log):
+        write_text(log, LOG_BEGINS)
 
 
 def _note_log(ours: Owned) -> None:

@@ -10,6 +10,7 @@ from types import MappingProxyType
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 import dmquant
 from dmquant.activations import ActivationSpec
@@ -22,7 +23,10 @@ from dmquant.pipelines.models.loading import load_pipeline
 from dmquant.pipelines.runs.footprint import footprint
 from dmquant.qtensor import WeightSpec
 from dmquant.recipe import Recipe
-from tests.tiny import IMAGE_SIZE, PIXART_CALL, tiny_pixart, tiny_sd
+from tests.tiny import IMAGE_SIZE, PIXART_CALL, TINY, tiny_pixart, tiny_sd
+
+from diffusers import ConfigMixin, ModelMixin  # isort: skip
+from diffusers.configuration_utils import register_to_config  # isort: skip
 
 BUILDERS = {"pixart": (tiny_pixart, "transformer"), "unet": (tiny_sd, "unet")}
 SPLITS = {
@@ -242,6 +246,63 @@ def test_quantizing_while_loading_refuses_what_quantize_refuses(config, said, tm
     model.save_pretrained(tmp_path)
     with pytest.raises(UsageError, match=said):
         type(model).from_pretrained(tmp_path, quantization_config=config)
+
+
+def test_weights_that_a_device_map_sends_to_disk_are_not_left_in_full_precision(tmp_path):
+    pytest.importorskip("accelerate")
+    unet = tiny_sd().unet
+    unet.save_pretrained(tmp_path / "float")
+    places = {name: "cpu" for name, _ in unet.named_children()} | {"mid_block": "disk"}
+    options = {"device_map": places, "offload_folder": tmp_path / "disk"}
+    with pytest.raises(UserError, match=r"^\S+ went to disk in full precision: .*save the model.*$"):
+        type(unet).from_pretrained(tmp_path / "float", quantization_config=QuantConfig("w4a6"), **options)
+    quantize_(unet, "w4a6")
+    unet.save_pretrained(tmp_path / "quantized")
+    loaded = type(unet).from_pretrained(tmp_path / "quantized", **options)
+    assert torch.equal(example(loaded), example(unet))
+
+
+def test_a_layer_of_two_names_is_saved_and_loaded(tmp_path):
+    class Shared(ModelMixin, ConfigMixin):
+        @register_to_config
+        def __init__(self, width=64):
+            super().__init__()
+            self.first, self.middle, self.last = (torch.nn.Linear(width, width) for _ in range(3))
+            self.again = self.middle
+
+        def forward(self, x):
+            return self.last(self.again(self.middle(self.first(x))))
+
+    model, x = Shared(), torch.randn(2, 64)
+    model.save_pretrained(tmp_path / "float", safe_serialization=False)
+    assert [report.plan.name for report in quantize_(model, "w4a6")] == ["middle"]
+    model.save_pretrained(tmp_path / "quantized")
+    loaded = Shared.from_pretrained(tmp_path / "quantized")
+    on_the_way = Shared.from_pretrained(tmp_path / "float", quantization_config=QuantConfig("w4a6"))
+    for one in (loaded, on_the_way):
+        assert one.again is one.middle
+        assert torch.equal(one.middle.qweight, model.middle.qweight)
+        assert torch.allclose(one(x), model(x), atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_single_file_is_quantized_while_it_is_read(dtype, tmp_path):
+    model = TINY["flux"].build().transformer
+    model.save_config(tmp_path)
+    save_file(model.state_dict(), tmp_path / "one.safetensors")
+    loaded = type(model).from_single_file(
+        str(tmp_path / "one.safetensors"),
+        config=str(tmp_path),
+        quantization_config=QuantConfig("w4a6"),
+        torch_dtype=dtype,
+    )
+    quantize_(model, "w4a6")
+    before, after = packed(model), packed(loaded)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert loaded.dtype == dtype
+    loaded.save_pretrained(tmp_path / "saved")
+    assert packed(type(model).from_pretrained(tmp_path / "saved")).keys() == before.keys()
 
 
 def test_a_configuration_keeps_one_pattern_as_well_as_several():

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dmquant.errors import UserError
 from dmquant.evaluation.generate import batch_size_for, generate, image_requests, missing, prune
 from dmquant.evaluation.png import read_key, read_prompt
 from dmquant.host import owned
@@ -159,3 +160,9 @@ def test_a_stop_between_batches_keeps_the_finished_ones_and_resuming_gives_the_s
 @pytest.mark.parametrize(("side", "images"), [(64, 16), (256, 16), (512, 4), (1024, 1), (2048, 1)])
 def test_the_batch_shrinks_with_the_image(side, images):
     assert batch_size_for(side, side) == images
+
+
+def test_a_pipeline_that_fails_in_its_call_is_one_line(pipeline, tmp_path, monkeypatch):
+    monkeypatch.setattr(pipeline, "tokenizer", lambda *args, **kwargs: {}["input_ids"])
+    with pytest.raises(UserError, match=r"PixArtSigmaPipeline fails while it makes images \(KeyError: 'input_ids'\)"):
+        generate(pipeline, image_requests(PROMPTS[:1], 0, "s"), tmp_path, batch_size=1, call=CALL)

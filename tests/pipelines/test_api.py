@@ -19,11 +19,18 @@ from dmquant.pipelines.runs import settings
 from dmquant.recipe import Recipe
 from tests.tiny import IMAGE_SIZE, PIXART_CALL, TINY, tiny_pixart, tiny_sd
 
-from diffusers import ControlNetModel, DiffusionPipeline, StableDiffusionControlNetPipeline  # isort: skip
+from diffusers import ControlNetModel, DiffusionPipeline, EulerDiscreteScheduler  # isort: skip
+from diffusers import StableDiffusionControlNetPipeline, UNet2DConditionModel  # isort: skip
 from diffusers.models.attention_processor import AttnProcessor  # isort: skip
 
 PROMPTS = ["a red cat", "a blue boat", "a tree", "a face"]
 CALL = {"height": IMAGE_SIZE, "width": IMAGE_SIZE, "num_inference_steps": 3, "guidance_scale": 3.0}
+EMBEDS = torch.zeros(4, 16, 32)
+PLAIN_BLOCKS = {  # without any attention to the text
+    "down_block_types": ("DownBlock2D",) * 2,
+    "mid_block_type": "UNetMidBlock2D",
+    "up_block_types": ("UpBlock2D",) * 2,
+}
 PIPELINES = {"pixart": (tiny_pixart, PIXART_CALL), "sd": (tiny_sd, {})}
 LEARNED = Recipe.model_validate(
     {
@@ -37,6 +44,7 @@ LEARNED = Recipe.model_validate(
 
 
 FITTED = LEARNED.with_settings(name="fitted", rounding="nearest", scale="hessian")
+MIDDLE = FITTED.with_settings(rules=[{"match": "*", "keep": True}, {"match": "mid_block.*", "keep": False}])
 
 
 def backbone_of(pipe):
@@ -124,6 +132,58 @@ def test_a_calibrated_recipe_learns_from_the_pipeline_as_it_is_called():
     assert not same_weights(codes[0], codes[3])
 
 
+def test_the_call_is_as_it_will_be_made_for_one_prompt():
+    """Each argument changes what the backbone is given, and so the codes; one that does not changes none."""
+    seen = []
+
+    def nudging(pipe, step, timestep, tensors):
+        seen.append(step)
+        return {"latents": tensors["latents"] * 1.5}
+
+    changes = [
+        {},
+        {"output_type": "latent", "return_dict": False},
+        {"negative_prompt": "a blue boat"},
+        {"negative_prompt": PROMPTS[::-1]},
+        {"num_images_per_prompt": 2},
+        {"callback_on_step_end": nudging},
+        {"latents": torch.ones(1, 4, 16, 16)},
+    ]
+    codes = []
+    for change in changes:
+        pipe = tiny_sd()
+        dmquant.quantize_pipeline(pipe, MIDDLE, calibration=PROMPTS, **CALL, **change)
+        codes.append(pipe.unet)
+    assert same_weights(codes[0], codes[1])
+    assert not any(same_weights(codes[0], other) for other in codes[2:])
+    assert seen.count(0) == 1 + len(PROMPTS)  # a rehearsal, and a call for each prompt
+
+
+def test_embeddings_take_the_place_of_prompts_and_of_a_text_encoder():
+    given, made = tiny_sd(), tiny_sd()
+    with torch.no_grad():
+        text, negative = made.encode_prompt(PROMPTS, "cpu", 1, True)
+    made.register_modules(text_encoder=None, tokenizer=None)
+    with pytest.raises(UserError, match="has no text_encoder and no tokenizer, so it takes no prompts"):
+        dmquant.quantize_pipeline(made, MIDDLE, calibration=PROMPTS, **CALL)
+    dmquant.quantize_pipeline(made, MIDDLE, prompt_embeds=text, negative_prompt_embeds=negative[:1], **CALL)
+    dmquant.quantize_pipeline(given, MIDDLE, calibration=PROMPTS, **CALL)
+    of_embeddings = images(made, None, prompt_embeds=text[:1], negative_prompt_embeds=negative[:1])
+    assert torch.nn.functional.mse_loss(of_embeddings, images(given)) < 1e-4
+
+
+@pytest.mark.parametrize("optional", [{"mid_block_type": None}, {"time_cond_proj_dim": 8}, PLAIN_BLOCKS])
+def test_a_unet_without_optional_parts_or_with_more(optional):
+    pipe = tiny_sd()
+    torch.manual_seed(0)
+    config = {name: value for name, value in pipe.unet.config.items() if not name.startswith("_")}
+    pipe.unet = UNet2DConditionModel(**config | optional).eval()
+    exact = images(pipe)
+    made = dmquant.quantize_pipeline(pipe, FITTED, calibration=PROMPTS, **CALL)
+    assert all(layer.error < 0.1 for layer in made.layers)
+    assert torch.nn.functional.mse_loss(images(pipe), exact) < 1e-3
+
+
 def test_prompts_and_steps_default_to_those_of_the_kind_of_pipeline(caplog):
     caplog.set_level(logging.INFO, logger="dmquant")
     given, default = tiny_pixart(), tiny_pixart()
@@ -153,6 +213,20 @@ def test_a_calibration_whose_saving_failed_continues_in_the_same_folder(tmp_path
     assert written[0]
     assert written[0] == written[1]
     assert [path.name for path in tmp_path.iterdir()] == ["quantized"]
+
+
+def test_a_stopped_calibration_is_not_continued_under_another_scheduler(tmp_path, monkeypatch):
+    out, save = tmp_path / "quantized", api.save_whole
+    monkeypatch.setattr(api, "save_whole", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        dmquant.quantize_pipeline(tiny_sd(), MIDDLE, calibration=PROMPTS, out=out, **CALL)
+    monkeypatch.setattr(api, "save_whole", save)
+    changed, fresh = tiny_sd(), tiny_sd()
+    for pipe in (changed, fresh):
+        pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)
+    dmquant.quantize_pipeline(changed, MIDDLE, calibration=PROMPTS, out=out, **CALL)
+    dmquant.quantize_pipeline(fresh, MIDDLE, calibration=PROMPTS, **CALL)
+    assert same_weights(changed.unet, fresh.unet)
 
 
 class TestRefusals:
@@ -191,6 +265,15 @@ class TestRefusals:
         [
             ({"num_inference_step": 3}, "unknown argument 'num_inference_step': did you mean 'num_inference_steps'"),
             ({"prompt": "a cat"}, "prompts to calibrate with are its `calibration`"),
+            (
+                {"generator": torch.Generator()},
+                "'generator' is not for .* noise of its own, the same every time",
+            ),
+            ({"skip_guidance_layers": [1]}, "'skip_guidance_layers' is not for .* leave it out and give it afterwards"),
+            ({"kwargs": {}}, "unknown argument 'kwargs'"),
+            ({"recipe": LEARNED, "negative_prompt": ["a"] * 3}, "'negative_prompt' has 3 entries: give 1, .* or 4"),
+            ({"recipe": LEARNED, "num_images_per_prompt": 0}, "'num_images_per_prompt' is 0: give a whole number"),
+            ({"recipe": LEARNED, "prompt_embeds": EMBEDS, "calibration": PROMPTS}, "take the place of prompts"),
             ({"recipe": "rtm"}, "unknown recipe 'rtm': did you mean 'rtn'"),
             ({"recipe": LEARNED, "w": "fp6"}, "this one has its own"),
             ({"recipe": LEARNED, "calibration": "defualt"}, "unknown prompt set 'defualt': did you mean 'default'"),
@@ -200,8 +283,9 @@ class TestRefusals:
     )
     def test_arguments_that_do_not_fit_leave_the_pipeline_as_it_was(self, arguments, message):
         pipe, original = tiny_sd(), tiny_sd()
+        prompts = {} if arguments.keys() & {"calibration", "w"} else {"calibration": PROMPTS}
         with pytest.raises(UsageError, match=message) as refused:
-            dmquant.quantize_pipeline(pipe, **arguments)
+            dmquant.quantize_pipeline(pipe, **prompts, **arguments)
         assert "\n" not in str(refused.value)
         assert same_weights(pipe.unet, original.unet)
 
@@ -239,7 +323,7 @@ class TestLora:
         before = copy.deepcopy(pipe.unet)
         with pytest.raises(UserError, match=r"LoRA adapters: call fuse_lora\(\) and then unload_lora_weights\(\)"):
             dmquant.quantize_pipeline(pipe, "rtn")
-        with pytest.raises(UserError, match="UNet2DConditionModel holds LoRA adapters"):
+        with pytest.raises(UserError, match=r"^layer \S+ holds LoRA adapters: merge or unload them"):
             dmquant.quantize_(pipe.unet, "rtn")
         assert same_weights(pipe.unet, before)
 

@@ -83,8 +83,8 @@ class Family:
     """The pipeline as something that is called with prompts; itself, unless its call takes something else."""
     without: Mapping[str, Any] = field(default_factory=dict)
     """Arguments of the pipeline's constructor that leave parts of it out, used where it has such a parameter."""
-    may_lack: tuple[str, ...] = ()
-    """Text encoders and tokenizers that a pipeline may be without, and still takes prompts."""
+    may_lack: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Text encoders and tokenizers that a pipeline of a class may be without, and still takes prompts."""
     token_limits: Mapping[str, int] = field(default_factory=dict)
     """Tokens of each tokenizer, by its name in the pipeline, where the pipeline fixes them and its call has no say."""
 

@@ -21,5 +21,5 @@ FAMILY = Family(
         "proj_out": "its error goes straight into the predicted noise",
     },
     blocks=blocks_in("transformer_blocks"),
-    may_lack=("text_encoder_3", "tokenizer_3"),
+    may_lack={"StableDiffusion3Pipeline": ("text_encoder_3", "tokenizer_3")},
 )

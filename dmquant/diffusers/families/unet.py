@@ -51,7 +51,7 @@ FAMILY = Family(
     },
     blocks=_blocks,
     concatenations=_concatenations,
-    may_lack=("text_encoder", "tokenizer"),
+    may_lack={"StableDiffusionXLPipeline": ("text_encoder", "tokenizer")},
     # A picture that the checker blanks would count as an error of the quantized model, or hide one.
     without={"safety_checker": None, "requires_safety_checker": False},
 )

@@ -1,5 +1,9 @@
 """Codes of finished units: whole and of this calibration, or as good as absent."""
 
+import random
+import signal
+import sys
+
 import pytest
 import torch
 
@@ -69,3 +73,40 @@ def test_a_file_that_cannot_be_written_is_one_line(tmp_path):
     (tmp_path / "000.safetensors").mkdir()
     with pytest.raises(UserError, match="cannot write"):
         CodesFolder(tmp_path, "key").save(0, "block", TENSORS, FACTS)
+
+
+def test_facts_that_were_changed_are_noticed(folder):
+    record = folder.path / "003.json"
+    text = record.read_text()
+    for old, new in (("fp4_e2m1", "fp4_e1m2"), ("1.5", "2.5"), ('"a"', '"b"'), ("facts", "fact5")):
+        assert old in text
+        record.write_text(text.replace(old, new))
+        assert folder.load(3, "block") is None
+    record.write_text(text)
+    assert folder.load(3, "block")[1] == FACTS
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no timer")
+def test_an_interrupt_while_loading_stays_one(tmp_path):
+    """In torch.asarray, which safetensors' load_file calls, a KeyboardInterrupt is dropped for a ValueError."""
+    codes, draw = CodesFolder(tmp_path, "key"), random.Random(0)
+    codes.save(0, "block", {str(number): torch.zeros(16) for number in range(3000)}, FACTS)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    outcomes = set()
+    try:
+        for _ in range(100):
+            try:
+                signal.setitimer(signal.ITIMER_REAL, draw.uniform(1e-4, 0.05))
+                outcomes.add(codes.load(0, "block") is not None)
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            except KeyboardInterrupt:
+                outcomes.add(KeyboardInterrupt)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert KeyboardInterrupt in outcomes
+    assert False not in outcomes

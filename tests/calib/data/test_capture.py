@@ -515,3 +515,18 @@ def test_a_scheduler_that_calls_the_backbone_more_often_than_it_has_steps(tmp_pa
     model.pipeline.scheduler = PNDMScheduler.from_config(model.pipeline.scheduler.config, skip_prk_steps=True)
     store = captured(model, tmp_path, prompts=model.prompts[:2])
     assert store.steps == len(store.timesteps) == STEPS + 1
+
+
+def test_a_timestep_that_two_calls_have_is_held_out_of_both(tmp_path):
+    from diffusers import HeunDiscreteScheduler
+
+    model = built("sd15")
+    model.pipeline.scheduler = HeunDiscreteScheduler.from_config(model.pipeline.scheduler.config)
+    store = captured(model, tmp_path, sampling=Sampling("uniform", 99, 0.2))
+    assert len(set(store.timesteps)) == STEPS < store.steps == 2 * STEPS - 1
+    timesteps = {held_out: set() for held_out in (True, False)}
+    for sample in store.samples:
+        timesteps[sample.held_out].add(store.timesteps[sample.step])
+    assert timesteps[True]
+    assert timesteps[True].isdisjoint(timesteps[False])
+    assert len(timesteps[True] | timesteps[False]) == STEPS

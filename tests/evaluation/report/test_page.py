@@ -123,7 +123,7 @@ def test_what_is_said_of_a_metric_stands_once_if_all_recipes_share_it_and_else_w
         for name, recipe in two_recipes.recipes.items()
     }
     source = render_html(folder, dataclasses.replace(two_recipes, recipes=recipes))
-    assert "<th scope=row>SSIM ↑<small>5 images</small></th>" in source
+    assert "<th scope=row>SSIM (torchmetrics) ↑<small>5 images</small></th>" in source
     first = '<td data-of="w4a6">0.9000<small>2 black images</small></td>'
     assert f'{first}<td data-of="rtn w8a8">0.9000</td>' in source
 

@@ -234,3 +234,12 @@ def test_dtypes():
         resolve_dtype("fp16", "cpu")
     with pytest.raises(UsageError, match="unknown dtype 'fp8'"):
         resolve_dtype("fp8", "cpu")
+
+
+def test_a_part_that_a_library_cannot_read_is_one_line_whatever_it_raises(folder):
+    path = folder / "tokenizer" / "tokenizer.json"
+    damaged = json.loads(path.read_text()) | {"post_processor": {"type": "none\nof these"}}
+    path.write_text(json.dumps(damaged))  # tokenizers raises Exception itself
+    with pytest.raises(UserError, match=f"diffusers cannot load {folder}: ") as caught:
+        load(folder)
+    assert len(str(caught.value).splitlines()) == 1

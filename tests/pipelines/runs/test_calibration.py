@@ -54,7 +54,7 @@ def test_data_of_another_text_encoder_is_captured_again(settings, tmp_path):
     assert len(list((tmp_path / "data").iterdir())) == 2
 
 
-def test_a_pipeline_in_memory_is_known_by_the_weights_of_all_its_parts():
+def test_a_pipeline_in_memory_is_known_by_the_weights_and_configurations_of_all_its_parts():
     pipeline = tiny_pixart()
     keys = {weights_key(pipeline)}
     assert keys == {weights_key(tiny_pixart())}
@@ -62,7 +62,12 @@ def test_a_pipeline_in_memory_is_known_by_the_weights_of_all_its_parts():
         with torch.no_grad():
             next(part.parameters()).add_(1)
         keys.add(weights_key(pipeline))
-    assert len(keys) == 4
+    for part in (pipeline.scheduler, pipeline.transformer):
+        part.register_to_config(told="something else")
+        keys.add(weights_key(pipeline))
+    pipeline.tokenizer.add_tokens(["boat2"])
+    keys.add(weights_key(pipeline))
+    assert len(keys) == 7
 
 
 def test_weights_that_were_hashed_in_their_files_are_not_hashed_again(settings, tmp_path, monkeypatch):

@@ -8,7 +8,7 @@ import shutil
 import pytest
 
 from dmquant.errors import UserError
-from dmquant.host.files import fingerprint, write_text
+from dmquant.host.files import append_line, fingerprint, write_text
 from dmquant.pipelines.runs.runfolder import RunFolder, claim, is_full_disk
 
 
@@ -177,7 +177,7 @@ def test_a_run_of_an_earlier_version_or_copied_without_its_notes_goes_on(tmp_pat
     with claim(path, "emoji") as folder:
         assert folder.finished("model", "settings")
         write_text(path / "report.md", "new")
-    assert {each.name for each in path.iterdir()} == {".dmquant", "compare.txt", "report.md", "state.json"}
+    assert {each.name for each in path.iterdir()} == {".dmquant", "compare.txt", "log.txt", "report.md", "state.json"}
 
 
 def _full_disk(*args, **kwargs):
@@ -268,3 +268,18 @@ def test_the_folder_of_a_recipe_with_capitals_of_an_earlier_version_is_found(tmp
         assert folder.recipe("Mine").name == "Mine"
         assert folder.recipe("mine").name == "mine"
         assert folder.recipe("MINE").name not in ("Mine", "MINE")
+
+
+def test_a_log_of_ones_own_is_not_added_to_and_that_of_a_killed_run_is(tmp_path):
+    path = tmp_path / "run"
+    with claim(path, "emoji") as folder:
+        folder.finish("model", "settings")
+        append_line(path / "log.txt", "killed here")
+        shutil.copytree(path, tmp_path / "killed")
+    with claim(tmp_path / "killed", "emoji"):
+        assert (tmp_path / "killed" / "log.txt").read_text() == "times are UTC\nkilled here\n"
+    (path / "log.txt").write_text("dear diary\n")
+    with claim(path, "emoji"):
+        append_line(path / "log.txt", "again")
+    assert (path / "log.txt").read_text() == "times are UTC\nagain\n"
+    assert (path / "log.txt.replaced").read_text() == "dear diary\n"
