@@ -11,12 +11,13 @@ def published(settings: dict[str, Any]) -> dict[str, Any]:
     """A copy of the content of run.yaml; the id of a model on the Hub stays, in the command as well."""
     model, calibration = settings["model"], settings.get("calibration", {})
     data = {name: name_of(path) for name, path in calibration.items() if name == "data" and path}
+    source = name_of(model["source"])
     return settings | {
-        "model": model | {"source": name_of(model["source"])},
+        "model": model | {"source": source},
         "calibration": calibration | data,
         "real": settings["real"] and name_of(settings["real"]),
         "clip": without_folders(settings.get("clip") or ""),
-        "command": command_without_folders(settings.get("command", ""), keep=model["source"]),
+        "command": command_without_folders(settings.get("command", ""), keep=source),
     }
 
 
