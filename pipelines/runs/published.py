@@ -1,6 +1,6 @@
 """The settings of run.yaml as reports show them: of files and folders of this machine, their names alone."""
 
-from pathlib import Path
+import os
 from typing import Any
 
 from dmquant.evaluation.result import Metric
@@ -23,7 +23,7 @@ def published(settings: dict[str, Any]) -> dict[str, Any]:
 
 def name_of(source: str) -> str:
     """The last part of an absolute path; anything else as it is."""
-    return file_name(source) if Path(source).expanduser().is_absolute() else source
+    return file_name(source) if os.path.isabs(os.path.expanduser(source)) else source
 
 
 def published_metric(metric: Metric) -> Metric:
