@@ -375,6 +375,9 @@ def test_score_and_grid_work_on_any_two_folders_that_pair_up(capsys, tmp_path):
     code, out, _ = dmquant(capsys, "score", "fp", "quantized", "--metrics", "psnr")
     assert code == 0
     assert "28.13 dB" in out  # 20 log10(255 / 10)
+    _fails(
+        dmquant(capsys, "grid", "fp", "quantized", "--out", f"{'x' * 300}.png"), 1, "too long; give it a shorter name"
+    )
     code, _, _ = dmquant(capsys, "grid", "fp", "quantized", "--out", "pairs.png", "--rows", "2")
     assert code == 0
     assert Image.open("pairs.png").width > 3 * 32
