@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.faults.child import dmquant
-from tests.faults.given import COMMANDS, environment, undisturbed
+from tests.faults.given import COMMANDS, environment, finished
 from tests.faults.likeness import UNLIKE, contents, differences
 from tests.faults.trials import Trial, Verdict
 
@@ -42,7 +42,6 @@ VICTIMS = (
 
 def flips(scratch: Path, commands: Sequence[str], runs: int, seed: int) -> list[Trial]:
     """`runs` flipped bits of each kind of file, and of a saved model, which `inspect --verify` is to notice."""
-    undisturbed(scratch / "finished", COMMANDS["run"])
     trials = []
     for victims in VICTIMS:
         reference = scratch / f"flipped-{len(trials)}"
@@ -70,7 +69,7 @@ def flips(scratch: Path, commands: Sequence[str], runs: int, seed: int) -> list[
 def _prepared(scratch: Path, folder: Path, victims: Victims) -> list[Path]:
     """A copy of the finished run in `folder`, less what is removed; the files that may be flipped."""
     shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(scratch / "finished", folder)
+    shutil.copytree(finished(scratch, "run").folder, folder)
     out = folder / "out"
     for pattern in victims.removed:
         for path in out.glob(pattern):
