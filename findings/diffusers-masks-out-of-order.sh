@@ -5,9 +5,10 @@
 # image is the one that its prompt gives alone from the same noise.
 # Happens: the embeddings come in the order 0 0 1 1 and the masks in the order 0 1 0 1. The second and the third image are made with the
 # other prompt's mask: the longer prompt is cut, the shorter one goes on into its padding. PixArt-Sigma's masks are in order.
-# Where: encode_prompt repeats the batch of masks as a whole, and the embeddings along the tokens followed by a view.
-# Means: prompts of unequal length, batched, give other images than one by one, with no error. Whoever calibrates or measures a quantized
-# model over batches of prompts does so with conditions that no single prompt has. Keep to one image a prompt, or one prompt a call.
+# Where: encode_prompt repeats the batch of masks as a whole, and each embedding beside itself. The same lines stand in the pipelines of
+# AuraFlow, Kandinsky 3, LTX, Lumina, Mochi and PRX (read, not run).
+# Means: prompts of unequal length, several images each, give other images in a batch than one by one, with no error. Whoever calibrates
+# or measures a quantized model that way does so under conditions that no prompt has. Keep to one image a prompt, or one prompt a call.
 #
 # Guess before running: rows 1 and 2 of four get the other prompt's mask, and only those images differ.
 set -euo pipefail
