@@ -218,6 +218,11 @@ class DMQuantizer(DiffusersQuantizer):
         return apart(state_dict), {}
 
     @property
+    def supports_parallel_loading(self) -> bool:
+        """Not while quantizing: weight and bias of a layer may lie in files that would be read at the same time."""
+        return self.pre_quantized
+
+    @property
     def is_serializable(self) -> bool:
         return True
 

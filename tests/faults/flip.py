@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.faults.child import dmquant
-from tests.faults.given import COMMANDS, environment, undisturbed
+from tests.faults.given import COMMANDS, environment, finished
 from tests.faults.likeness import UNLIKE, contents, differences
 from tests.faults.trials import Trial, Verdict
 
@@ -35,14 +35,13 @@ VICTIMS = (
     Victims("records, then report", ("state.json", "scores.csv", "run.yaml", "images/**/*"), (REPORT, COMMANDS["run"])),
     Victims("probe", ("probe/*",), (OTHER_WEIGHTS,)),
     Victims("calibration", ("calibration/**/*",), (COMMANDS["run"],), ("model",)),
-    Victims("calibration data", ("calibration/data/**/*",), (COMMANDS["run"],), ("model", "calibration/small-*")),
+    Victims("calibration data", ("calibration/data/**/*",), (COMMANDS["run"],), ("model", "calibration/codes-*")),
 )
 """With `removed`, paths of the run that are removed before, so that what is flipped is needed."""
 
 
 def flips(scratch: Path, commands: Sequence[str], runs: int, seed: int) -> list[Trial]:
     """`runs` flipped bits of each kind of file, and of a saved model, which `inspect --verify` is to notice."""
-    undisturbed(scratch / "finished", COMMANDS["run"])
     trials = []
     for victims in VICTIMS:
         reference = scratch / f"flipped-{len(trials)}"
@@ -70,7 +69,7 @@ def flips(scratch: Path, commands: Sequence[str], runs: int, seed: int) -> list[
 def _prepared(scratch: Path, folder: Path, victims: Victims) -> list[Path]:
     """A copy of the finished run in `folder`, less what is removed; the files that may be flipped."""
     shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(scratch / "finished", folder)
+    shutil.copytree(finished(scratch, "run").folder, folder)
     out = folder / "out"
     for pattern in victims.removed:
         for path in out.glob(pattern):

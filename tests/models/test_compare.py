@@ -1,6 +1,7 @@
 """Several recipes against one set of full-precision images: made once, resumed, and one failure loses nothing else."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
 
@@ -216,7 +217,7 @@ def test_w_and_a_are_for_the_entries_that_give_no_formats_of_their_own(options, 
 
 
 def test_a_recipes_folder_has_a_name_that_any_file_system_takes(finished):
-    assert RunFolder(finished).recipe("mine/odd name: ü").name == "mine_odd_name__ü"
+    assert re.fullmatch(r"mine_odd_name-[0-9a-f]{12}", RunFolder(finished).recipe("mine/odd name: ü").name)
 
 
 def test_the_pictures_are_whole(finished):
