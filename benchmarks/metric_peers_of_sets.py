@@ -1,7 +1,4 @@
-"""FID, KID and CLIP score by several implementations; run by metric_peers.py.
-
-The sets are the emoji pairs: drawn pictures, and what they were learnt from.
-"""
+"""FID, KID and CLIP score by several implementations; run by metric_peers.py."""
 
 import contextlib
 import io
@@ -13,7 +10,7 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
-from metric_peers import Pairs, Row
+from metric_peers import Pairs, Row, each, textures
 from PIL import Image
 from torch import Tensor
 
@@ -27,46 +24,53 @@ PROMPTS = "emoji-held-out"
 
 
 def fid(drawn: Pairs, _: Pairs) -> Iterator[Row]:
-    with Sets(drawn) as sets, contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+    with both_sets(drawn) as sets:
         rows = [
-            Row("**dmquant**", (sets.ours("fid_fp"),)),
-            Row("torchmetrics", (sets.torchmetrics(),), "nothing"),
-            Row("torchmetrics, `antialias=False`", (sets.torchmetrics(antialias=False),), TENSORFLOW),
-            Row("torch-fidelity", (sets.torch_fidelity(fid=True),), TENSORFLOW),
-            Row(
-                "pytorch-fid",
-                (sets.pytorch_fid(),),
-                "bilinear, no antialiasing; x / 127.5 - 1, not (x - 128) / 128",
-            ),
-            Row('clean-fid, `mode="clean"`', (sets.clean_fid("clean"),), "bicubic by Pillow"),
-            Row(
-                'clean-fid, `mode="legacy_pytorch"`',
-                (sets.clean_fid("legacy_pytorch"),),
-                "bilinear, no antialiasing",
-            ),
+            Row("**dmquant**", each(sets, lambda s: s.ours("fid_fp"))),
+            Row("torchmetrics", each(sets, Sets.torchmetrics), "nothing"),
+            Row("torchmetrics, `antialias=False`", each(sets, lambda s: s.torchmetrics(antialias=False)), TENSORFLOW),
+            Row("torch-fidelity", each(sets, lambda s: s.torch_fidelity(fid=True)), TENSORFLOW),
+            Row("pytorch-fid", each(sets, Sets.pytorch_fid), f"{ALIASED}; x / 127.5 - 1, not (x - 128) / 128"),
+            Row('clean-fid, `mode="clean"`', each(sets, lambda s: s.clean_fid("clean")), BICUBIC),
+            Row('clean-fid, `mode="legacy_pytorch"`', each(sets, lambda s: s.clean_fid("legacy_pytorch")), ALIASED),
         ]
     yield from rows
 
 
+LARGE = 512
 TENSORFLOW = "bilinear as TensorFlow 1 did it: no antialiasing, pixels half a step off"
+ALIASED = "bilinear, no antialiasing"
+BICUBIC = "bicubic by Pillow, antialiased"
 
 
 def kid(drawn: Pairs, _: Pairs) -> Iterator[Row]:
-    whole = len(drawn.images)
-    with Sets(drawn) as sets, contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+    with both_sets(drawn) as sets:
         rows = [
-            Row("**dmquant**, `kid_real`: unpaired sets", (sets.ours("kid_real", real=sets.learnt),)),
-            Row("torchmetrics, one subset of all images", (sets.torchmetrics_kid(1, whole),), "nothing"),
-            Row("torchmetrics, 100 subsets of half of them", (sets.torchmetrics_kid(100, whole // 2),), "chance"),
-            Row("torch-fidelity, one subset of all images", (sets.torch_fidelity(kid=True),), TENSORFLOW),
-            Row('clean-fid, `mode="clean"`', (sets.clean_kid(),), "bicubic by Pillow"),
+            Row("**dmquant**, `kid_real`: unpaired sets", each(sets, lambda s: s.ours("kid_real", real=s.learnt))),
+            Row("torchmetrics, one subset of all images", each(sets, lambda s: s.torchmetrics_kid(1)), "nothing"),
             Row(
-                "**dmquant**, `kid_fp`: pairs",
-                (sets.ours("kid_fp"),),
-                "the kernel of a pair is left out",
+                "torchmetrics, 100 subsets of half of them", each(sets, lambda s: s.torchmetrics_kid(100, 2)), "chance"
             ),
+            Row(
+                "torch-fidelity, one subset of all images", each(sets, lambda s: s.torch_fidelity(kid=True)), TENSORFLOW
+            ),
+            Row('clean-fid, `mode="clean"`', each(sets, Sets.clean_kid), BICUBIC),
+            Row("**dmquant**, `kid_fp`: pairs", each(sets, lambda s: s.ours("kid_fp")), "kernel of each pair left out"),
         ]
     yield from rows
+
+
+@contextlib.contextmanager
+def both_sets(drawn: Pairs) -> Iterator[list["Sets"]]:
+    """The emoji pairs and large textures; what peers print is swallowed."""
+    said = io.StringIO()
+    with (
+        Sets(drawn) as small,
+        Sets(textures(LARGE)) as large,
+        contextlib.redirect_stdout(said),
+        contextlib.redirect_stderr(said),
+    ):
+        yield [small, large]
 
 
 def clip_score(drawn: Pairs, _: Pairs) -> Iterator[Row]:
@@ -123,13 +127,13 @@ class Sets:
         metric = FrechetInceptionDistance(feature_extractor_weights_path=str(self.weights), **options)
         return self._updated(metric.set_dtype(torch.float64))
 
-    def torchmetrics_kid(self, subsets: int, size: int) -> float:
+    def torchmetrics_kid(self, subsets: int, share: int = 1) -> float:
         from torchmetrics.image.fid import NoTrainInceptionV3
         from torchmetrics.image.kid import KernelInceptionDistance
 
         torch.manual_seed(0)
         network = NoTrainInceptionV3("inception-v3-compat", ["2048"], str(self.weights))
-        metric = KernelInceptionDistance(network, subsets=subsets, subset_size=size)
+        metric = KernelInceptionDistance(network, subsets=subsets, subset_size=len(self.pairs.images) // share)
         return self._updated(metric)[0]
 
     def _updated(self, metric):
