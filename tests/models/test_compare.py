@@ -76,7 +76,7 @@ def refuse(*args, **kwargs):
 def test_it_leaves_one_set_of_full_precision_images_and_a_folder_a_recipe(finished):
     entries = {path.name for path in finished.iterdir() if not path.name.startswith(".")}
     files = {"run.yaml", "state.json", "report.json", "report.md", "report.html", "grid.png", "compare.png", "log.txt"}
-    assert entries == files | {"images", "recipes", "probe", "shared"}
+    assert entries == files | {"images", "recipes", "probe"}
     assert len(list(finished.glob("images/fp/*.png"))) == len(PROMPTS)
     assert sorted(path.name for path in (finished / "recipes").iterdir()) == NAMES
     for name in NAMES:
