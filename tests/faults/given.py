@@ -8,6 +8,7 @@ from pathlib import Path
 
 import yaml
 
+from dmquant.host.console import quiet_libraries
 from tests.faults.child import Said, dmquant
 from tests.faults.likeness import contents
 from tests.tiny import tiny_pixart
@@ -44,6 +45,7 @@ def prepare(scratch: Path) -> None:
     if (given / "ready").exists():
         return
     given.mkdir(parents=True, exist_ok=True)
+    quiet_libraries()
     tiny_pixart(given / "model", blocks=2)
     (given / "prompts.txt").write_text("\n".join(PROMPTS) + "\n", encoding="utf-8")
     (given / "small.yaml").write_text(yaml.safe_dump(CALIBRATED), encoding="utf-8")
