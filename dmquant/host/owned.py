@@ -289,7 +289,7 @@ def workspace(folder: Path) -> Iterator[Path]:
 def _held(root: Path, room: Path, what: str | None = None) -> Iterator[Owned]:
     try:
         _furnish(room)
-        lock = (room / LOCK).open("w")
+        lock = (room / LOCK).open("a")
     except OSError as error:
         raise UserError(f"cannot write to {root}: {error.strerror}; choose another folder with --out") from error
     with lock:
