@@ -9,6 +9,7 @@ from dmquant.evaluation.report.page.markup import escape
 from dmquant.evaluation.result import LayerError, RecipeResult, Report
 
 FINE_DECADES = 2  # up to this many, the logarithmic axis is labelled 1, 2, 5, 10
+SMALLEST, LARGEST = 1e-100, 1e100  # beyond them ratios and powers of ten are no numbers any more
 MARGIN = 1.25  # a factor above and below the points
 X_TICKS = 6
 COLOURS = 8  # that page.css knows
@@ -34,10 +35,9 @@ class Series:
 
 
 def log_chart(about: str, x_title: str, series: Sequence[Series]) -> str:
-    """A chart with a logarithmic y axis, or "" where no point is above 0; others than those cannot be shown."""
+    """A chart with a logarithmic y axis, or "" where no point is above 0 and finite; others cannot be shown."""
     series = [
-        Series(one.name, [point for point in one.points if point.y > 0 and math.isfinite(point.y)], one.line)
-        for one in series
+        Series(one.name, [point for point in one.points if SMALLEST < point.y < LARGEST], one.line) for one in series
     ]
     points = [point for one in series for point in one.points]
     if not points:

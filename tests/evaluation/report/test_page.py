@@ -176,6 +176,11 @@ def test_a_chart_leaves_out_what_a_logarithm_cannot_show():
     assert log_chart("about", "x", [Series("s", points[:1])]) == ""
 
 
+def test_a_value_too_large_for_an_axis_is_left_out_of_it():
+    points = [Point(x, y, "p") for x, y in enumerate((1.0, 2.0, 1e308, 1e-320))]
+    assert len(Tags(log_chart("about", "x", [Series("s", points)])).all("circle")) == 2
+
+
 # ---- in the browser
 
 

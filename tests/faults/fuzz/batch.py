@@ -13,7 +13,7 @@ from pathlib import Path
 from tests.faults.fuzz.targets import TARGETS
 
 SECONDS, BYTES, LINE = 10, 1 << 30, 2000
-"""The longest a case may take, the most memory that it may add, and the most characters of an error."""
+"""The most processor time that a case may take, memory that it may add, and characters of an error."""
 
 
 class Hang(BaseException):
@@ -22,7 +22,7 @@ class Hang(BaseException):
 
 def batch(name: str, seed: int, numbers: list[int], folder: str, given: str, found: str) -> None:
     """Do the cases `numbers` of a target; a line of JSON for each goes to the file `found`, whatever becomes of it."""
-    signal.signal(signal.SIGALRM, _hangs)
+    signal.signal(signal.SIGPROF, _hangs)
     null = os.open(os.devnull, os.O_WRONLY)
     for descriptor in (1, 2):
         os.dup2(null, descriptor)
@@ -42,7 +42,7 @@ def outcome(name: str, seed: int, number: int, folder: Path, given: Path) -> dic
     from dmquant.errors import UserError
 
     drawn = random.Random(f"{seed} {name} {number}")
-    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    signal.setitimer(signal.ITIMER_PROF, SECONDS)
     try:
         TARGETS[name].case(drawn, folder, given)
         return {"number": number, "word": "accepted"}
@@ -62,7 +62,7 @@ def outcome(name: str, seed: int, number: int, folder: Path, given: Path) -> dic
         return {"number": number, "word": "other exception", "what": what, "where": _where(error)}
     finally:
         with contextlib.suppress(Hang):
-            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.setitimer(signal.ITIMER_PROF, 0)
 
 
 def _where(error: BaseException) -> str:

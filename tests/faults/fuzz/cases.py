@@ -10,13 +10,14 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import dmquant.configs
-from tests.faults.fuzz.batch import SECONDS, batch, show
+from tests.faults.fuzz.batch import batch, show
 from tests.faults.fuzz.targets import TARGETS, prepare
 from tests.faults.given import finished
 from tests.faults.trials import aligned
 from tests.forked import started
 
 BATCH = 250
+WAITING = 90  # seconds without a word after which a process hangs that uses no processor time
 WORDS = ("accepted", "refused", "other exception", "no good line", "hang", "memory", "the process died")
 HELD = WORDS[:2]
 SHOWN = 60  # kinds of failures
@@ -108,7 +109,7 @@ def _wait(process, lines: Path) -> bool:
     while process.exitcode is None:
         process.join(0.5)
         quiet = time.time() - os.stat(lines).st_mtime if lines.exists() else 0
-        if process.exitcode is None and quiet > 3 * SECONDS:
+        if process.exitcode is None and quiet > WAITING:
             process.kill()
             process.join()
             return True
