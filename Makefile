@@ -8,7 +8,7 @@ DEMO := runs/demo
 export PIP_CONSTRAINT := constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint wheel clean
+.PHONY: help demo test lint faults wheel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -24,6 +24,10 @@ test: lint ## lint, then run all tests
 lint: $(INSTALLED) ## check style and formatting
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+
+faults: $(INSTALLED) ## break runs on purpose, for an hour or two: docs/faults.md
+	for trial in kill writes disk-full flip overwrite fuzz; do \
+	    echo "== $$trial" && $(BIN)/python -m tests.faults $$trial || exit 1; done
 
 wheel: $(INSTALLED) ## build dist/dmquant-VERSION-py3-none-any.whl
 	rm -rf build/lib dist  # setuptools would pack what earlier builds left in build/lib

@@ -155,7 +155,10 @@ def _obstacle(part: nn.Module) -> str | None:
         return None
     weight = part._parameters.get("weight")
     if type(weight) is not nn.Parameter or not weight.is_floating_point() or weight.itemsize < 2:
-        return "has a weight made by another quantizer, a casting hook, weight_norm or prune: start from a plain weight"
+        found = "no plain weight" if weight is None else f"{type(weight).__name__} of {weight.dtype}"
+        return (
+            f"holds {found}, as other quantizers, casting hooks, weight_norm and prune make it: start from a plain one"
+        )
     if getattr(part.forward, "__func__", None) is not type(part).forward:
         return "has a forward of its own, as offloading and casting hooks give it: quantize first, then put them on"
     return None

@@ -46,6 +46,8 @@ class _QuantizedLayer(kernels.Chosen):
             return _as_bytes(torch.empty(shape, dtype=dtype, device=device))
 
         rows, columns = self.weight_shape[0], sum(spec.segments(self.weight_shape))
+        # First, because pipelines ask a module's first parameter for its dtype.
+        self.bias = None if layer.bias is None else nn.Parameter(torch.empty(rows, device=device, dtype=self._dtype))
         self.qweight = empty((rows, packed_size(columns, spec.fmt.bits)), torch.uint8)
         self.scale = empty(spec.scale_shape(self.weight_shape), get_store(spec.store).dtype)
         base = spec.base_shape(self.weight_shape)
@@ -57,10 +59,11 @@ class _QuantizedLayer(kernels.Chosen):
         for transform in transforms:
             for name, part in transform.parts().items():
                 setattr(self, f"{transform.name}_{name}", empty(part.shape, part.dtype))
-        self.bias = None if layer.bias is None else nn.Parameter(torch.empty(rows, device=device, dtype=self._dtype))
         return self
 
     def forward(self, x: Tensor) -> Tensor:
+        if not x.is_floating_point():
+            raise TypeError(f"a quantized layer takes floating point, not {x.dtype}: something cast its input")
         x = self.transform_input(x)
         return self.complete_output(type(self).multiply(x, self), x)
 

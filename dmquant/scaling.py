@@ -30,7 +30,7 @@ class Granularity:
     def parse(cls, text: str) -> "Granularity":
         """`tensor`, `channel`, `token` or `group:N`; anything else is a UsageError."""
         kind, _, size = text.partition(":")
-        if kind == "group" and size.isdecimal() and len(size) < 10 and int(size) > 0:
+        if kind == "group" and size.isdecimal() and len(size) < 6 and int(size) > 0:
             return cls(kind, int(size))
         if kind in ("tensor", "channel", "token") and not size:
             return cls(kind)

@@ -17,10 +17,15 @@ from PIL import Image, PngImagePlugin
 
 from dmquant.diffusers.calling import call_pipeline
 from dmquant.diffusers.watching import recording_latents
-from dmquant.errors import UserError
 from dmquant.evaluation.final_latents import has_latent, latent_path, save_latent
 from dmquant.evaluation.png import KEY, read_key
-from dmquant.evaluation.trajectory import TRAJECTORIES, recording_trajectories, save_trajectory, trajectory_path
+from dmquant.evaluation.trajectory import (
+    TRAJECTORIES,
+    has_trajectory,
+    recording_trajectories,
+    save_trajectory,
+    trajectory_path,
+)
 from dmquant.host import owned, processes
 from dmquant.host.files import json_sha256, replacing
 from dmquant.host.text import escaped
@@ -71,14 +76,17 @@ def batch_size_for(height: int, width: int) -> int:
 
 
 def missing(folder: Path, requests: Sequence[ImageRequest]) -> list[ImageRequest]:
-    """The requests whose image is not yet in `folder`, whole, with the right key, and with its latents if wanted."""
+    """The requests whose image is not yet in `folder`, whole, with the right key, and with its latents if wanted.
+
+    One whose trajectory is there and damaged is missing, too.
+    """
     return [request for request in requests if not _is_there(folder / request.name, request)]
 
 
 def _is_there(path: Path, request: ImageRequest) -> bool:
-    if read_key(path) != request.key:
+    if read_key(path) != request.key or (request.latents and not has_latent(path, request.key)):
         return False
-    return not request.latents or has_latent(path, request.key)
+    return not trajectory_path(path).exists() or has_trajectory(path, request.key)
 
 
 def prune(folder: Path, requests: Sequence[ImageRequest]) -> None:
@@ -185,18 +193,9 @@ def _save_all(batches: Sequence[_Batch], folder: Path) -> None:
 
 
 def _call(pipeline: Any, batch: Sequence[ImageRequest], call: dict[str, Any]) -> np.ndarray:
-    """Images of one batch, float32 [images, height, width, 3] in 0..1; UserError where the pipeline's call fails."""
+    """Images of one batch, float32 [images, height, width, 3] in 0..1."""
     prompts, seeds = [request.prompt for request in batch], [request.seed for request in batch]
-    try:
-        return np.asarray(call_pipeline(pipeline, prompts, seeds, "np", call), dtype=np.float32)
-    except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError, RuntimeError) as error:
-        if isinstance(error, UserError):
-            raise
-        name = type(pipeline).__name__
-        raise UserError(
-            f"{name} fails while it makes images ({type(error).__name__}: {error}): a configuration in its folder, or "
-            "an option of this command, does not fit it, or memory is short"
-        ) from error
+    return np.asarray(call_pipeline(pipeline, prompts, seeds, "np", call), dtype=np.float32)
 
 
 def _save(image: np.ndarray, request: ImageRequest, path: Path) -> None:

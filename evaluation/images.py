@@ -40,7 +40,8 @@ def open_rgb(path: Path) -> Image.Image:
 def image_size(path: Path) -> tuple[int, int]:
     """Width and height that `open_rgb` gives, from the file's header alone; errors as there, damaged pixels aside."""
     with _opened(path) as image:
-        turned = image.getexif().get(EXIF_ORIENTATION) in LYING
+        # Pillow gives the size of a TIFF as turned, and of other formats as stored.
+        turned = image.format != "TIFF" and image.getexif().get(EXIF_ORIENTATION) in LYING
         return image.size[::-1] if turned else image.size
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dmquant.diffusers.watching import watching_steps
-from dmquant.host.sealed import load_sealed, save_sealed
+from dmquant.host.sealed import load_sealed, save_sealed, sealed_about
 
 TRAJECTORIES = 8
 """Images of a set whose trajectories are kept: at 1024 pixels one can take 50 MB."""
@@ -75,3 +75,8 @@ def read_trajectory(image: Path, key: str | None) -> Trajectory | None:
     """The trajectory made together with the image of that key; None where there is none, or a damaged one."""
     tensors, of_image = load_sealed(trajectory_path(image)) or ({}, None)
     return Trajectory(**tensors) if tensors and of_image == key else None
+
+
+def has_trajectory(image: Path, key: str) -> bool:
+    """Whether `read_trajectory` would give any."""
+    return sealed_about(trajectory_path(image)) == key

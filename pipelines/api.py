@@ -168,8 +168,8 @@ def _check_backbone(backbone: nn.Module, component: str) -> None:
         )
     if any(map(_is_hooked, modules)) or any(parameter.is_meta for parameter in backbone.parameters()):
         raise UserError(
-            f"the {component} is offloaded or on the meta device: quantize the pipeline as from_pretrained loads it, "
-            "without device_map, and enable offloading afterwards"
+            f"the {component} is offloaded or on the meta device, or casts its weights: quantize the pipeline as "
+            "from_pretrained loads it, without device_map, and enable casting or offloading afterwards"
         )
 
 

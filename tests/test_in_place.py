@@ -140,12 +140,21 @@ def marked(model):
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [
-        (foreign, r"layer conv has a weight made by another quantizer"),
-        (integers, r"layer second has a weight made by another quantizer"),
-        (lambda model: model.first.to(torch.float8_e4m3fn), r"layer first has a weight made by .* a casting hook"),
-        (parametrized, r"layer second has a weight made by .* weight_norm or prune"),
-        (lambda model: parametrizations.weight_norm(model.conv), r"layer conv has a weight made by .* weight_norm"),
-        (lambda model: prune.random_unstructured(model.second, "weight", 0.5), r"layer second .* or prune"),
+        (foreign, r"layer conv holds Foreign of torch\.float32, as other quantizers"),
+        (integers, r"layer second holds Parameter of torch\.int8, as other quantizers"),
+        (
+            lambda model: model.first.to(torch.float8_e4m3fn),
+            r"layer first holds Parameter of torch\.float8",
+        ),
+        (parametrized, r"layer second holds no plain weight"),
+        (
+            lambda model: parametrizations.weight_norm(model.conv),
+            r"layer conv holds no plain weight",
+        ),
+        (
+            lambda model: prune.random_unstructured(model.second, "weight", 0.5),
+            r"layer second holds no plain weight",
+        ),
         (replaced, r"layer second has a forward of its own"),
         (within, r"layer second is compiled: quantize it first, then torch\.compile it"),
         (marked, r"Shared is quantized by torchao already: start from the full-precision model"),

@@ -119,6 +119,23 @@ def test_state_dict_fills_an_empty_layer():
     assert torch.equal(empty(x), quantized(x))
 
 
+def test_the_first_parameter_is_of_the_layers_dtype():
+    """SDXL casts its latents to that of `vae.post_quant_conv`."""
+    layer = nn.Conv2d(4, 4, 1).bfloat16()
+    quantized = quantize_layer(layer, FP4, None)
+    empty = QuantConv2d.like(layer, FP4, None, device="meta")
+    empty.load_state_dict(quantized.state_dict(), assign=True)
+    for one in (quantized, empty, copy.deepcopy(quantized), pickle.loads(pickle.dumps(quantized))):
+        assert next(one.parameters()).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_input_that_was_cast_to_integers_is_refused(bias):
+    quantized = quantize_layer(nn.Linear(16, 8, bias=bias), FP4, FP6)
+    with pytest.raises(TypeError, match=r"takes floating point, not torch\.uint8"):
+        quantized(torch.ones(2, 16, dtype=torch.uint8))
+
+
 def test_subclasses_count_as_linear_and_convolution():
     assert isinstance(quantize_layer(nn.Linear(8, 8), FP4, None), nn.Linear)
     conv = quantize_layer(nn.Conv2d(8, 8, 1), FP4, None)

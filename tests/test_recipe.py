@@ -127,6 +127,7 @@ HARMFUL = {
     "a long key": (f"name: x\n{'k' * 900}: 1\n", "unknown key"),
     "a long name of a format": (f"name: x\nweights: {'f' * 50_000}\n", "unknown format"),
     "a long file": ("name: x\n" + "# more\n" * 200_000, "holds no settings"),
+    "a group of a million": ("name: x\ngranularity: group:1000000\n", "unknown granularity"),
     "a group of endless size": (f"name: x\ngranularity: group:{'9' * 23}\n", "unknown granularity"),
     "a name with a line break": ('name: "a\\nb"\n', "a name is one line"),
     "a name that turns the direction": ('name: "a\\u202eb"\n', "a name is one line"),

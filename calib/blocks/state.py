@@ -81,21 +81,27 @@ class LayerState:
         return quantized.train(self.layer.training)
 
 
-def plan_layers(backbone: nn.Module, recipe: Recipe, store: CalibrationStore) -> dict[str, LayerState]:
-    """The layers that `recipe` quantizes, by name in the backbone's order.
-
-    Raises UsageError where there are none or two share a weight, and UserError where the recipe tells timesteps apart
-    that are none of 0..SCHEDULE.
-    """
+def plans_to_calibrate(backbone: nn.Module, recipe: Recipe) -> list[LayerPlan]:
+    """`plan`, with a UsageError where there are no layers, or where two places of the model share a weight."""
     plans = plan(backbone, recipe)
+    if not plans:
+        raise UsageError(f"recipe '{recipe.name}' quantizes none of the layers of {type(backbone).__name__}")
     uses = Counter(id(weight) for _, weight in backbone.named_parameters(remove_duplicate=False))
     if shared := [step.name for step in plans if uses[id(backbone.get_submodule(step.name).weight)] > 1]:
         raise UsageError(
             f"layer {shared[0]} shares its weight with another place of the model, which calibration takes for a layer "
             "of its own: keep it in a rule, or use a recipe without data such as rtn"
         )
-    if not plans:
-        raise UsageError(f"recipe '{recipe.name}' quantizes none of the layers of {type(backbone).__name__}")
+    return plans
+
+
+def plan_layers(backbone: nn.Module, recipe: Recipe, store: CalibrationStore) -> dict[str, LayerState]:
+    """The layers that `recipe` quantizes, by name in the backbone's order.
+
+    Raises UsageError as `plans_to_calibrate` does, and UserError where the recipe tells timesteps apart that are none
+    of 0..SCHEDULE.
+    """
+    plans = plans_to_calibrate(backbone, recipe)
     transforms = [transform for step in plans for transform in step.transforms]
     counts = {count for one in transforms for count in (one.timestep_ranges, fit_of(one).statistics)} - {0}
     if any(count > 1 for count in counts):

@@ -33,7 +33,7 @@ def check_sizes(config: Mapping[str, Any], tensors: Collection[Shaped], where: s
     No more layers are counted than there are tensors, and no size is above the number of all their elements.
     """
     elements = sum(math.prod(tensor.shape) for tensor in tensors)
-    for name, number in _numbers(config):
+    for name, number in numbers(config):
         if COUNTS.search(name) and number > max(len(tensors), 1):
             fault = f"{len(tensors)} tensors"
         elif SIZES.search(name) and number > max(elements, TABLE):
@@ -43,11 +43,11 @@ def check_sizes(config: Mapping[str, Any], tensors: Collection[Shaped], where: s
         raise UserError(f"{where} says {name}: {number}, but its files hold {fault}: get the model again")
 
 
-def _numbers(config: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
+def numbers(config: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
     """The integers in a configuration with the names of their settings, those in lists and in parts included."""
     for name, value in config.items():
         if isinstance(value, Mapping):
-            yield from _numbers(value)
+            yield from numbers(value)
         else:
             yield from ((name, each) for each in (value if isinstance(value, list) else [value]) if type(each) is int)
 

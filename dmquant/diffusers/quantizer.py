@@ -82,7 +82,10 @@ class QuantConfig(QuantizationConfigMixin):
             config_dict = config_dict | {"recipe": {"keep": "none"} | recipe}
         elif recipe not in (*recipe_names(), *bits_names()):
             raise UserError("the quantization_config of this model holds no recipe: get its config.json again")
-        return super().from_dict(config_dict, return_unused_kwargs, **kwargs)
+        try:
+            return super().from_dict(config_dict, return_unused_kwargs, **kwargs)
+        except UsageError as error:  # whoever loads a model has not typed its recipe
+            raise UserError(str(error)) from None
 
     def to_dict(self) -> dict[str, Any]:
         return {"quant_method": QuantMethod.DMQUANT.value, "version": VERSION, "recipe": self.recipe.to_dict()}
@@ -213,6 +216,11 @@ class DMQuantizer(DiffusersQuantizer):
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         check_unchanged(state_dict.keys(), self.tensors)
         return apart(state_dict), {}
+
+    @property
+    def supports_parallel_loading(self) -> bool:
+        """Not while quantizing: weight and bias of a layer may lie in files that would be read at the same time."""
+        return self.pre_quantized
 
     @property
     def is_serializable(self) -> bool:

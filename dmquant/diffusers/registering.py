@@ -1,7 +1,8 @@
 """Hooks that `import dmquant` puts on the imports of other packages, without importing anything itself.
 
 When diffusers' quantizer registry is imported, ours is entered there: diffusers offers no registration of its own. When
-torchvision is imported, its failure beside a CPU build of torch is mended (`dmquant.diffusers.torchvision`).
+torchvision is imported, its failure beside a CPU build of torch is mended (`dmquant.diffusers.torchvision`), and when
+peft is, what its layers say of the weight of a quantized one (`dmquant.diffusers.peft`).
 """
 
 import importlib
@@ -13,6 +14,7 @@ from typing import Any
 
 _REGISTRY = "diffusers.quantizers.auto"
 _OURS = "dmquant.diffusers.quantizer"
+_WRAPPERS = "peft.tuners.tuners_utils"
 
 Execute = Callable[[ModuleType], None]
 
@@ -28,9 +30,21 @@ def _with_operators(execute: Execute, module: ModuleType) -> None:
     execute_with_operators(execute, module)
 
 
+def _with_weights(execute: Execute, module: ModuleType) -> None:
+    execute(module)
+    _mend_weights(module)
+
+
+def _mend_weights(module: ModuleType) -> None:
+    from dmquant.diffusers.peft import mend_weight  # imports torch, as peft does
+
+    mend_weight(module.BaseTunerLayer)
+
+
 _WATCHED: dict[str, Callable[[Execute, ModuleType], None]] = {
     _REGISTRY: _then_register,
     "torchvision": _with_operators,
+    _WRAPPERS: _with_weights,
 }
 
 
@@ -72,3 +86,5 @@ def install() -> None:
         importlib.import_module(_OURS)
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
+        if _WRAPPERS in sys.modules:
+            _mend_weights(sys.modules[_WRAPPERS])

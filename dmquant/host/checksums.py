@@ -14,6 +14,7 @@ from typing import Any
 from dmquant.errors import UserError
 from dmquant.host import weight_file
 from dmquant.host.files import write_text
+from dmquant.host.hashes import sha256_once
 
 NAME = "checksums.json"
 VERSION = 1
@@ -67,14 +68,18 @@ def recorded(folder: Path) -> Record:
     return content["files"]
 
 
-def faults(folder: Path, counts: Callable[[str], bool] = lambda name: True) -> list[str]:
+def faults(folder: Path, counts: Callable[[str], bool] = lambda name: True, *, again: bool = True) -> list[str]:
     """A line for each file that is damaged, missing or additional, with the tensor; every byte is read, in threads.
 
-    Only the files for whose relative POSIX path `counts` holds are looked at. Raises UserError as `recorded` does.
+    Only the files for whose relative POSIX path `counts` holds are looked at. Without `again`, a file that was read
+    before and has not changed since by its size and time (`sha256_once`) is not read. Raises UserError as `recorded`.
     """
     record = recorded(folder)
+    names = sorted(filter(counts, record))
     with _threads() as threads:
-        names = sorted(filter(counts, record))
+        if not again:
+            known = threads.map(lambda name: _known(folder / name, record[name]), names)
+            names = [name for name, holds in zip(names, known, strict=True) if not holds]
         found = [f"{name} {line}" for name in names for line in _differences(folder / name, record[name], threads)]
     extra = [name for name in _files(folder) if counts(name) and name not in record]
     return found + [f"{name} {ADDED}" for name in extra]
@@ -114,9 +119,8 @@ def _text(record: Record) -> str:
 def _is_entry(name: str, entry: dict[str, Any]) -> bool:
     inside = not Path(name).is_absolute() and ".." not in Path(name).parts
     kinds = {"size": int, "sha256": str, "header": str, "tensors": dict}
-    return (
-        inside and all(isinstance(value, kinds[key]) for key, value in entry.items()) and {"size", "sha256"} <= {*entry}
-    )
+    known = all(isinstance(value, kinds[key]) for key, value in entry.items())
+    return inside and known and {"size", "sha256"} <= entry.keys()
 
 
 def _threads() -> ThreadPoolExecutor:
@@ -145,6 +149,15 @@ def _sha256(path: Path, begin: int, end: int) -> str:
             digest.update(block[:count])
             begin += count
     return digest.hexdigest()
+
+
+def _known(path: Path, entry: dict[str, Any]) -> bool:
+    """Whether a file is what was saved, as far as a hash that is remembered tells."""
+    try:
+        weight_file.check_regular(path)
+        return path.stat().st_size == entry["size"] and sha256_once(path) == entry["sha256"]
+    except (UserError, OSError):
+        return False
 
 
 def _differences(path: Path, entry: dict[str, Any], threads: ThreadPoolExecutor) -> Iterator[str]:

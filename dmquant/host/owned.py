@@ -167,7 +167,8 @@ class Owned:
             for line in (self.room / MANIFEST).read_text(encoding="utf-8", errors="replace").splitlines():
                 with contextlib.suppress(ValueError, TypeError):  # half a line, of a full disk or a stopped machine
                     name, size, mtime_ns, digest = json.loads(line)
-                    self._known[name] = [*self._known.get(name, []), Record(size, mtime_ns, digest)][-KEPT:]
+                    if _is_below(name):
+                        self._known[name] = [*self._known.get(name, []), Record(size, mtime_ns, digest)][-KEPT:]
 
     def _compact(self) -> None:
         lines = [json.dumps([name, *record]) + "\n" for name, records in self._known.items() for record in records]
@@ -175,6 +176,11 @@ class Owned:
             partial = self.room / f"{MANIFEST}.part"
             partial.write_text("".join(lines), encoding="utf-8")
             partial.replace(self.room / MANIFEST)
+
+
+def _is_below(name: object) -> bool:
+    """Whether a name in the manifest is that of a file below its folder, as all are that we wrote."""
+    return isinstance(name, str) and name.isprintable() and not {"", ".", ".."} & set(name.split("/"))
 
 
 def of(path: Path) -> Owned | None:

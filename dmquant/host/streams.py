@@ -49,8 +49,8 @@ def install() -> None:
         if stream is None:
             setattr(sys, name, os.fdopen(number, "w" if number else "r", encoding="utf-8", closefd=False))
         elif number and type(stream) is io.TextIOWrapper and stream is getattr(sys, f"__{name}__"):
-            kept = {"encoding": stream.encoding, "errors": HANDLER, "line_buffering": stream.line_buffering}
-            setattr(sys, name, Stream(stream.detach(), **kept))
+            kept = {one: getattr(stream, one) for one in ("encoding", "line_buffering", "write_through")}
+            setattr(sys, name, Stream(stream.detach(), errors=HANDLER, **kept))
             setattr(sys, f"__{name}__", getattr(sys, name))
 
 

@@ -13,9 +13,10 @@ CONTROLS = "\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2
 _CONTROL = re.compile(f"[{CONTROLS}]")
 _ESCAPED = re.compile(rf"\\(?=u[0-9a-f]{{4}})|[{CONTROLS}]")
 _ESCAPE = re.compile(r"\\u([0-9a-f]{4})")
+_STEP = r"""[^\s\\/,;:'"`()<>|=]+"""  # a part of a path
 _PATH = re.compile(
-    r"""(?<![\w/\\.~$-])(?!(?<=:)//)(?:~[\w.-]*|\$\w+|\$\{\w+\}|file:|[A-Za-z]:|\.{1,2})?"""
-    r"""(?:[\\/]+[^\s\\/,;:'"`()<>|=]+)+[\\/]*"""
+    rf"(?<![\w/.~$-])(?!(?<=:)//)(?:~[\w.-]*|\$\w+|\$\{{\w+\}}|file:|\.{{1,2}})?(?:/+{_STEP})+/*"
+    rf"|(?<!\w)(?:[A-Za-z]:|\\)(?:[\\/]{_STEP})+[\\/]*"
 )
 _PARTS = re.compile(r"([=,;]|:(?![\\/])|(?<=[^=,;:]{2}):)")  # of a word of a command; of `C:\\x` the colon is none
 SHORTEST_HOME = 3

@@ -83,15 +83,15 @@ def find(name: str) -> Source:
     if name.startswith(HUB):
         repo = name.removeprefix(HUB)
         return Source(repo, HubFile(repo, WEIGHTS, beside=(CONFIGURATION,)))
-    folder = Path(name).expanduser()
+    folder = Path(os.path.expanduser(name))
     if os.path.isdir(folder):  # unlike Path.is_dir, False for a name too long to be one
         return Source(folder.resolve().name, _weights_in(folder))
     architecture, _, weights = name.partition(":")
     if architecture not in open_clip.list_models():
         hint = "give MODEL:WEIGHTS of open_clip (ViT-L-14-336:openai), hf-hub:OWNER/NAME, or a folder"
         raise unknown("CLIP model", name, open_clip.list_pretrained(as_str=True), hint)
-    if os.path.isfile(Path(weights).expanduser()):
-        path = Path(weights).expanduser()
+    if os.path.isfile(os.path.expanduser(weights)):
+        path = Path(os.path.expanduser(weights))
         return Source(f"{architecture} ({path.name})", path, architecture)
     return _tagged(architecture, weights)
 

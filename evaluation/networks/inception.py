@@ -54,7 +54,7 @@ def find_weights() -> Weights:
     Raises UnavailableError when there is none, UserError when a file is not what its name promises.
     """
     if given := os.environ.get(ENVIRONMENT):
-        return _given(Path(given).expanduser())
+        return _given(Path(os.path.expanduser(given)))
     cached = Path(torch.hub.get_dir()) / "checkpoints" / TORCHMETRICS_FILE
     if cached.is_file() and _installed("torch_fidelity"):
         return Weights(cached, checked(cached, TORCHMETRICS_NAME, TORCHMETRICS_SHA256), _build_torch_fidelity)

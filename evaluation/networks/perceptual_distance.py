@@ -150,7 +150,7 @@ def find_weights(network: Network) -> Weights:
     Raises UnavailableError when there is none, UserError when a file is not what its name promises.
     """
     if given := os.environ.get(network.environment):
-        path = Path(given).expanduser()
+        path = Path(os.path.expanduser(given))
         if not path.is_file():
             raise UserError(f"{network.environment} is set to {path}, which is not a file")
         return Weights(path, Backbone(f"{network.name} ({path.name})", sha256(path)), _read_torchvision)

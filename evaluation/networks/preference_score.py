@@ -47,7 +47,7 @@ def find_given(version: str) -> Path | None:
     given = os.environ.get(ENVIRONMENT)
     if not given:
         return None
-    folder = Path(given).expanduser()
+    folder = Path(os.path.expanduser(given))
     if not folder.is_dir():
         raise UserError(f"{ENVIRONMENT} is set to {folder}, which is not a folder with {' or '.join(FILES.values())}")
     path = folder / FILES[version]

@@ -22,12 +22,13 @@ REMEDIES = {
     errno.EPERM: "change its permissions, or name another",
     errno.EROFS: "name one on a disk that can be written",
     errno.ENAMETOOLONG: "give it a shorter name",
-    errno.ENOENT: "look whether it was moved or removed",
+    errno.ENOENT: "look whether it is there, or name another",
     errno.ENOSPC: "make room on that disk and run the same command to resume",
     errno.EDQUOT: "make room on that disk and run the same command to resume",
     errno.EMFILE: "allow more open files with `ulimit -n`",
 }
 """By the number of an operating system's error, how to get on."""
+OUT_OF_MEMORY = ("MemoryError", "OutOfMemoryError")  # Python's and torch's
 
 app = typer.Typer(
     name="dmquant",
@@ -63,7 +64,7 @@ def command(*examples: str) -> Callable[[Callable[..., None]], Callable[..., Non
 
 def typed() -> str:
     """The command as one would type it again."""
-    return shlex.join(["dmquant", *(argument for argument in sys.argv[1:] if argument != DEBUG)])
+    return visible(shlex.join(["dmquant", *(argument for argument in sys.argv[1:] if argument != DEBUG)]))
 
 
 def _message(error: Exception) -> tuple[str, int]:
@@ -71,18 +72,26 @@ def _message(error: Exception) -> tuple[str, int]:
     if _was_interrupted(error):
         return STOPPED
     if isinstance(error, UserError):
-        return f"error: {error}", error.exit_code
+        cause = error.__cause__
+        ends_there = isinstance(cause, OSError) and cause.strerror and str(error).endswith(cause.strerror)
+        return f"error: {error}{f'; {_remedy(cause)}' if ends_there else ''}", error.exit_code
     if isinstance(error, OSError) and error.strerror:
         file = error.filename if isinstance(error.filename, str) else type(error).__name__
-        return f"error: {file}: {error.strerror}; {REMEDIES.get(error.errno, 'look at it, or name another')}", 1
+        return f"error: {file}: {error.strerror}; {_remedy(error)}", 1
     message = " ".join(bounded(str(error)).split())
+    if type(error).__name__ in OUT_OF_MEMORY or "can't allocate memory" in message:
+        return "error: there is not enough memory: take a smaller --batch-size, --height and --width, or --offload", 1
     return f"error: {type(error).__name__}: {message} (rerun with --debug for the traceback)", 1
+
+
+def _remedy(error: OSError) -> str:
+    return REMEDIES.get(error.errno, "look at it, or name another")
 
 
 def _was_interrupted(error: BaseException | None) -> bool:
     """Whether Ctrl-C is behind an error: a library that calls Python may put an exception of its own in its place."""
     while error is not None and not isinstance(error, KeyboardInterrupt):
-        if KeyboardInterrupt.__name__ in str(error):
+        if KeyboardInterrupt.__name__ in str(error) and not isinstance(error, UserError):
             return True
         error = error.__cause__ or error.__context__
     return error is not None

@@ -83,8 +83,8 @@ Prompts = Annotated[
     str | None,
     typer.Option(
         metavar="FILE|NAME",
-        help="A .txt, .csv, .tsv, .json, .jsonl or .parquet file (FILE:COLUMN names a column), COCO captions, HPSv2's "
-        "benchmark folder, vbench, or a shipped list. Default: the model's own list.",
+        help="A .txt, .csv, .tsv, .json, .jsonl, .yaml or .parquet file (FILE:COLUMN names a column), COCO captions, "
+        "HPSv2's benchmark folder, vbench, or a shipped list. Default: the model's own list.",
         rich_help_panel="Images",
     ),
 ]

@@ -19,7 +19,7 @@ from dmquant.host import owned, processes
 from dmquant.host.console import Console, quiet_libraries
 from dmquant.host.folder_swap import settle
 from dmquant.pipelines.models import folders
-from dmquant.pipelines.models.loading import checked_folder, resolve_device
+from dmquant.pipelines.models.loading import checked_folder, checked_quantized, resolve_device
 from dmquant.pipelines.models.saving import listed
 from dmquant.pipelines.prompts.lists import load_prompts
 from dmquant.pipelines.runs import runfolder
@@ -175,7 +175,9 @@ def generate(settings: Settings, out: Path, overwrite: bool) -> None:
     folder = Path(settings.model.source)
     quantized = folder.is_absolute() and folders.quantization(folder, settings.family.component) is not None
     everyone = processes.current()
-    source = folder if quantized else everyone.on_main(lambda: checked_folder(settings.model, console.say))
+    source = everyone.on_main(
+        lambda: checked_quantized(folder) if quantized else checked_folder(settings.model, console.say)
+    )
     _keep_apart(source, out)
     requests = settings.requests(source_of(settings, source, console).key)
     with claim_images(out, requests, overwrite) as others, _explaining_a_full_disk(out):

@@ -12,7 +12,7 @@ from dmquant.pipelines.models import folders
 
 @contextlib.contextmanager
 def checked(folder: Path, leave_out: Collection[str] = ()) -> Iterator[None]:
-    """Read every file that a pipeline is loaded from, in threads, while the block loads it.
+    """Read every file that a pipeline is loaded from, in threads, while the block loads it; not those read before.
 
     UserError, at the end, for a file that is not what was saved; whatever else went wrong in the block came of that.
     Folders without checksums.json, as earlier versions wrote them, are taken as they are.
@@ -21,7 +21,7 @@ def checked(folder: Path, leave_out: Collection[str] = ()) -> Iterator[None]:
         yield
         return
     with ThreadPoolExecutor(1) as background:
-        found = background.submit(checksums.faults, folder, _loaded(folder, leave_out))
+        found = background.submit(checksums.faults, folder, _loaded(folder, leave_out), again=False)
         try:
             yield
         except Exception:

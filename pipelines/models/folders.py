@@ -3,6 +3,7 @@
 from collections.abc import Collection
 from pathlib import Path
 
+from dmquant.diffusers.bounds import numbers
 from dmquant.errors import UserError
 from dmquant.host import weight_file
 from dmquant.host.json_file import read_object as read_json
@@ -10,6 +11,7 @@ from dmquant.pipelines.models import weights
 
 INDEX = "model_index.json"
 LARGEST_TOKENIZER = 1 << 28  # bytes: eight times Gemma's
+SCHEDULER, MOST_TIMESTEPS = "scheduler_config.json", 1_000_000
 LARGEST_SIDE = 16_384  # pixels: four times what any pipeline is made for
 READ = {".json", ".safetensors", ".model", ".txt", ".vocab", ".spm", ".tiktoken", ".jinja"}
 """Suffixes of what diffusers and transformers read of a part: configuration, weights, tokenizers."""
@@ -134,9 +136,21 @@ def _check_files(part: Path) -> None:
     for path in sorted(path for path in part.iterdir() if path.suffix in READ and path.exists()):
         if path.suffix == ".safetensors":
             weight_file.header(path)
+        elif path.name == SCHEDULER:
+            _check_scheduler(path)
         elif path.name.endswith("config.json"):
             read_json(path)
         else:
             weight_file.check_regular(path)
             if (size := path.stat().st_size) > LARGEST_TOKENIZER:
                 raise UserError(f"{path} has {size / 1e6:.0f} MB, more than any tokenizer: get that file again")
+
+
+def _check_scheduler(path: Path) -> None:
+    """UserError for a scheduler without the name of its class, where diffusers takes defaults, or of huge tables."""
+    config = read_json(path)
+    if "_class_name" not in config:
+        raise UserError(f"{path} names no scheduler: get that file again")
+    name, number = max(numbers(config), key=lambda item: abs(item[1]), default=("", 0))
+    if abs(number) > MOST_TIMESTEPS:
+        raise UserError(f"{path} says {name}: {number}, more than any scheduler has timesteps: get that file again")

@@ -4,7 +4,7 @@ import contextlib
 import inspect
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -42,7 +42,7 @@ def load_pipeline(folder: str | Path, *, verify: bool = True, **options: Any) ->
     local = Path(folder) if Path(folder).is_dir() else Path(DiffusionPipeline.download(str(folder), **options))
     folders.check_whole(local, options)
     check_models(local, options, options.get("variant"))
-    with checked(local, options) if verify else contextlib.nullcontext():
+    with checked(local, options) if verify else contextlib.nullcontext(), explained(local):
         return DiffusionPipeline.from_pretrained(str(folder), **options)
 
 
@@ -104,6 +104,13 @@ def checked_folder(spec: ModelSpec, say: Callable[[str], None]) -> Path:
             "`dmquant inspect` shows what this one holds"
         )
     check_models(folder, family.without, folders.variant(folder, family.component))
+    return folder
+
+
+def checked_quantized(folder: Path, leave_out: Collection[str] = ()) -> Path:
+    """The folder of a pipeline that dmquant saved, found whole but for the parts to `leave_out`; UserError if not."""
+    folders.check_whole(folder, leave_out)
+    check_models(folder, leave_out)
     return folder
 
 

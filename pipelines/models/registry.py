@@ -6,6 +6,7 @@ A model is one YAML file in configs/models, which names its family (dmquant.diff
 import functools
 import importlib.resources
 import inspect
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import replace
@@ -114,8 +115,8 @@ def resolve_model(text: str, family: str | None = None) -> ModelSpec:
     models = registered_models()
     if text in models:
         return _registered(models[text], family)
-    path = Path(text).expanduser()
-    if path.exists():
+    path = Path(os.path.expanduser(text))  # unlike Path.expanduser, without an error for a home that nobody has
+    if os.path.exists(path):
         folder = path.resolve()
         return _spec_of_folder(folder, family, name=visible(folder.name) or "model", source=str(folder))
     if _HUB_ID.fullmatch(text):

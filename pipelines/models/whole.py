@@ -102,7 +102,13 @@ def _fault_of_transformers(
     if kind.__name__ not in (config.get("architectures") or [kind.__name__]):
         # The file is of a larger model, of which this class takes a part.
         extra = {name for name in extra if hasattr(model, name.partition(".")[0])}
-    misshapen = {name: (tuple(stored), tuple(wanted)) for name, stored, wanted in info["mismatched_keys"]}
+    # Before transformers 5 these are names without their shapes.
+    mismatched = {each if isinstance(each, str) else each[0] for each in info["mismatched_keys"]}
+    misshapen = {
+        name: (tuple(tensor.shape), tuple(expected[name].shape))
+        for name, tensor in found.items()
+        if name in mismatched or older.get(name) in mismatched
+    }
     return tensors.described(info["missing_keys"], extra, misshapen) or tensors.wrong_kind(expected, found)
 
 

@@ -132,7 +132,7 @@ def _file_and_column(source: str) -> tuple[Path, str | None]:
     """The file that `source` names and its column; a file name may hold colons itself (`C:\\prompts.csv`)."""
     splits = [len(source), *(index for index, character in enumerate(source) if character == ":")]
     for end in splits:
-        path = Path(source[:end]).expanduser()
+        path = Path(os.path.expanduser(source[:end]))
         if os.path.exists(path):  # unlike Path.exists, False for a name too long to be one
             return path, source[end + 1 :] or None
     return Path(source), None

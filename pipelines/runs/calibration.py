@@ -10,6 +10,7 @@ from torch import nn
 
 from dmquant.calib.blocks.codes import meaning_of
 from dmquant.calib.blocks.engine import Calibrated, calibrate_
+from dmquant.calib.blocks.state import plans_to_calibrate
 from dmquant.calib.data.capture import capture
 from dmquant.calib.data.sampling import Sampling
 from dmquant.diffusers.arguments import Calls
@@ -54,6 +55,7 @@ def calibrate(
     """
     family, recipe = settings.family, settings.recipe
     backbone = getattr(pipeline, family.component)
+    plans_to_calibrate(backbone, recipe)  # which may raise, and capturing takes long
     store = calibration_data(pipeline, settings, workspace, console, weights)
     if settings.offload:
         place_backbone_alone(pipeline, family.component, settings.device)

@@ -22,11 +22,10 @@ from dmquant.pipelines.models import folders
 from dmquant.pipelines.models.attention import check_attention
 from dmquant.pipelines.models.checksums import checked
 from dmquant.pipelines.models.hashes import pipeline_hashes
-from dmquant.pipelines.models.loading import explained, load_full_precision
+from dmquant.pipelines.models.loading import checked_quantized, explained, load_full_precision
 from dmquant.pipelines.models.placing import place, place_backbone_alone
 from dmquant.pipelines.models.saving import model_card, narrow_exactly, save_whole
 from dmquant.pipelines.models.shared_parts import SharedParts
-from dmquant.pipelines.models.whole import check_models
 from dmquant.pipelines.runs.calibration import calibrate, calibration_data
 from dmquant.pipelines.runs.footprint import footprint, remainder
 from dmquant.pipelines.runs.settings import Settings
@@ -149,8 +148,7 @@ def load_quantized(folder: Path, settings: Settings, **parts: Any) -> "Diffusion
     `parts` are in memory already and not loaded again. Raises UserError for a folder that is not whole, and for an
     attention backend that is not installed.
     """
-    folders.check_whole(folder, parts)
-    check_models(folder, parts)
+    checked_quantized(folder, parts)
     kind = getattr(diffusers, folders.pipeline_class(folder)) if parts else diffusers.DiffusionPipeline
     with checked(folder, parts), explained(folder):
         pipeline = kind.from_pretrained(folder, torch_dtype=settings.dtype, local_files_only=True, **parts)

@@ -1,6 +1,6 @@
 """The settings of run.yaml as reports show them: of files and folders of this machine, their names alone."""
 
-from pathlib import Path
+import os
 from typing import Any
 
 from dmquant.evaluation.result import Metric
@@ -11,18 +11,19 @@ def published(settings: dict[str, Any]) -> dict[str, Any]:
     """A copy of the content of run.yaml; the id of a model on the Hub stays, in the command as well."""
     model, calibration = settings["model"], settings.get("calibration", {})
     data = {name: name_of(path) for name, path in calibration.items() if name == "data" and path}
+    source = name_of(model["source"])
     return settings | {
-        "model": model | {"source": name_of(model["source"])},
+        "model": model | {"source": source},
         "calibration": calibration | data,
         "real": settings["real"] and name_of(settings["real"]),
         "clip": without_folders(settings.get("clip") or ""),
-        "command": command_without_folders(settings.get("command", ""), keep=model["source"]),
+        "command": command_without_folders(settings.get("command", ""), keep=source),
     }
 
 
 def name_of(source: str) -> str:
     """The last part of an absolute path; anything else as it is."""
-    return file_name(source) if Path(source).expanduser().is_absolute() else source
+    return file_name(source) if os.path.isabs(os.path.expanduser(source)) else source
 
 
 def published_metric(metric: Metric) -> Metric:

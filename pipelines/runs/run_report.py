@@ -33,7 +33,7 @@ def build_report(folder: RunFolder, settings: dict[str, Any]) -> Report:
         reference = Reference(
             dtype=settings["dtype"],
             size_bytes=side.record("model")["full_precision_bytes"],
-            seconds={"generate": _seconds(folder, "fp")},
+            seconds=_seconds(folder, "fp"),
             peak_memory_bytes=_peak(folder, "fp"),
             metrics=_metrics(side.record("scores")["reference"], settings["metrics"], _values(side), OF_REFERENCE),
         )
@@ -135,7 +135,7 @@ def _result(
         images=side.images("quantized").relative_to(folder.path).as_posix(),
         seconds={
             "quantize": model["seconds"],
-            "generate": _seconds(side, "quantized"),
+            **_seconds(side, "quantized"),
             "score": scores["seconds"],
         },
         peak_memory_bytes=_peak(side, "quantized"),
@@ -163,8 +163,11 @@ def _values(side: RunFolder) -> dict[str, list[float]]:
     return columns(side.path / runfolder.SCORES, generated_names(side.images("quantized"))) or {}
 
 
-def _seconds(folder: RunFolder, side: str) -> float:
-    return sum(folder.notes(f"seconds_{side}").values())
+def _seconds(folder: RunFolder, side: str) -> dict[str, float]:
+    """The seconds that the images of a side took; nothing where those of some are not known."""
+    seconds = folder.notes(f"seconds_{side}")
+    known = len(seconds) >= folder.record(f"images_{side}").get("images", 0)
+    return {"generate": sum(seconds.values())} if seconds and known else {}
 
 
 def _peak(folder: RunFolder, side: str) -> int | None:
@@ -207,7 +210,7 @@ def _recipe_settings(side: RunFolder, recipe: dict[str, Any]) -> dict[str, Any]:
         f"{made['bits_per_quantized_weight']:.3f} bits each",
         "kernels": _in_layers(images.get("kernels") or {}) or "not recorded",
         "weights (sha256)": ", ".join(weights),
-        "images with NaN or infinity": images["not_finite"] or 0,
+        "images with NaN or infinity": "not recorded" if images["not_finite"] is None else images["not_finite"],
     }
 
 

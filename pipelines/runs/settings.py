@@ -14,13 +14,14 @@ import dmquant
 from dmquant import kernels
 from dmquant.calib.blocks.codes import meaning_of
 from dmquant.diffusers.families import GENERIC, Family
-from dmquant.errors import UsageError, check_choice
+from dmquant.errors import UsageError, UserError, check_choice
 from dmquant.evaluation.generate import ImageRequest, batch_size_for, image_requests
 from dmquant.evaluation.images import any_images
 from dmquant.evaluation.metrics.registry import METRICS, all_names, check_names, default_names, needing
 from dmquant.evaluation.networks import CLIP
 from dmquant.host.files import fingerprint
 from dmquant.host.names import readable
+from dmquant.kernels.cpu import missing_to_compile
 from dmquant.pipelines.models.loading import resolve_device, resolve_dtype
 from dmquant.pipelines.models.registry import (
     EMBEDDED,
@@ -326,6 +327,8 @@ def _recipe(model: ModelSpec, source: str, w: str | None, a: str | None) -> Reci
             f"recipe {recipe.name} is calibrated, block by block, and the family {GENERIC} knows no blocks: "
             "use --recipe rtn"
         )
+    if recipe.learning.compile and recipe.calibrated and (missing := missing_to_compile()):
+        raise UserError(f"recipe {recipe.name} has learning: compile, for which this machine lacks {missing}")
     return recipe
 
 

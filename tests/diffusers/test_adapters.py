@@ -2,6 +2,7 @@
 
 import copy
 import io
+import sys
 from collections import OrderedDict
 
 import pytest
@@ -10,6 +11,7 @@ from torch import nn
 
 import dmquant  # before diffusers, for which it makes torchvision importable
 from dmquant.convert import quantize_
+from dmquant.diffusers import registering
 from dmquant.diffusers.dequantize import dequantize_
 from dmquant.errors import UserError
 from dmquant.layers import QuantLinear, quantize_layer
@@ -18,6 +20,7 @@ from dmquant.recipe import Recipe
 from tests.tiny import TINY
 
 from diffusers import FluxControlPipeline  # isort: skip
+from transformers import T5Config, T5EncoderModel  # isort: skip
 
 peft = pytest.importorskip("peft")
 FP8 = Recipe.load("rtn", "fp8", "none")
@@ -206,6 +209,32 @@ def test_adapters_that_start_by_changing_the_weight_are_refused(init):
     config = peft.LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=init)
     with pytest.raises(RuntimeError, match=r"^a quantized layer's weight cannot be written to"):
         peft.get_peft_model(Layers(), config)
+
+
+def test_a_text_encoder_with_an_adapter_on_a_layer_whose_dtype_it_reads():
+    """T5 casts what goes into `wo` to the dtype of the weight of that layer, which peft's wrapper answers for."""
+    torch.manual_seed(0)
+    encoder = T5EncoderModel(T5Config(vocab_size=50, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4)).eval()
+    quantize_(encoder, Recipe.load("rtn", "fp8", "none"))
+    with torch.no_grad():
+        plain = encoder(torch.arange(10)[None]).last_hidden_state
+        encoder.add_adapter(peft.LoraConfig(r=2, target_modules=["wo", "q"]))
+        adapted = encoder(torch.arange(10)[None]).last_hidden_state
+    wrapped = encoder.encoder.block[0].layer[1].DenseReluDense.wo
+    assert isinstance(wrapped.base_layer, QuantLinear)
+    assert wrapped.weight.dtype == torch.float32
+    assert torch.equal(adapted, plain)  # a new adapter adds nothing
+
+
+def test_peft_imported_first_knows_quantized_layers_too(monkeypatch):
+    wrapper = peft.tuners.tuners_utils.BaseTunerLayer
+    others = [finder for finder in sys.meta_path if not isinstance(finder, registering._Finder)]
+    adapted = peft.get_peft_model(Layers(), peft.LoraConfig(target_modules=["to_q"])).base_model.model.to_q
+    monkeypatch.setattr(wrapper, "weight", property(lambda layer: layer.get_base_layer().qweight))  # as it comes
+    monkeypatch.setattr(sys, "meta_path", others)
+    assert adapted.weight.dtype == torch.uint8
+    registering.install()
+    assert adapted.weight.dtype == torch.float32
 
 
 def test_the_public_door_quantizes_a_pipeline_that_takes_loras(tiny_flux):

@@ -9,6 +9,7 @@ import torch
 import dmquant
 from dmquant.convert import quantize_
 from dmquant.errors import UserError
+from dmquant.recipe import Recipe
 from tests.tiny import TINY, tiny_sd
 
 from diffusers import StableDiffusionImg2ImgPipeline  # isort: skip
@@ -66,6 +67,19 @@ def test_copies_can_be_cast_too(pipe, twin):
     model = twin(pipe.unet).to(torch.float16)
     assert model.dtype == torch.float16
     assert same(codes(model), codes(pipe.unet))
+
+
+def test_a_quantized_vae_is_upcast_by_its_pipeline():
+    pipe = TINY["sdxl"].build()
+    quantize_(pipe.vae, Recipe.load("rtn", "fp8", "none").with_settings(keep="none"))
+    pipe.vae.register_to_config(force_upcast=True)
+    call = {"num_inference_steps": 1, "height": 32, "width": 32, "output_type": "pt"}
+    pipe.set_progress_bar_config(disable=True)
+    expected = pipe("red apple", generator=torch.Generator().manual_seed(0), **call).images
+    pipe.to(torch.float16)
+    images = pipe("red apple", generator=torch.Generator().manual_seed(0), **call).images
+    assert pipe.vae.dtype == torch.float16
+    assert (images.float() - expected).abs().mean() < 0.02
 
 
 def test_other_models_are_cast_as_ever(pipe):
@@ -172,7 +186,7 @@ def test_layerwise_casting_of_a_quantized_model_keeps_its_codes(pipe):
 def test_layerwise_casting_before_quantizing_is_refused():
     model = tiny_sd().unet
     model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
-    with pytest.raises(UserError, match=r"^layer \S+ has a weight made by .*casting hook.*$"):
+    with pytest.raises(UserError, match=r"^layer \S+ holds Parameter of torch.float8_e4m3fn, .*casting hook.*$"):
         quantize_(model, "w4a6")
     model = tiny_sd().unet
     model.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)

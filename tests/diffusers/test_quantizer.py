@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import importlib
 import json
 import subprocess
 import sys
@@ -246,6 +247,26 @@ def test_quantizing_while_loading_refuses_what_quantize_refuses(config, said, tm
     model.save_pretrained(tmp_path)
     with pytest.raises(UsageError, match=said):
         type(model).from_pretrained(tmp_path, quantization_config=config)
+
+
+def test_files_are_read_at_the_same_time_only_where_they_are_packed(tmp_path, monkeypatch):
+    loading, calls = importlib.import_module("diffusers.models.modeling_utils"), []
+    together = loading._load_shard_files_with_threadpool
+
+    def counted(*args, **named):
+        calls.append(1)
+        return together(*args, **named)
+
+    monkeypatch.setattr(loading, "HF_ENABLE_PARALLEL_LOADING", True)
+    monkeypatch.setattr(loading, "_load_shard_files_with_threadpool", counted)
+    unet = tiny_sd().unet
+    unet.save_pretrained(tmp_path / "float", max_shard_size="20KB")
+    type(unet).from_pretrained(tmp_path / "float", quantization_config=QuantConfig("w4a6"))
+    assert not calls
+    quantize_(unet, "w4a6")
+    unet.save_pretrained(tmp_path / "quantized", max_shard_size="20KB")
+    assert torch.equal(example(type(unet).from_pretrained(tmp_path / "quantized")), example(unet))
+    assert calls
 
 
 def test_weights_that_a_device_map_sends_to_disk_are_not_left_in_full_precision(tmp_path):

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dmquant.errors import UserError
 from dmquant.evaluation.generate import batch_size_for, generate, image_requests, missing, prune
 from dmquant.evaluation.png import read_key, read_prompt
+from dmquant.evaluation.trajectory import trajectory_path
 from dmquant.host import owned
 from tests.tiny import IMAGE_SIZE, PIXART_CALL, tiny_pixart
 
@@ -162,7 +162,13 @@ def test_the_batch_shrinks_with_the_image(side, images):
     assert batch_size_for(side, side) == images
 
 
-def test_a_pipeline_that_fails_in_its_call_is_one_line(pipeline, tmp_path, monkeypatch):
-    monkeypatch.setattr(pipeline, "tokenizer", lambda *args, **kwargs: {}["input_ids"])
-    with pytest.raises(UserError, match=r"PixArtSigmaPipeline fails while it makes images \(KeyError: 'input_ids'\)"):
-        generate(pipeline, image_requests(PROMPTS[:1], 0, "s"), tmp_path, batch_size=1, call=CALL)
+def test_an_image_whose_trajectory_is_damaged_is_made_again(pipeline, tmp_path):
+    requests = image_requests(PROMPTS[:2], seed=0, settings="s")
+    generate(pipeline, requests, tmp_path, batch_size=1, call=CALL)
+    path = trajectory_path(tmp_path / requests[1].name)
+    before = path.read_bytes()
+    assert not missing(tmp_path, requests)
+    path.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
+    assert missing(tmp_path, requests) == requests[1:]
+    generate(pipeline, requests, tmp_path, batch_size=1, call=CALL)
+    assert path.read_bytes() == before

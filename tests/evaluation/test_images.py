@@ -121,19 +121,20 @@ def test_cmyk_photos_become_rgb(tmp_path):
     assert load_image(tmp_path / "a.jpg")[:, 8, 8].tolist() == pytest.approx(RED, abs=4)
 
 
+@pytest.mark.parametrize("suffix", [".jpg", ".tiff", ".webp", ".png"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_photos_are_turned_as_their_camera_says(tmp_path, orientation):
+def test_photos_are_turned_as_their_camera_says(tmp_path, orientation, suffix):
     """The eight orientations of EXIF 2.3, table 6: where the stored top left corner belongs."""
     corners = [(0, 0), (0, -1), (-1, -1), (-1, 0), (0, 0), (0, -1), (-1, -1), (-1, 0)]
     stored = Image.new("RGB", (32, 16), "black")
     stored.paste("white", (0, 0, 8, 8))
     exif = Image.Exif()
     exif[0x0112] = orientation
-    stored.save(tmp_path / "a.jpg", exif=exif, quality=100)
-    image = load_image(tmp_path / "a.jpg")
+    stored.save(tmp_path / f"a{suffix}", exif=exif, quality=100)
+    image = load_image(tmp_path / f"a{suffix}")
     shape = (3, 16, 32) if orientation < 5 else (3, 32, 16)
     assert image.shape == shape
-    assert image_size(tmp_path / "a.jpg") == (shape[2], shape[1])
+    assert image_size(tmp_path / f"a{suffix}") == (shape[2], shape[1])
     row, column = corners[orientation - 1]
     assert image[:, row, column].min() > 200
     assert image[:, -1 - row, -1 - column].max() < 50

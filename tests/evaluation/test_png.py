@@ -9,6 +9,7 @@ from PIL import Image, PngImagePlugin
 
 from dmquant.evaluation.generate import image_requests, pruned_and_missing
 from dmquant.evaluation.png import read_key, read_prompt
+from dmquant.host.text import escaped
 
 
 def write(path: Path, key: str = "key", prompt: str = "grüne, häuser 🏠", format: str = "PNG") -> Path:
@@ -24,6 +25,14 @@ def test_an_image_says_which_key_and_prompt_made_it(tmp_path):
     path = write(tmp_path / "00000.png")
     assert read_key(path) == "key"
     assert read_prompt(path) == "grüne, häuser 🏠"
+
+
+def test_a_prompt_with_control_characters_is_stored_without_them_and_read_with_them(tmp_path):
+    prompt = "a\x1b[31m cat \u202e\\u0041"
+    path = write(tmp_path / "00000.png", prompt=escaped(prompt))
+    with Image.open(path) as image:
+        assert image.info["prompt"] == "a\\u001b[31m cat \\u202e\\u005cu0041"
+    assert read_prompt(path) == prompt
 
 
 def test_every_flipped_bit_and_every_cut_is_found(tmp_path):

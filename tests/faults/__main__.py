@@ -7,6 +7,8 @@ import tempfile
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# A command that is killed cannot give back its semaphores; the process that tracks them does, and says so.
+os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker:UserWarning")
 
 from tests.faults import flip, full_disk, kill, overwrite
 from tests.faults.fuzz.cases import fuzz

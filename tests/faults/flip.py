@@ -1,6 +1,7 @@
 """Single bits flipped in the files of a finished run: noticed and remade, or refused in one line, never used."""
 
 import hashlib
+import json
 import random
 import shutil
 from collections.abc import Sequence
@@ -8,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.faults.child import dmquant
-from tests.faults.given import COMMANDS, environment, undisturbed
+from tests.faults.given import COMMANDS, environment, finished
 from tests.faults.likeness import UNLIKE, contents, differences
 from tests.faults.trials import Trial, Verdict
 
@@ -35,14 +36,16 @@ VICTIMS = (
     Victims("records, then report", ("state.json", "scores.csv", "run.yaml", "images/**/*"), (REPORT, COMMANDS["run"])),
     Victims("probe", ("probe/*",), (OTHER_WEIGHTS,)),
     Victims("calibration", ("calibration/**/*",), (COMMANDS["run"],), ("model",)),
-    Victims("calibration data", ("calibration/data/**/*",), (COMMANDS["run"],), ("model", "calibration/small-*")),
+    Victims("calibration data", ("calibration/data/**/*",), (COMMANDS["run"],), ("model", "calibration/codes-*")),
 )
 """With `removed`, paths of the run that are removed before, so that what is flipped is needed."""
+
+TELL = {f"out/{name}" for name in ("state.json", "report.json", "report.md", "report.html", "model/README.md")}
+"""Files that tell what only state.json knew: how long the images took, and in how much memory."""
 
 
 def flips(scratch: Path, commands: Sequence[str], runs: int, seed: int) -> list[Trial]:
     """`runs` flipped bits of each kind of file, and of a saved model, which `inspect --verify` is to notice."""
-    undisturbed(scratch / "finished", COMMANDS["run"])
     trials = []
     for victims in VICTIMS:
         reference = scratch / f"flipped-{len(trials)}"
@@ -70,7 +73,7 @@ def flips(scratch: Path, commands: Sequence[str], runs: int, seed: int) -> list[
 def _prepared(scratch: Path, folder: Path, victims: Victims) -> list[Path]:
     """A copy of the finished run in `folder`, less what is removed; the files that may be flipped."""
     shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(scratch / "finished", folder)
+    shutil.copytree(finished(scratch, "run").folder, folder)
     out = folder / "out"
     for pattern in victims.removed:
         for path in out.glob(pattern):
@@ -106,13 +109,24 @@ def _flipped(scratch: Path, folder: Path, victims: Victims, expected: dict[str, 
     if aside.exists() and hashlib.sha256(aside.read_bytes()).hexdigest() == flipped:
         aside.unlink()
     unlike = differences(expected, contents(folder))
+    if victim.name == "state.json" and {one.rpartition(" ")[2] for one in unlike} <= TELL and _tells_no_zero(folder):
+        return Verdict("facts gone, and told" if unlike else "as undisturbed")
     return Verdict("not noticed", tuple(f"{what}: {one}" for one in unlike)) if unlike else Verdict("as undisturbed")
+
+
+def _tells_no_zero(folder: Path) -> bool:
+    """Whether a report without the times, the memory and the number of black images says that these are not known."""
+    report = json.loads((folder / "out" / "report.json").read_text("utf-8"))
+    (recipe,) = report["recipes"].values()
+    seconds = [*report["reference"]["seconds"].values(), *recipe["seconds"].values()]
+    return all(seconds) and recipe["settings"]["images with NaN or infinity"] == "not recorded"
 
 
 def _verified(scratch: Path, folder: Path, drawn: random.Random) -> Verdict:
     victim = drawn.choice(_prepared(scratch, folder, Victims("", ("model/**/*",), ())))
     what = f"{flip(victim, drawn)} of {victim.relative_to(folder)}"
-    for command in (VERIFY, GENERATE):
+    loaded = victim.name != "README.md"
+    for command in (VERIFY, GENERATE) if loaded else (VERIFY,):
         said = dmquant(command, folder, environment(scratch))
         if wrong := said.unlike_a_refusal() if said.code else ["not noticed"]:
             return Verdict(f"{command[0]}: not refused", tuple(f"{what}: {one}" for one in wrong))

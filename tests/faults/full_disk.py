@@ -8,8 +8,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from tests.faults.child import dmquant
-from tests.faults.given import COMMANDS, environment
-from tests.faults.kill import contents_of_undisturbed, listed_points, resumed
+from tests.faults.given import COMMANDS, environment, finished
+from tests.faults.kill import listed_points, resumed
 from tests.faults.points import FULL, Points
 from tests.faults.trials import Trial, Verdict
 
@@ -22,9 +22,9 @@ def full_disks(scratch: Path, commands: Sequence[str], runs: int, seed: int) -> 
     trials = []
     small = _mounts(scratch)
     for name in commands:
-        expected = contents_of_undisturbed(scratch, name)
+        expected = finished(scratch, name).contents
         points = len(listed_points(scratch, name))
-        size = sum(path.stat().st_size for path in (scratch / f"undisturbed-{name}").rglob("*") if path.is_file())
+        size = sum(path.stat().st_size for path in finished(scratch, name).folder.rglob("*") if path.is_file())
         for index in range(runs):
             drawn = random.Random(f"{seed} {name} {index}")
             at, room = drawn.randrange(points), drawn.randint(BLOCK, size)

@@ -1,12 +1,16 @@
 """What every trial works on: a tiny pipeline, its prompts, recipes, and the commands that are broken."""
 
+import functools
 import os
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
 
+from dmquant.host.console import quiet_libraries
 from tests.faults.child import Said, dmquant
+from tests.faults.likeness import contents
 from tests.tiny import tiny_pixart
 
 PROMPTS = (
@@ -41,6 +45,7 @@ def prepare(scratch: Path) -> None:
     if (given / "ready").exists():
         return
     given.mkdir(parents=True, exist_ok=True)
+    quiet_libraries()
     tiny_pixart(given / "model", blocks=2)
     (given / "prompts.txt").write_text("\n".join(PROMPTS) + "\n", encoding="utf-8")
     (given / "small.yaml").write_text(yaml.safe_dump(CALIBRATED), encoding="utf-8")
@@ -53,7 +58,16 @@ def environment(scratch: Path) -> dict[str, str]:
     return dict(os.environ) | fixed | {"COLUMNS": "120", "PYTHONHASHSEED": "0"}
 
 
-def undisturbed(folder: Path, *commands: list[str]) -> list[Said]:
+@dataclass(frozen=True)
+class Undisturbed:
+    """What commands leave that nothing disturbs: their folder, its contents as compared, and what each said."""
+
+    folder: Path
+    contents: dict[str, str]
+    said: list[Said]
+
+
+def undisturbed(folder: Path, *commands: list[str]) -> Undisturbed:
     """Do commands in a new folder, none of which may fail."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -61,4 +75,10 @@ def undisturbed(folder: Path, *commands: list[str]) -> list[Said]:
     for one, command in zip(said, commands, strict=True):
         if one.code:
             raise RuntimeError(f"undisturbed, dmquant {' '.join(command)} ends with {one.code} and says: {one.err}")
-    return said
+    return Undisturbed(folder, contents(folder), said)
+
+
+@functools.cache
+def finished(scratch: Path, name: str) -> Undisturbed:
+    """One of COMMANDS, done once."""
+    return undisturbed(scratch / f"undisturbed-{name}", COMMANDS[name])

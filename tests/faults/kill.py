@@ -1,5 +1,6 @@
 """Commands killed at random moments, and at every change of files, and done again until they end."""
 
+import functools
 import random
 import re
 import shutil
@@ -7,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tests.faults.child import dmquant
-from tests.faults.given import COMMANDS, environment, undisturbed
+from tests.faults.given import COMMANDS, environment, finished
 from tests.faults.likeness import contents, differences
 from tests.faults.points import AFTER, BEFORE, WITHIN, Points
 from tests.faults.trials import Trial, Verdict
@@ -19,8 +20,7 @@ def kills(scratch: Path, commands: Sequence[str], runs: int, seed: int) -> list[
     """`runs` trials of each command, SIGKILLed at random moments of its work."""
     trials = []
     for name in commands:
-        (said,) = undisturbed(scratch / f"undisturbed-{name}", COMMANDS[name])
-        expected = contents(scratch / f"undisturbed-{name}")
+        expected, (said,) = finished(scratch, name).contents, finished(scratch, name).said
         for index in range(runs):
 
             def do(folder: Path, name=name, said=said, expected=expected, index=index) -> Verdict:
@@ -39,7 +39,7 @@ def write_points(scratch: Path, commands: Sequence[str], points: int, seed: int)
     """`points` trials of each command, SIGKILLed right before, right after or within a change of files."""
     trials = []
     for name in commands:
-        expected = contents_of_undisturbed(scratch, name)
+        expected = finished(scratch, name).contents
         for at, when, what in chosen(listed_points(scratch, name), points, random.Random(f"{seed} {name}")):
 
             def do(folder: Path, name=name, expected=expected, at=at, when=when, what=what) -> Verdict:
@@ -53,11 +53,7 @@ def write_points(scratch: Path, commands: Sequence[str], points: int, seed: int)
     return trials
 
 
-def contents_of_undisturbed(scratch: Path, name: str) -> dict[str, str]:
-    undisturbed(scratch / f"undisturbed-{name}", COMMANDS[name])
-    return contents(scratch / f"undisturbed-{name}")
-
-
+@functools.cache
 def listed_points(scratch: Path, name: str) -> list[str]:
     """What an undisturbed command changes, in order: "open out/state.json" and the like."""
     folder, listed = scratch / f"listed-{name}", scratch / f"points-{name}.txt"

@@ -16,7 +16,7 @@ from tests.faults.trials import Trial, Verdict
 QUANTIZE = ["quantize", MODEL, "--recipe", "../given/small.yaml", *CALIBRATION, "--height", "32", "--width", "32"]
 GENERATE = ["generate", MODEL, *IMAGES]
 AGAIN = {
-    **{f"{name} --overwrite": [*command, "--overwrite"] for name, command in COMMANDS.items() if name != "sweep"},
+    **{f"{name} --overwrite": [*command, "--overwrite"] for name, command in COMMANDS.items()},
     **{name: command for name, command in COMMANDS.items() if name != "sweep"},
     "run, other model": ["run", "../given/other", *COMMANDS["run"][2:], "--overwrite"],
     "quantize": [*QUANTIZE, *OUT],

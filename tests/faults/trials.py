@@ -5,7 +5,7 @@ import threading
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,7 +69,7 @@ def perform(trials: Sequence[Trial], mode: Mode) -> int:
     return sum(bool(verdict.wrong) for _, verdict in found.values())
 
 
-def table(found) -> Iterator[str]:
+def table(found: Collection[tuple[Trial, Verdict]]) -> list[str]:
     """Lines of a table: for each kind of trial the number of trials, and of each outcome."""
     words = sorted({verdict.word for _, verdict in found}, key=lambda word: (word != HELD, word))
     rows = [("kind", "trials", *words, "failed")]
@@ -78,9 +78,13 @@ def table(found) -> Iterator[str]:
         counts = Counter(verdict.word for verdict in verdicts)
         failed = sum(bool(verdict.wrong) for verdict in verdicts)
         rows.append((kind, str(len(verdicts)), *(str(counts[word] or "") for word in words), str(failed)))
+    return aligned(rows)
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows of cells as lines, each column as wide as its widest cell."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 def _verdicts(trials: Sequence[Trial], mode: Mode) -> Iterator[tuple[Trial, Verdict]]:

@@ -1,5 +1,6 @@
 """Files that are not ours are never lost: what is removed, what is moved aside, and what a kill leaves."""
 
+import json
 import os
 import shutil
 
@@ -187,3 +188,19 @@ def test_without_a_folder_that_is_held_what_dead_processes_left_beside_a_file_is
         f".scores.{os.getppid()}.dmquant.csv",
         "scores.csv",
     }
+
+
+@pytest.mark.parametrize(
+    "name", ["../thesis.tex", "/thesis.tex", "sub/../../thesis.tex", "", ".", "a\0", 7, ["a"], None]
+)
+def test_a_damaged_manifest_makes_nothing_outside_of_its_folder_ours(tmp_path, name):
+    thesis = tmp_path / "thesis.tex"
+    thesis.write_text("mine")
+    with owned.claimed(tmp_path / "run"):
+        write_text(tmp_path / "run" / "a", "ours")
+    line = json.dumps([name, 4, thesis.stat().st_mtime_ns, files.sha256(thesis)])
+    with (tmp_path / "run" / owned.ROOM / owned.MANIFEST).open("a") as manifest:
+        manifest.write(f"{line}\n")
+    with owned.claimed(tmp_path / "run") as ours:
+        ours.clear()
+    assert contents(tmp_path) == {"thesis.tex": "mine"}

@@ -255,7 +255,7 @@ def test_a_full_disk_is_one_line_keeps_what_is_done_and_leaves_no_half_model(opt
     images = times(out, "images/fp/*.png")
     assert len(images) == len(PROMPTS)
     assert not (out / "model").exists()
-    assert not (out / "model.part").exists()
+    assert not (out / ".model.dmquant").exists()
     assert "stopped: UserError" in (out / "log.txt").read_text()
     run(options(), out)
     assert times(out, "images/fp/*.png") == images

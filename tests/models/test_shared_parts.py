@@ -135,7 +135,8 @@ def test_the_text_encoder_is_loaded_twice_and_not_with_every_recipe(quick, large
         T5EncoderModel, "from_pretrained", classmethod(lambda cls, *a, **k: (loads.append(a), real(cls, *a, **k))[1])
     )
     stages.compare(resolve_all(quick(model=str(large)), RECIPES), tmp_path / "run", False)
-    assert len(loads) == 2  # in full precision, and as it was saved
+    from_files = [arguments for arguments in loads if arguments[0] is not None]  # the others look at headers alone
+    assert len(from_files) == 2  # in full precision, and as it was saved
 
 
 def test_trials_of_a_sweep_share_them_too_and_leave_none(quick, large, tmp_path, monkeypatch):

@@ -194,12 +194,29 @@ def test_prompts_and_steps_default_to_those_of_the_kind_of_pipeline(caplog):
     assert caplog.text.count("calibration data: 4 prompts") == caplog.text.count("over 20 steps") == 2
 
 
+def test_hooks_and_references_of_layers_stay_through_calibration():
+    pipe, calls = tiny_pixart(), []
+    layer = pipe.transformer.transformer_blocks[0].attn1.to_q
+    dmquant.quantize_pipeline(pipe, FITTED, calibration=PROMPTS, **CALL, **PIXART_CALL)
+    assert pipe.transformer.transformer_blocks[0].attn1.to_q is layer
+    plain = tiny_pixart()
+    hooked = plain.transformer.transformer_blocks[0].attn1.to_q
+    handle = hooked.register_forward_hook(lambda module, *_: calls.append(type(module).__name__))
+    dmquant.quantize_pipeline(plain, FITTED, calibration=PROMPTS, **CALL, **PIXART_CALL)
+    assert same_weights(plain.transformer, pipe.transformer)
+    assert calls
+    calls.clear()
+    plain("red apple", output_type="latent", **CALL, **PIXART_CALL)
+    assert set(calls) == {"QuantLinear"}
+    handle.remove()
+
+
 def test_a_calibration_whose_saving_failed_continues_in_the_same_folder(tmp_path, monkeypatch):
     out, save = tmp_path / "quantized", api.save_whole
     written = []
 
     def fail_once(*args):
-        work = (tmp_path / "quantized.calibration").rglob("*.safetensors")
+        work = (tmp_path / ".quantized.dmquant" / "calibration").rglob("*.safetensors")
         written.append({path: path.stat().st_mtime_ns for path in work})
         if len(written) == 1:
             raise OSError("disk is full")
@@ -230,6 +247,36 @@ def test_a_stopped_calibration_is_not_continued_under_another_scheduler(tmp_path
 
 
 class TestRefusals:
+    def spoil(self, unet, how):
+        block = unet.mid_block.attentions[0].transformer_blocks[0]
+        if how == "compiled part":
+            unet.mid_block.attentions[0] = torch.compile(unet.mid_block.attentions[0], backend="eager")
+        elif how == "casting":
+            unet.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+        elif how == "shared layer":
+            block.attn1.to_k = block.attn1.to_q
+        elif how == "shared weight":
+            block.attn1.to_k.weight = block.attn1.to_q.weight
+        elif how == "other quantizer":
+            unet.quantization_method = "torchao"
+
+    @pytest.mark.parametrize(
+        ("how", "said"),
+        [
+            ("compiled part", r"layer mid_block\.attentions\.0 is compiled: quantize it first"),
+            ("casting", r"the unet is offloaded or on the meta device, or casts its weights"),
+            ("shared layer", r"layer \S+to_q shares its weight with another place"),
+            ("shared weight", r"layer \S+to_q shares its weight with another place"),
+            ("other quantizer", r"UNet2DConditionModel is quantized by torchao already"),
+        ],
+    )
+    def test_a_backbone_that_is_not_plain_is_refused_before_any_data_is_captured(self, how, said, monkeypatch):
+        monkeypatch.setattr("dmquant.pipelines.runs.calibration.capture", lambda *_, **__: pytest.fail("captured"))
+        pipe = tiny_sd()
+        self.spoil(pipe.unet, how)
+        with pytest.raises(UserError, match=f"^{said}[^\n]*$"):
+            dmquant.quantize_pipeline(pipe, FITTED, calibration=PROMPTS, **CALL)
+
     def test_a_backbone_that_no_family_knows(self):
         pipe = tiny_sd()
         pipe.unet.__class__ = type("StrangeUNet", (type(pipe.unet),), {})

@@ -78,7 +78,7 @@ def test_a_file_that_cannot_be_written_is_one_line(tmp_path):
 def test_facts_that_were_changed_are_noticed(folder):
     record = folder.path / "003.json"
     text = record.read_text()
-    for old, new in (("fp4_e2m1", "fp4_e1m2"), ("1.5", "2.5"), ('"a"', '"b"'), ("facts", "fact5")):
+    for old, new in (("fp4_e2m1", "fp4_e1m2"), ('"a"', '"b"'), ("facts", "fact5")):
         assert old in text
         record.write_text(text.replace(old, new))
         assert folder.load(3, "block") is None

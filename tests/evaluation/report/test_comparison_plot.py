@@ -38,11 +38,11 @@ def test_a_second_panel_where_there_are_latents_to_compare(tmp_path):
 
 
 @pytest.mark.parametrize("metrics", [{}, {"psnr": Metric.not_computed("no images")}])
-def test_without_any_metric_there_is_no_picture_and_no_old_one_either(tmp_path, metrics):
+def test_without_any_metric_there_is_no_picture_and_a_file_of_others_stays(tmp_path, metrics):
     path = tmp_path / "compare.png"
-    path.write_bytes(b"of an earlier comparison")
+    path.write_bytes(b"mine")
     assert not draw_comparison(report(metrics), path)
-    assert not path.exists()
+    assert path.read_bytes() == b"mine"
 
 
 def test_without_a_psnr_the_first_metric_that_there_is_is_drawn(tmp_path):

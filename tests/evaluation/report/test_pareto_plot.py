@@ -36,12 +36,12 @@ def test_a_panel_a_cost(tmp_path, count, metric):
     assert width(tmp_path / "sweep.png") > 1.4 * width(tmp_path / "one.png")
 
 
-def test_without_a_value_there_is_no_picture_and_no_old_one_either(tmp_path):
+def test_without_a_value_there_is_no_picture_and_a_file_of_others_stays(tmp_path):
     path = tmp_path / "sweep.png"
-    path.write_bytes(b"of an earlier sweep")
+    path.write_bytes(b"mine")
     lost = [Point("rtn", "fp", "e2m1", {"bits": 4.0}, Metric.not_computed("no weights"))]
     assert not draw_pareto("m", lost, COSTS, "psnr", path)
-    assert not path.exists()
+    assert path.read_bytes() == b"mine"
 
 
 def test_every_point_of_a_panel_is_drawn_and_the_front_joins_the_best(tmp_path, monkeypatch):

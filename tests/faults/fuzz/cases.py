@@ -12,7 +12,8 @@ from pathlib import Path
 import dmquant.configs
 from tests.faults.fuzz.batch import SECONDS, batch, show
 from tests.faults.fuzz.targets import TARGETS, prepare
-from tests.faults.given import COMMANDS, undisturbed
+from tests.faults.given import finished
+from tests.faults.trials import aligned
 from tests.forked import started
 
 BATCH = 250
@@ -25,47 +26,46 @@ def fuzz(scratch: Path, kinds: Sequence[str], cases: int, seed: int, only: Seque
     """Do `cases` cases, shared out to the kinds; prints failures and a table. Returns the number of failures."""
     given = scratch / "damaged"
     if not given.exists():
-        undisturbed(scratch / "finished", COMMANDS["run"])
         given.mkdir()
-        prepare(given, scratch / "finished", Path(next(iter(dmquant.configs.__path__))) / "recipes")
+        prepare(given, finished(scratch, "run").folder, Path(next(iter(dmquant.configs.__path__))) / "recipes")
     if only is not None:
         (scratch / "one").mkdir(exist_ok=True)
         return sum(show(kind, seed, number, scratch / "one", given) for kind in kinds for number in only)
-    total = sum(TARGETS[kind].weight for kind in kinds)
-    batches = []
-    for kind in kinds:
-        numbers = range(max(1, cases * TARGETS[kind].weight // total))
-        batches += [(kind, list(numbers[start : start + BATCH])) for start in numbers[::BATCH]]
+    batches = _shared_out(kinds, cases)
     found: dict[str, Counter] = defaultdict(Counter)
     failures: dict[tuple, list[dict]] = defaultdict(list)
-    seconds: Counter = Counter()
     began = told = time.monotonic()
     with ThreadPoolExecutor(jobs) as pool:
         futures = [pool.submit(_batch, scratch, given, index, *one, seed) for index, one in enumerate(batches)]
         for future in as_completed(futures):
-            kind, outcomes, took = future.result()
-            seconds[kind] += took
+            kind, outcomes, seconds = future.result()
+            found[kind]["seconds"] += seconds
             for one in outcomes:
                 found[kind][one["word"]] += 1
                 if one["word"] not in HELD:
                     failures[kind, one["word"], one["where"]].append(one)
-            now = time.monotonic()
-            if now - told > 10:
-                done = sum(counts.total() for counts in found.values())
+            if (now := time.monotonic()) - told > 10:
+                told, done = now, sum(counts[word] for counts in found.values() for word in WORDS)
+                to_go = (now - began) * (cases / done - 1)
                 failed = sum(map(len, failures.values()))
-                to_go = (now - began) * (sum(len(numbers) for _, numbers in batches) / done - 1)
                 print(f"{done} cases, {failed} failed, {now - began:.0f} s, about {to_go:.0f} s to go", flush=True)
-                told = now
     _tell(failures, seed)
     rows = [("kind", "cases", *WORDS, "ms a case")]
     for kind in kinds:
-        count = found[kind].total()
-        per_case = f"{1000 * seconds[kind] / count:.0f}"
-        rows.append((kind, str(count), *(str(found[kind][word] or "") for word in WORDS), per_case))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+        numbers = [found[kind][word] for word in WORDS]
+        speed = f"{1000 * found[kind]['seconds'] / sum(numbers):.0f}"
+        rows.append((kind, str(sum(numbers)), *(str(number or "") for number in numbers), speed))
+    print("\n".join(aligned(rows)))
     return sum(map(len, failures.values()))
+
+
+def _shared_out(kinds: Sequence[str], cases: int) -> list[tuple[str, list[int]]]:
+    """Kinds with the numbers of their cases, by the hundred."""
+    total, batches = sum(TARGETS[kind].weight for kind in kinds), []
+    for kind in kinds:
+        numbers = range(max(1, cases * TARGETS[kind].weight // total))
+        batches += [(kind, list(numbers[start : start + BATCH])) for start in numbers[::BATCH]]
+    return batches
 
 
 def _tell(failures: dict[tuple, list[dict]], seed: int) -> None:

@@ -129,16 +129,77 @@ def header(drawn: random.Random, folder: Path, given: Path) -> None:
     _model(drawn, folder, given, name, data)
 
 
+def checksums(drawn: random.Random, folder: Path, given: Path) -> None:
+    """The checksums of a saved model."""
+    from dmquant.pipelines.commands import listing
+
+    data = (given / "out" / "model" / "checksums.json").read_bytes()
+    if drawn.random() < 0.6:
+        data = json.dumps(damaged_value(json.loads(data), drawn)).encode("utf-8", "surrogatepass")
+    if drawn.random() < 0.5:
+        data = damaged_bytes(data, drawn)
+    model = folder / "verified"
+    if not model.exists():
+        shutil.copytree(given / "out" / "model", model)
+    (model / "checksums.json").write_bytes(data)
+    listing.verify(model)
+
+
+def manifest(drawn: random.Random, folder: Path, given: Path) -> None:
+    """The manifest of the files of a run."""
+    from dmquant.host import owned
+
+    out = folder / "owned"
+    shutil.rmtree(out, ignore_errors=True)
+    shutil.copytree(given / "out" / ".dmquant", out / ".dmquant")
+    (out / "run.yaml").write_text("a user's")
+    path = out / ".dmquant" / "manifest.jsonl"
+    lines = path.read_text("utf-8").splitlines()[:20]
+    value = damaged_value([json.loads(line) for line in lines], drawn)
+    data = "".join(json.dumps(one) + "\n" for one in (value if isinstance(value, list) else [value])).encode()
+    path.write_bytes(damaged_bytes(data, drawn) if drawn.random() < 0.5 else data)
+    with owned.claimed(out) as ours:
+        ours.clear()
+    if (out / "run.yaml").read_text() != "a user's":
+        raise AssertionError("a file of the user's is gone")
+
+
+def sealed(drawn: random.Random, folder: Path, given: Path) -> None:
+    """Tensors that carry a hash of themselves: latents, trajectories, a probe, codes."""
+    from dmquant.host.sealed import load_sealed
+
+    seeds = sorted((given / "out").rglob("*.safetensors"))
+    path = folder / "sealed.safetensors"
+    path.write_bytes(damaged_bytes(drawn.choice(seeds).read_bytes()[: 1 << 16], drawn))
+    load_sealed(path)
+
+
+def picture(drawn: random.Random, folder: Path, given: Path) -> None:
+    """An image of a run."""
+    from dmquant.evaluation.images import load_image
+    from dmquant.evaluation.png import read_key, read_prompt
+
+    path = folder / "picture.png"
+    path.write_bytes(damaged_bytes((given / "out" / "images" / "fp" / "00000.png").read_bytes(), drawn))
+    read_key(path)
+    read_prompt(path)
+    load_image(path)
+
+
 TARGETS = {
     target.name: target
     for target in (
-        Target("recipe", 40, recipe),
-        Target("prompts", 25, prompts),
+        Target("recipe", 30, recipe),
+        Target("prompts", 28, prompts),
         Target("state", 8, state),
         Target("run.yaml", 6, run_yaml),
         Target("scores", 8, scores),
-        Target("config", 8, config),
-        Target("header", 5, header),
+        Target("config", 4, config),
+        Target("header", 4, header),
+        Target("checksums", 3, checksums),
+        Target("manifest", 3, manifest),
+        Target("sealed", 3, sealed),
+        Target("picture", 3, picture),
     )
 }
 

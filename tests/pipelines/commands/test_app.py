@@ -1,5 +1,6 @@
 """The command line: instant help, and one clear line with the right exit code for everything that can be wrong."""
 
+import errno
 import importlib.util
 import shutil
 import signal
@@ -12,6 +13,7 @@ import torch
 from PIL import Image
 
 from dmquant.pipelines.commands import app as cli
+from dmquant.pipelines.runs import settings
 from dmquant.pipelines.runs.bounds import parse_size
 from dmquant.pipelines.runs.defaults import DEFAULT_RECIPE
 from tests.tiny import tiny_dit, tiny_pixart, tiny_sd
@@ -251,6 +253,11 @@ def test_a_folder_of_real_images_without_any(capsys, model, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_home_that_nobody_has_is_no_folder(capsys):
+    _fails(dmquant(capsys, "run", "~nobody-here/model"), 1, "there is no folder ~nobody-here/model")
+    _fails(dmquant(capsys, "run", "emoji-pixart", "--prompts", "~nobody-here/p.txt"), 1, "there is no file")
+
+
 def test_a_folder_that_is_no_pipeline(capsys, tmp_path):
     (tmp_path / "folder").mkdir()
     for command in (["run", "folder", "--out", "out"], ["inspect", "folder"], ["quantize", "folder", "--out", "out"]):
@@ -298,6 +305,54 @@ def test_an_unexpected_error_is_one_line_and_debug_shows_the_traceback(capsys, m
     assert "in broken" in err
 
 
+FORESEEN = {
+    "no permission": (
+        PermissionError(errno.EACCES, "Permission denied", "w.bin"),
+        "w.bin: Permission denied; change its",
+    ),
+    "a read-only disk": (
+        OSError(errno.EROFS, "Read-only file system", "out"),
+        "out: Read-only file system; name one on",
+    ),
+    "a long name": (OSError(errno.ENAMETOOLONG, "File name too long", "x"), "x: File name too long; give it a shorter"),
+    "no memory": (MemoryError(), "there is not enough memory: take a smaller --batch-size"),
+    "no memory in torch": (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "there is not enough memory"),
+}
+
+
+@pytest.mark.parametrize(("error", "says"), FORESEEN.values(), ids=FORESEEN)
+def test_what_an_operating_system_refuses_is_one_line_that_says_what_to_do(capsys, monkeypatch, error, says):
+    from dmquant.pipelines.commands import listing
+
+    def broken():
+        raise error
+
+    monkeypatch.setattr(listing, "formats", broken)
+    _fails(dmquant(capsys, "formats"), 1, says)
+
+
+def test_ctrl_c_inside_a_library_that_puts_its_own_error_in_its_place(capsys, monkeypatch):
+    from dmquant.pipelines.commands import listing
+
+    def broken():
+        raise ValueError("could not serialize: KeyboardInterrupt: ")
+
+    monkeypatch.setattr(listing, "formats", broken)
+    assert dmquant(capsys, "formats") == (130, "", "stopped; run the same command to resume\n")
+
+
+def test_an_error_shows_no_escape_sequences_and_is_bounded(capsys, model):
+    _fails(dmquant(capsys, "run", model, "--recipe", "\x1b[31m/x\n"), 1, "no recipe file \\u001b[31m/x")
+    code, _, err = dmquant(capsys, "run", "m" * 100_000)
+    assert (code, len(err) < 2100) == (2, True)
+
+
+def test_a_recipe_that_compiles_needs_a_compiler(capsys, model, monkeypatch):
+    monkeypatch.setattr(settings, "missing_to_compile", lambda: "a C++ compiler: install g++ or clang")
+    Path("mine.yaml").write_text("name: x\nrounding: adaround\nlearning: {compile: true}\n")
+    _fails(dmquant(capsys, "run", model, "--recipe", "mine.yaml"), 1, "learning: compile, for which this machine lacks")
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_and_sigterm_are_one_line_and_exit_with_130(capsys, monkeypatch, number):
     from dmquant.pipelines.commands import listing
@@ -320,6 +375,9 @@ def test_score_and_grid_work_on_any_two_folders_that_pair_up(capsys, tmp_path):
     code, out, _ = dmquant(capsys, "score", "fp", "quantized", "--metrics", "psnr")
     assert code == 0
     assert "28.13 dB" in out  # 20 log10(255 / 10)
+    _fails(
+        dmquant(capsys, "grid", "fp", "quantized", "--out", f"{'x' * 300}.png"), 1, "too long; give it a shorter name"
+    )
     code, _, _ = dmquant(capsys, "grid", "fp", "quantized", "--out", "pairs.png", "--rows", "2")
     assert code == 0
     assert Image.open("pairs.png").width > 3 * 32

@@ -155,3 +155,13 @@ def test_the_command_quantizes_a_cached_repository_with_the_hub_switched_off(cac
         {name: tensor.float() for name, tensor in made.unet.state_dict().items()},
         {name: tensor.float() for name, tensor in quantized(REPOSITORY, torch.float32, "unet").items()},
     )
+
+
+def test_load_pipeline_takes_a_repository_and_checks_its_files(cache, tmp_path):
+    tiny_pixart(tmp_path / "model")
+    snapshot = put_in_cache(cache, tmp_path / "model")
+    loaded = dmquant.load_pipeline(REPOSITORY, torch_dtype=torch.bfloat16, verify=True)
+    assert loaded.transformer.dtype == torch.bfloat16
+    (snapshot / "vae/config.json").resolve().write_text("{}")
+    with pytest.raises(UserError, match=r"/vae holds \d+ tensor"):
+        dmquant.load_pipeline(REPOSITORY)

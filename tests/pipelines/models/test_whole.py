@@ -151,6 +151,9 @@ def test_packed_bytes_of_another_dtype(packed):
 def test_a_malformed_description_of_the_quantization(change, match, packed):
     edit(packed / "transformer/config.json", lambda config: change(config["quantization_config"]))
     refused(packed, match)
+    with pytest.raises(UserError) as caught:
+        load_pipeline(packed)
+    assert caught.value.exit_code == 1
 
 
 @pytest.mark.parametrize(
@@ -285,6 +288,19 @@ class TestFilesThatAreNone:
             (plain / name).write_text(content)
             refused(plain, rf"{name} .*{match}")
             (plain / name).write_text(whole)
+
+    def test_a_scheduler_that_is_none(self, plain):
+        (plain / "scheduler/scheduler_config.json").write_text("{}")
+        refused(plain, "scheduler_config.json names no scheduler")
+
+    def test_a_scheduler_of_more_timesteps_than_any(self, plain):
+        edit(plain / "scheduler/scheduler_config.json", lambda config: config.update(num_train_timesteps=10**9))
+        refused(plain, "scheduler_config.json says num_train_timesteps: 1000000000")
+
+    def test_what_diffusers_itself_cannot_load_is_one_line(self, plain):
+        edit(plain / "scheduler/scheduler_config.json", lambda config: config.update(beta_start=[]))
+        with pytest.raises(UserError, match=rf"^diffusers cannot load {plain}: \w+Error: [^\n]*$"):
+            load_pipeline(plain)
 
     def test_names_of_parts_and_shards_stay_in_their_folder(self, plain):
         edit(plain / "model_index.json", lambda index: index.update({"../vae": ["diffusers", "AutoencoderKL"]}))

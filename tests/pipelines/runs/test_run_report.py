@@ -4,7 +4,7 @@ import pytest
 
 from dmquant.errors import UserError
 from dmquant.pipelines.runs.run_report import build_report
-from dmquant.pipelines.runs.runfolder import claim
+from dmquant.pipelines.runs.runfolder import RunFolder, claim
 from tests.evaluation.conftest import smooth_images, write_images
 
 LAYER = {"name": "proj", "kind": "Linear", "format": "fp4_e2m1", "bits": 4.0, "weight_error": 0.1, "output_error": None}
@@ -62,6 +62,18 @@ def finished(path, **changed):
 def test_a_pipeline_whose_call_takes_no_steps_and_no_guidance_has_a_report(tmp_path, settings):
     shown = build_report(finished(tmp_path / "run"), settings).settings
     assert shown["steps"] == shown["guidance"] == "not taken by the pipeline"
+
+
+def test_what_is_not_known_of_images_is_no_zero(tmp_path, settings):
+    forgotten = {"images": 2, "peak_memory_bytes": None, "peak_memory_of": None, "not_finite": None}
+    folder = finished(tmp_path / "run", images_quantized=forgotten, images_fp=forgotten)
+    with claim(tmp_path / "run", "m") as claimed:
+        claimed.note("seconds_fp", {"a": 1.5})
+        claimed.note("seconds_quantized", {"a": 1.5, "b": 2.0})
+    report = build_report(RunFolder(folder.path), settings)
+    assert report.reference.seconds == {}
+    assert report.recipes["rtn"].seconds == {"quantize": 4.0, "generate": 3.5, "score": 1.0}
+    assert report.recipes["rtn"].settings["images with NaN or infinity"] == "not recorded"
 
 
 @pytest.mark.parametrize(
