@@ -289,7 +289,7 @@ def workspace(folder: Path) -> Iterator[Path]:
 def _held(root: Path, room: Path, what: str | None = None) -> Iterator[Owned]:
     try:
         _furnish(room)
-        lock = (room / LOCK).open("w")
+        lock = (room / LOCK).open("a")
     except OSError as error:
         raise UserError(f"cannot write to {root}: {error.strerror}; choose another folder with --out") from error
     with lock:
@@ -304,9 +304,17 @@ def _furnish(room: Path) -> None:
     """Make a room; UserError where something else has its place, OSError as the disk."""
     room.mkdir(parents=True, exist_ok=True)
     if not is_room(room):
-        if any(entry.name not in (MARKER, LOCK) for entry in room.iterdir()):
+        if not all(_is_half_made(entry) for entry in room.iterdir()):
             raise UserError(f"{room} is in the way, and is not of dmquant: move or remove it")
         (room / MARKER).write_text(ABOUT, encoding="utf-8")
+
+
+def _is_half_made(entry: Path) -> bool:
+    """Whether an entry of a room without a marker is what a command leaves that was killed while it made the room."""
+    try:
+        return {MARKER: ABOUT, LOCK: ""}[entry.name].startswith(entry.read_text(encoding="utf-8"))
+    except (LookupError, OSError, ValueError):
+        return False
 
 
 @contextlib.contextmanager

@@ -4,7 +4,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -47,7 +47,7 @@ class Said:
 
 
 def dmquant(
-    arguments: list[str],
+    arguments: Sequence[str],
     folder: Path,
     environment: dict[str, str],
     fault: Fault | None = None,
@@ -70,7 +70,13 @@ def dmquant(
 
 
 def _command(
-    arguments: list[str], folder: str, environment: dict[str, str], out: str, err: str, ready: str, fault: Fault | None
+    arguments: Sequence[str],
+    folder: str,
+    environment: dict[str, str],
+    out: str,
+    err: str,
+    ready: str,
+    fault: Fault | None,
 ) -> None:
     os.environ.clear()
     os.environ.update(environment)

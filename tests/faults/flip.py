@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.faults.child import dmquant
-from tests.faults.given import COMMANDS, environment, finished
+from tests.faults.given import COMMANDS, environment, finished, once
 from tests.faults.likeness import UNLIKE, contents, differences
 from tests.faults.trials import Trial, Verdict
 
-OTHER_WEIGHTS = [*COMMANDS["run"], "--w", "fp6"]
-REPORT = ["report", "out"]
+RUN = tuple(COMMANDS["run"])
+OTHER_WEIGHTS = (*RUN, "--w", "fp6")
+REPORT = ("report", "out")
 VERIFY = ["inspect", "out/model", "--verify"]
 GENERATE = ["generate", "out/model", *COMMANDS["run"][COMMANDS["run"].index("--prompts") :][:10], "--out", "images"]
 
@@ -25,18 +26,18 @@ class Victims:
 
     kind: str
     files: tuple[str, ...]
-    then: tuple[list[str], ...]
+    then: tuple[tuple[str, ...], ...]
     removed: tuple[str, ...] = ()
 
 
 VICTIMS = (
-    Victims("any file", ("**/*",), (COMMANDS["run"],)),
-    Victims("images and what lies beside them", ("images/**/*",), (COMMANDS["run"],)),
-    Victims("records", ("state.json", "scores.csv", "run.yaml"), (COMMANDS["run"],)),
-    Victims("records, then report", ("state.json", "scores.csv", "run.yaml", "images/**/*"), (REPORT, COMMANDS["run"])),
+    Victims("any file", ("**/*",), (RUN,)),
+    Victims("images and what lies beside them", ("images/**/*",), (RUN,)),
+    Victims("records", ("state.json", "scores.csv", "run.yaml"), (RUN,)),
+    Victims("records, then report", ("state.json", "scores.csv", "run.yaml", "images/**/*"), (REPORT, RUN)),
     Victims("probe", ("probe/*",), (OTHER_WEIGHTS,)),
-    Victims("calibration", ("calibration/**/*",), (COMMANDS["run"],), ("model",)),
-    Victims("calibration data", ("calibration/data/**/*",), (COMMANDS["run"],), ("model", "calibration/codes-*")),
+    Victims("calibration", ("calibration/**/*",), (RUN,), ("model",)),
+    Victims("calibration data", ("calibration/data/**/*",), (RUN,), ("model", "calibration/codes-*")),
 )
 """With `removed`, paths of the run that are removed before, so that what is flipped is needed."""
 
@@ -48,17 +49,10 @@ def flips(scratch: Path, commands: Sequence[str], runs: int, seed: int) -> list[
     """`runs` flipped bits of each kind of file, and of a saved model, which `inspect --verify` is to notice."""
     trials = []
     for victims in VICTIMS:
-        reference = scratch / f"flipped-{len(trials)}"
-        _prepared(scratch, reference, victims)
-        for command in victims.then:
-            said = dmquant(command, reference, environment(scratch))
-            if said.code:
-                raise RuntimeError(f"undisturbed, {command} says {said.err}")
-        expected = contents(reference)
         for index in range(runs):
 
-            def do(folder: Path, victims=victims, expected=expected, index=index) -> Verdict:
-                return _flipped(scratch, folder, victims, expected, random.Random(f"{seed} {victims.kind} {index}"))
+            def do(folder: Path, victims=victims, index=index) -> Verdict:
+                return _flipped(scratch, folder, victims, random.Random(f"{seed} {victims.kind} {index}"))
 
             trials.append(Trial(len(trials), victims.kind, do))
     for index in range(runs):
@@ -68,6 +62,18 @@ def flips(scratch: Path, commands: Sequence[str], runs: int, seed: int) -> list[
 
         trials.append(Trial(len(trials), "model, then inspect --verify and generate", verify))
     return trials
+
+
+@once
+def _undisturbed(scratch: Path, victims: Victims) -> dict[str, str]:
+    """What the commands leave where no bit is flipped."""
+    folder = scratch / f"flipped-{VICTIMS.index(victims)}"
+    _prepared(scratch, folder, victims)
+    for command in victims.then:
+        said = dmquant(command, folder, environment(scratch))
+        if said.code:
+            raise RuntimeError(f"undisturbed, {command} says {said.err}")
+    return contents(folder)
 
 
 def _prepared(scratch: Path, folder: Path, victims: Victims) -> list[Path]:
@@ -95,7 +101,7 @@ def flip(path: Path, drawn: random.Random) -> str:
     return f"bit {bit} of byte {at}"
 
 
-def _flipped(scratch: Path, folder: Path, victims: Victims, expected: dict[str, str], drawn: random.Random) -> Verdict:
+def _flipped(scratch: Path, folder: Path, victims: Victims, drawn: random.Random) -> Verdict:
     victim = drawn.choice(_prepared(scratch, folder, victims))
     name = victim.relative_to(folder)
     what = f"{flip(victim, drawn)} of {name}"
@@ -108,7 +114,7 @@ def _flipped(scratch: Path, folder: Path, victims: Victims, expected: dict[str, 
     aside = victim.with_name(f"{victim.name}.replaced")
     if aside.exists() and hashlib.sha256(aside.read_bytes()).hexdigest() == flipped:
         aside.unlink()
-    unlike = differences(expected, contents(folder))
+    unlike = differences(_undisturbed(scratch, victims), contents(folder))
     if victim.name == "state.json" and {one.rpartition(" ")[2] for one in unlike} <= TELL and _tells_no_zero(folder):
         return Verdict("facts gone, and told" if unlike else "as undisturbed")
     return Verdict("not noticed", tuple(f"{what}: {one}" for one in unlike)) if unlike else Verdict("as undisturbed")

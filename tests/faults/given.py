@@ -3,8 +3,11 @@
 import functools
 import os
 import shutil
+import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 import yaml
 
@@ -13,6 +16,7 @@ from tests.faults.child import Said, dmquant
 from tests.faults.likeness import contents
 from tests.tiny import tiny_pixart
 
+T = TypeVar("T")
 PROMPTS = (
     *("red apple", "a blue cat", "the green house, with a tree", "boat", "a face on the boat"),
     "the red boat and the blue tree and the green cat and the apple and the house and the face",  # is cut
@@ -78,7 +82,19 @@ def undisturbed(folder: Path, *commands: list[str]) -> Undisturbed:
     return Undisturbed(folder, contents(folder), said)
 
 
-@functools.cache
+def once(make: Callable[..., T]) -> Callable[..., T]:
+    """`make`, called once for the same arguments by all the trials at once; the others wait and get what it made."""
+    kept, making = functools.cache(make), threading.RLock()
+
+    @functools.wraps(make)
+    def made(*arguments: Any) -> T:
+        with making:
+            return kept(*arguments)
+
+    return made
+
+
+@once
 def finished(scratch: Path, name: str) -> Undisturbed:
     """One of COMMANDS, done once."""
     return undisturbed(scratch / f"undisturbed-{name}", COMMANDS[name])

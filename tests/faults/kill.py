@@ -1,6 +1,5 @@
 """Commands killed at random moments, and at every change of files, and done again until they end."""
 
-import functools
 import random
 import re
 import shutil
@@ -8,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tests.faults.child import dmquant
-from tests.faults.given import COMMANDS, environment, finished
+from tests.faults.given import COMMANDS, environment, finished, once
 from tests.faults.likeness import contents, differences
 from tests.faults.points import AFTER, BEFORE, WITHIN, Points
 from tests.faults.trials import Trial, Verdict
@@ -53,7 +52,7 @@ def write_points(scratch: Path, commands: Sequence[str], points: int, seed: int)
     return trials
 
 
-@functools.cache
+@once
 def listed_points(scratch: Path, name: str) -> list[str]:
     """What an undisturbed command changes, in order: "open out/state.json" and the like."""
     folder, listed = scratch / f"listed-{name}", scratch / f"points-{name}.txt"

@@ -10,7 +10,7 @@ from pathlib import Path
 from PIL import Image
 
 from tests.faults.child import dmquant
-from tests.faults.given import CALIBRATION, COMMANDS, IMAGES, MODEL, OUT, environment, undisturbed
+from tests.faults.given import CALIBRATION, COMMANDS, IMAGES, MODEL, OUT, environment, once, undisturbed
 from tests.faults.trials import Trial, Verdict
 
 QUANTIZE = ["quantize", MODEL, "--recipe", "../given/small.yaml", *CALIBRATION, "--height", "32", "--width", "32"]
@@ -75,7 +75,15 @@ PLACES = (
         "out/features/mine",
         "out/.git/HEAD",
     ),
-    *("out/.dmquant/mine", "out/.dmquant/README", "out/.lock", "out/state.journal", "out/shared/mine", "out/vae/mine"),
+    *(
+        "out/.dmquant/mine",
+        "out/.dmquant/README",
+        "out/.dmquant/lock",
+        "out/.lock",
+        "out/state.journal",
+        "out/shared/mine",
+        "out/vae/mine",
+    ),
     *(
         "out.calibration/chapter",
         "out.part/chapter",
@@ -92,8 +100,6 @@ def overwrites(scratch: Path, commands: Sequence[str], runs: int, seed: int) -> 
     other = scratch / "given" / "other"
     if not other.exists():
         shutil.copytree(scratch / "given" / "model", other)
-    for name, before in BEFORE.items():
-        undisturbed(scratch / f"before-{name}", *before)
     trials = []
     for name, command in AGAIN.items():
         for index in range(runs):
@@ -106,9 +112,10 @@ def overwrites(scratch: Path, commands: Sequence[str], runs: int, seed: int) -> 
 
 
 def _tried(scratch: Path, folder: Path, command: list[str], drawn: random.Random) -> Verdict:
-    before = drawn.choice(list(BEFORE))
+    alike = command[0] if command[0] in BEFORE else "run"
+    before = alike if drawn.random() < 0.5 else drawn.choice(list(BEFORE))
     shutil.rmtree(folder)
-    shutil.copytree(scratch / f"before-{before}", folder, symlinks=True)
+    shutil.copytree(_left(scratch, before), folder, symlinks=True)
     theirs = {_put(folder, place, drawn): place for place in drawn.sample(PLACES, drawn.choice((1, 3, 8)))}
     if drawn.random() < 0.2:
         place = drawn.choice(LINKED)
@@ -121,6 +128,12 @@ def _tried(scratch: Path, folder: Path, command: list[str], drawn: random.Random
     if said.code and not lost:
         wrong = [f"after {before}, with {sorted(theirs.values())}: {one}" for one in said.unlike_a_refusal()]
     return Verdict("refused" if said.code else "done", tuple(wrong))
+
+
+@once
+def _left(scratch: Path, before: str) -> Path:
+    """The folder that one of BEFORE leaves."""
+    return undisturbed(scratch / f"before-{before}", *BEFORE[before]).folder
 
 
 def _put(folder: Path, place: str, drawn: random.Random) -> str:

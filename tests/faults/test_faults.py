@@ -141,7 +141,7 @@ def test_killed_runs_end_as_ones_that_nothing_disturbed(scratch, capsys):
 
 def test_runs_killed_at_a_change_of_files_leave_nothing_behind(scratch, capsys):
     trials = kill.write_points(scratch, ["run"], 40, seed=1)
-    assert not failures(drawn(trials, 4), scratch, capsys)
+    assert not failures(drawn(trials, 3), scratch, capsys)
 
 
 def test_a_full_disk_is_a_line_and_the_run_goes_on_when_there_is_room(scratch, capsys):
@@ -149,11 +149,11 @@ def test_a_full_disk_is_a_line_and_the_run_goes_on_when_there_is_room(scratch, c
 
 
 def test_flipped_bits_are_noticed(scratch, capsys):
-    assert not failures(drawn(flip.flips(scratch, [], 1, seed=1), 4), scratch, capsys)
+    assert not failures(drawn(flip.flips(scratch, [], 1, seed=1), 3), scratch, capsys)
 
 
 def test_no_file_of_a_user_is_lost(scratch, capsys):
-    assert not failures(drawn(overwrite.overwrites(scratch, [], 1, seed=1), 5), scratch, capsys)
+    assert not failures(drawn(overwrite.overwrites(scratch, [], 1, seed=1), 4), scratch, capsys)
 
 
 def test_damaged_input_is_a_line_of_error(scratch, capsys):

@@ -204,3 +204,20 @@ def test_a_damaged_manifest_makes_nothing_outside_of_its_folder_ours(tmp_path, n
     with owned.claimed(tmp_path / "run") as ours:
         ours.clear()
     assert contents(tmp_path) == {"thesis.tex": "mine"}
+
+
+@pytest.mark.parametrize("name", [owned.MARKER, owned.LOCK, "notes.txt"])
+def test_a_folder_of_the_name_of_the_room_that_holds_something_of_the_users_is_refused(tmp_path, name):
+    (tmp_path / owned.ROOM).mkdir()
+    (tmp_path / owned.ROOM / name).write_text("mine")
+    with pytest.raises(UserError, match=f"{owned.ROOM} is in the way"), owned.claimed(tmp_path):
+        pass
+    assert (tmp_path / owned.ROOM / name).read_text() == "mine"
+
+
+def test_a_room_that_a_killed_command_had_begun_is_taken(tmp_path):
+    (tmp_path / owned.ROOM).mkdir()
+    (tmp_path / owned.ROOM / owned.LOCK).touch()
+    (tmp_path / owned.ROOM / owned.MARKER).write_text(owned.ABOUT[:9])
+    with owned.claimed(tmp_path):
+        assert owned.is_room(tmp_path / owned.ROOM)

@@ -262,7 +262,7 @@ def _model(drawn: random.Random, folder: Path, given: Path, name: Path, data: by
         shutil.copytree(given / "model", model)
     try:
         (model / name).write_bytes(data)
-        if drawn.random() < 0.5:
+        if drawn.random() < 0.7:
             listing.inspect(model, layers=True)
             return
         options: dict[str, Any] = {"prompts": str(given / "prompts" / "plain.txt"), "steps": 1, "num_prompts": 1}
