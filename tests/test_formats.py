@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from dmquant.errors import UsageError
@@ -267,6 +267,7 @@ def test_round_is_idempotent_monotone_and_what_the_codes_say(fmt, numbers):
 
 
 @given(formats, floats)
+@example(FloatFormat(1, 0), [2.0**-149, -(2.0**-149), 0.0])
 @settings(deadline=None, max_examples=300)
 def test_neighbours_are_adjacent_values_around_x(fmt, numbers):
     x = torch.tensor(numbers, dtype=torch.float32)

@@ -117,7 +117,7 @@ def test_degenerate_groups_stay_finite(store, magnitude):
 def test_weights_that_are_not_finite_are_refused(value):
     w = weights()
     w[3, 4] = value
-    with pytest.raises(UsageError, match="NaN or infinite"):
+    with pytest.raises(UsageError, match="NaN or infinity"):
         quantize_tensor(w, "fp4")
 
 

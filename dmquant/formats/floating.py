@@ -103,9 +103,9 @@ class FloatFormat:
     def neighbours(self, x: Tensor) -> tuple[Tensor, Tensor]:
         inside = x.detach().float().clamp(-self.max, self.max)
         step = self._binade(inside).mul_(2.0**-self.mantissa)
-        # The exact reciprocal of a power of two; compilers for CUDA may approximate a division.
+        # The exact reciprocal of a power of two (CUDA may approximate a division), times which subnormals would vanish.
         inverse = (2 * _BITS_OF_ONE - step.view(torch.int32)).view(torch.float32)
-        steps = inside * inverse
+        steps = torch.where(inside == 0, inside, inside.abs().clamp(min=2.0**-126).copysign(inside)) * inverse
         return (steps.floor() * step).to(x.dtype), (steps.ceil() * step).to(x.dtype)
 
     def encode(self, x: Tensor) -> Tensor:

@@ -155,6 +155,7 @@ class Owned:
     def tidy(self) -> None:
         """Remove what a killed command left unfinished, and shorten the manifest."""
         shutil.rmtree(self.room / UNFINISHED, ignore_errors=True)
+        (self.room / UNFINISHED).mkdir(exist_ok=True)
         self._compact()
 
     def _name(self, path: Path) -> str:
@@ -307,6 +308,7 @@ def _furnish(room: Path) -> None:
         if not all(_is_half_made(entry) for entry in room.iterdir()):
             raise UserError(f"{room} is in the way, and is not of dmquant: move or remove it")
         (room / MARKER).write_text(ABOUT, encoding="utf-8")
+    (room / UNFINISHED).mkdir(exist_ok=True)
 
 
 def _is_half_made(entry: Path) -> bool:

@@ -195,11 +195,11 @@ def test_another_seed_makes_both_sides_again_and_keeps_the_model_with_a_card_of_
     assert sorted(changed(again, "model/**/*", model)) == ["model/README.md", "model/checksums.json"]
 
 
-def test_more_prompts_keep_the_images_there_are_and_fewer_drop_the_rest(options, again, tmp_path):
+def test_more_prompts_make_their_batch_again_and_fewer_drop_the_rest(options, again, tmp_path):
     more = tmp_path / "more.txt"
     more.write_text("\n".join([*PROMPTS, "yellow face"]))
     images = times(again, "images/*/*.png")
-    run(options(prompts=str(more)), again)
+    run(options(prompts=str(more), batch_size=2), again)
     assert changed(again, "images/*/*.png", images) == ["images/fp/00004.png", "images/quantized/00004.png"]
     assert report(again)["recipes"]["rtn"]["metrics"]["psnr"]["images"] == len(PROMPTS) + 1
     run(options(), again)
