@@ -9,11 +9,11 @@ from dmquant.host import owned
 from dmquant.host.files import sha256
 
 
-def take_place(new: Path, folder: Path, room: Path, listed: Callable[[Path], Mapping[str, str]]) -> Path | None:
+def take_place(new: Path, folder: Path, room: Path, listed: Callable[[Path], Mapping[str, str] | None]) -> Path | None:
     """Put the finished folder `new` in the place of `folder`, and files of the user's back that were in that.
 
     `room` is a workspace on the same file system; `listed` gives the SHA-256 of each file that we wrote in such a
-    folder, by its relative path. Returns where a folder without such a list went as a whole, or None.
+    folder, by its relative path, or None where we wrote one without a list. Returns where such a one went as a whole.
     """
     settle(folder, room, listed)
     old = room / "old"
@@ -28,7 +28,7 @@ def take_place(new: Path, folder: Path, room: Path, listed: Callable[[Path], Map
     return settle(folder, room, listed)
 
 
-def settle(folder: Path, room: Path, listed: Callable[[Path], Mapping[str, str]]) -> Path | None:
+def settle(folder: Path, room: Path, listed: Callable[[Path], Mapping[str, str] | None]) -> Path | None:
     """Finish what `take_place` began, also where it was killed."""
     old, owner = room / "old", owned.of(folder / owned.ROOM)
     if not os.path.lexists(old):
@@ -36,10 +36,10 @@ def settle(folder: Path, room: Path, listed: Callable[[Path], Mapping[str, str]]
     if not os.path.lexists(folder):
         old.rename(folder)
         return None
-    ours, entries = dict(listed(old)), list(old.rglob("*"))
+    ours, entries = listed(old), list(old.rglob("*"))
     paths = [path for path in entries if path.is_symlink() or not path.is_dir()]
     empty = [path.relative_to(old) for path in entries if path not in paths and not any(path.iterdir())]
-    if paths and not ours:
+    if ours is None:
         aside = owned.free_name(folder.with_name(folder.name + owned.ASIDE))
         old.rename(aside)
         return aside

@@ -7,7 +7,6 @@ anything else is left alone, and moved aside where a file of ours has to be in i
 """
 
 import contextlib
-import errno
 import hashlib
 import json
 import logging
@@ -20,17 +19,8 @@ from typing import NamedTuple
 from dmquant.errors import UserError
 from dmquant.host import files
 from dmquant.host.files import append_line, sha256
+from dmquant.host.room import LOCK, MANIFEST, MARKER, ROOM, UNFINISHED, furnish, is_room, lock_alone
 
-try:
-    import fcntl
-except ImportError:  # Windows: a folder is not protected against a second writer
-    fcntl = None
-
-ROOM, MARKER, LOCK, MANIFEST, UNFINISHED = ".dmquant", "README", "lock", "manifest.jsonl", "unfinished"
-ABOUT = (
-    "dmquant keeps its notes on the files beside this folder here: which of them it wrote, and so may replace.\n"
-    "Without these notes it takes all of them for yours.\n"
-)
 KEPT = 2  # lines of a file that count: a command that was killed may have added one for a file that it never placed
 ASIDE = ".replaced"
 
@@ -50,6 +40,10 @@ class Owned:
         self.root, self.room = root, room or root / ROOM
         self._roots = tuple({os.path.abspath(root), os.path.realpath(root)})
         self._known: dict[str, list[Record]] = {}
+        self._new: set[str] = set()
+        """Names of files that this process wrote, whose size and time are enough to know them by."""
+        self._inner: set[str] = set()
+        """Folders below that are held as folders of this one, such as those of the recipes of a comparison."""
         self._written = 0
         self._read()
 
@@ -83,7 +77,14 @@ class Owned:
         status, name = content.stat(), self._name(path)
         record = Record(status.st_size, status.st_mtime_ns, digest or sha256(content))
         self._known[name] = [*self._known.get(name, []), record][-KEPT:]
+        self._new.add(name)
         append_line(self.room / MANIFEST, json.dumps([name, *record]))
+
+    def record_folder(self, path: Path) -> None:
+        """Note that the folder at `path`, which has a room of its own, belongs to this one."""
+        if (name := self._name(path)) not in self._inner:
+            self._inner.add(name)
+            append_line(self.room / MANIFEST, json.dumps([f"{name}/"]))
 
     def holds(self, path: Path) -> bool:
         """Whether the file at `path` is one that we wrote, unchanged."""
@@ -91,7 +92,7 @@ class Owned:
         try:
             status = path.lstat()
             alike = [record for record in records if record.size == status.st_size]
-            if any(record.mtime_ns == status.st_mtime_ns for record in alike):
+            if self._name(path) in self._new and any(record.mtime_ns == status.st_mtime_ns for record in alike):
                 return True
             return bool(alike) and sha256(path) in {record.sha256 for record in alike}
         except OSError:
@@ -138,12 +139,14 @@ class Owned:
                 path.unlink()
                 emptied |= {folder for folder in path.parents if self.depth(folder)}
             del self._known[name]
-        for room in self.root.glob(f"*/*/{ROOM}/{MARKER}"):
-            if is_room(room.parent) and not keep(room.parent.parent.relative_to(self.root).as_posix()):
-                inner = Owned(room.parent.parent)
+        for name in [name for name in self._inner if not keep(name)]:
+            folder = self.root / name
+            if is_room(folder / ROOM):
+                inner = Owned(folder)
                 inner.clear()
                 inner.leave()
-                emptied |= {room.parent.parent, room.parent.parent.parent}
+                emptied |= {folder, *(parent for parent in folder.parents if self.depth(parent))}
+            self._inner.remove(name)
         remove_empty(emptied)
         self._compact()
 
@@ -167,12 +170,17 @@ class Owned:
         with contextlib.suppress(FileNotFoundError):
             for line in (self.room / MANIFEST).read_text(encoding="utf-8", errors="replace").splitlines():
                 with contextlib.suppress(ValueError, TypeError):  # half a line, of a full disk or a stopped machine
-                    name, size, mtime_ns, digest = json.loads(line)
-                    if _is_below(name):
-                        self._known[name] = [*self._known.get(name, []), Record(size, mtime_ns, digest)][-KEPT:]
+                    name, *record = json.loads(line)
+                    if not _is_below(name):
+                        continue
+                    if record:
+                        self._known[name] = [*self._known.get(name, []), Record(*record)][-KEPT:]
+                    else:
+                        self._inner.add(name.removesuffix("/"))
 
     def _compact(self) -> None:
         lines = [json.dumps([name, *record]) + "\n" for name, records in self._known.items() for record in records]
+        lines += [json.dumps([f"{name}/"]) + "\n" for name in sorted(self._inner)]
         if (self.room / MANIFEST).exists() or lines:
             partial = self.room / f"{MANIFEST}.part"
             partial.write_text("".join(lines), encoding="utf-8")
@@ -181,7 +189,7 @@ class Owned:
 
 def _is_below(name: object) -> bool:
     """Whether a name in the manifest is that of a file below its folder, as all are that we wrote."""
-    return isinstance(name, str) and name.isprintable() and not {"", ".", ".."} & set(name.split("/"))
+    return isinstance(name, str) and name.isprintable() and not {"", ".", ".."} & set(name.removesuffix("/").split("/"))
 
 
 def of(path: Path) -> Owned | None:
@@ -232,14 +240,6 @@ def remove_empty(folders: set[Path]) -> None:
             folder.rmdir()
 
 
-def is_room(folder: Path) -> bool:
-    """Whether a folder is one of ours, to do with as we like: it holds our marker."""
-    try:
-        return (folder / MARKER).read_text(encoding="utf-8") == ABOUT
-    except (OSError, ValueError):
-        return False
-
-
 @contextlib.contextmanager
 def claimed(root: Path) -> Iterator[Owned]:
     """Hold the folder `root`, which is made if need be, alone until the block ends.
@@ -247,7 +247,10 @@ def claimed(root: Path) -> Iterator[Owned]:
     Raises UserError where it cannot be written, has something of another's in the room's place, or is being written by
     another command.
     """
+    outer = of(root / ROOM)
     with _held(root, root / ROOM) as owned:
+        if outer is not None:
+            outer.record_folder(root)
         yield owned
 
 
@@ -258,7 +261,7 @@ def joined(root: Path) -> Iterator[Owned]:
     if held is not None:
         yield held
         return
-    _furnish(root / ROOM)
+    furnish(root / ROOM)
     with _open(Owned(root)) as owned:
         yield owned
 
@@ -289,34 +292,16 @@ def workspace(folder: Path) -> Iterator[Path]:
 @contextlib.contextmanager
 def _held(root: Path, room: Path, what: str | None = None) -> Iterator[Owned]:
     try:
-        _furnish(room)
+        furnish(room)
         lock = (room / LOCK).open("a")
     except OSError as error:
         raise UserError(f"cannot write to {root}: {error.strerror}; choose another folder with --out") from error
     with lock:
-        _lock(lock, what or root)
+        lock_alone(lock, what or root)
         owned = Owned(root, room)
         owned.tidy()
         with _open(owned):
             yield owned
-
-
-def _furnish(room: Path) -> None:
-    """Make a room; UserError where something else has its place, OSError as the disk."""
-    room.mkdir(parents=True, exist_ok=True)
-    if not is_room(room):
-        if not all(_is_half_made(entry) for entry in room.iterdir()):
-            raise UserError(f"{room} is in the way, and is not of dmquant: move or remove it")
-        (room / MARKER).write_text(ABOUT, encoding="utf-8")
-    (room / UNFINISHED).mkdir(exist_ok=True)
-
-
-def _is_half_made(entry: Path) -> bool:
-    """Whether an entry of a room without a marker is what a command leaves that was killed while it made the room."""
-    try:
-        return {MARKER: ABOUT, LOCK: ""}[entry.name].startswith(entry.read_text(encoding="utf-8"))
-    except (LookupError, OSError, ValueError):
-        return False
 
 
 @contextlib.contextmanager
@@ -326,16 +311,3 @@ def _open(owned: Owned) -> Iterator[Owned]:
         yield owned
     finally:
         files.keepers.remove(owned)
-
-
-def _lock(file, what: object) -> None:
-    if fcntl is None:
-        return
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno not in (errno.EAGAIN, errno.EACCES):
-            return  # a file system without locks
-        raise UserError(
-            f"another dmquant is writing {what}; wait for it, or choose another folder with --out"
-        ) from None

@@ -169,7 +169,10 @@ def verify(folder: Path) -> None:
         console.say(fault)
     files = checksums.recorded(folder)
     if faults:
-        raise UserError(f"{folder} is not what was saved, in {len(faults)} places: get those files again")
+        count = f"{len(faults)} place{'s' if len(faults) > 1 else ''}"
+        if all(fault.endswith(checksums.ADDED) for fault in faults):
+            raise UserError(f"{folder} holds more than was saved, in {count}: move away what should not be in it")
+        raise UserError(f"{folder} is not what was saved, in {count}: get those files again")
     tensors = sum(len(entry.get("tensors", ())) for entry in files.values())
     console.say(f"{folder} is what was saved: {len(files)} files, {tensors} tensors")
 

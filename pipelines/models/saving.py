@@ -13,6 +13,7 @@ from dmquant.evaluation.report.markdown import cell, code
 from dmquant.host import checksums, owned
 from dmquant.host.files import as_umask_says, sha256
 from dmquant.host.folder_swap import take_place
+from dmquant.pipelines.models import folders
 from dmquant.pipelines.models.shared_parts import SharedParts
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ def save_whole(
     Parts other than the `backbone` are taken from `shared`, or put there, where it is given. Files of the user's in a
     folder that was replaced stay in it. Returns where a model without checksums, of versions up to 0.2, went, or None.
     """
-    folder = folder.resolve()
+    place, folder = folder, folder.resolve()
     with owned.workspace(folder) as room:
         new = room / "new"
         owned.drop(new)  # of a command that was killed
@@ -47,18 +48,21 @@ def save_whole(
         except BaseException:
             owned.drop(new)
             raise
-        if owner := owned.of(folder / CARD):
-            for name, digest in listed(folder).items():
-                owner.record(folder / name, digest=digest)
+        if owner := owned.of(place / CARD):
+            for name, digest in listed(place).items():
+                owner.record(place / name, digest=digest)
         return replaced
 
 
-def listed(folder: Path) -> Mapping[str, str]:
-    """SHA-256 of each file that was saved in the folder of a model, by its relative path; none without checksums."""
+def listed(folder: Path) -> Mapping[str, str] | None:
+    """SHA-256 of each file that was saved in the folder of a model, by its relative path.
+
+    None for a model without checksums, of versions up to 0.2; no names for a folder that is no model.
+    """
     try:
         recorded = checksums.recorded(folder)
     except UserError:
-        return {}
+        return None if (folder / folders.INDEX).exists() else {}
     return {name: entry["sha256"] for name, entry in recorded.items()} | {
         checksums.NAME: sha256(folder / checksums.NAME)
     }

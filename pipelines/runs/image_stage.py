@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dmquant.errors import UserError
+from dmquant.evaluation import image_files
 from dmquant.evaluation.generate import (
     Generated,
     ImageRequest,
@@ -44,6 +45,7 @@ def complete_images(
     """Make the images of one side that its folder lacks, and record their time and memory."""
     images, stage, key = folder.images(side), f"images_{side}", images_key(requests)
     absent = processes.current().on_main(lambda: pruned_and_missing(images, requests))
+    processes.current().on_main(lambda: _refuse_others(images, requests))
     if not absent and folder.finished(stage, key):
         console.say(f"{TITLES[side]}: all {len(requests)} are there")
         return
@@ -97,6 +99,14 @@ def _place_of_images(folder: Path, requests: Sequence[ImageRequest], overwrite: 
 def images_key(requests: Sequence[ImageRequest]) -> str:
     """Fingerprint of a set of images: the keys of its images stand for all that each depends on."""
     return fingerprint(images=[request.key for request in requests])
+
+
+def _refuse_others(folder: Path, requests: Sequence[ImageRequest]) -> None:
+    """UserError for an image that is not of the run: what is scored and shown is all that the folder holds."""
+    names = {request.name for request in requests}
+    others = [path for path in image_files.in_folder(folder) if path.name not in names] if folder.is_dir() else []
+    if others:
+        raise UserError(f"{others[0]} is not of this run, which scores all images of that folder: move it elsewhere")
 
 
 class _Facts:

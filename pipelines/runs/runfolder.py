@@ -48,7 +48,13 @@ WRITTEN = (
     *(f"{IMAGES}/*/[0-9]*.{suffix}" for suffix in ("png", "latent.safetensors", "trajectory.safetensors")),
     *(f"{CALIBRATION}/data/*/{name}" for name in ("index.json", "prompts-*.safetensors")),
     *(f"{CALIBRATION}/*/blocks/[0-9]*.{suffix}" for suffix in ("json", "safetensors")),
-    *(f"{FEATURES}/*/*.safetensors", f"{PROBE}/fp.safetensors", f"{MODEL}/README.md", f"{TRIALS}/*.json"),
+    *(
+        f"{FEATURES}/*/*.safetensors",
+        f"{PROBE}/fp.safetensors",
+        f"{MODEL}/README.md",
+        f"{MODEL}/checksums.json",
+        f"{TRIALS}/*.json",
+    ),
 )
 """Patterns of what commands write in a run folder, the model aside, which lists its files itself."""
 EARLIER = re.compile(r"[\w+-][\w.+-]*")
@@ -274,6 +280,10 @@ def _note_log(ours: Owned) -> None:
 def _adopt(ours: Owned) -> None:
     """Take the files of a run for ours that is there without notes: of versions up to 0.2, or copied without them."""
     if is_run(ours.root):
+        logging.getLogger("dmquant").warning(
+            "note: %s has no notes on what dmquant wrote there: files with the names of a run's are taken for its own",
+            ours.root,
+        )
         for path in (path for pattern in WRITTEN for path in ours.root.glob(pattern) if path.is_file()):
             if path.suffix != ".png" or path.parent == ours.root or read_key(path):
                 ours.record(path)
@@ -282,6 +292,8 @@ def _adopt(ours: Owned) -> None:
 def _refuse_strangers(path: Path, model: str, overwrite: bool) -> None:
     """UserError for a place that a run of `model` cannot have without taking something from somebody."""
     if not path.exists():
+        if path.is_symlink():
+            raise UserError(f"{path} is a link to nothing; choose another folder with --out")
         return
     if not path.is_dir():
         raise UserError(f"{path} is a file; choose another folder with --out")
@@ -293,6 +305,8 @@ def _refuse_strangers(path: Path, model: str, overwrite: bool) -> None:
                 "or replace it with --overwrite"
             )
         return
+    if owned.of(path / STATE) is not None:
+        return  # within a folder of ours, whose command was told about it
     strangers = sorted(entry.name for entry in path.iterdir() if entry.name != owned.ROOM)
     in_the_way = [name for name in strangers if name in ENTRIES] if overwrite else strangers
     if in_the_way:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dmquant.errors import UserError
-from dmquant.host import files, owned
+from dmquant.host import files, owned, room
 from dmquant.host.files import replacing, write_text
 
 NAMES = ("a", "b", "sub/a", "sub/b")
@@ -151,6 +151,34 @@ def test_clearing_goes_through_the_folders_of_recipes_and_leaves_what_is_theirs(
     assert not (recipe / ".dmquant").exists()
 
 
+def test_clearing_leaves_folders_of_other_commands_that_lie_below(tmp_path):
+    for other in ("runs/a", "backup/monday", "recipes/copied"):
+        with owned.claimed(tmp_path / other):
+            write_text(tmp_path / other / "report.md", "another run")
+    with owned.claimed(tmp_path) as ours:
+        write_text(tmp_path / "report.md", "ours")
+        with owned.claimed(tmp_path / "recipes" / "rtn"):
+            write_text(tmp_path / "recipes" / "rtn" / "report.md", "ours")
+    with owned.claimed(tmp_path) as ours:
+        ours.clear()
+    assert contents(tmp_path) == {
+        "runs/a/report.md": "another run",
+        "backup/monday/report.md": "another run",
+        "recipes/copied/report.md": "another run",
+    }
+
+
+def test_an_edit_of_equal_size_and_time_is_an_edit(tmp_path):
+    with owned.claimed(tmp_path):
+        write_text(tmp_path / "report.md", "FIX")
+    when = (tmp_path / "report.md").stat()
+    (tmp_path / "report.md").write_text("MYX")
+    os.utime(tmp_path / "report.md", ns=(when.st_atime_ns, when.st_mtime_ns))
+    with owned.claimed(tmp_path):
+        write_text(tmp_path / "report.md", "new")
+    assert (tmp_path / "report.md.replaced").read_text() == "MYX"
+
+
 def test_a_room_of_somebody_elses_is_refused(tmp_path):
     (tmp_path / ".dmquant").mkdir()
     (tmp_path / ".dmquant" / "diary").write_text("mine")
@@ -206,7 +234,7 @@ def test_a_damaged_manifest_makes_nothing_outside_of_its_folder_ours(tmp_path, n
     assert contents(tmp_path) == {"thesis.tex": "mine"}
 
 
-@pytest.mark.parametrize("name", [owned.MARKER, owned.LOCK, "notes.txt"])
+@pytest.mark.parametrize("name", [room.MARKER, room.LOCK, "notes.txt"])
 def test_a_folder_of_the_name_of_the_room_that_holds_something_of_the_users_is_refused(tmp_path, name):
     (tmp_path / owned.ROOM).mkdir()
     (tmp_path / owned.ROOM / name).write_text("mine")
@@ -217,7 +245,7 @@ def test_a_folder_of_the_name_of_the_room_that_holds_something_of_the_users_is_r
 
 def test_a_room_that_a_killed_command_had_begun_is_taken(tmp_path):
     (tmp_path / owned.ROOM).mkdir()
-    (tmp_path / owned.ROOM / owned.LOCK).touch()
-    (tmp_path / owned.ROOM / owned.MARKER).write_text(owned.ABOUT[:9])
+    (tmp_path / owned.ROOM / room.LOCK).touch()
+    (tmp_path / owned.ROOM / room.MARKER).write_text(room.ABOUT[:9])
     with owned.claimed(tmp_path):
         assert owned.is_room(tmp_path / owned.ROOM)

@@ -11,7 +11,7 @@ from dmquant.errors import UsageError, UserError
 from dmquant.host import owned
 from dmquant.pipelines.commands import stages
 from dmquant.pipelines.models import saving
-from dmquant.pipelines.runs.settings import Options, resolve
+from dmquant.pipelines.runs.settings import Options, resolve, resolve_all
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 
@@ -185,6 +185,43 @@ def test_a_run_is_not_written_over_its_source(quick, tiny_model, tmp_path, overw
 def generated(quick, out, overwrite=False, **changes):
     given = {"model": str(quick().model), "prompts": quick().prompts, "steps": 1, "device": "cpu", "dtype": "fp32"}
     stages.generate(resolve(Options(recipe="rtn", **(given | changes))), out, overwrite)
+
+
+def test_a_run_that_starts_anew_keeps_files_of_ones_own_in_its_model_and_other_runs_below(quick, tmp_path):
+    out = tmp_path / "run"
+    stages.run(resolve(quick()), out, False)
+    other = shutil.copytree(out, out / "runs" / "other")
+    (out / "model" / "notes.txt").write_text("mine")
+    before = contents(other)
+    stages.run(resolve(quick()), out, True)
+    assert contents(other) == before
+    assert (out / "model" / "notes.txt").read_text() == "mine"
+    assert not list(out.glob("model.replaced*"))
+    (out / "images" / "fp" / "cat.png").write_bytes((out / "images" / "fp" / "00000.png").read_bytes())
+    with pytest.raises(UserError, match=r"cat.png is not of this run"):
+        stages.run(resolve(quick()), out, False)
+
+
+def test_a_comparison_that_starts_anew_keeps_files_of_ones_own_in_its_models(quick, tmp_path):
+    compare = resolve_all(quick(), "rtn")
+    stages.compare(compare, tmp_path / "run", False)
+    notes = tmp_path / "run" / "recipes" / "rtn" / "model" / "notes.txt"
+    notes.write_text("mine")
+    stages.compare(compare, tmp_path / "run", True)
+    assert notes.read_text() == "mine"
+    assert (notes.parent / "checksums.json").exists()
+
+
+def test_a_model_behind_a_link_is_replaced_there(quick, tmp_path):
+    out, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    stages.run(resolve(quick()), out, False)
+    (out / "model").rename(elsewhere)
+    (out / "model").symlink_to(elsewhere)
+    for changes, overwrite in (({}, True), ({"w": "int8"}, False)):
+        stages.run(resolve(quick(**changes)), out, overwrite)
+        assert (out / "model").is_symlink()
+        assert not [path for path in tmp_path.rglob("*") if ".replaced" in path.name]
+        assert (elsewhere / "checksums.json").exists()
 
 
 def test_generate_keeps_what_is_there_and_replaces_only_its_own_and_only_when_told(quick, tmp_path, capsys):

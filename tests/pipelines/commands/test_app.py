@@ -438,7 +438,7 @@ def test_a_saved_model_of_which_a_bit_has_flipped_is_refused_and_the_tensor_name
     code, out, err = dmquant(capsys, "inspect", "q", "--verify")
     assert code == 1
     assert "text_encoder/model.safetensors is not what was saved: tensor 'shared.weight'" in " ".join(out.split())
-    assert err.startswith("error: q is not what was saved, in 1 places")
+    assert err.startswith("error: q is not what was saved, in 1 place")
     Path("q/checksums.json").unlink()
     _fails(dmquant(capsys, "inspect", "q", "--verify"), 1, "q has no checksums.json to verify it by")
     assert dmquant(capsys, *generate)[0] == 0
