@@ -169,7 +169,7 @@ class Owned:
     def _read(self) -> None:
         with contextlib.suppress(FileNotFoundError):
             for line in (self.room / MANIFEST).read_text(encoding="utf-8", errors="replace").splitlines():
-                with contextlib.suppress(ValueError, TypeError):  # half a line, of a full disk or a stopped machine
+                with contextlib.suppress(ValueError, TypeError, RecursionError):  # half a line, of a stopped machine
                     name, *record = json.loads(line)
                     if not _is_below(name):
                         continue

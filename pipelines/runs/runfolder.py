@@ -156,7 +156,7 @@ class RunFolder:
         with contextlib.suppress(FileNotFoundError):
             for line in self._journal.read_text(encoding="utf-8", errors="replace").splitlines():
                 # half a line, where the disk was full or the machine stopped, or one that was changed
-                with contextlib.suppress(ValueError, TypeError):
+                with contextlib.suppress(ValueError, TypeError, RecursionError):
                     kind, facts, digest = json.loads(line)
                     if json_sha256([kind, facts])[:SHORT] == digest:
                         self._state["notes"].setdefault(kind, {}).update(facts)

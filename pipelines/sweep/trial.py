@@ -66,7 +66,7 @@ class Task:
         """The record of the trial if it was done with these settings and metrics, and its images are kept if asked."""
         try:
             record = json.loads(self.record.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return None
         if not isinstance(record, dict) or record.pop("sha256", json_sha256(record)) != json_sha256(record):
             return None

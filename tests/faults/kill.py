@@ -24,14 +24,23 @@ def kills(scratch: Path, commands: Sequence[str], runs: int, seed: int) -> list[
 
             def do(folder: Path, name=name, said=said, expected=expected, index=index) -> Verdict:
                 drawn = random.Random(f"{seed} {name} {index}")
-                moments = [drawn.uniform(0, said.seconds)]
+                kills = _kill(name, folder, scratch, drawn.uniform(0, said.seconds))
                 if drawn.random() < SECOND_KILL:
-                    moments.append(drawn.uniform(0, said.seconds))
-                killed = [dmquant(COMMANDS[name], folder, environment(scratch), kill_after=one) for one in moments]
-                return resumed(name, folder, scratch, expected, f"{sum(one.killed for one in killed)} kills")
+                    moment = drawn.uniform(0, said.seconds)
+                    kills += dmquant(COMMANDS[name], folder, environment(scratch), kill_after=moment).killed
+                return resumed(name, folder, scratch, expected, f"{kills} kills")
 
             trials.append(Trial(len(trials), f"kill {name}", do))
     return trials
+
+
+def _kill(name: str, folder: Path, scratch: Path, moment: float) -> int:
+    """Kill a command `moment` seconds after it began, or sooner where it has ended by then; returns the kills."""
+    while not (killed := dmquant(COMMANDS[name], folder, environment(scratch), kill_after=moment).killed):
+        shutil.rmtree(folder)
+        folder.mkdir()
+        moment /= 2
+    return int(killed)
 
 
 def write_points(scratch: Path, commands: Sequence[str], points: int, seed: int) -> list[Trial]:

@@ -226,7 +226,8 @@ def test_a_damaged_manifest_makes_nothing_outside_of_its_folder_ours(tmp_path, n
     thesis.write_text("mine")
     with owned.claimed(tmp_path / "run"):
         write_text(tmp_path / "run" / "a", "ours")
-    line = json.dumps([name, 4, thesis.stat().st_mtime_ns, files.sha256(thesis)])
+    deep = "[" * 100_000
+    line = f"{deep}\n" + json.dumps([name, 4, thesis.stat().st_mtime_ns, files.sha256(thesis)])
     with (tmp_path / "run" / owned.ROOM / owned.MANIFEST).open("a") as manifest:
         manifest.write(f"{line}\n")
     with owned.claimed(tmp_path / "run") as ours:

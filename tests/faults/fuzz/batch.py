@@ -11,6 +11,7 @@ import traceback
 from pathlib import Path
 
 from tests.faults.fuzz.targets import TARGETS
+from tests.forked import ROOT
 
 SECONDS, BYTES, LINE = 10, 1 << 30, 2000
 """The most processor time that a case may take, memory that it may add, and characters of an error."""
@@ -68,7 +69,7 @@ def outcome(name: str, seed: int, number: int, folder: Path, given: Path) -> dic
 def _where(error: BaseException) -> str:
     """The last line of dmquant's that the error passed, and the last of all."""
     frames = traceback.extract_tb(error.__traceback__)
-    ours = [frame for frame in frames if "/site-packages/" not in frame.filename and "/tests/" not in frame.filename]
+    ours = [frame for frame in frames if ROOT in Path(frame.filename).parents and "site-packages" not in frame.filename]
     places = [*ours[-1:], *frames[-1:]]
     return " < ".join(dict.fromkeys(f"{'/'.join(Path(one.filename).parts[-2:])}:{one.lineno}" for one in places))
 

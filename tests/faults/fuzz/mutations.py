@@ -1,5 +1,6 @@
 """Damage done to files: to their bytes, and to the values that JSON or YAML holds."""
 
+import contextlib
 import json
 import random
 from collections.abc import Callable
@@ -98,8 +99,8 @@ def damaged_value(value: Any, drawn: random.Random) -> Any:
             holder[drawn.choice((*NAMES, str(key).upper(), f"{key} "))] = holder.pop(key)
         elif kind == 2:
             other, at = drawn.choice(places)
-            with_other = json.loads(json.dumps(other[at]))
-            holder[key] = with_other
+            with contextlib.suppress(RecursionError):
+                holder[key] = json.loads(json.dumps(other[at]))
         elif kind == 3 and isinstance(holder[key], int | float):
             holder[key] = holder[key] * drawn.choice((-1, 2, 10, 1000)) + drawn.choice((-1, 0, 1))
         elif kind == 4 and isinstance(holder[key], str) and holder[key]:

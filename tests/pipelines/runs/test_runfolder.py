@@ -163,7 +163,7 @@ def test_a_line_of_the_journal_that_was_changed_is_no_fact(tmp_path):
         folder.add_notes("seconds", {"first": 1.0})
         folder.add_notes("seconds", {"second": 2.0})
         journal = path / ".dmquant" / "state.journal"
-        journal.write_text(journal.read_text().replace("1.0", "9.0"))
+        journal.write_text(journal.read_text().replace("1.0", "9.0") + "[" * 100_000 + "\n")
         assert notes_of(path) == {"second": 2.0}
 
 
