@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dmquant.errors import UserError
-from dmquant.evaluation import image_files
 from dmquant.evaluation.generate import (
     Generated,
     ImageRequest,
@@ -18,6 +17,7 @@ from dmquant.evaluation.generate import (
     pruned_and_missing,
     unfinished_batches,
 )
+from dmquant.evaluation.image_files import PNG, kind_of
 from dmquant.evaluation.png import read_key
 from dmquant.host import owned, processes
 from dmquant.host.console import Console
@@ -104,8 +104,8 @@ def images_key(requests: Sequence[ImageRequest]) -> str:
 def _refuse_others(folder: Path, requests: Sequence[ImageRequest]) -> None:
     """UserError for an image that is not of the run: what is scored and shown is all that the folder holds."""
     names = {request.name for request in requests}
-    others = [path for path in image_files.in_folder(folder) if path.name not in names] if folder.is_dir() else []
-    if others:
+    pictures = (path for path in folder.glob("[!.]*") if path.is_file() and kind_of(path) == PNG)
+    if others := sorted(path for path in pictures if path.name not in names):
         raise UserError(f"{others[0]} is not of this run, which scores all images of that folder: move it elsewhere")
 
 

@@ -78,7 +78,8 @@ class Task:
         """Remove what a finished trial does not need."""
         ours = Owned(self.folder)
         ours.clear(keep=lambda name: self.keep_images and name.startswith(f"{runfolder.IMAGES}/"))
-        ours.leave()
+        if not self.keep_images:
+            ours.leave()
 
 
 @dataclass(frozen=True)

@@ -90,8 +90,8 @@ def _without_measurements(value: Any, unlike: dict[str, str], below: bool = Fals
 def _known_as_they_are(root: Path, data: bytes, hashes: dict[str, str]) -> bytes:
     known = set()
     for line in data.decode("utf-8").splitlines():
-        name, *_, digest = json.loads(line)
-        if hashes.get((root / name).as_posix()) == digest:
+        name, *record = json.loads(line)
+        if not record or hashes.get((root / name).as_posix()) == record[-1]:
             known.add(name)
     return "\n".join(sorted(known)).encode()
 
