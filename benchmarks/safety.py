@@ -95,7 +95,9 @@ def main(images: int, model: str, steps: int) -> None:
     with tempfile.TemporaryDirectory() as folder, installed(meter):
         prompts = Path(folder, "prompts.txt")
         prompts.write_text("\n".join(f"a red apple, number {index}" for index in range(images)))
-        options = Options(model=model, recipe="rtn", prompts=str(prompts), steps=steps, metrics="psnr,latent_mse")
+        options = Options(
+            model=model, recipe="rtn", prompts=str(prompts), num_prompts=images, steps=steps, metrics="psnr,latent_mse"
+        )
         settings, began = resolve(options), time.perf_counter()
         stages.run(settings, Path(folder, "run"), False)
         seconds = time.perf_counter() - began
