@@ -12,12 +12,11 @@ from typing import Any
 from dmquant.calib.data.sampling import Sample
 from dmquant.calib.data.shard import SHARDS, Captured, Setup, shard_name
 from dmquant.errors import UserError
-from dmquant.host.files import json_sha256, sha256, write_text
+from dmquant.host.files import json_sha256, sealed_json, sha256, take_seal, write_text
 
 VERSION = 2
 WITHOUT_HASH = 1  # the version before
 INDEX = "index.json"
-_SEAL = "sha256"
 _BEGINNING = ('{"version": ', '"made_for": {')
 
 
@@ -95,8 +94,7 @@ class Index:
 
     def save(self, folder: Path) -> None:
         """Write the index of `folder`."""
-        content = {"version": VERSION, **asdict(self)}
-        write_text(folder / INDEX, json.dumps(content | {_SEAL: json_sha256(content)}))
+        write_text(folder / INDEX, json.dumps(sealed_json({"version": VERSION, **asdict(self)})))
 
     @classmethod
     def load(cls, folder: Path) -> "Index | None":
@@ -107,8 +105,8 @@ class Index:
         path = folder / INDEX
         try:
             content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-            seal, version = content.pop(_SEAL, None), content.get("version")
-            if seal != json_sha256(content) and (seal, version) != (None, WITHOUT_HASH):
+            whole, version = take_seal(content), content.get("version")
+            if not whole and (whole, version) != (None, WITHOUT_HASH):
                 return None
             if version > VERSION:
                 raise UserError(

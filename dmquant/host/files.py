@@ -16,6 +16,7 @@ from dmquant.errors import UserError
 
 SETTLED = 1_000_000_000  # nanoseconds: two changes of a file that is younger may have the same time
 FILES_REMEMBERED = 1 << 18
+SEAL = "sha256"
 
 T = TypeVar("T")
 
@@ -36,14 +37,18 @@ class Keeper(Protocol):
 keepers: list[Keeper] = []
 
 
+def keeper_of(path: Path) -> Keeper | None:
+    """The keeper of the innermost folder that `path` is below, of those that are open; None where none is."""
+    return max((one for one in keepers if one.depth(path)), key=lambda one: one.depth(path), default=None)
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary file name; it becomes `path` when the block succeeds and is removed when not.
 
     Makes the folder if needed. Raises UserError when the operating system refuses (full disk, no permission).
     """
-    keeper = max((one for one in keepers if one.depth(path)), key=lambda one: one.depth(path), default=None)
-    temporary = None
+    keeper, temporary = keeper_of(path), None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = (keeper and keeper.temporary(path)) or _beside(path)
@@ -131,6 +136,16 @@ def sha256(path: Path, on_bytes: Callable[[int], None] = lambda count: None) -> 
 def json_sha256(value: Any, separators: tuple[str, str] | None = None) -> str:
     """SHA-256, in hexadecimal, of what `json.dumps` makes of a value; the order of keys does not count."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=separators).encode()).hexdigest()
+
+
+def sealed_json(content: dict[str, Any]) -> dict[str, Any]:
+    """An object with the SHA-256 of all else in it, under `sha256`."""
+    return content | {SEAL: json_sha256(content)}
+
+
+def take_seal(content: dict[str, Any]) -> bool | None:
+    """Take out of an object what `sealed_json` put into it; whether the rest is as it was, None where there is none."""
+    return content.pop(SEAL) == json_sha256(content) if SEAL in content else None
 
 
 def fingerprint(**settings: Any) -> str:

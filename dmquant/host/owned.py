@@ -194,7 +194,7 @@ def _is_below(name: object) -> bool:
 
 def of(path: Path) -> Owned | None:
     """The innermost folder of ours that is open and that `path` is below."""
-    return max((one for one in files.keepers if one.depth(path)), key=lambda one: one.depth(path), default=None)
+    return files.keeper_of(path)
 
 
 def remove(path: Path) -> None:
@@ -270,8 +270,8 @@ def joined(root: Path) -> Iterator[Owned]:
 def workspace(folder: Path) -> Iterator[Path]:
     """A hidden folder beside `folder`, held alone until the block ends: for work on what will be `folder`.
 
-    In a block within a block of the same process it is the same one. It is removed at the end of the outer block,
-    unless that fails and there is something in it that `keeps` names.
+    In a block within a block of the same process it is the same one. It is removed at the end of the outer block; where
+    that fails, what was worked out in it stays for the next command.
     """
     folder = folder.resolve()
     room = folder.with_name(f".{folder.name}{ROOM}")

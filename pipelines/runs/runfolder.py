@@ -23,7 +23,7 @@ from typing import Any
 from dmquant.errors import UserError
 from dmquant.evaluation.png import read_key
 from dmquant.host import owned, processes
-from dmquant.host.files import append_line, json_sha256, write_text
+from dmquant.host.files import append_line, json_sha256, sealed_json, take_seal, write_text
 from dmquant.host.names import folder_of
 from dmquant.host.owned import Owned
 
@@ -165,9 +165,7 @@ class RunFolder:
         """Write all that is known; the journal is emptied after that, and to read it twice does no harm."""
         if processes.current().is_main:
             state = json.loads(json.dumps(self._state))  # as it will be read, with every key a string
-            write_text(
-                self.path / STATE, json.dumps(state | {"sha256": json_sha256(state)}, indent=1, sort_keys=True) + "\n"
-            )
+            write_text(self.path / STATE, json.dumps(sealed_json(state), indent=1, sort_keys=True) + "\n")
             owned.drop(self._journal)
 
 
@@ -175,10 +173,9 @@ def _read_state(path: Path) -> dict[str, Any]:
     """The content of state.json; UserError where there is none, or one that is not what was written."""
     try:
         state = json.loads((path / STATE).read_text(encoding="utf-8"))
-        version, digest = state["version"], state.pop("sha256", None)
-        if version != VERSION:
+        if state["version"] != VERSION:
             raise UserError(f"{path} was written by another version of dmquant; start anew with --overwrite")
-        if digest not in (None, json_sha256(state)):  # versions up to 0.2 wrote none
+        if take_seal(state) is False:  # versions up to 0.2 wrote none
             raise ValueError("it is not what was written")
         if not (isinstance(state["model"], str) and _are_objects(state["stages"]) and _are_objects(state["notes"])):
             raise ValueError("it holds something else than the stages of a run")

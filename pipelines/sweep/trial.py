@@ -17,7 +17,7 @@ from dmquant.errors import UserError
 from dmquant.evaluation.networks import Networks
 from dmquant.host import owned
 from dmquant.host.console import Console, quiet_libraries
-from dmquant.host.files import fingerprint, json_sha256, write_text
+from dmquant.host.files import fingerprint, sealed_json, take_seal, write_text
 from dmquant.host.owned import Owned
 from dmquant.pipelines.runs import runfolder
 from dmquant.pipelines.runs.calibration import data_key
@@ -68,7 +68,7 @@ class Task:
             record = json.loads(self.record.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError):
             return None
-        if not isinstance(record, dict) or record.pop("sha256", json_sha256(record)) != json_sha256(record):
+        if not isinstance(record, dict) or take_seal(record) is False:
             return None
         if record["fingerprint"] != self.key or not set(self.settings.metrics) <= record["metrics"].keys():
             return None
@@ -113,7 +113,7 @@ def run_trial(task: Task) -> dict[str, Any] | Failure:
             _traceback_in(console),
         ):
             record = _do(task, folder, console)
-            write_text(task.record, json.dumps(record | {"sha256": json_sha256(record)}, indent=1) + "\n")
+            write_text(task.record, json.dumps(sealed_json(record), indent=1) + "\n")
         task.tidy()
     except UserError as error:
         return Failure(" ".join(str(error).split()), is_full_disk(error))

@@ -10,7 +10,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dmquant.errors import UserError
-from dmquant.host.files import append_line, as_umask_says, fingerprint, json_sha256, replacing, sha256
+from dmquant.host.files import (
+    append_line,
+    as_umask_says,
+    fingerprint,
+    json_sha256,
+    replacing,
+    sealed_json,
+    sha256,
+    take_seal,
+)
 
 
 def test_sha256_of_a_file_is_the_published_one(tmp_path):
@@ -33,6 +42,16 @@ def test_hashes_that_lie_in_folders_of_earlier_versions_stay_what_they_are():
     value = {"b": 1, "a": ["x", 0.5]}
     assert json_sha256(value) == hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
     assert fingerprint(a=1) == hashlib.sha256(b'{"a":1}').hexdigest()[:32]
+
+
+@given(st.dictionaries(st.text().filter("sha256".__ne__), st.integers() | st.lists(st.text()), min_size=1, max_size=4))
+def test_a_sealed_object_is_as_it_was_until_something_in_it_changes(content):
+    written = json.loads(json.dumps(sealed_json(content)))
+    changed = written | {next(iter(content)): "another"}
+    assert take_seal(written) is True
+    assert written == content
+    assert take_seal(written) is None
+    assert take_seal(changed) is False
 
 
 @given(st.dictionaries(st.text(), st.integers() | st.lists(st.text()), max_size=4))
