@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from dmquant.activations import ActivationSpec
-from dmquant.kernels import cpu, reference
+from dmquant.cpu import lookup
+from dmquant.kernels import reference
 from dmquant.layers import quantize_layer
 from dmquant.qtensor import WeightSpec
 
@@ -195,7 +196,7 @@ def measure_fake_quantization(watch: Stopwatch) -> tuple[str, dict]:
     """Per-token FP6 E2M3 of a Linear's and of a convolution's input: a markdown table and the same as data."""
     spec = ActivationSpec.parse("fp6")
     ways = {
-        "dmquant, compiled": lambda x: cpu.fake_quantize(x, spec, -1),
+        "dmquant, compiled": lambda x: lookup.fake_quantize(x, spec, -1),
         "dmquant, eager": lambda x: reference.fake_quantize(x, spec, -1),
         "brevitas FloatQuant": brevitas_way(),
         "microxcaling": microxcaling_way(),
@@ -224,7 +225,7 @@ def measure_fake_quantization(watch: Stopwatch) -> tuple[str, dict]:
 def compile_seconds() -> float:
     """Of the first large activation: what a process pays once (less, if an earlier one left its code in the cache)."""
     start = time.perf_counter()
-    cpu.fake_quantize(torch.randn(1, 1024, 1152).bfloat16(), ActivationSpec.parse("fp6"), -1)
+    lookup.fake_quantize(torch.randn(1, 1024, 1152).bfloat16(), ActivationSpec.parse("fp6"), -1)
     return time.perf_counter() - start
 
 
@@ -248,7 +249,7 @@ def timed(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, Callable
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
-    cpu.PAYS_AFTER = 0  # compile at the first call, as a long run has done by now
+    lookup.PAYS_AFTER = 0  # compile at the first call, as a long run has done by now
     return arguments, time.thread_time if arguments.cpu_time else time.perf_counter
 
 

@@ -8,9 +8,11 @@ import pytest
 import torch
 
 from dmquant.activations import ActivationSpec, TimestepRanges, fake_quantize, ranges_of, static_scale
+from dmquant.cpu import lookup
+from dmquant.cpu.compiling import missing_to_compile
 from dmquant.errors import UsageError
 from dmquant.formats import get_format
-from dmquant.kernels import cpu, reference
+from dmquant.kernels import reference
 
 
 @pytest.mark.parametrize("format", ["fp6", "fp8", "fp6_e3m2", "int8", "int6"])
@@ -105,14 +107,14 @@ def test_channel_scales_are_refused_for_activations():
     ],
 )
 def test_the_compiled_loop_gives_the_reference_bit_for_bit(format, granularity, split, monkeypatch):
-    monkeypatch.setattr(cpu, "PAYS_AFTER", 0)
-    if cpu.missing_to_compile():
+    monkeypatch.setattr(lookup, "PAYS_AFTER", 0)
+    if missing_to_compile():
         pytest.skip("no C++ compiler: large activations run eagerly")
     spec = ActivationSpec.parse(format, granularity, split=split)
     for dtype in (torch.float32, torch.bfloat16):
         x = torch.randn(4, 256, 1152, dtype=dtype)
-        assert x.numel() >= cpu.WORTH_COMPILING
-        assert torch.equal(cpu.fake_quantize(x, spec, -1), reference.fake_quantize(x, spec, -1))
+        assert x.numel() >= lookup.WORTH_COMPILING
+        assert torch.equal(lookup.fake_quantize(x, spec, -1), reference.fake_quantize(x, spec, -1))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

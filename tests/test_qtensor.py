@@ -8,9 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dmquant.cpu import lookup
 from dmquant.errors import UsageError
 from dmquant.formats import get_format
-from dmquant.kernels import cpu, reference
+from dmquant.kernels import reference
 from dmquant.qtensor import WeightSpec, from_matrix, quantize, quantize_tensor, to_matrix
 from dmquant.scaling import BLOCK_FORMATS, STORES, Granularity, fit_absmax, fit_mse, to_groups
 
@@ -166,7 +167,7 @@ def test_the_matrix_form_is_channels_last_half_by_half_and_can_be_undone(data, r
 
 @pytest.mark.parametrize("split", [None, 24])
 def test_dequantized_convolutions_are_in_the_memory_format_that_kernels_read(split):
-    for kernel in (cpu, reference):
+    for kernel in (lookup, reference):
         for format in ("fp4", "int3"):
             q = quantize(torch.randn(8, 64, 3, 3), WeightSpec.parse(format, "group:8", split=split))
             weight = kernel.dequantize(q.codes, q.scale, q.spec, q.shape, torch.bfloat16)
@@ -214,7 +215,7 @@ def test_the_table_kernel_gives_the_reference_bit_for_bit(format, store, dtype):
     for columns, granularity in itertools.product((256, 250, 37), ("group:64", "channel", "tensor")):
         q = quantize_tensor(weights(6, columns), format, granularity, store=store)
         arguments = (q.codes, q.scale, q.spec, q.shape, dtype)
-        assert torch.equal(cpu.dequantize(*arguments), reference.dequantize(*arguments))
+        assert torch.equal(lookup.dequantize(*arguments), reference.dequantize(*arguments))
 
 
 @settings(max_examples=60, deadline=None)

@@ -12,8 +12,9 @@ from torch import nn
 from dmquant import kernels
 from dmquant.activations import ActivationSpec, fake_quantize, static_scale
 from dmquant.convert import plan, quantize_
+from dmquant.cpu import lookup
 from dmquant.errors import UsageError
-from dmquant.kernels import cpu, reference
+from dmquant.kernels import reference
 from dmquant.layers import QUANTIZED, quantize_layer
 from dmquant.pipelines.runs.footprint import footprint, remainder
 from dmquant.qtensor import WeightSpec, quantize
@@ -122,7 +123,7 @@ def test_the_table_kernel_gives_the_reference_bit_for_bit(format, store, dtype):
         for granularity in ("group:16", "group:8", "channel", "tensor"):
             q = quantize(weights(*shape), WeightSpec.parse(format, granularity, store=store, split=split))
             arguments = (q.codes, q.scale, q.spec, q.shape, dtype)
-            assert torch.equal(cpu.dequantize(*arguments), reference.dequantize(*arguments))
+            assert torch.equal(lookup.dequantize(*arguments), reference.dequantize(*arguments))
 
 
 @settings(max_examples=60, deadline=None)
@@ -140,7 +141,7 @@ def test_a_split_input_is_its_halves_quantized_alone(data, channels, dim, granul
     alone = [fake_quantize(half, ActivationSpec.parse(format, granularity), dim) for half in halves]
     spec = ActivationSpec.parse(format, granularity, split=split)
     assert torch.equal(fake_quantize(x, spec, dim), torch.cat(alone, dim))
-    assert torch.equal(cpu.fake_quantize(x, spec, dim), torch.cat(alone, dim))
+    assert torch.equal(lookup.fake_quantize(x, spec, dim), torch.cat(alone, dim))
 
 
 @pytest.mark.parametrize(("shape", "dim"), [((2, 5, 10), -1), ((2, 10, 3, 4), -3), ((10, 3, 4), -3), ((2, 2), -1)])

@@ -1,4 +1,4 @@
-"""Kernels: how a quantized layer multiplies. One module here is one kernel, its `KERNEL`.
+"""Kernels: how a quantized layer multiplies. A module of one of PLACES that has a `KERNEL` is one kernel.
 
 The reference defines the meaning. The kernel of the least cost that takes a layer runs it, unless one is forced: by
 `forced`, or by the environment variable DMQUANT_KERNEL.
@@ -18,9 +18,13 @@ from dmquant.kernels.chosen import PREFIX, Chosen
 from dmquant.kernels.reference import Reference
 
 VARIABLE = "DMQUANT_KERNEL"
-_own = [module.name for module in pkgutil.iter_modules(__path__) if module.name != "chosen"]
-_modules = [importlib.import_module(f"{__name__}.{name}") for name in _own]
-KERNELS: dict[str, Reference] = {module.KERNEL.name: module.KERNEL for module in _modules}
+PLACES = (__name__, "dmquant.cpu", "dmquant.gpu")  # by name alone: the core imports no room above it
+_modules = [
+    importlib.import_module(f"{place}.{module.name}")
+    for place in PLACES
+    for module in pkgutil.iter_modules(__path__ if place == __name__ else importlib.import_module(place).__path__)
+]
+KERNELS: dict[str, Reference] = {one.KERNEL.name: one.KERNEL for one in _modules if hasattr(one, "KERNEL")}
 _forced: str | None = None
 
 

@@ -15,11 +15,11 @@ import torch
 from huggingface_hub import constants
 
 from dmquant import kernels
+from dmquant.cpu.compiling import missing_to_compile
 from dmquant.diffusers.families import families
 from dmquant.diffusers.torchvision import ensure_torchvision_imports
 from dmquant.errors import UserError
 from dmquant.host.units import about_text
-from dmquant.kernels.cpu import missing_to_compile
 from dmquant.pipelines.models import folders, hub
 from dmquant.pipelines.models.loading import embedded_folder
 from dmquant.pipelines.models.registry import EMBEDDED, ModelSpec, registered_models

@@ -13,6 +13,7 @@ from torch import nn
 import dmquant
 from dmquant import kernels
 from dmquant.calib.blocks.codes import meaning_of
+from dmquant.cpu.compiling import missing_to_compile
 from dmquant.diffusers.families import GENERIC, Family
 from dmquant.errors import UsageError, UserError, check_choice
 from dmquant.evaluation.generate import ImageRequest, batch_size_for, image_requests
@@ -21,7 +22,6 @@ from dmquant.evaluation.metrics.registry import METRICS, all_names, check_names,
 from dmquant.evaluation.networks import CLIP
 from dmquant.host.files import fingerprint
 from dmquant.host.names import readable
-from dmquant.kernels.cpu import missing_to_compile
 from dmquant.pipelines.models.loading import resolve_device, resolve_dtype
 from dmquant.pipelines.models.registry import (
     EMBEDDED,

@@ -14,8 +14,8 @@ from dmquant.calib.blocks.outputs import Budget
 from dmquant.calib.data.sampling import Sample
 from dmquant.calib.data.store import CalibrationStore
 from dmquant.convert import plan, quantize_
+from dmquant.cpu.compiling import missing_to_compile
 from dmquant.errors import UsageError, UserError
-from dmquant.kernels.cpu import missing_to_compile
 from dmquant.pipelines.runs.bounds import parse_size
 from tests.calib.runs import calibrated, captured, is_same, packed, quantized_layers, recipe_of, saved_and_loaded
 from tests.forked import Forked

@@ -3,7 +3,7 @@ import shutil
 import huggingface_hub
 import pytest
 
-from dmquant.kernels import cpu
+from dmquant.cpu import compiling, lookup
 from dmquant.pipelines.commands import doctor
 from dmquant.pipelines.models import hub
 from dmquant.pipelines.models.registry import registered_models
@@ -23,22 +23,22 @@ def test_every_model_library_and_weight_has_its_line(checks):
 
 def test_every_kernel_has_its_line_and_what_it_lacks(checks, monkeypatch):
     assert (checks["kernel cpu"].status, checks["kernel reference"].status) == ("ok", "ok")
-    monkeypatch.setattr(cpu.Cpu, "missing", lambda self: "no CPU: buy one")
+    monkeypatch.setattr(lookup.Cpu, "missing", lambda self: "no CPU: buy one")
     found = {check.name: check for check in doctor._kernels()}["kernel cpu"]
     assert (found.status, found.detail, found.remedy) == ("missing", "no CPU", "buy one")
 
 
 def test_without_pythons_headers_torch_compile_is_not_said_to_work(tmp_path, monkeypatch):
-    monkeypatch.setattr(cpu.sysconfig, "get_path", lambda name: str(tmp_path))
-    cpu.missing_to_compile.cache_clear()
+    monkeypatch.setattr(compiling.sysconfig, "get_path", lambda name: str(tmp_path))
+    compiling.missing_to_compile.cache_clear()
     try:
-        assert cpu.missing_to_compile()
+        assert compiling.missing_to_compile()
         found = doctor._compiler()
         assert (found.name, found.status) == ("torch.compile", "missing")
         assert "install" in found.remedy
     finally:
         monkeypatch.undo()
-        cpu.missing_to_compile.cache_clear()
+        compiling.missing_to_compile.cache_clear()
 
 
 def test_what_is_missing_comes_with_a_remedy_and_what_is_there_without(checks):

@@ -5,15 +5,14 @@ Both give the reference's result bit for bit.
 
 import dataclasses
 import functools
-import sysconfig
 from collections import Counter
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from dmquant import activations, qtensor
 from dmquant.activations import ActivationSpec, half_by_half
+from dmquant.cpu.compiling import missing_to_compile
 from dmquant.formats import FloatFormat, Format
 from dmquant.grids import ScaledGrid
 from dmquant.kernels.reference import Reference
@@ -92,21 +91,6 @@ def _to_compile(spec: ActivationSpec) -> ActivationSpec:
     if isinstance(fmt, FloatFormat) and fmt.max_exponent - fmt.min_exponent < _FEW_BINADES:
         return dataclasses.replace(spec, fmt=_ComparingFormat(fmt.exponent, fmt.mantissa))
     return spec
-
-
-@functools.cache
-def missing_to_compile() -> str | None:
-    """A requirement that torch.compile lacks on the CPU, and how to get it; None where it lacks nothing."""
-    from torch._inductor.cpp_builder import get_cpp_compiler
-    from torch._inductor.exc import InvalidCxxCompiler
-
-    try:
-        get_cpp_compiler()
-    except (InvalidCxxCompiler, RuntimeError, OSError):
-        return "a C++ compiler: install g++ or clang"
-    if not Path(sysconfig.get_path("include"), "Python.h").exists():
-        return "Python's headers: install python3-dev, or the package that has Python.h"
-    return None
 
 
 @functools.cache
