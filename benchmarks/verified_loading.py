@@ -47,7 +47,7 @@ def seconds(work: Callable[[], object]) -> float:
 
 def forget(folder: Path) -> None:
     """Drop the files from the system's cache, and what this process knows of them."""
-    from dmquant.host import caches
+    from dmquant.host import caches, hashes
 
     hashes._in_this_process.clear()
     Path(os.environ[caches.VARIABLE], "hashes.json").unlink(missing_ok=True)
