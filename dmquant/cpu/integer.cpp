@@ -168,8 +168,8 @@ void images(const T* x, int64_t count, const Image& m, const Format& f, const fl
 struct Weights {
     const uint8_t* packed;
     int64_t packed_pitch, bits;
-    const int8_t* tables;   // [8][2^bits]: the value of a code, times 2^shift
-    const uint8_t* shifts;  // [outputs][groups]
+    const int8_t* tables;    // [factors][2^bits]: the value of a code, times the factor
+    const uint8_t* factors;  // [outputs][groups]
     int64_t groups, size;
     int64_t outputs, segments, columns;  // columns of each segment
     int64_t padded() const { return (columns + 3) / 4 * 4; }
@@ -178,7 +178,7 @@ struct Weights {
 
 // The weights of one output, in the order of its columns.
 void expand_row(const Weights& w, int64_t output, int8_t* to) {
-    const uint8_t *codes = w.packed + output * w.packed_pitch, *shifts = w.shifts + output * w.groups;
+    const uint8_t *codes = w.packed + output * w.packed_pitch, *factors = w.factors + output * w.groups;
     const int64_t columns = w.segments * w.columns, entries = int64_t(1) << w.bits;
     int64_t column = 0;
 #if defined(__AVX2__)
@@ -189,7 +189,7 @@ void expand_row(const Weights& w, int64_t output, int8_t* to) {
             const __m128i even = _mm_and_si128(bytes, low), odd = _mm_and_si128(_mm_srli_epi16(bytes, 4), low);
             const __m128i halves[2] = {_mm_unpacklo_epi8(even, odd), _mm_unpackhi_epi8(even, odd)};
             for (int half = 0; half < 2; ++half) {
-                const int8_t* table = w.tables + shifts[(column + 16 * half) / w.size] * entries;
+                const int8_t* table = w.tables + factors[(column + 16 * half) / w.size] * entries;
                 const __m128i values = _mm_shuffle_epi8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table)), halves[half]);
                 _mm_storeu_si128(reinterpret_cast<__m128i*>(to + column + 16 * half), values);
             }
@@ -201,7 +201,7 @@ void expand_row(const Weights& w, int64_t output, int8_t* to) {
         const int64_t bit = column * w.bits, byte = bit / 8;
         uint32_t word = codes[byte];
         if (bit % 8 + w.bits > 8) word |= uint32_t(codes[byte + 1]) << 8;
-        to[column] = w.tables[shifts[column / w.size] * entries + ((word >> (bit % 8)) & mask)];
+        to[column] = w.tables[factors[column / w.size] * entries + ((word >> (bit % 8)) & mask)];
     }
 }
 

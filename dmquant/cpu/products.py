@@ -53,7 +53,7 @@ class _Weights(ctypes.Structure):
         ("packed_pitch", c_int64),
         ("bits", c_int64),
         ("tables", c_void_p),
-        ("shifts", c_void_p),
+        ("factors", c_void_p),
         *((name, c_int64) for name in ("groups", "size", "outputs", "segments", "columns")),
     )
 
@@ -189,8 +189,8 @@ class Operand:
     """uint8 (outputs, bytes), a view whose rows begin with the operand's first code."""
     bits: int
     tables: Tensor
-    """int8 (8, 2^bits): the integer of a code times 2^shift."""
-    shifts: Tensor
+    """int8 (factors, 2^bits): the integer of a code times the factor."""
+    factors: Tensor
     """uint8 (outputs, groups), a view whose rows begin with the operand's first group; rows lie `stride(0)` apart."""
     size: int
     segments: int
@@ -204,8 +204,8 @@ class Operand:
             self.packed.stride(0),
             self.bits,
             self.tables.data_ptr(),
-            self.shifts.data_ptr(),
-            self.shifts.stride(0),
+            self.factors.data_ptr(),
+            self.factors.stride(0),
             self.size,
             len(self.packed),
             self.segments,
@@ -316,9 +316,9 @@ def wrong(at: int) -> str | None:
         packed[0], packed[1] = 0, 1
         values = torch.zeros(256, dtype=torch.int32)
         values[:2] = torch.tensor([most, -most])
-        tables = torch.stack([values << shift for shift in range(8)]).to(torch.int8)
-        shifts = torch.zeros(outputs, 1, dtype=torch.uint8)
-        weight = Operand(packed, 8, tables, shifts, WHOLE, 1, columns, most)
+        tables = values.to(torch.int8).unsqueeze(0)
+        factors = torch.zeros(outputs, 1, dtype=torch.uint8)
+        weight = Operand(packed, 8, tables, factors, WHOLE, 1, columns, most)
         out = torch.empty(rows, outputs)
         multiply(
             Codes(codes.codes, torch.ones(rows), fmt),
