@@ -46,8 +46,8 @@ def test_whole_multiples_make_a_row_integers_times_one_float(store, format):
         factors, fmt = stores.STORES[store].factors(q.spec.fmt), q.spec.fmt
         assert set(q.scales.stored.unique().tolist()) <= set(factors)
         integers = q.dequantize().double() / (q.scales.base.double() * fmt.min_positive)
-        assert (integers - integers.round()).abs().max() < 1e-4
-        assert integers.round().abs().max() <= factors[-1] * fmt.values.abs().max() / fmt.min_positive
+        assert torch.equal(integers, integers.round())
+        assert integers.abs().max() <= factors[-1] * fmt.values.abs().max() / fmt.min_positive
 
 
 @pytest.mark.parametrize("granularity", ["group:16", "channel", "tensor"])
