@@ -1,20 +1,93 @@
-"""Whether this machine can compile."""
+"""Compile for this machine: what lacks, and libraries made of the C++ files of this folder."""
 
+import ctypes
 import functools
+import hashlib
+import logging
+import os
+import platform
+import subprocess
 import sysconfig
+import tempfile
 from pathlib import Path
+
+from dmquant.host import caches
+
+# No -ffast-math, and no multiplication fused with an addition: results are those of the eager code, bit for bit.
+FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-std=c++17", "-fopenmp", "-shared", "-fPIC")
+LONGEST = 120  # seconds that a compiler may take
 
 
 @functools.cache
 def missing_to_compile() -> str | None:
     """A requirement that torch.compile lacks on the CPU, and how to get it; None where it lacks nothing."""
+    if missing := missing_compiler():
+        return missing
+    if not Path(sysconfig.get_path("include"), "Python.h").exists():
+        return "Python's headers: install python3-dev, or the package that has Python.h"
+    return None
+
+
+@functools.cache
+def missing_compiler() -> str | None:
+    """The compiler that `library` lacks, and how to get it; None where there is one."""
+    return None if _compiler() else "a C++ compiler: install g++ or clang"
+
+
+@functools.cache
+def library(name: str) -> ctypes.CDLL | None:
+    """The functions of `name`.cpp of this folder; None, with a note in the log, where they cannot be compiled.
+
+    They are compiled once for a machine, compiler and source, into the folder of caches.
+    """
+    compiler, folder = _compiler(), caches.folder()
+    if compiler is None or folder is None:
+        return _without(name, missing_compiler() or "there is no home folder to keep it in")
+    source = Path(__file__).with_name(f"{name}.cpp")
+    about = (source.read_text(encoding="utf-8"), compiler, _version(compiler), *FLAGS, *_processor())
+    made = folder / "compiled" / f"{name}-{hashlib.sha256(repr(about).encode()).hexdigest()[:16]}.so"
+    try:
+        if not made.exists():
+            _compile(compiler, source, made)
+        return ctypes.CDLL(str(made))
+    except (OSError, subprocess.SubprocessError) as error:
+        return _without(name, (getattr(error, "stderr", None) or str(error)).strip().splitlines()[0])
+
+
+def _compile(compiler: str, source: Path, made: Path) -> None:
+    """Compile beside `made` and move there, so that another process finds all of it or nothing."""
+    made.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=made.parent, prefix=".making-") as scratch:
+        result = Path(scratch, made.name)
+        command = [compiler, *FLAGS, str(source), "-o", str(result)]
+        subprocess.run(command, check=True, capture_output=True, text=True, timeout=LONGEST, cwd=scratch)
+        os.replace(result, made)
+
+
+def _without(name: str, reason: str) -> None:
+    logging.getLogger("dmquant").warning(f"{name} is not compiled here, and slower code does its work: {reason}")
+
+
+@functools.cache
+def _compiler() -> str | None:
     from torch._inductor.cpp_builder import get_cpp_compiler
     from torch._inductor.exc import InvalidCxxCompiler
 
     try:
-        get_cpp_compiler()
+        return get_cpp_compiler()
     except (InvalidCxxCompiler, RuntimeError, OSError):
-        return "a C++ compiler: install g++ or clang"
-    if not Path(sysconfig.get_path("include"), "Python.h").exists():
-        return "Python's headers: install python3-dev, or the package that has Python.h"
-    return None
+        return None
+
+
+def _version(compiler: str) -> str:
+    return subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=LONGEST).stdout
+
+
+def _processor() -> tuple[str, ...]:
+    """What `-march=native` depends on: another machine may share the folder of caches."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = [platform.processor()]
+    kinds = ("vendor_id", "cpu family", "model", "flags", "Features", "CPU part")
+    return (platform.machine(), *sorted({line for line in lines if line.split("\t")[0].strip() in kinds}))
