@@ -13,10 +13,9 @@ from torch import Tensor, nn
 
 from dmquant.formats import get_format
 from dmquant.gpu import device as devices
-from dmquant.gpu import operands
+from dmquant.gpu import int8, operands
 from dmquant.gpu.operands import E4M3
 from dmquant.gpu.ops import finish
-from dmquant.gpu.patches import mixes_tokens
 from dmquant.gpu.product import Product
 
 
@@ -65,10 +64,9 @@ class Fp8(Product):
         if reason := _fails(device):
             return reason
         spec, inputs = layer.weight_spec, layer.activations
-        mixed = mixes_tokens(layer)
-        if operands.why_no_inputs(inputs, mixed, torch.int8) or operands.why_no_weights(layer, torch.int8):
+        if int8.KERNEL.refuses_codes(layer):
             return None
-        octaves = operands.span(layer)
+        octaves = operands.operand(layer, E4M3).span
         sums = prod(layer.weight_shape[1:]) * operands.largest(inputs.fmt) * operands.largest(spec.fmt) * 2**octaves
         if sums > operands.EXACT_SUMS:
             return f"sums up to {sums:,.0f} are not exact in float32, and are in int32: cuda-int8"

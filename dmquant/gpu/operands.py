@@ -1,13 +1,13 @@
-"""Weights and inputs as operands of integer and FP8 products: small multiples of a unit, and scales beside them.
+"""Weights and inputs as operands of one byte: `dmquant.operands` for int8, and what E4M3 holds exactly beside that.
 
-The values of a narrow format are multiples of its smallest one: E2M1's 0 to 12 times 0.5, E2M3's 0 to 60 times 0.125.
-Where all scales of a row are powers of two times one float32 (store `pow2`), the powers go into the multiples, and one
-scale for each output channel is left: int32 holds the product of two such operands without error.
+E4M3 has integers up to 16, and larger ones with as many digits, but it goes on below 1: where all scales of a row are
+powers of two times one float32, it holds up to 14 octaves of them with FP4 values, int8 three. The powers go into the
+operand, and one scale for each output channel is left.
 """
 
 import functools
-import os
 from dataclasses import dataclass
+from math import frexp
 
 import torch
 from torch import Tensor, nn
@@ -15,48 +15,41 @@ from torch import Tensor, nn
 from dmquant.activations import ActivationSpec
 from dmquant.formats import Format
 from dmquant.grids import ScaledGrid
-from dmquant.stores import power_of_two
+from dmquant.operands import unit_of
+from dmquant.stores import floor_exponent, power_of_two
 from dmquant.transforms import Storage
 
 E4M3 = torch.float8_e4m3fn
 NAMES = {torch.int8: "int8", E4M3: "FP8 E4M3"}
-FOLDED = ("pow2", "e8m0")  # stores of exponents, plus 127
 EXACT_SUMS = 1 << 24  # integers up to here are float32s
 _MOST_OCTAVES = 32
 
 
-def keeps_expanded() -> bool:
-    """Whether weights are kept at 8 bits (`speed`) or expanded for each call from packed codes (`memory`)."""
-    return os.environ.get("DMQUANT_WEIGHTS") == "speed"
-
-
-@functools.cache
+@functools.lru_cache(maxsize=64)
 def unit(fmt: Format, dtype: torch.dtype) -> float | None:
     """What values of `fmt` over it are exact in int8 or E4M3; None where `dtype` holds them in no unit.
 
     Integers, the smallest value being 1; in E4M3 the values themselves, where they are too large as integers.
     """
-    for divisor in (fmt.min_positive, 1.0):
-        if _holds(fmt, divisor, dtype):
-            return divisor
-    return None
+    if dtype == torch.int8:
+        return unit_of(fmt)
+    power_of_2 = frexp(fmt.min_positive)[0] == 0.5
+    return next((one for one in (fmt.min_positive, 1.0) if power_of_2 and _holds(fmt, one, dtype)), None)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=64)
 def octaves(fmt: Format, dtype: torch.dtype) -> tuple[int, int]:
-    """The most octaves by which operands of `fmt` may grow, and shrink, and still be exact in `dtype`."""
+    """By how many octaves operands of `fmt` can grow, and shrink, and still be exact in `dtype`."""
     divisor = unit(fmt, dtype)
-    return tuple(
-        next(k for k in range(_MOST_OCTAVES) if not _holds(fmt, divisor * 2.0 ** (sign * (k + 1)), dtype))
-        for sign in (-1, 1)
-    )
+    ways = [[_holds(fmt, divisor * 2.0 ** (sign * k), dtype) for k in range(1, _MOST_OCTAVES)] for sign in (-1, 1)]
+    return ways[0].index(False), ways[1].index(False)
 
 
 def _holds(fmt: Format, divisor: float, dtype: torch.dtype) -> bool:
     scaled = fmt.values.double() / divisor
     limits = torch.iinfo(dtype) if dtype == torch.int8 else torch.finfo(dtype)
-    inside = limits.min <= scaled.min() and scaled.max() <= limits.max
-    return bool(inside) and torch.equal(scaled.to(dtype).double(), scaled)
+    inside = limits.min <= scaled.min().item() and scaled.max().item() <= limits.max
+    return inside and torch.equal(scaled.to(dtype).double(), scaled)
 
 
 def largest(fmt: Format) -> float:
@@ -64,83 +57,73 @@ def largest(fmt: Format) -> float:
     return fmt.values.abs().max().item() / fmt.min_positive
 
 
-def why_no_inputs(activations: ActivationSpec | None, mixed: bool, dtype: torch.dtype) -> str | None:
-    """Why inputs quantized like this are no operands in `dtype`; None where they are. `mixed`: by a convolution."""
-    if activations is None:
-        return "its input is not quantized"
-    kind = activations.granularity.kind
-    if unit(activations.fmt, dtype) is None:
-        return f"activations in {activations.fmt.name} are not exact in {NAMES[dtype]}"
-    if activations.split is not None:
-        return "the halves of its input have scales of their own"
-    if kind not in ("token", "tensor"):
-        return f"activation scales for each {activations.granularity}: it takes one for a token, or for a tensor"
-    if kind == "token" and mixed:
-        return "a convolution sums over tokens of several scales: it takes activation granularity tensor"
-    if activations.scale_by_row:
-        return f"activation scales in store {activations.store} have a base for the whole row"
-    return None
-
-
-def why_no_weights(layer: nn.Module, dtype: torch.dtype) -> str | None:
-    """Why the weights of a quantized layer are no operand in `dtype`; None where they are. Reads exponents stored."""
-    spec = layer.weight_spec
-    if spec.grid_type is not ScaledGrid:
-        return "weights by tables of values are no multiples of a unit"
+def why_no_inputs(spec: ActivationSpec | None, mixed: bool, dtype: torch.dtype) -> str | None:
+    """Why inputs quantized so are no operand; None where they are. `mixed`: an output sums over several tokens."""
+    if spec is None:
+        return "its inputs are not quantized"
+    kind = spec.granularity.kind
     if unit(spec.fmt, dtype) is None:
-        return f"weights in {spec.fmt.name} are not exact in {NAMES[dtype]}"
-    for transform in layer.transforms:
-        if type(transform).complete is not Storage.complete:
-            return f"transform {transform} adds to the weights that are in the codes"
+        return f"inputs in {spec.fmt.name} are not exact in {NAMES[dtype]}"
     if spec.split is not None:
-        return "the halves of its input have weight scales of their own"
-    if getattr(layer, "groups", 1) > 1 or getattr(layer, "padding_mode", "zeros") != "zeros":
-        return "it is a grouped convolution, or one that does not pad with zeros"
-    if spec.store not in FOLDED:
-        many = spec.scale_shape(layer.weight_shape)[1] > 1
-        return f"weight scales in store {spec.store} for each {spec.granularity}: it takes pow2" if many else None
-    if (found := span(layer)) > (most := sum(octaves(spec.fmt, dtype))):
-        return f"weight scales of a row span {found} octaves: {NAMES[dtype]} holds {spec.fmt.name} times {most} at most"
+        return "the halves of its inputs have scales of their own"
+    if kind not in ("token", "image", "tensor"):
+        return f"inputs have a scale for every {spec.granularity}: it takes one a token, an image or a tensor"
+    if kind == "token" and mixed:
+        return "a scale for every pixel cannot be taken out of a sum over pixels"
+    if kind == "token" and spec.scale_by_row:
+        return f"scales of tokens in store {spec.store} have a base for the whole image"
     return None
-
-
-def span(layer: nn.Module) -> int:
-    """The octaves between the largest and the smallest scale of a row, over all rows; 0 without exponents."""
-    if layer.weight_spec.store not in FOLDED or layer.scale.is_meta or not layer.scale.numel():
-        return 0
-    exponents = layer.scale.detach().int()
-    return int((exponents.amax(1) - exponents.amin(1)).max())
 
 
 @dataclass(frozen=True)
-class Factors:
-    """The scales of a weight as an operand.
+class Operand:
+    """A weight's matrix form (outputs, columns) by its codes: channel[o] * table[code] * 2^(shifts - anchor), exactly.
 
-    `channel` (out,) float32 multiplies the product. Codes stand for `table` (2^bits,) float32 multiples, each to be
-    multiplied by 2^(stored - anchor), where there are exponents: `anchor` (out,) int32, else None.
+    `table`, float32 (2^bits,), are multiples of the format's unit. `shifts`, uint8 (outputs, groups), and `anchor`,
+    int32 (outputs,), are None where an output has one scale. `channel` is float32 (outputs,).
     """
 
     channel: Tensor
     table: Tensor
+    shifts: Tensor | None
     anchor: Tensor | None
 
+    @property
+    def span(self) -> int:
+        """The octaves between the largest and the smallest scale of an output."""
+        return 0 if self.shifts is None else int(self.shifts.max())
 
-def factors(layer: nn.Module, dtype: torch.dtype) -> Factors:
-    """The scales of a layer's weights, which must be an operand in `dtype` (`why_no_weights`).
 
-    In int8 the smallest scale of a row has the factor 1, since integers have room above; in E4M3 the largest has the
-    largest factor that fits, since there it is below.
+def operand(layer: nn.Module, dtype: torch.dtype) -> Operand:
+    """A quantized layer's weight as an operand; ValueError, which says why, where it is none in `dtype`.
+
+    In int8 the smallest scale of an output has the factor 1, since integers have room above; in E4M3 the largest has
+    the largest factor that fits.
     """
-    spec, rows, device = layer.weight_spec, layer.weight_shape[0], layer.qweight.device
-    divisor = unit(spec.fmt, dtype)
-    codes = torch.arange(1 << spec.fmt.bits, dtype=torch.uint8, device=device)
+    spec = layer.weight_spec
+    divisor = unit(spec.fmt, dtype) if spec.grid_type is ScaledGrid else None
+    if divisor is None:
+        tables = "" if spec.grid_type is ScaledGrid else " tables"
+        raise ValueError(f"weights in {spec.fmt.name}{tables} are not exact in {NAMES[dtype]}")
+    if any(type(one).complete is not Storage.complete for one in layer.transforms):
+        raise ValueError("its weights are not the codes alone: some are kept in high precision")
+    if spec.split is not None:
+        raise ValueError("the halves of its inputs have weight scales of their own")
+    if getattr(layer, "groups", 1) > 1 or getattr(layer, "padding_mode", "zeros") != "zeros":
+        raise ValueError("it takes convolutions of one group, padded with zeros")
+    codes = torch.arange(1 << spec.fmt.bits, dtype=torch.uint8, device=layer.qweight.device)
     table = (spec.fmt.decode(codes) / divisor).nan_to_num(0.0, 0.0, 0.0)
-    if spec.store not in FOLDED:
-        return Factors(layer.scales.decode().expand(rows, 1).flatten() * divisor, table, None)
-    exponents = layer.scale.detach().to(torch.int32)
-    up = octaves(spec.fmt, dtype)[0]
-    anchor = exponents.amin(1) if dtype == torch.int8 else exponents.amax(1) - up
-    half = (anchor - 127) // 2  # in two factors: one alone may be below the smallest normal float32
-    channel = power_of_two(half) * power_of_two(anchor - 127 - half) * divisor
-    base = 1.0 if layer.scale_base is None else layer.scale_base.detach().view(torch.float32).flatten()
-    return Factors((channel * base).expand(rows).contiguous(), table, anchor.expand(rows).contiguous())
+    scale = layer.scales.decode().expand(layer.weight_shape[0], -1)
+    if scale.shape[1] == 1:
+        return Operand(scale.flatten() * divisor, table, None, None)
+    least = scale.amin(1, keepdim=True)
+    shifts = floor_exponent((scale / least).contiguous()).clamp(max=_MOST_OCTAVES)
+    up, down = octaves(spec.fmt, dtype)
+    if not torch.equal(least * power_of_two(shifts), scale):
+        raise ValueError(f"scales of an output ({spec.store}) are no powers of two times one: use store: pow2")
+    if (found := int(shifts.max())) > up + down:
+        raise ValueError(
+            f"scales of an output span {found} octaves, {NAMES[dtype]} holds {up + down}: use store: pow2:2"
+        )
+    anchor = shifts.amax(1) - up if dtype == E4M3 else torch.zeros_like(shifts[:, 0])
+    return Operand(least.flatten() * power_of_two(anchor) * divisor, table, shifts.to(torch.uint8), anchor)

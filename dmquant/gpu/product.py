@@ -11,6 +11,7 @@ from dmquant.gpu import operands
 from dmquant.gpu.device import NO_GPU, lacks
 from dmquant.gpu.ops import expand, quantize_tokens
 from dmquant.gpu.patches import mixes_tokens, patches
+from dmquant.kernels import weights_kept
 from dmquant.kernels.reference import Reference
 
 
@@ -37,8 +38,13 @@ class Product(Reference):
 
     def refuses_codes(self, layer: nn.Module) -> str | None:
         """Why the layer's codes are no operands, on any device; None where they are."""
-        inputs = operands.why_no_inputs(layer.activations, mixes_tokens(layer), self.dtype)
-        return inputs or operands.why_no_weights(layer, self.dtype)
+        if reason := operands.why_no_inputs(layer.activations, mixes_tokens(layer), self.dtype):
+            return reason
+        try:
+            operands.operand(layer, self.dtype)
+        except ValueError as error:
+            return str(error)
+        return None
 
     def fails(self, layer: nn.Module, device: torch.device) -> str | None:
         """Why a trial on the device speaks against it; None where it does not."""
@@ -49,39 +55,39 @@ class Product(Reference):
         raise NotImplementedError
 
     def prepare(self, layer: nn.Module) -> dict[str, Tensor]:
-        made = operands.factors(layer, self.dtype)
-        if operands.keeps_expanded():
-            return {"channel": made.channel, "weight": self._expanded(layer, made.table, made.anchor)}
+        made = operands.operand(layer, self.dtype)
+        if weights_kept() == "speed":
+            return {"channel": made.channel, "weight": self._expanded(layer, made.table, made.shifts, made.anchor)}
         kept = {"channel": made.channel, "table": made.table}
-        return kept if made.anchor is None else kept | {"anchor": made.anchor}
+        return kept if made.shifts is None else kept | {"shifts": made.shifts, "anchor": made.anchor}
 
     def weight(self, layer: nn.Module) -> Tensor:
         """The weight as an operand (output channels, columns), padded; kept, or expanded from the codes now."""
-        kept = getattr(layer, "kernel_weight", None)
-        if kept is not None:
-            return kept
-        return self._expanded(layer, layer.kernel_table, getattr(layer, "kernel_anchor", None))
+        kept = layer._buffers
+        if "kernel_weight" in kept:
+            return kept["kernel_weight"]
+        return self._expanded(layer, layer.kernel_table, kept.get("kernel_shifts"), kept.get("kernel_anchor"))
 
-    def _expanded(self, layer: nn.Module, table: Tensor, anchor: Tensor | None) -> Tensor:
-        spec, (rows, *rest) = layer.weight_spec, layer.weight_shape
-        columns = prod(rest)
-        stored = None if anchor is None else layer.scale.detach()
-        size = spec.granularity.size or columns
-        whole = (self.padded(rows), self.padded(columns))
-        return expand(
-            layer.qweight.detach(), table, stored, anchor, None, spec.fmt.bits, columns, size, self.dtype, *whole
-        )
+    def _expanded(self, layer: nn.Module, table: Tensor, shifts: Tensor | None, anchor: Tensor | None) -> Tensor:
+        spec, rows, columns = layer.weight_spec, layer.weight_shape[0], prod(layer.weight_shape[1:])
+        size, whole = spec.granularity.size or columns, (self.padded(rows), self.padded(columns))
+        codes = layer.qweight.detach()
+        return expand(codes, table, shifts, anchor, None, spec.fmt.bits, columns, size, self.dtype, *whole)
 
     def padded(self, size: int) -> int:
         return size + -size % self.MULTIPLE
 
     def linear(self, x: Tensor, layer: nn.Module) -> Tensor:
+        if not _takes(x):
+            return super().linear(x, layer)
         tokens = x.reshape(-1, x.shape[-1])
         rows = max(self.FEWEST, self.padded(len(tokens)))
         codes, token = self._quantized(x, tokens, layer, rows, self.padded(tokens.shape[1]))
         return self.multiply(codes, token, layer, x.dtype).view(*x.shape[:-1], -1)
 
     def conv2d(self, x: Tensor, layer: nn.Module) -> Tensor:
+        if not _takes(x):
+            return super().conv2d(x, layer)
         pixels = (x if x.ndim == 4 else x.unsqueeze(0)).movedim(1, -1)
         tokens = pixels.reshape(-1, pixels.shape[-1])
         codes, token = self._quantized(x, tokens, layer, len(tokens), tokens.shape[1])
@@ -100,8 +106,16 @@ class Product(Reference):
         """The operand (rows, columns) of the tokens of `x`, and their scales."""
         spec, scale = layer.activations, None
         if spec.ranges is not None:
-            of_rows = static_scale(layer.input_scale.view(torch.float32), layer.timestep_ranges, x, layer.channel_dim)
-            scale = of_rows.flatten().repeat_interleave(len(tokens) // max(1, of_rows.numel()))
-        elif spec.granularity.kind == "tensor":
-            scale = online_scale(x.abs().amax().float().view(1, 1, 1), 1, spec).flatten().expand(len(tokens))
+            scale = static_scale(layer.input_scale.view(torch.float32), layer.timestep_ranges, x, layer.channel_dim)
+        elif spec.granularity.kind != "token":
+            images = x.unsqueeze(0) if spec.granularity.kind == "tensor" else x
+            scale = online_scale(images.abs().flatten(1).amax(1).float().view(-1, 1, 1), 1, spec)
+        if scale is not None:
+            scale = scale.flatten().repeat_interleave(len(tokens) // scale.numel())
         return quantize_tokens(tokens, scale, spec.fmt.name, spec.store, self.dtype, rows, columns)
+
+
+def _takes(x: Tensor) -> bool:
+    """Whether this call is for operands: no gradient goes through it, and there is something in it."""
+    gradient = torch.is_grad_enabled() and x.requires_grad
+    return x.numel() > 0 and not gradient and not torch.is_autocast_enabled(x.device.type)
