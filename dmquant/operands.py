@@ -26,8 +26,7 @@ def unit_of(fmt: Format) -> float | None:
 class IntegerWeight:
     """A weight's matrix form (outputs, columns) as integers times one scale of each output.
 
-    W[o, c] = scale[o] * values[code] * 2^shifts[o, group of c], exactly. The second half of a split weight goes on with
-    groups of its own.
+    W[o, c] = scale[half of c, o] * values[code] * 2^shifts[o, group of c], exactly; without a split there is one half.
     """
 
     values: Tensor
@@ -35,7 +34,7 @@ class IntegerWeight:
     shifts: Tensor
     """uint8 (outputs, groups)."""
     scale: Tensor
-    """float32 (outputs,)."""
+    """float32 (halves, outputs)."""
 
     @property
     def largest(self) -> int:
@@ -57,14 +56,24 @@ def integer_weight(layer: nn.Module) -> IntegerWeight:
         )
     if any(type(one).complete is not Storage.complete for one in layer.transforms):
         raise ValueError("its weights are not the codes alone: some are kept in high precision")
-    scale = layer.scales.decode().expand(layer.weight_shape[0], -1)
-    least = scale.amin(1, keepdim=True)
-    shifts = floor_exponent((scale / least).contiguous())
-    values = (spec.fmt.decode(torch.arange(2**spec.fmt.bits, device=scale.device)) / unit).to(torch.int32)
-    weight = IntegerWeight(values, shifts.to(torch.uint8), least.squeeze(1) * unit)
-    fits = weight.largest <= INT8 or (weight.largest == INT8 + 1 and int(values.max()) << int(shifts.max()) <= INT8)
-    if not fits or not torch.equal(least * power_of_two(shifts), scale):
+    parts, rows = spec.segments(layer.weight_shape), layer.weight_shape[0]
+    halves = (
+        layer.scales.decode().expand(rows, -1).split([-(-part // (spec.granularity.size or part)) for part in parts], 1)
+    )
+    least = torch.stack([half.amin(1) for half in halves])
+    shifts = [
+        floor_exponent((half / of_half.unsqueeze(1)).contiguous()) for half, of_half in zip(halves, least, strict=True)
+    ]
+    values = (spec.fmt.decode(torch.arange(2**spec.fmt.bits, device=least.device)) / unit).to(torch.int32)
+    weight = IntegerWeight(values, torch.cat(shifts, 1).to(torch.uint8), least * unit)
+    fits = weight.largest <= INT8 or (
+        weight.largest == INT8 + 1 and int(values.max()) << int(weight.shifts.max()) <= INT8
+    )
+    powers = zip(halves, least, shifts, strict=True)
+    if not fits or not all(
+        torch.equal(one.unsqueeze(1) * power_of_two(octaves), half) for half, one, octaves in powers
+    ):
         raise ValueError(f"scales of an output ({spec.store}) differ by more than few octaves: use store: pow2:2")
-    if not torch.equal(weight.scale / unit, least.squeeze(1)):
+    if not torch.equal(weight.scale / unit, least):
         raise ValueError("its scales are too small")
     return weight

@@ -43,16 +43,16 @@ inline void store(float x, uint16_t& to) {  // to bfloat16, ties to even; NaN st
 struct Format {
     int32_t is_float, mantissa;
     float lowest, highest;  // integers: the ends of the range; floats: the first and the last binade
-    float largest, unit;    // the largest value; what makes values integers
+    float largest, most, unit;  // the largest value; the largest scale; what makes values integers
     int32_t zero;
 };
 
-constexpr float SMALLEST = 0x1p-126f, LARGEST = 3.38e38f;  // as stores.py
+constexpr float SMALLEST = 0x1p-126f;  // as stores.py
 
 inline float scale_of(float largest_magnitude, const Format& format) {
     const float magnitude = largest_magnitude < SMALLEST ? SMALLEST : largest_magnitude;
-    const float scale = magnitude / format.largest, most = LARGEST / format.largest;
-    return scale < SMALLEST ? SMALLEST : scale > most ? most : scale;
+    const float scale = magnitude / format.largest;
+    return scale < SMALLEST ? SMALLEST : scale > format.most ? format.most : scale;
 }
 
 // The correctly rounded x / scale by the reciprocal of the scale (Markstein 1990): two corrections by exact remainders.
@@ -71,7 +71,10 @@ void round_run(const T* x, int64_t count, float scale, const Format& f, uint8_t*
             float binade = as_float(as_bits(v) & 0x7F800000u);
             binade = binade > f.lowest ? binade : f.lowest;
             binade = binade < f.highest ? binade : f.highest;
-            const float anchor = binade * (1.5f * as_float(uint32_t(127 + 23 - f.mantissa) << 23));
+            float anchor = binade * (1.5f * as_float(uint32_t(127 + 23 - f.mantissa) << 23));
+            // Without a mantissa bit, codes count binades: every second one starts at an odd code.
+            const uint32_t odd = ((as_bits(binade) - as_bits(f.lowest)) >> 23) & uint32_t(f.mantissa == 0);
+            anchor = as_float(as_bits(anchor) + odd);
             v = (v + anchor) - anchor;
             v = v > -f.largest ? v : -f.largest;
             v = v < f.largest ? v : f.largest;

@@ -181,7 +181,8 @@ def _multiply(
             codes = _of_tokens(channels, rounded_to, kind, given)
             places = Places(codes.codes.shape[1])
         expanded = (kept[2 * index], kept[2 * index + 1]) if kept else None
-        products.multiply(codes, places, half, outputs, None if index else bias, matrix, expanded, adds=index > 0)
+        of_outputs = outputs[index]
+        products.multiply(codes, places, half, of_outputs, None if index else bias, matrix, expanded, adds=index > 0)
         first += half.columns
     out = out.to(x.dtype)
     return out.movedim(-1, 1) if geometry else out

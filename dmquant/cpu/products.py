@@ -16,6 +16,7 @@ from dmquant.cpu.compiling import library
 from dmquant.errors import check_choice
 from dmquant.formats import FloatFormat, Format, get_format
 from dmquant.operands import INT8, unit_of
+from dmquant.stores import LARGEST
 
 VARIABLE = "DMQUANT_MAX_CPU_ISA"
 LEVELS = ("portable", "avx2", "avx_vnni", "avx512_vnni")  # as in integer.cpp
@@ -32,6 +33,7 @@ class _Format(ctypes.Structure):
         ("lowest", c_float),
         ("highest", c_float),
         ("largest", c_float),
+        ("most", c_float),
         ("unit", c_float),
         ("zero", c_int32),
     )
@@ -104,8 +106,8 @@ def _format(fmt: Format) -> _Format:
     unit, zero = unit_of(fmt), zero_of(fmt)
     if isinstance(fmt, FloatFormat):
         binades = 2.0**fmt.min_exponent, 2.0**fmt.max_exponent
-        return _Format(1, fmt.mantissa, *binades, fmt.max, 1 / unit, zero)
-    return _Format(0, 0, fmt.min, fmt.max, fmt.max, 1 / unit, zero)
+        return _Format(1, fmt.mantissa, *binades, fmt.max, LARGEST / fmt.max, 1 / unit, zero)
+    return _Format(0, 0, fmt.min, fmt.max, fmt.max, LARGEST / fmt.max, 1 / unit, zero)
 
 
 def largest_weight(fmt: Format, at: int) -> int:
