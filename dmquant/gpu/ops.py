@@ -18,11 +18,11 @@ from dmquant.activations import ActivationSpec, fake_quantize, online_scale
 from dmquant.formats import get_format
 from dmquant.gpu.operands import unit
 from dmquant.packing import unpack
-from dmquant.scaling import Granularity
+from dmquant.scaling import Granularity, fit_absmax
 from dmquant.stores import power_of_two
 
 INTERPRETER = "TRITON_INTERPRET"  # Triton's own variable: its kernels run on CPU tensors
-_OF_A_TOKEN = ("fp32", "bf16", "pow2")  # stores that Triton encodes; `pow2` for whole tokens, whose base is the scale
+_ENCODED = ("fp32", "bf16")  # stores that Triton encodes; and `pow2` for a whole token, whose scale is the base
 _WIDEST = 1 << 14  # channels that stay in registers between the search for the largest and the rounding
 
 
@@ -65,7 +65,7 @@ def quantize_tokens(
     kind, x = get_format(fmt), x.contiguous()
     divisor = unit(kind, dtype)
     codes = torch.empty(rows, columns, dtype=dtype, device=x.device)
-    if takes_triton(x) and store in _OF_A_TOKEN and columns <= _WIDEST:
+    if takes_triton(x) and store in (*_ENCODED, "pow2") and columns <= _WIDEST:
         from dmquant.gpu.fused import rows as fused
 
         return codes, fused.quantize_rows(x, codes, kind, divisor, scale, store == "bf16")
@@ -94,10 +94,13 @@ def round_tokens(x: Tensor, fmt: str, granularity: str, store: str, rows: int) -
     from dmquant.gpu.fused.rows import round_rows
 
     groups, scale = x.view(-1, size), None
-    if spec.granularity.kind == "tensor" or store not in _OF_A_TOKEN[: 3 - (size < x.shape[1])]:
+    if spec.granularity.kind in ("tensor", "image"):
+        images = x.view(rows if spec.granularity.kind == "image" else 1, -1)
+        largest = images.abs().amax(1).float().view(-1, 1, 1)
+        scale = fit_absmax(largest, spec.fmt, store).decode().repeat_interleave(len(x) // len(images)).flatten()
+    elif store not in _ENCODED and (store != "pow2" or size < x.shape[1]):
         largest = x.view(len(x), -1, size).abs().amax(-1, keepdim=True).float()
-        largest = largest.amax((0, 1), keepdim=True) if spec.granularity.kind == "tensor" else largest
-        scale = online_scale(largest, rows, spec).expand(len(x), -1).reshape(-1)
+        scale = online_scale(largest, rows, spec).flatten()
     return round_rows(groups, spec.fmt, scale, store == "bf16").view(x.shape)
 
 

@@ -6,13 +6,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dmquant.activations import online_scale, static_scale
+from dmquant.activations import static_scale
 from dmquant.gpu import operands
 from dmquant.gpu.device import NO_GPU, lacks
 from dmquant.gpu.ops import expand, quantize_tokens
 from dmquant.gpu.patches import mixes_tokens, patches
 from dmquant.kernels import weights_kept
 from dmquant.kernels.reference import Reference
+from dmquant.scaling import fit_absmax
 
 
 class Product(Reference):
@@ -78,7 +79,7 @@ class Product(Reference):
         return size + -size % self.MULTIPLE
 
     def linear(self, x: Tensor, layer: nn.Module) -> Tensor:
-        if not _takes(x):
+        if not takes(x):
             return super().linear(x, layer)
         tokens = x.reshape(-1, x.shape[-1])
         rows = max(self.FEWEST, self.padded(len(tokens)))
@@ -86,11 +87,12 @@ class Product(Reference):
         return self.multiply(codes, token, layer, x.dtype).view(*x.shape[:-1], -1)
 
     def conv2d(self, x: Tensor, layer: nn.Module) -> Tensor:
-        if not _takes(x):
+        if not takes(x):
             return super().conv2d(x, layer)
-        pixels = (x if x.ndim == 4 else x.unsqueeze(0)).movedim(1, -1)
+        images = x if x.ndim == 4 else x.unsqueeze(0)
+        pixels = images.movedim(1, -1)
         tokens = pixels.reshape(-1, pixels.shape[-1])
-        codes, token = self._quantized(x, tokens, layer, len(tokens), tokens.shape[1])
+        codes, token = self._quantized(images, tokens, layer, len(tokens), tokens.shape[1])
         # As integers, which can be padded and copied everywhere.
         matrix, (batch, height, width) = patches(codes.view(torch.int8).view(pixels.shape), layer)
         rows = max(self.FEWEST, self.padded(len(matrix)))
@@ -108,14 +110,15 @@ class Product(Reference):
         if spec.ranges is not None:
             scale = static_scale(layer.input_scale.view(torch.float32), layer.timestep_ranges, x, layer.channel_dim)
         elif spec.granularity.kind != "token":
-            images = x.unsqueeze(0) if spec.granularity.kind == "tensor" else x
-            scale = online_scale(images.abs().flatten(1).amax(1).float().view(-1, 1, 1), 1, spec)
+            alike = x.unsqueeze(0) if spec.granularity.kind == "tensor" or x.ndim == 1 else x
+            largest = alike.abs().flatten(1).amax(1).float().view(-1, 1, 1)
+            scale = fit_absmax(largest, spec.fmt, spec.store).decode()
         if scale is not None:
             scale = scale.flatten().repeat_interleave(len(tokens) // scale.numel())
         return quantize_tokens(tokens, scale, spec.fmt.name, spec.store, self.dtype, rows, columns)
 
 
-def _takes(x: Tensor) -> bool:
+def takes(x: Tensor) -> bool:
     """Whether this call is for operands: no gradient goes through it, and there is something in it."""
     gradient = torch.is_grad_enabled() and x.requires_grad
     return x.numel() > 0 and not gradient and not torch.is_autocast_enabled(x.device.type)
