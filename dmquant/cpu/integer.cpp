@@ -1,7 +1,7 @@
 // Products of small integers with exact sums, in the instructions of this machine: dmquant/cpu/integer.py.
 //
-// Inputs are rounded to unsigned bytes, code + zero. Weights are bytes too, code times the power of two of its group; a
-// panel of them lies as [columns / 4][WIDE outputs][4], the four bytes that one instruction multiplies by four of an
+// Inputs are rounded to unsigned bytes, code + zero. Weights are bytes too, code times the factor of its group; a panel
+// of them lies as [columns / 4][WIDE outputs][4], the four bytes that one instruction multiplies by four of an
 // input. Sums are int32; zero times the sum of an output's weights is taken off afterwards.
 #include <algorithm>
 #include <cmath>
@@ -171,8 +171,8 @@ void images(const T* x, int64_t count, const Image& m, const Format& f, const fl
 struct Weights {
     const uint8_t* packed;
     int64_t packed_pitch, bits;
-    const int8_t* tables;   // [8][2^bits]: the value of a code, times 2^shift
-    const uint8_t* shifts;  // [outputs][groups]
+    const int8_t* tables;    // [factors][2^bits]: the value of a code, times 0, 1, 2, ...
+    const uint8_t* factors;  // [outputs][groups]
     int64_t groups, size;
     int64_t outputs, segments, columns;  // columns of each segment
     int64_t padded() const { return (columns + 3) / 4 * 4; }
@@ -181,7 +181,7 @@ struct Weights {
 
 // The weights of one output, in the order of its columns.
 void expand_row(const Weights& w, int64_t output, int8_t* to) {
-    const uint8_t *codes = w.packed + output * w.packed_pitch, *shifts = w.shifts + output * w.groups;
+    const uint8_t *codes = w.packed + output * w.packed_pitch, *factors = w.factors + output * w.groups;
     const int64_t columns = w.segments * w.columns, entries = int64_t(1) << w.bits;
     int64_t column = 0;
 #if defined(__AVX2__)
@@ -192,7 +192,7 @@ void expand_row(const Weights& w, int64_t output, int8_t* to) {
             const __m128i even = _mm_and_si128(bytes, low), odd = _mm_and_si128(_mm_srli_epi16(bytes, 4), low);
             const __m128i halves[2] = {_mm_unpacklo_epi8(even, odd), _mm_unpackhi_epi8(even, odd)};
             for (int half = 0; half < 2; ++half) {
-                const int8_t* table = w.tables + shifts[(column + 16 * half) / w.size] * entries;
+                const int8_t* table = w.tables + factors[(column + 16 * half) / w.size] * entries;
                 const __m128i values = _mm_shuffle_epi8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table)), halves[half]);
                 _mm_storeu_si128(reinterpret_cast<__m128i*>(to + column + 16 * half), values);
             }
@@ -204,7 +204,7 @@ void expand_row(const Weights& w, int64_t output, int8_t* to) {
         const int64_t bit = column * w.bits, byte = bit / 8;
         uint32_t word = codes[byte];
         if (bit % 8 + w.bits > 8) word |= uint32_t(codes[byte + 1]) << 8;
-        to[column] = w.tables[shifts[column / w.size] * entries + ((word >> (bit % 8)) & mask)];
+        to[column] = w.tables[factors[column / w.size] * entries + ((word >> (bit % 8)) & mask)];
     }
 }
 

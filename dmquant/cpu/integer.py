@@ -54,12 +54,12 @@ class Integer(Reference):
         weight = integer_weight(layer)
         made = {
             "tables": weight.tables(),
-            "shifts": weight.shifts,
+            "factors": weight.factors,
             "outputs": weight.scale * unit_of(layer.activations.fmt),
             "largest": torch.tensor(weight.largest),
         }
         if weights_kept() == "speed":
-            halves = _halves(layer.qweight, made["tables"], made["shifts"], weight.largest, _about(layer))
+            halves = _halves(layer.qweight, made["tables"], made["factors"], weight.largest, _about(layer))
             for index, half in enumerate(halves):
                 made[f"panels{index}"], made[f"sums{index}"] = half.expanded()
         return made
@@ -122,13 +122,13 @@ def _about(layer: nn.Module) -> list[int]:
     return [spec.fmt.bits, spec.granularity.size or products.WHOLE, spec.split or 0, *layer.weight_shape]
 
 
-def _halves(qweight: Tensor, tables: Tensor, shifts: Tensor, largest: int, about: Sequence[int]) -> list[Operand]:
+def _halves(qweight: Tensor, tables: Tensor, factors: Tensor, largest: int, about: Sequence[int]) -> list[Operand]:
     """The weight as an operand, or those of the two halves of the input's channels."""
     bits, size, split, _, channels, *kernel = about
     positions, halves, byte, group = math.prod(kernel), [], 0, 0
     for part in (split, channels - split) if split else (channels,):
-        codes, octaves = (qweight[:, byte:], shifts[:, group:]) if byte else (qweight, shifts)
-        halves.append(Operand(codes, bits, tables, octaves, size, positions, part, largest))
+        codes, of_groups = (qweight[:, byte:], factors[:, group:]) if byte else (qweight, factors)
+        halves.append(Operand(codes, bits, tables, of_groups, size, positions, part, largest))
         byte, group = byte + part * positions * bits // 8, group + -(-part * positions // size)
     return halves
 
@@ -141,7 +141,7 @@ def _run(x: Tensor, layer: nn.Module, geometry: Sequence[int]) -> Tensor:
     kept = [buffer for name, buffer in layer._buffers.items() if name.startswith(("kernel_panels", "kernel_sums"))]
     multiply = torch.ops.dmquant.integer_product if torch.compiler.is_compiling() else _multiply
     return multiply(
-        *(x, layer.qweight, layer.kernel_tables, layer.kernel_shifts, layer.kernel_outputs, layer.kernel_largest),
+        *(x, layer.qweight, layer.kernel_tables, layer.kernel_factors, layer.kernel_outputs, layer.kernel_largest),
         *(kept, layer.bias, given, spec.fmt.name, spec.granularity.kind, _about(layer), list(geometry)),
     )
 
@@ -150,7 +150,7 @@ def _multiply(
     x: Tensor,
     qweight: Tensor,
     tables: Tensor,
-    shifts: Tensor,
+    factors: Tensor,
     outputs: Tensor,
     largest: Tensor,
     kept: list[Tensor],
@@ -162,7 +162,7 @@ def _multiply(
     geometry: list[int],
 ) -> Tensor:
     """The output of a Linear, or with `geometry` (stride, padding, dilation) of a Conv2d, in the dtype of `x`."""
-    halves, rounded_to = _halves(qweight, tables, shifts, largest.item(), about), get_format(fmt)
+    halves, rounded_to = _halves(qweight, tables, factors, largest.item(), about), get_format(fmt)
     wide = x if x.dtype != torch.float16 else x.float()
     images = geometry and not _is_single(about[5:], geometry)
     if geometry and not images:
@@ -240,7 +240,7 @@ integer_product = torch.library.custom_op("dmquant::integer_product", _multiply,
 
 
 @integer_product.register_fake
-def _like_output(x, qweight, tables, shifts, outputs, largest, kept, bias, given, fmt, kind, about, geometry):
+def _like_output(x, qweight, tables, factors, outputs, largest, kept, bias, given, fmt, kind, about, geometry):
     pixels = bool(geometry) and _is_single(about[5:], geometry)
     shape = _output_shape(x.movedim(1, -1) if pixels else x, about, () if pixels else geometry)
     out = x.new_empty(shape)

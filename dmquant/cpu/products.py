@@ -55,7 +55,7 @@ class _Weights(ctypes.Structure):
         ("packed_pitch", c_int64),
         ("bits", c_int64),
         ("tables", c_void_p),
-        ("shifts", c_void_p),
+        ("factors", c_void_p),
         *((name, c_int64) for name in ("groups", "size", "outputs", "segments", "columns")),
     )
 
@@ -184,15 +184,15 @@ def round_images(x: Tensor, fmt: Format, padding: tuple[int, int], given: Tensor
 class Operand:
     """Packed integer weights and their place in rows of codes; the tensors must live as long as it is used.
 
-    Row o has `segments` runs of `columns` columns, each under a group of `size` columns with a power of two.
+    Row o has `segments` runs of `columns` columns, each and each group of `size` columns has a factor.
     """
 
     packed: Tensor
     """uint8 (outputs, bytes), a view whose rows begin with the operand's first code."""
     bits: int
     tables: Tensor
-    """int8 (8, 2^bits): the integer of a code times 2^shift."""
-    shifts: Tensor
+    """int8 (factors, 2^bits): the integer of a code times 0, 1, 2, ..."""
+    factors: Tensor
     """uint8 (outputs, groups), a view whose rows begin with the operand's first group; rows lie `stride(0)` apart."""
     size: int
     segments: int
@@ -206,8 +206,8 @@ class Operand:
             self.packed.stride(0),
             self.bits,
             self.tables.data_ptr(),
-            self.shifts.data_ptr(),
-            self.shifts.stride(0),
+            self.factors.data_ptr(),
+            self.factors.stride(0),
             self.size,
             len(self.packed),
             self.segments,
@@ -318,9 +318,9 @@ def wrong(at: int) -> str | None:
         packed[0], packed[1] = 0, 1
         values = torch.zeros(256, dtype=torch.int32)
         values[:2] = torch.tensor([most, -most])
-        tables = torch.stack([values << shift for shift in range(8)]).to(torch.int8)
-        shifts = torch.zeros(outputs, 1, dtype=torch.uint8)
-        weight = Operand(packed, 8, tables, shifts, WHOLE, 1, columns, most)
+        tables = torch.stack([0 * values, values]).to(torch.int8)
+        factors = torch.ones(outputs, 1, dtype=torch.uint8)
+        weight = Operand(packed, 8, tables, factors, WHOLE, 1, columns, most)
         out = torch.empty(rows, outputs)
         multiply(
             Codes(codes.codes, torch.ones(rows), fmt),
