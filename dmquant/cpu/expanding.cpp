@@ -45,6 +45,25 @@ inline void store(float value, uint16_t* out) {
     *out = static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
+// One row of whole groups of a size that the compiler knows: short loops of unknown length take four times as long.
+template <int64_t Group, class Out>
+void scale_row(const int8_t* values, const float* scales, float step, Out* out, int64_t columns) {
+    for (int64_t start = 0; start < columns; start += Group, scales++)
+        for (int64_t i = 0; i < Group; i++) store(values[start + i] * step * *scales, out + start + i);
+}
+
+template <class Out>
+void scale_row(const int8_t* values, const float* scales, float step, Out* out, int64_t columns, int64_t group) {
+    if (group == 16 && columns % 16 == 0) return scale_row<16>(values, scales, step, out, columns);
+    if (group == 32 && columns % 32 == 0) return scale_row<32>(values, scales, step, out, columns);
+    if (group == 64 && columns % 64 == 0) return scale_row<64>(values, scales, step, out, columns);
+    for (int64_t start = 0; start < columns; start += group, scales++) {
+        const int64_t end = std::min(start + group, columns);
+        const float scale = *scales;
+        for (int64_t i = start; i < end; i++) store(values[i] * step * scale, out + i);
+    }
+}
+
 template <class Out>
 void expand(const uint8_t* codes, const float* scales, const int8_t* table, float step, Out* out, int64_t rows,
             int64_t columns, int64_t group, int threads) {
@@ -55,13 +74,7 @@ void expand(const uint8_t* codes, const float* scales, const int8_t* table, floa
 #pragma omp for schedule(static)
         for (int64_t row = 0; row < rows; row++) {
             look_up(codes + row * bytes, table, values.data(), columns);
-            for (int64_t at = 0; at < groups; at++) {
-                const float scale = scales[row * groups + at];
-                const int64_t start = at * group, count = std::min(group, columns - start);
-                const int8_t* from = values.data() + start;
-                Out* to = out + row * columns + start;
-                for (int64_t i = 0; i < count; i++) store(from[i] * step * scale, to + i);
-            }
+            scale_row(values.data(), scales + row * groups, step, out + row * columns, columns, group);
         }
     }
 }
