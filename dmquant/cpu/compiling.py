@@ -44,7 +44,7 @@ def library(name: str) -> ctypes.CDLL | None:
     if compiler is None or folder is None:
         return _without(name, missing_compiler() or "there is no home folder to keep it in")
     source = Path(__file__).with_name(f"{name}.cpp")
-    about = (source.read_text(encoding="utf-8"), compiler, _version(compiler), *FLAGS, *_processor())
+    about = (source.read_text(encoding="utf-8"), compiler, _version(compiler), *FLAGS, *processor())
     made = folder / "compiled" / f"{name}-{hashlib.sha256(repr(about).encode()).hexdigest()[:16]}.so"
     try:
         if not made.exists():
@@ -83,7 +83,7 @@ def _version(compiler: str) -> str:
     return subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=LONGEST).stdout
 
 
-def _processor() -> tuple[str, ...]:
+def processor() -> tuple[str, ...]:
     """What `-march=native` depends on: another machine may share the folder of caches."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
