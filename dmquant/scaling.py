@@ -184,14 +184,16 @@ def search(
 
     Shapes as `fit_absmax`. `measure`: weight errors, shaped as `groups`, -> errors (scale rows, scale columns).
     """
-    amplitude, kind, best = absmax(groups), STORES[store], fit_absmax(groups, fmt, store, base)
-    chosen, least = best.stored, measure(_rounding_error(groups, best.decode(), fmt))
-    for multiple in (*kind.search, *further):
-        candidate = kind.encode(amplitude * multiple, fmt, best.base)
-        error = measure(_rounding_error(groups, kind.decode(candidate, best.base), fmt))
+    amplitude, kind = absmax(groups), STORES[store]
+    base = kind.base(amplitude, fmt) if base is None else base
+    multiples = amplitude.new_tensor((1, *kind.search, *further)).view(-1, 1, 1)
+    tried = kind.encode(amplitude * multiples, fmt, base)
+    errors = (measure(_rounding_error(groups, scale, fmt)) for scale in kind.decode(tried, base))
+    chosen, least = tried[0], next(errors)
+    for candidate, error in zip(tried[1:], errors, strict=True):
         better = error < least
         chosen, least = torch.where(better, candidate, chosen), torch.where(better, error, least)
-    return Scales(chosen, best.base, store)
+    return Scales(chosen, base, store)
 
 
 def _rounding_error(groups: Tensor, scale: Tensor, fmt: Format) -> Tensor:

@@ -73,7 +73,8 @@ def _build(name: str, kept: Path) -> ctypes.CDLL:
             unfinished.replace(kept)  # whole at once: other processes look for it, too
             return ctypes.CDLL(str(kept))
         except OSError:  # no place to keep it: it serves this process alone
-            unfinished.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                unfinished.unlink(missing_ok=True)
             return ctypes.CDLL(str(made))
 
 
@@ -81,6 +82,7 @@ def _source(name: str) -> Path:
     return Path(__file__).with_name(f"{name}.cpp")
 
 
+@functools.cache
 def _kept(name: str) -> Path:
     """Where the library of this source, these flags and this processor is kept."""
     made_from = f"{_source(name).read_text(encoding='utf-8')} {FLAGS} {platform.machine()} {_processor()}"
