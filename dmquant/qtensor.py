@@ -2,10 +2,7 @@
 
 import importlib
 import math
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -27,9 +24,7 @@ from dmquant.scaling import (
 )
 from dmquant.stores import STORES, TABLES, get_store
 
-T = TypeVar("T")
-_PART = 1 << 20  # weights quantized at once
-_PART_OF_CPU = 1 << 15  # so that what is computed with them stays in a core's cache; torch takes one thread for them
+_PART, _PART_OF_CPU = 1 << 20, 1 << 17  # weights quantized at once; what is computed with those stays in a core's cache
 FASTER = "dmquant.cpu.quantizing"  # gives what `fit_and_round` gives on a CPU; by name alone, since it stands above
 
 
@@ -149,25 +144,19 @@ def fit_and_round(matrix: Tensor, spec: WeightSpec, shape: tuple[int, ...]) -> t
     It is the definition. Raises UsageError for NaN or infinite weights.
     """
     (rows, columns), segments = matrix.shape, spec.segments(shape)
-    on_cpu = matrix.device.type == "cpu"
-    part = rows if spec.granularity.kind == "tensor" else max(1, (_PART_OF_CPU if on_cpu else _PART) // columns)
-    parts = [slice(start, start + part) for start in range(0, rows, part)]
+    size = max(1, (_PART_OF_CPU if matrix.device.type == "cpu" else _PART) // columns)
+    size = rows if spec.granularity.kind == "tensor" else size
+    parts = [slice(start, start + size) for start in range(0, rows, size)]
     # Results are allocated before the temporary tensors of a part, so that memory peaks near their size.
     codes = matrix.new_empty(rows, packed_size(columns, spec.fmt.bits), dtype=torch.uint8)
     stored = matrix.new_empty(spec.scale_shape(shape), dtype=get_store(spec.store).dtype)
-
-    def measure(part: slice) -> Tensor:
-        return absmax(to_groups(matrix[part].float(), spec.granularity, segments))
-
-    def quantize_part(part: slice) -> None:
-        exact = matrix[part].float().contiguous()  # sums do not depend on how it lies in memory
-        scales = grid.fit(exact, spec, segments, base if base is None or len(base) == 1 else base[part])
-        stored[part], codes[part] = scales.stored, grid.encode(exact, scales.decode(), spec, segments)
-
-    amplitude = torch.cat(side_by_side(measure, parts, on_cpu))
+    amplitude = torch.cat([absmax(to_groups(matrix[part].float(), spec.granularity, segments)) for part in parts])
     check_finite(amplitude)
     base, grid = get_store(spec.store).base(amplitude, spec.fmt), spec.grid_type
-    side_by_side(quantize_part, parts, on_cpu)
+    for part in parts:
+        exact = matrix[part].float().contiguous()  # the order of sums does not depend on how it lies in memory
+        scales = grid.fit(exact, spec, segments, base if base is None or len(base) == 1 else base[part])
+        stored[part], codes[part] = scales.stored, grid.encode(exact, scales.decode(), spec, segments)
     return codes, Scales(stored, base, spec.store)
 
 
@@ -175,21 +164,6 @@ def check_finite(values: Tensor, where: str = "") -> None:
     """Raise UsageError for NaN or infinity among weights of any shape, and for weights without values (device meta)."""
     if values.is_meta or not torch.isfinite(values).all():
         raise UsageError(f"{where}the weights hold NaN or infinity, or none (device meta): they cannot be quantized")
-
-
-def side_by_side(work: Callable[[slice], T], parts: Sequence[slice], on_cpu: bool = True) -> list[T]:
-    """The results of the work for all parts, on a CPU in as many threads as torch uses for one operation."""
-    inference = torch.is_inference_mode_enabled()  # which each thread has of its own
-
-    def in_thread(part: slice) -> T:
-        with torch.inference_mode(inference):
-            return work(part)
-
-    threads = min(torch.get_num_threads() if on_cpu else 1, len(parts))
-    if threads < 2:
-        return [work(part) for part in parts]
-    with ThreadPoolExecutor(threads) as pool:
-        return list(pool.map(in_thread, parts))
 
 
 def dequantize(codes: Tensor, scale: Tensor, spec: WeightSpec, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -18,7 +18,7 @@ typedef float Floats __attribute__((vector_size(4 * LANES)));
 typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
 
 constexpr int32_t EXPONENT_FIELD = 0x7F800000, MAGNITUDE = INT32_MAX;
-constexpr int FRACTION_BITS = 23, BIAS = 127, BLOCK_ROWS = 16;
+constexpr int FRACTION_BITS = 23, BIAS = 127, BLOCK_ROWS = 16, MOST_MULTIPLES = 32;
 constexpr float TO_INTEGER = 12582912.0f;  // 1.5 * 2^23: added and taken away, it rounds to integers
 constexpr float SMALLEST = 0x1p-126f, SAFE_LOW = 0x1p-60f, SAFE_HIGH = 0x1p60f;
 
@@ -224,33 +224,38 @@ static inline Floats decode_scale(const Job& job, Ints stored, Floats base) {
     }
 }
 
-static bool safe(Floats scale, Floats amplitude) {
-    Ints outside = (scale < SAFE_LOW) | (scale > SAFE_HIGH) | (amplitude > SAFE_HIGH);
-    int32_t any = 0;
-    for (int lane = 0; lane < LANES; lane++) any |= outside[lane];
-    return FUSED && !any;
+template <bool DIVIDE, class Rounding>
+static inline Floats error_of(const Job& job, const Rounding& rounding, const Floats* x, Floats scale) {
+    return sum(SquaredError<Rounding, DIVIDE>{rounding, x, scale, 1.0f / scale}, job.size, job.sum_width);
 }
 
-template <class Rounding>
-static Floats error_of(const Job& job, const Rounding& rounding, const Floats* x, Floats scale, Floats amplitude) {
-    if (safe(scale, amplitude))
-        return sum(SquaredError<Rounding, false>{rounding, x, scale, 1.0f / scale}, job.size, job.sum_width);
-    return sum(SquaredError<Rounding, true>{rounding, x, scale, scale}, job.size, job.sum_width);
+// Of the first and the following multiples of the amplitude, that of least error, as stored.
+template <bool DIVIDE, class Rounding>
+static Ints least_of(const Job& job, const Rounding& rounding, const Floats* x, const Ints* tried, Floats base) {
+    Ints chosen = tried[0];
+    Floats least_error = error_of<DIVIDE>(job, rounding, x, decode_scale(job, chosen, base));
+    for (int64_t m = 1; m < job.multiple_count; m++) {
+        Floats error = error_of<DIVIDE>(job, rounding, x, decode_scale(job, tried[m], base));
+        Ints better = error < least_error;
+        chosen = better ? tried[m] : chosen;
+        least_error = better ? error : least_error;
+    }
+    return chosen;
 }
 
 template <class Rounding>
 static Ints search(const Job& job, const Rounding& rounding, const Floats* x, Floats amplitude, Floats base) {
-    Ints chosen = encode_scale(job, amplitude * job.multiples[0], base);
-    if (job.multiple_count == 1) return chosen;
-    Floats least_error = error_of(job, rounding, x, decode_scale(job, chosen, base), amplitude);
-    for (int64_t m = 1; m < job.multiple_count; m++) {
-        Ints tried = encode_scale(job, amplitude * job.multiples[m], base);
-        Floats error = error_of(job, rounding, x, decode_scale(job, tried, base), amplitude);
-        Ints better = error < least_error;
-        chosen = better ? tried : chosen;
-        least_error = better ? error : least_error;
+    Ints tried[MOST_MULTIPLES];
+    Ints unsafe = amplitude > SAFE_HIGH;
+    for (int64_t m = 0; m < job.multiple_count; m++) {
+        tried[m] = encode_scale(job, amplitude * job.multiples[m], base);
+        Floats scale = decode_scale(job, tried[m], base);
+        unsafe |= (scale < SAFE_LOW) | (scale > SAFE_HIGH);
     }
-    return chosen;
+    if (job.multiple_count == 1) return tried[0];
+    int32_t any = !FUSED;
+    for (int lane = 0; lane < LANES; lane++) any |= unsafe[lane];
+    return any ? least_of<true>(job, rounding, x, tried, base) : least_of<false>(job, rounding, x, tried, base);
 }
 
 static void pack(const uint8_t* codes, int64_t count, int bits, uint8_t* to) {

@@ -5,6 +5,8 @@ import functools
 import itertools
 import logging
 import math
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -14,7 +16,7 @@ from dmquant.cpu.compiling import is_built, library
 from dmquant.formats import FloatFormat, Format, IntFormat, get_format
 from dmquant.grids import ScaledGrid
 from dmquant.packing import packed_size
-from dmquant.qtensor import WeightSpec, check_finite, side_by_side
+from dmquant.qtensor import WeightSpec, check_finite
 from dmquant.scaling import Scales
 from dmquant.stores import LARGEST, OCTAVES_BELOW, STORES
 
@@ -98,8 +100,8 @@ def _fit_and_round(matrix: Tensor, spec: WeightSpec, shape: tuple[int, ...], wid
         format=_as_struct(fmt),
         e4m3=_as_struct(get_format("fp8_e4m3")),
     )
-    functions, parts = _functions(), _parts(rows, columns)
-    side_by_side(lambda part: functions.amplitudes(job, part.start, part.stop, amplitude.data_ptr()), parts)
+    functions = _functions()
+    _side_by_side(lambda first, end: functions.amplitudes(job, first, end, amplitude.data_ptr()), rows, columns)
     check_finite(amplitude)
     base = store.base(amplitude, fmt)
     multiples = torch.tensor((1.0, *(store.search if spec.scale == "mse" else ())), dtype=torch.float32)
@@ -108,7 +110,7 @@ def _fit_and_round(matrix: Tensor, spec: WeightSpec, shape: tuple[int, ...], wid
     job.base, job.base_stride = (None, 0) if base is None else (base.data_ptr(), int(len(base) > 1))
     job.multiples, job.multiple_count = multiples.data_ptr(), len(multiples)
     job.stored, job.codes = stored.data_ptr(), codes.data_ptr()
-    side_by_side(lambda part: functions.quantize(job, part.start, part.stop), parts)
+    _side_by_side(lambda first, end: functions.quantize(job, first, end), rows, columns)
     return codes, Scales(stored, base, spec.store)
 
 
@@ -121,12 +123,6 @@ def _groups(spec: WeightSpec, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         lengths += [min(size, columns - at) for at in range(0, columns, size)]
         start += columns
     return torch.tensor(starts), torch.tensor(lengths)
-
-
-def _parts(rows: int, columns: int) -> list[slice]:
-    """Ranges of rows for threads to take one after another; whole blocks of rows that are packed together."""
-    size = max(_BLOCK_ROWS, _PART // columns // _BLOCK_ROWS * _BLOCK_ROWS)
-    return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
 
 
 @functools.cache
@@ -171,6 +167,20 @@ def _agrees(width: int, case: tuple[str, str], store: str, rule: str) -> bool:
         qtensor.fit_and_round(matrix, spec, matrix.shape),
     )
     return torch.equal(codes, expected) and torch.equal(scales.stored, as_stored.stored)
+
+
+def _side_by_side(work: Callable[[int, int], None], rows: int, columns: int) -> None:
+    """Do the work, which lets go of the interpreter's lock, for all rows, in as many threads as torch uses."""
+    # Whole blocks of rows that are packed together.
+    size = max(_BLOCK_ROWS, _PART // columns // _BLOCK_ROWS * _BLOCK_ROWS)
+    starts = range(0, rows, size)
+    threads = min(torch.get_num_threads(), len(starts))
+    if threads < 2:
+        work(0, rows)
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        for done in [pool.submit(work, start, min(start + size, rows)) for start in starts]:
+            done.result()
 
 
 def _as_struct(fmt: Format) -> _Format:
