@@ -35,10 +35,11 @@ struct Job {
     const int64_t* lengths;    // its columns; up to `size` it is padded with zeros
     const float* amplitudes;   // (rows, groups)
     const float* base;         // one, or one a row, or null
+    const float* scales;       // decoded: (rows, groups), or one row for all
     const float* multiples;    // of the amplitude; the first is the one to beat
     void* stored;              // (rows, groups), as the store keeps scales
     uint8_t* codes;            // (rows, bytes)
-    int64_t columns, groups, size, bytes, base_stride, multiple_count, sum_width;
+    int64_t columns, groups, size, bytes, base_stride, scale_stride, multiple_count, sum_width;
     int32_t bfloat16, store, octaves_below, largest_exponent;
     float largest_scale;
     Format format, e4m3;
@@ -346,6 +347,33 @@ static void largest_magnitudes(const Job& job, const Element* matrix, int64_t fi
     }
 }
 
+// Squared error of the codes, and squared weights, summed over some rows.
+template <class Element>
+static void squares_of(const Job& job, const Element* matrix, const float* values, int64_t first, int64_t end, double* to) {
+    const int bits = job.format.bits, mask = (1 << bits) - 1;
+    std::vector<uint8_t> bytes(job.bytes + 1);  // two bytes can be read at the end of a row, too
+    double lost = 0, total = 0;
+    for (int64_t row = first; row < end; row++) {
+        const Element* x = matrix + row * job.columns;
+        std::memcpy(bytes.data(), job.codes + row * job.bytes, job.bytes);
+        for (int64_t group = 0; group < job.groups; group++) {
+            const float scale = job.scales[row * job.scale_stride + group];
+            float lost_here = 0, total_here = 0;
+            for (int64_t i = job.starts[group]; i < job.starts[group] + job.lengths[group]; i++) {
+                const int64_t bit = i * bits;
+                const int code = ((bytes[bit >> 3] | bytes[(bit >> 3) + 1] << 8) >> (bit & 7)) & mask;
+                const float exact = load(x + i), error = values[code] * scale - exact;
+                lost_here += error * error;
+                total_here += exact * exact;
+            }
+            lost += lost_here;
+            total += total_here;
+        }
+    }
+    to[0] = lost;
+    to[1] = total;
+}
+
 struct Plain {
     const Floats* x;
     Floats operator()(int64_t i) const { return x[i]; }
@@ -363,6 +391,12 @@ void amplitudes(const Job* job, int64_t first, int64_t end, float* to) {
 void quantize(const Job* job, int64_t first, int64_t end) {
     if (job->bfloat16) quantize_any(*job, static_cast<const uint16_t*>(job->matrix), first, end);
     else quantize_any(*job, static_cast<const float*>(job->matrix), first, end);
+}
+
+// To `to` and the place after it: the squared errors of codes that mean `values`, and the squared weights.
+void squares(const Job* job, const float* values, int64_t first, int64_t end, double* to) {
+    if (job->bfloat16) squares_of(*job, static_cast<const uint16_t*>(job->matrix), values, first, end, to);
+    else squares_of(*job, static_cast<const float*>(job->matrix), values, first, end, to);
 }
 
 // The sum of each of `count` rows of `size` floats, ordered as torch.sum with vectors of `width` floats.

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dmquant import qtensor
 from dmquant.cpu.compiling import is_built, library
@@ -17,7 +17,7 @@ from dmquant.formats import FloatFormat, Format, IntFormat, get_format
 from dmquant.grids import ScaledGrid
 from dmquant.packing import packed_size
 from dmquant.qtensor import WeightSpec, check_finite
-from dmquant.scaling import Scales
+from dmquant.scaling import Scales, to_matrix
 from dmquant.stores import LARGEST, OCTAVES_BELOW, STORES
 
 NAME = "quantize"
@@ -26,7 +26,10 @@ _OWN_STORES = {name: (number, STORES[name]) for number, name in enumerate(("fp32
 _WIDTHS = (16, 8, 4, 1)  # floats in a vector of torch's sums
 _LARGEST_GROUP = 1 << 18  # sixteen of them, in float32, are at hand at once
 _FEWEST_BINADES = -40  # exponents below would want quotients that are not safe from underflow
-_BLOCK_ROWS, _PART = 16, 1 << 18  # rows that are packed together, as in quantize.cpp; weights that a thread takes at once
+_BLOCK_ROWS, _PART = (
+    16,
+    1 << 18,
+)  # rows that are packed together, as in quantize.cpp; weights that a thread takes at once
 _CASES = (("fp4", "group:16"), ("int4", "group:64"), ("fp6", "channel"), ("fp4_e3m0", "group:40"))
 _seen = 0
 
@@ -42,10 +45,10 @@ class _Job(ctypes.Structure):
     """The `Job` of quantize.cpp."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("matrix", "starts", "lengths", "amplitudes", "base", "multiples")),
-        *((name, ctypes.c_void_p) for name in ("stored", "codes")),
+        *((name, ctypes.c_void_p) for name in ("matrix", "starts", "lengths", "amplitudes", "base", "scales")),
+        *((name, ctypes.c_void_p) for name in ("multiples", "stored", "codes")),
         *((name, ctypes.c_int64) for name in ("columns", "groups", "size", "bytes", "base_stride")),
-        *((name, ctypes.c_int64) for name in ("multiple_count", "sum_width")),
+        *((name, ctypes.c_int64) for name in ("scale_stride", "multiple_count", "sum_width")),
         *((name, ctypes.c_int32) for name in ("bfloat16", "store", "octaves_below", "largest_exponent")),
         ("largest_scale", ctypes.c_float),
         *((name, _Format) for name in ("format", "e4m3")),
@@ -75,43 +78,66 @@ def _takes(spec: WeightSpec, matrix: Tensor) -> bool:
     )
 
 
+def relative_error(weight: Tensor, layer: nn.Module) -> float | None:
+    """As `convert.relative_error`, of a layer without transforms; None where that is the way."""
+    spec = layer.weight_spec
+    if spec.grid_type is not ScaledGrid or not is_built(NAME) or not (functions := _functions()):
+        return None
+    job = _job(to_matrix(weight, spec.split), spec, layer.weight_shape)
+    scales = layer.scales.decode().contiguous()
+    values = spec.fmt.decode(torch.arange(2**spec.fmt.bits, dtype=torch.uint8))
+    job.scales, job.scale_stride, job.codes = (
+        scales.data_ptr(),
+        scales.stride(0) * (len(scales) > 1),
+        layer.qweight.data_ptr(),
+    )
+    squares = []
+
+    def measure(first: int, end: int) -> None:
+        part = (ctypes.c_double * 2)()
+        functions.squares(job, values.data_ptr(), first, end, part)
+        squares.append(tuple(part))
+
+    _side_by_side(measure, layer.weight_shape[0], job.columns)
+    lost, total = map(math.fsum, zip(*squares, strict=True))
+    return lost / max(total, 1e-30)
+
+
 def _fit_and_round(matrix: Tensor, spec: WeightSpec, shape: tuple[int, ...], width: int) -> tuple[Tensor, Scales]:
     """`fit_and_round` by the compiled functions, with sums as torch's vectors of so many floats order them."""
-    if matrix.dtype not in (torch.float32, torch.bfloat16):
-        matrix = matrix.float()
-    matrix, (rows, columns), fmt = matrix.contiguous(), matrix.shape, spec.fmt
-    (number, store), (starts, lengths) = _OWN_STORES[spec.store], _groups(spec, shape)
-    amplitude = torch.empty(rows, len(starts), dtype=torch.float32)
-    job = _Job(
-        matrix=matrix.data_ptr(),
-        starts=starts.data_ptr(),
-        lengths=lengths.data_ptr(),
-        amplitudes=amplitude.data_ptr(),
-        columns=columns,
-        groups=len(starts),
-        size=spec.granularity.size or max(spec.segments(shape)),
-        bytes=packed_size(columns, fmt.bits),
-        sum_width=width,
-        bfloat16=matrix.dtype == torch.bfloat16,
-        store=number,
-        octaves_below=OCTAVES_BELOW,
-        largest_exponent=math.frexp(fmt.max)[1] - 1,
-        largest_scale=LARGEST / fmt.max,
-        format=_as_struct(fmt),
-        e4m3=_as_struct(get_format("fp8_e4m3")),
-    )
-    functions = _functions()
+    functions, (rows, columns), fmt = _functions(), matrix.shape, spec.fmt
+    job, (number, store) = _job(matrix, spec, shape), _OWN_STORES[spec.store]
+    amplitude = torch.empty(rows, job.groups, dtype=torch.float32)
     _side_by_side(lambda first, end: functions.amplitudes(job, first, end, amplitude.data_ptr()), rows, columns)
     check_finite(amplitude)
     base = store.base(amplitude, fmt)
     multiples = torch.tensor((1.0, *(store.search if spec.scale == "mse" else ())), dtype=torch.float32)
     codes = torch.empty(rows, job.bytes, dtype=torch.uint8)
     stored = torch.empty(spec.scale_shape(shape), dtype=store.dtype)
+    job.amplitudes, job.stored, job.codes = amplitude.data_ptr(), stored.data_ptr(), codes.data_ptr()
     job.base, job.base_stride = (None, 0) if base is None else (base.data_ptr(), int(len(base) > 1))
-    job.multiples, job.multiple_count = multiples.data_ptr(), len(multiples)
-    job.stored, job.codes = stored.data_ptr(), codes.data_ptr()
+    job.multiples, job.multiple_count, job.sum_width = multiples.data_ptr(), len(multiples), width
+    job.store, job.octaves_below, job.e4m3 = number, OCTAVES_BELOW, _as_struct(get_format("fp8_e4m3"))
+    job.largest_exponent, job.largest_scale = math.frexp(fmt.max)[1] - 1, LARGEST / fmt.max
     _side_by_side(lambda first, end: functions.quantize(job, first, end), rows, columns)
     return codes, Scales(stored, base, spec.store)
+
+
+def _job(matrix: Tensor, spec: WeightSpec, shape: tuple[int, ...]) -> _Job:
+    """What every function needs: a matrix (rows, columns), any float dtype, and the groups of its rows."""
+    wide = matrix if matrix.dtype in (torch.float32, torch.bfloat16) else matrix.float()
+    starts, lengths = _groups(spec, shape)
+    job = _Job(
+        columns=matrix.shape[1],
+        groups=len(starts),
+        size=spec.granularity.size or max(spec.segments(shape)),
+        bytes=packed_size(matrix.shape[1], spec.fmt.bits),
+        bfloat16=matrix.dtype == torch.bfloat16,
+        format=_as_struct(spec.fmt),
+    )
+    job.held = wide, starts, lengths = wide.contiguous(), starts, lengths  # pointers do not hold what they point to
+    job.matrix, job.starts, job.lengths = wide.data_ptr(), starts.data_ptr(), lengths.data_ptr()
+    return job
 
 
 def _groups(spec: WeightSpec, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
@@ -131,8 +157,10 @@ def _functions() -> ctypes.CDLL | None:
         job, number, pointer = ctypes.POINTER(_Job), ctypes.c_int64, ctypes.c_void_p
         functions.amplitudes.argtypes = (job, number, number, pointer)
         functions.quantize.argtypes = (job, number, number)
+        functions.squares.argtypes = (job, pointer, number, number, pointer)
         functions.sums.argtypes = (pointer, number, number, number, pointer)
-        functions.amplitudes.restype = functions.quantize.restype = functions.sums.restype = None
+        for function in (functions.amplitudes, functions.quantize, functions.squares, functions.sums):
+            function.restype = None
     return functions
 
 
@@ -186,4 +214,4 @@ def _side_by_side(work: Callable[[int, int], None], rows: int, columns: int) -> 
 def _as_struct(fmt: Format) -> _Format:
     if isinstance(fmt, FloatFormat):
         return _Format(1, fmt.bits, fmt.mantissa, fmt.min_exponent, -fmt.max, fmt.max)
-    return _Format(0, fmt.bits, 0, 0, fmt.min, fmt.max)
+    return _Format(0, fmt.bits, 0, 0, fmt.min, fmt.max) if isinstance(fmt, IntFormat) else _Format(0, fmt.bits)
