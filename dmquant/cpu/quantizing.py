@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dmquant import qtensor
-from dmquant.cpu.compiling import is_built, library
+from dmquant.cpu.compiling import is_compiled, library
 from dmquant.formats import FloatFormat, Format, IntFormat, get_format
 from dmquant.grids import ScaledGrid
 from dmquant.packing import packed_size
@@ -61,7 +61,7 @@ def fit_and_round(matrix: Tensor, spec: WeightSpec, shape: tuple[int, ...]) -> t
     if not _takes(spec, matrix):
         return None
     _seen += matrix.numel()
-    if (_seen < PAYS_AFTER and not is_built(NAME)) or not (width := _checked_width()):
+    if (_seen < PAYS_AFTER and not is_compiled(NAME)) or not (width := _checked_width()):
         return None
     return _fit_and_round(matrix, spec, shape, width)
 
@@ -81,7 +81,7 @@ def _takes(spec: WeightSpec, matrix: Tensor) -> bool:
 def relative_error(weight: Tensor, layer: nn.Module) -> float | None:
     """As `convert.relative_error`, of a layer without transforms; None where that is the way."""
     spec = layer.weight_spec
-    if spec.grid_type is not ScaledGrid or not is_built(NAME) or not (functions := _functions()):
+    if spec.grid_type is not ScaledGrid or not is_compiled(NAME) or not (functions := _functions()):
         return None
     job = _job(to_matrix(weight, spec.split), spec, layer.weight_shape)
     scales = layer.scales.decode().contiguous()
