@@ -134,10 +134,9 @@ def quantize(weight: Tensor, spec: WeightSpec) -> QuantizedTensor:
         raise UsageError(f"scale rule '{spec.scale}' needs calibration data; without data use {' or '.join(RULES)}")
     if weight.ndim < 2:
         raise UsageError(f"a weight has output and input channels; this tensor has the shape {tuple(weight.shape)}")
-    matrix, shape, done = to_matrix(weight.detach(), spec.split), tuple(weight.shape), None
-    if matrix.device.type == "cpu":
-        done = importlib.import_module(FASTER).fit_and_round(matrix, spec, shape)
-    codes, scales = done or fit_and_round(matrix, spec, shape)
+    matrix, shape = to_matrix(weight.detach(), spec.split), tuple(weight.shape)
+    faster = importlib.import_module(FASTER).fit_and_round(matrix, spec, shape)
+    codes, scales = faster or fit_and_round(matrix, spec, shape)
     return QuantizedTensor(codes, scales, spec, shape)
 
 

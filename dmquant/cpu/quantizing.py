@@ -69,7 +69,8 @@ def fit_and_round(matrix: Tensor, spec: WeightSpec, shape: tuple[int, ...]) -> t
 def _takes(spec: WeightSpec, matrix: Tensor) -> bool:
     fmt, size = spec.fmt, spec.granularity.size or matrix.shape[1]
     return (
-        spec.grid_type is ScaledGrid
+        matrix.device.type == "cpu"
+        and spec.grid_type is ScaledGrid
         and spec.granularity.kind != "tensor"  # one sum over all is shared by torch's threads
         and spec.scale in ("absmax", "mse")
         and STORES[spec.store] is _OWN_STORES.get(spec.store, (None, None))[1]
@@ -79,9 +80,11 @@ def _takes(spec: WeightSpec, matrix: Tensor) -> bool:
 
 
 def relative_error(weight: Tensor, layer: nn.Module) -> float | None:
-    """As `convert.relative_error`, of a layer without transforms; None where that is the way."""
-    spec = layer.weight_spec
-    if spec.grid_type is not ScaledGrid or not is_compiled(NAME) or not (functions := _functions()):
+    """As `convert.relative_error`; None where that is the way."""
+    spec, on_cpu = layer.weight_spec, weight.device.type == layer.qweight.device.type == "cpu"
+    if layer.transforms or not on_cpu or spec.grid_type is not ScaledGrid:
+        return None
+    if not is_compiled(NAME) or not (functions := _functions()):
         return None
     job = _job(to_matrix(weight, spec.split), spec, layer.weight_shape)
     scales = layer.scales.decode().contiguous()
