@@ -5,8 +5,6 @@ import functools
 import itertools
 import logging
 import math
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor, nn
@@ -16,12 +14,12 @@ from dmquant.cpu.compiling import is_compiled, library
 from dmquant.formats import FloatFormat, Format, IntFormat, get_format
 from dmquant.grids import ScaledGrid
 from dmquant.packing import packed_size
-from dmquant.qtensor import WeightSpec, check_finite
+from dmquant.qtensor import WeightSpec, check_finite, side_by_side
 from dmquant.scaling import Scales, to_matrix
 from dmquant.stores import LARGEST, OCTAVES_BELOW, STORES
 
 NAME = "quantize"
-PAYS_AFTER = 1 << 25  # weights in all; before, a run ends sooner without the seconds that compiling takes
+PAYS_AFTER = 1 << 23  # weights in all; before, a run ends sooner without the seconds that compiling takes
 _OWN_STORES = {name: (number, STORES[name]) for number, name in enumerate(("fp32", "bf16", "e8m0", "pow2", "e4m3"))}
 _WIDTHS = (16, 8, 4, 1)  # floats in a vector of torch's sums
 _LARGEST_GROUP = 1 << 18  # sixteen of them, in float32, are at hand at once
@@ -94,15 +92,14 @@ def relative_error(weight: Tensor, layer: nn.Module) -> float | None:
         scales.stride(0) * (len(scales) > 1),
         layer.qweight.data_ptr(),
     )
-    squares = []
 
-    def measure(first: int, end: int) -> None:
-        part = (ctypes.c_double * 2)()
-        functions.squares(job, values.data_ptr(), first, end, part)
-        squares.append(tuple(part))
+    def measure(part: slice) -> tuple[float, float]:
+        sums = (ctypes.c_double * 2)()
+        functions.squares(job, values.data_ptr(), part.start, part.stop, sums)
+        return tuple(sums)
 
-    _side_by_side(measure, layer.weight_shape[0], job.columns)
-    lost, total = map(math.fsum, zip(*squares, strict=True))
+    parts = _parts(layer.weight_shape[0], job.columns)
+    lost, total = map(math.fsum, zip(*side_by_side(measure, parts, weight.device), strict=True))
     return lost / max(total, 1e-30)
 
 
@@ -111,18 +108,19 @@ def _fit_and_round(matrix: Tensor, spec: WeightSpec, shape: tuple[int, ...], wid
     functions, (rows, columns), fmt = _functions(), matrix.shape, spec.fmt
     job, (number, store) = _job(matrix, spec, shape), _OWN_STORES[spec.store]
     amplitude = torch.empty(rows, job.groups, dtype=torch.float32)
-    _side_by_side(lambda first, end: functions.amplitudes(job, first, end, amplitude.data_ptr()), rows, columns)
+    amplitudes, parts = amplitude.data_ptr(), _parts(rows, columns)
+    side_by_side(lambda part: functions.amplitudes(job, part.start, part.stop, amplitudes), parts, matrix.device)
     check_finite(amplitude)
     base = store.base(amplitude, fmt)
     multiples = torch.tensor((1.0, *(store.search if spec.scale == "mse" else ())), dtype=torch.float32)
     codes = torch.empty(rows, job.bytes, dtype=torch.uint8)
     stored = torch.empty(spec.scale_shape(shape), dtype=store.dtype)
-    job.amplitudes, job.stored, job.codes = amplitude.data_ptr(), stored.data_ptr(), codes.data_ptr()
+    job.amplitudes, job.stored, job.codes = amplitudes, stored.data_ptr(), codes.data_ptr()
     job.base, job.base_stride = (None, 0) if base is None else (base.data_ptr(), int(len(base) > 1))
     job.multiples, job.multiple_count, job.sum_width = multiples.data_ptr(), len(multiples), width
     job.store, job.octaves_below, job.e4m3 = number, OCTAVES_BELOW, _as_struct(get_format("fp8_e4m3"))
     job.largest_exponent, job.largest_scale = math.frexp(fmt.max)[1] - 1, LARGEST / fmt.max
-    _side_by_side(lambda first, end: functions.quantize(job, first, end), rows, columns)
+    side_by_side(lambda part: functions.quantize(job, part.start, part.stop), parts, matrix.device)
     return codes, Scales(stored, base, spec.store)
 
 
@@ -200,18 +198,10 @@ def _agrees(width: int, case: tuple[str, str], store: str, rule: str) -> bool:
     return torch.equal(codes, expected) and torch.equal(scales.stored, as_stored.stored)
 
 
-def _side_by_side(work: Callable[[int, int], None], rows: int, columns: int) -> None:
-    """Do the work, which lets go of the interpreter's lock, for all rows, in as many threads as torch uses."""
-    # Whole blocks of rows that are packed together.
+def _parts(rows: int, columns: int) -> list[slice]:
+    """Ranges of rows for threads to take one after another, whole blocks of rows that are packed together."""
     size = max(_BLOCK_ROWS, _PART // columns // _BLOCK_ROWS * _BLOCK_ROWS)
-    starts = range(0, rows, size)
-    threads = min(torch.get_num_threads(), len(starts))
-    if threads < 2:
-        work(0, rows)
-        return
-    with ThreadPoolExecutor(threads) as pool:
-        for done in [pool.submit(work, start, min(start + size, rows)) for start in starts]:
-            done.result()
+    return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
 
 
 def _as_struct(fmt: Format) -> _Format:
