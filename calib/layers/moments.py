@@ -22,6 +22,7 @@ from dmquant.transforms import fit_of
 LARGEST = (
     8192  # columns of a layer whose moments are kept in full if nothing demands it; beyond, those inside its groups
 )
+STRIP = 128  # columns of a block of moments: with narrower ones matrix products slow down, wider ones waste more of them
 POSITIONS = 256  # tokens or pixels taken of a row of the batch
 
 
@@ -29,7 +30,8 @@ class Moments:
     """Sums of x x^T over inputs (tokens, columns), in full or in blocks along the diagonal; float32.
 
     `sums` (blocks, size, size) are in the order of the columns of the weight's matrix form, with its split; the last
-    block is padded with zeros. `together` is the largest number of columns in a block, where moments are needed in
+    block is padded with zeros. They are symmetric: only STRIP rows of them at a time, from the diagonal on, are added up,
+    and what lies below is copied once it is asked for. `together` is the largest number of columns in a block, where moments are needed in
     full. Without it moments serve scales and formats alone, and wide layers have a block for each group.
     """
 
@@ -54,14 +56,27 @@ class Moments:
     def add(self, x: Tensor) -> None:
         """Count the inputs `x` (tokens, columns), any dtype, in the order of the matrix form without a split."""
         x = x.float() if self.order is None else x[:, self.order].float()
-        blocks = F.pad(x, (0, -self.columns % self.size)).view(len(x), -1, self.size).transpose(0, 1)
-        self.sums.baddbmm_(blocks.transpose(1, 2), blocks)
+        if self.size <= STRIP:
+            blocks = F.pad(x, (0, -self.columns % self.size)).view(len(x), -1, self.size).transpose(0, 1)
+            self.sums.baddbmm_(blocks.transpose(1, 2), blocks)
+        else:
+            for sums, block in zip(self.sums, x.split(self.size, 1), strict=True):
+                for first in range(0, block.shape[1], STRIP):
+                    right, last = block[:, first:], first + STRIP
+                    sums[first:last, first : block.shape[1]].addmm_(right[:, :STRIP].T, right)
         self.tokens += len(x)
 
     def blocks(self) -> list[Tensor]:
         """The sums of one block of columns after another, each (its columns, its columns), without padding."""
+        self._mirror()
         widths = [min(self.size, self.columns - first) for first in range(0, self.columns, self.size)]
         return [sums[:width, :width] for sums, width in zip(self.sums, widths, strict=True)]
+
+    def _mirror(self) -> None:
+        """Copy what was added up above the diagonal to below it."""
+        for last in range(STRIP, self.size, STRIP):
+            strip = slice(last - STRIP, last)
+            self.sums[:, last:, strip] = self.sums[:, strip, last:].transpose(1, 2)
 
     def factors(self, options: gptq.Options) -> list[gptq.Factor]:
         """`gptq.factorize` of the blocks, once for the same options; nothing may be added any more."""
@@ -73,6 +88,7 @@ class Moments:
         """Mean moments within the groups of a weight of this shape, (groups, n, n) float32, padded with 0."""
         numbers = torch.arange(1, self.columns + 1, device=self.sums.device).view(1, -1)
         groups = to_groups(numbers, spec.granularity, spec.segments(shape)).squeeze(0)
+        self._mirror()
         sums = self.sums / max(self.tokens, 1)
         if spec.split is None and groups.shape == sums.shape[:2]:
             return sums
@@ -83,6 +99,7 @@ class Moments:
 
     def output_error(self, error: Tensor) -> float:
         """Mean squared error of the output, summed over rows, for a weight's error in matrix form (rows, columns)."""
+        self._mirror()
         parts = F.pad(error, (0, -self.columns % self.size)).view(len(error), -1, self.size).transpose(0, 1)
         return float((torch.bmm(parts, self.sums) * parts).sum() / max(self.tokens, 1))
 
