@@ -154,14 +154,15 @@ def columns_of(layer: nn.Linear | nn.Conv2d, x: Tensor) -> Tensor:
 def _patches(layer: nn.Conv2d, x: Tensor) -> Tensor:
     """The inputs under the kernel at some output positions: (positions, kernel height * width * channels)."""
     (down, right), (high, wide) = layer.stride, layer.kernel_size
-    padded = F.pad(x, (layer.padding[1],) * 2 + (layer.padding[0],) * 2)
+    padded = F.pad(x, (layer.padding[1],) * 2 + (layer.padding[0],) * 2).movedim(1, -1).contiguous()
     rows = torch.arange(high, device=x.device) * layer.dilation[0]
     columns = torch.arange(wide, device=x.device) * layer.dilation[1]
-    height = (padded.shape[-2] - (high - 1) * layer.dilation[0] - 1) // down + 1
-    width = (padded.shape[-1] - (wide - 1) * layer.dilation[1] - 1) // right + 1
+    height = (padded.shape[1] - (high - 1) * layer.dilation[0] - 1) // down + 1
+    width = (padded.shape[2] - (wide - 1) * layer.dilation[1] - 1) // right + 1
     chosen = some_of(height * width, POSITIONS, x.device).view(-1, 1, 1)
-    patches = padded[:, :, chosen // width * down + rows.view(-1, 1), chosen % width * right + columns]
-    return patches.movedim(1, -1).flatten(0, 1).flatten(1)
+    places = (chosen // width * down + rows.view(-1, 1)) * padded.shape[2] + chosen % width * right + columns
+    patches = padded.flatten(1, 2).index_select(1, places.flatten())  # whole pixels, channel by channel
+    return patches.view(len(x) * len(chosen), -1)
 
 
 def some_of(count: int, most: int, device: torch.device) -> Tensor:
