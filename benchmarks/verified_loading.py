@@ -47,10 +47,10 @@ def seconds(work: Callable[[], object]) -> float:
 
 def forget(folder: Path) -> None:
     """Drop the files from the system's cache, and what this process knows of them."""
-    from dmquant.host import hashes
+    from dmquant.host import caches, hashes
 
     hashes._in_this_process.clear()
-    Path(os.environ[hashes.VARIABLE], "hashes.json").unlink(missing_ok=True)
+    Path(os.environ[caches.VARIABLE], "hashes.json").unlink(missing_ok=True)
     for path in folder.rglob("*.*"):
         with path.open("rb") as file:
             os.fsync(file.fileno())

@@ -19,8 +19,8 @@ class ActivationSpec:
     """The quantization of a layer's input.
 
     Online, `ranges` is None. `token`: one scale for the channels of an image patch, a text token, or (for a
-    convolution) a pixel position. `group:N`: one for N consecutive channels of it. `tensor`: one for everything in the
-    call, the batch included.
+    convolution) a pixel position. `group:N`: one for N consecutive channels of it. `image`: one for a row of the batch.
+    `tensor`: one for everything in the call, the batch included.
 
     Static, the timesteps 0..SCHEDULE are cut into `ranges` equal ranges with scales of their own, in float32.
     `tensor`: one scale for all of an input. `channel`: one for each input channel.
@@ -50,8 +50,12 @@ class ActivationSpec:
         if block := BLOCK_FORMATS.get(format.lower()):
             format, granularity, store = block
         parsed = Granularity.parse(granularity)
+        if parsed.kind == "product":
+            raise UsageError("granularity 'product' is for recipes: for one layer's input use token or image")
         if ranges is None and parsed.kind == "channel":
-            raise UsageError("granularity 'channel' is for weights: use token, group:N or tensor for activations")
+            raise UsageError(
+                "granularity 'channel' is for weights: use token, group:N, image or tensor for activations"
+            )
         if ranges is not None and parsed.kind not in ("tensor", "channel"):
             raise UsageError(
                 f"a static activation scale cannot be one per {parsed}, which is known only at run time: "
@@ -63,7 +67,8 @@ class ActivationSpec:
     @property
     def scale_by_row(self) -> bool:
         """Whether the scale of a token looks at the other tokens of its row."""
-        return STORES[self.store].base_of == "tensor" and self.granularity.kind != "tensor"
+        by_row = STORES[self.store].base_of == "tensor" and self.granularity.kind != "tensor"
+        return by_row or self.granularity.kind == "image"
 
     def segments(self, channels: int) -> tuple[int, ...]:
         """Channels of the parts of a token that share no scale."""
@@ -156,10 +161,13 @@ def fake_quantize(x: Tensor, spec: ActivationSpec, dim: int = -1, scale: Tensor 
     `tensor`. `scale`, for a static spec alone, is float32 and broadcasts to `x`. Scale, quotient and product are
     float32. NaN stays NaN; a token of zeros stays zero.
     """
-    if spec.ranges is not None:
-        return spec.fmt.round(x.float() / scale).mul_(scale).to(x.dtype)
-    if spec.split is not None:
+    if spec.split is not None and spec.ranges is None:
         return half_by_half(fake_quantize, x, spec, dim)
+    if spec.granularity.kind == "image":
+        rows = (x if dim % x.ndim else x.unsqueeze(0)).flatten(1).unsqueeze(1).float()
+        scale = fit_absmax(rows, spec.fmt, spec.store).decode().view(-1, *(1,) * (x.ndim - 1))
+    if scale is not None:
+        return spec.fmt.round(x.float() / scale).mul_(scale).to(x.dtype)
     channels_last = x.movedim(dim, -1)
     tokens = channels_last.reshape(-1, channels_last.shape[-1]).float()
     groups = to_groups(tokens, spec.granularity)

@@ -1,6 +1,7 @@
 """Swap the layers of a module for quantized ones, as a recipe says."""
 
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -64,8 +65,11 @@ def plan(module: nn.Module, recipe: Recipe) -> list[LayerPlan]:
         weights = WeightSpec.parse(settings.weights, settings.granularity, settings.scale, settings.store, split)
         activations = None
         if settings.activations != NO_FORMAT:
+            granularity = settings.activation_granularity
+            if granularity == "product":
+                granularity = "token" if math.prod(layer.weight.shape[2:]) == 1 else "image"
             activations = ActivationSpec.parse(
-                settings.activations, settings.activation_granularity, scale=settings.activation_scale, split=split
+                settings.activations, granularity, scale=settings.activation_scale, split=split
             )
         candidates = tuple(map(get_format, settings.candidates or ()))
         of_input = tuple(map(get_format, settings.activation_candidates or ())) if activations else ()

@@ -13,6 +13,7 @@ from dmquant.packing import packed_size
 from dmquant.scaling import (
     BLOCK_FORMATS,
     DATA_RULES,
+    OF_INPUTS,
     RULES,
     Granularity,
     Scales,
@@ -49,8 +50,10 @@ class WeightSpec:
         """Parse and check, or raise UsageError; a block format such as `mxfp4` brings its own granularity and store."""
         if block := BLOCK_FORMATS.get(format.lower()):
             format, granularity, store = block
-        if granularity == "token":
-            raise UsageError("granularity 'token' is for activations: use tensor, channel or group:N for weights")
+        if granularity in OF_INPUTS:
+            raise UsageError(
+                f"granularity '{granularity}' is for activations: use tensor, channel or group:N for weights"
+            )
         grid_type(store).check(format, granularity, scale)
         fmt, parsed = get_format(format), Granularity.parse(granularity)
         check_choice("scale rule", scale, (*RULES, *DATA_RULES))
@@ -141,7 +144,10 @@ def quantize(weight: Tensor, spec: WeightSpec) -> QuantizedTensor:
     base, grid = get_store(spec.store).base(amplitude, spec.fmt), spec.grid_type
     for part in parts:
         exact = matrix[part].float()
-        scales = grid.fit(exact, spec, segments, base if base is None or len(base) == 1 else base[part])
+        own = base if base is None or len(base) == 1 else base[part]
+        scales = grid.fit(exact, spec, segments, own)
+        if own is not None:  # a store of few octaves searches it
+            own.copy_(scales.base)
         stored[part], codes[part] = scales.stored, grid.encode(exact, scales.decode(), spec, segments)
     return QuantizedTensor(codes, Scales(stored, base, spec.store), spec, shape)
 

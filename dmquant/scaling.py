@@ -17,25 +17,29 @@ from dmquant.formats import Format
 from dmquant.stores import LARGEST, SMALLEST, STORES, get_store
 
 GRADIENT_STEPS, GRADIENT_RATE = 100, 0.03
+OF_INPUTS = ("token", "image", "product")
+STEPS, BASES = 8, range(-10, 4)  # bases that are tried: those of absmax times 2^(n / STEPS)
 
 
 @dataclass(frozen=True)
 class Granularity:
-    """The elements that share a scale: the whole `tensor`, a `channel`, a `token`, or a `group` of `size` elements."""
+    """The elements that share a scale: the whole `tensor`, a `channel`, a `group` of `size` elements; of an input, a
+    `token`, all of an `image`, or what one integer `product` allows: a token, under a kernel of several positions an
+    image."""
 
     kind: str
     size: int | None = None
 
     @classmethod
     def parse(cls, text: str) -> "Granularity":
-        """`tensor`, `channel`, `token` or `group:N`; anything else is a UsageError."""
+        """`tensor`, `channel`, `group:N`, `token`, `image` or `product`; anything else is a UsageError."""
         kind, _, size = text.partition(":")
         if kind == "group" and size.isdecimal() and len(size) < 6 and int(size) > 0:
             return cls(kind, int(size))
-        if kind in ("tensor", "channel", "token") and not size:
+        if kind in ("tensor", "channel", *OF_INPUTS) and not size:
             return cls(kind)
-        likely = ("tensor", "channel", "token", "group:64")
-        raise unknown("granularity", text, likely, "use tensor, channel, token, group:N")
+        likely = ("tensor", "channel", *OF_INPUTS, "group:64")
+        raise unknown("granularity", text, likely, "use tensor, channel, group:N, token, image, product")
 
     def __str__(self) -> str:
         return self.kind if self.size is None else f"{self.kind}:{self.size}"
@@ -185,6 +189,8 @@ def search(
     Shapes as `fit_absmax`. `measure`: weight errors, shaped as `groups`, -> errors (scale rows, scale columns).
     """
     amplitude, kind, best = absmax(groups), STORES[store], fit_absmax(groups, fmt, store, base)
+    if kind.factors:
+        return _search_base(groups, fmt, best, measure)
     chosen, least = best.stored, measure(_rounding_error(groups, best.decode(), fmt))
     for multiple in (*kind.search, *further):
         candidate = kind.encode(amplitude * multiple, fmt, best.base)
@@ -192,6 +198,26 @@ def search(
         better = error < least
         chosen, least = torch.where(better, candidate, chosen), torch.where(better, error, least)
     return Scales(chosen, best.base, store)
+
+
+def _search_base(groups: Tensor, fmt: Format, start: Scales, measure: Callable[[Tensor], Tensor]) -> Scales:
+    """The base of each row with the least sum of errors, every group with its best factor of it; never worse than
+    `start`, which is absmax. The base is searched on a grid of STEPS an octave, each factor being its nearest place."""
+    kind, factors = STORES[start.store], STORES[start.store].factors(fmt)
+    places = [round(STEPS * math.log2(factor)) for factor in factors]
+
+    def error(scale: Tensor) -> Tensor:
+        return measure(_rounding_error(groups, scale.expand(groups.shape[:2]), fmt))
+
+    tried = sorted({step + place for step in BASES for place in places})
+    errors = {place: error(start.base * 2.0 ** (place / STEPS)) for place in tried}
+    totals = [torch.stack([errors[step + place] for place in places]).amin(0).sum(-1, keepdim=True) for step in BASES]
+    step = torch.stack(totals).argmin(0) + BASES[0]
+    base = kind.fit_base(start.base * torch.exp2(step / STEPS) * (fmt.max * factors[-1]), fmt)
+    least, chosen = torch.stack([error(base * factor) for factor in factors]).min(0)
+    stored = torch.tensor(factors, dtype=torch.uint8, device=groups.device)[chosen]
+    better = least.sum(-1, keepdim=True) < error(start.decode()).sum(-1, keepdim=True)
+    return Scales(torch.where(better, stored, start.stored), torch.where(better, base, start.base), start.store)
 
 
 def _rounding_error(groups: Tensor, scale: Tensor, fmt: Format) -> Tensor:

@@ -31,10 +31,10 @@ def test_a_token_does_not_see_its_neighbours():
 
 
 @pytest.mark.parametrize("split", [None, 20])
-@pytest.mark.parametrize("name", ["mxfp6", "nvfp4", "fp6"])
+@pytest.mark.parametrize("name", ["mxfp6", "nvfp4", "fp6", "fp6 image"])
 @pytest.mark.parametrize(("shape", "dim"), [((4, 6, 32), -1), ((4, 32), -1), ((4, 32, 3, 3), -3)])
 def test_a_row_of_the_batch_does_not_see_the_others(name, shape, dim, split):
-    x, spec = torch.randn(shape), ActivationSpec.parse(name, split=split)
+    x, spec = torch.randn(shape), ActivationSpec.parse(*name.split(), split=split)
     louder = x.clone()
     louder[1:] *= 37
     assert torch.equal(fake_quantize(x, spec, dim)[0], fake_quantize(louder, spec, dim)[0])
@@ -42,9 +42,9 @@ def test_a_row_of_the_batch_does_not_see_the_others(name, shape, dim, split):
 
 
 @pytest.mark.parametrize(("shape", "dim"), [((32,), -1), ((32, 3, 3), -3)])
-@pytest.mark.parametrize("name", ["nvfp4", "fp6"])
+@pytest.mark.parametrize("name", ["nvfp4", "fp6", "int8 image"])
 def test_inputs_without_a_batch_are_one_row(name, shape, dim):
-    x, spec = torch.randn(shape), ActivationSpec.parse(name)
+    x, spec = torch.randn(shape), ActivationSpec.parse(*name.split())
     alone = fake_quantize(x.unsqueeze(0), spec, dim).squeeze(0)
     assert torch.equal(fake_quantize(x, spec, dim), alone)
 
@@ -54,6 +54,17 @@ def test_a_convolution_scales_each_pixel_over_its_channels():
     spec = ActivationSpec.parse("fp6")
     as_tokens = fake_quantize(x.permute(0, 2, 3, 1), spec).permute(0, 3, 1, 2)
     assert torch.equal(fake_quantize(x, spec, dim=-3), as_tokens)
+
+
+@pytest.mark.parametrize("format", ["int8", "fp6"])
+@pytest.mark.parametrize(("shape", "dim"), [((3, 5, 16), -1), ((3, 16, 4, 5), -3), ((3, 16), -1)])
+def test_one_scale_an_image_is_one_for_all_of_each_row(format, shape, dim):
+    x, spec = torch.randn(shape) * torch.tensor([1.0, 30.0, 0.0]).view(-1, *(1,) * (len(shape) - 1)), get_format(format)
+    rows = fake_quantize(x, ActivationSpec.parse(format, "image"), dim)
+    for row, exact in zip(rows, x, strict=True):
+        scale = (exact.abs().amax() / spec.max).clamp(min=2.0**-126)
+        assert torch.equal(row, spec.round(exact / scale) * scale)
+        assert torch.equal(row, fake_quantize(exact, ActivationSpec.parse(format, "tensor"), dim))
 
 
 def test_finer_granularity_loses_less_where_channels_differ():
@@ -104,6 +115,7 @@ def test_channel_scales_are_refused_for_activations():
         ("mxfp6", "token", None),
         ("nvfp4", "token", None),
         ("fp6", "token", 500),
+        ("int8", "image", None),
     ],
 )
 def test_the_compiled_loop_gives_the_reference_bit_for_bit(format, granularity, split, monkeypatch):

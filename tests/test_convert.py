@@ -47,6 +47,15 @@ def test_rules_choose_format_and_granularity_by_name():
     assert (ff.fmt.name, str(ff.granularity)) == ("fp4_e2m1", "group:64")
 
 
+def test_what_one_product_allows_is_a_scale_a_token_and_under_a_kernel_of_several_positions_one_an_image():
+    net = Net()
+    net.blocks[0]["pixelwise"] = nn.Conv2d(8, 8, 1)
+    quantize_(net, Recipe(name="x", keep="none", activations="int8", activation_granularity="product"))
+    found = {name: str(layer.activations.granularity) for name, layer in net.named_modules() if name in kinds(net)}
+    assert found["blocks.0.ff"] == found["blocks.0.pixelwise"] == "token"
+    assert found["blocks.0.conv"] == found["conv_in"] == "image"
+
+
 def test_a_group_size_that_does_not_divide_is_handled_and_said():
     net = Net()
     reports = quantize_(net, Recipe(name="x", granularity="group:64"))

@@ -87,7 +87,8 @@ def test_the_mse_rule_never_loses_to_absmax(format, store):
 
     def error(scales):
         scale = scales.decode().unsqueeze(-1)
-        return (fmt.round(groups / scale) * scale - groups).square().sum(-1)
+        of_groups = (fmt.round(groups / scale) * scale - groups).square().sum(-1)
+        return of_groups.sum(-1) if STORES[store].factors else of_groups  # groups give way to each other there
 
     assert (error(fit_mse(groups, fmt, store)) <= error(fit_absmax(groups, fmt, store)) + 1e-9).all()
 

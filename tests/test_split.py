@@ -63,8 +63,9 @@ def halves_of(layer):
 def test_a_split_weight_is_its_halves_quantized_alone(data, rows, channels, kernel, format, granularity, rule, store):
     split = data.draw(st.integers(1, channels - 1))
     w = weights(rows, channels, *kernel)
-    if store in ("pow2", "e4m3"):  # scales relative to what halves share: give each half the same largest weight
+    if STORES[store].base_of:  # scales relative to what halves share: give each half the same largest weight
         w[:, 0] = w[:, -1] = 5.0
+    rule = "absmax" if STORES[store].factors else rule  # a search of what they share looks at both
     spec = WeightSpec.parse(format, granularity, rule, store)
     alone = [quantize(half, spec) for half in (w[:, :split], w[:, split:])]
     together = quantize(w, WeightSpec.parse(format, granularity, rule, store, split))

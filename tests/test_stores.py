@@ -10,6 +10,7 @@ from dmquant.formats import get_format
 from dmquant.layers import QuantLinear, quantize_layer
 from dmquant.qtensor import WeightSpec, quantize_tensor
 from dmquant.recipe import Recipe
+from dmquant.scaling import fit_absmax, fit_mse
 
 
 @pytest.mark.parametrize(("format", "octaves"), [("fp4_e2m1", 14), ("fp6_e2m3", 11), ("fp6_e3m2", 9)])
@@ -28,6 +29,64 @@ def test_pow2_scales_are_at_most_so_far_below_their_channels():
         octaves = quantize_tensor(weight, "fp4", "group:16", rule, "pow2").scales.stored.int() - 127
         assert octaves.min() == -stores.OCTAVES_BELOW
         assert octaves.max() <= above
+
+
+MULTIPLES = [name for name, store in stores.STORES.items() if store.factors]
+FEW_BITS = ["fp4_e2m1", "fp4_e1m2", "fp4_e3m0", "fp6_e2m3", "int2", "int3", "int4", "int5", "int6"]
+
+
+@pytest.mark.parametrize("store", MULTIPLES)
+@pytest.mark.parametrize("format", FEW_BITS)
+def test_whole_multiples_make_a_row_integers_times_one_float(store, format):
+    weight = torch.randn(6, 96, generator=torch.Generator().manual_seed(0)) * torch.logspace(0, -2, 96)
+    for rule in ("absmax", "mse"):
+        q = quantize_tensor(weight, format, "group:16", rule, store)
+        factors, fmt = stores.STORES[store].factors(q.spec.fmt), q.spec.fmt
+        assert set(q.scales.stored.unique().tolist()) <= set(factors)
+        integers = q.dequantize().double() / (q.scales.base.double() * fmt.min_positive)
+        assert (integers - integers.round()).abs().max() < 1e-4
+        assert integers.round().abs().max() <= factors[-1] * fmt.values.abs().max() / fmt.min_positive
+
+
+def test_sums_of_two_products_with_8_bits_of_int_scales_fit_in_16():
+    """docs/formats.md names these factors."""
+    factors = {name: stores.STORES["int"].factors(get_format(name))[-1] for name in FEW_BITS}
+    assert factors == dict(zip(FEW_BITS, (5, 9, 1, 1, 16, 16, 8, 4, 2), strict=True))
+    for name in FEW_BITS:
+        fmt = get_format(name)
+        assert 2 * 255 * factors[name] * fmt.values.abs().max() / fmt.min_positive < 2**15
+
+
+@pytest.mark.parametrize("store", MULTIPLES)
+def test_no_other_base_of_a_row_is_much_better_than_the_one_found(store):
+    groups = torch.randn(12, 24, 16, generator=torch.Generator().manual_seed(0)) * torch.logspace(0, -1, 24).view(-1, 1)
+    fmt, kind = get_format("int4"), stores.STORES[store]
+
+    def error(scale):
+        return (fmt.round(groups / scale.unsqueeze(-1)) * scale.unsqueeze(-1) - groups).square().sum(-1)
+
+    found, absmax = fit_mse(groups, fmt, store), fit_absmax(groups, fmt, store)
+    least = error(found.decode()).sum(-1)
+    bases = [absmax.base * 2.0 ** (step / 40) for step in range(-60, 30)]
+    others = [
+        torch.stack([error((base * factor).expand(12, 24)) for factor in kind.factors(fmt)]).amin(0).sum(-1)
+        for base in bases
+    ]
+    assert (least <= 1.1 * torch.stack(others).amin(0)).all()
+    assert least.sum() < 0.9 * error(absmax.decode()).sum()
+
+
+def test_whole_multiples_lose_little_more_than_nvfp4s_scales():
+    weight = torch.randn(64, 512, generator=torch.Generator().manual_seed(0))
+
+    def lost(format, store):
+        q = quantize_tensor(weight, format, "group:16", "mse", store)
+        return (q.dequantize() - weight).square().mean()
+
+    nvfp4 = lost("fp4", "e4m3")
+    assert lost("int4", "int") < 1.05 * nvfp4
+    assert lost("fp4_e1m2", "int") < 1.2 * nvfp4
+    assert lost("fp4", "int") < 1.35 * nvfp4 < lost("fp4", "pow2:2")
 
 
 @pytest.fixture

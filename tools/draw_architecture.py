@@ -18,9 +18,9 @@ PUBLIC = "dmquant"  # dmquant/__init__.py and __main__.py: the doors, which lead
 
 ROOMS = {
     "dmquant": ("the core: formats, scales, grids, layers, recipes, roundings, transforms, kernels", 1.5),
+    "dmquant/host": ("files, processes, memory, the terminal", 1),
     "dmquant/cpu": ("kernels: how a quantized layer multiplies on a CPU", 0),
     "dmquant/gpu": ("kernels: how it multiplies on a GPU", 0),
-    "dmquant/host": ("files, processes, memory, the terminal", 1),
     "dmquant/diffusers": ("the quantizer, the families, how a pipeline is called and watched", 2),
     "calib/data": ("calls of the full-precision backbone, chosen and stored", 0),
     "calib/layers": ("what is fitted to the data of one layer", 0),

@@ -1,98 +1,93 @@
-"""Whether this machine can compile, and C++ sources of this folder as libraries, built once a machine."""
+"""Compile for this machine: what lacks, and libraries made of the C++ files of this folder."""
 
-import contextlib
 import ctypes
 import functools
 import hashlib
 import logging
 import os
 import platform
-import re
-import shutil
 import subprocess
 import sysconfig
 import tempfile
 from pathlib import Path
 
-# No contraction: a product and a sum are rounded one after the other, as torch's own operations do it.
-FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=off", "-shared", "-fPIC")
-LONGEST_BUILD = 300  # seconds
+from dmquant.host import caches
+
+# No -ffast-math, and no multiplication fused with an addition: results are those of the eager code, bit for bit.
+FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-std=c++17", "-fopenmp", "-shared", "-fPIC")
+LONGEST = 120  # seconds that a compiler may take
 
 
 @functools.cache
 def missing_to_compile() -> str | None:
     """A requirement that torch.compile lacks on the CPU, and how to get it; None where it lacks nothing."""
-    from torch._inductor.cpp_builder import get_cpp_compiler
-    from torch._inductor.exc import InvalidCxxCompiler
-
-    try:
-        get_cpp_compiler()
-    except (InvalidCxxCompiler, RuntimeError, OSError):
-        return "a C++ compiler: install g++ or clang"
+    if missing := missing_compiler():
+        return missing
     if not Path(sysconfig.get_path("include"), "Python.h").exists():
         return "Python's headers: install python3-dev, or the package that has Python.h"
     return None
 
 
-def is_built(name: str) -> bool:
-    """Whether `library` finds what an earlier process built."""
-    return _kept(name).is_file()
+@functools.cache
+def missing_compiler() -> str | None:
+    """The compiler that `library` lacks, and how to get it; None where there is one."""
+    return None if _compiler() else "a C++ compiler: install g++ or clang"
 
 
 @functools.cache
 def library(name: str) -> ctypes.CDLL | None:
-    """The functions of `<name>.cpp` in this folder, compiled for this machine's processor by the first who asks.
+    """The functions of `name`.cpp of this folder; None, with a note in the log, where they cannot be compiled.
 
-    It is kept in the user's cache, under the hash of all that it was made from. None, after one note, where it cannot
-    be had: without a compiler, or where that fails.
+    They are compiled once for a machine, compiler and source, into the folder of caches.
     """
-    kept = _kept(name)
-    with contextlib.suppress(OSError):  # not there, or damaged
-        return ctypes.CDLL(str(kept))
+    compiler, folder = _compiler(), caches.folder()
+    if compiler is None or folder is None:
+        return _without(name, missing_compiler() or "there is no home folder to keep it in")
+    source = Path(__file__).with_name(f"{name}.cpp")
+    about = (source.read_text(encoding="utf-8"), compiler, _version(compiler), *FLAGS, *_processor())
+    made = folder / "compiled" / f"{name}-{hashlib.sha256(repr(about).encode()).hexdigest()[:16]}.so"
     try:
-        return _build(name, kept)
+        if not made.exists():
+            _compile(compiler, source, made)
+        return ctypes.CDLL(str(made))
     except (OSError, subprocess.SubprocessError) as error:
-        said = getattr(error, "stderr", None) or str(error)
-        logging.getLogger("dmquant").warning(f"{name} runs in its slower form: {said.strip().splitlines()[-1]}")
-        return None
+        return _without(name, (getattr(error, "stderr", None) or str(error)).strip().splitlines()[0])
 
 
-def _build(name: str, kept: Path) -> ctypes.CDLL:
-    compilers = (os.environ.get("CXX"), "g++", "clang++", "c++")
-    compiler = next(filter(None, map(shutil.which, filter(None, compilers))), None)
-    if compiler is None:
-        raise OSError("there is no C++ compiler: install g++ or clang")
-    with tempfile.TemporaryDirectory() as folder:
-        made = Path(folder, kept.name)
-        command = [compiler, *FLAGS, str(_source(name)), "-o", str(made)]
-        subprocess.run(command, check=True, capture_output=True, text=True, timeout=LONGEST_BUILD)
-        unfinished = kept.with_suffix(f".{os.getpid()}")
-        try:
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(made, unfinished)
-            unfinished.replace(kept)  # whole at once: other processes look for it, too
-            return ctypes.CDLL(str(kept))
-        except OSError:  # no place to keep it: it serves this process alone
-            unfinished.unlink(missing_ok=True)
-            return ctypes.CDLL(str(made))
+def _compile(compiler: str, source: Path, made: Path) -> None:
+    """Compile beside `made` and move there, so that another process finds all of it or nothing."""
+    made.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=made.parent, prefix=".making-") as scratch:
+        result = Path(scratch, made.name)
+        command = [compiler, *FLAGS, str(source), "-o", str(result)]
+        subprocess.run(command, check=True, capture_output=True, text=True, timeout=LONGEST, cwd=scratch)
+        os.replace(result, made)
 
 
-def _source(name: str) -> Path:
-    return Path(__file__).with_name(f"{name}.cpp")
-
-
-def _kept(name: str) -> Path:
-    """Where the library of this source, these flags and this processor is kept."""
-    made_from = f"{_source(name).read_text(encoding='utf-8')} {FLAGS} {platform.machine()} {_processor()}"
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "dmquant")
-    return folder / f"{name}-{hashlib.sha256(made_from.encode()).hexdigest()[:16]}.so"
+def _without(name: str, reason: str) -> None:
+    logging.getLogger("dmquant").warning(f"{name} is not compiled here, and slower code does its work: {reason}")
 
 
 @functools.cache
-def _processor() -> str:
-    """What the compiled code depends on: the processor's model and what it can do."""
+def _compiler() -> str | None:
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
     try:
-        facts = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+        return get_cpp_compiler()
+    except (InvalidCxxCompiler, RuntimeError, OSError):
+        return None
+
+
+def _version(compiler: str) -> str:
+    return subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=LONGEST).stdout
+
+
+def _processor() -> tuple[str, ...]:
+    """What `-march=native` depends on: another machine may share the folder of caches."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
-        return platform.processor()
-    return " ".join(sorted(set(re.findall(r"^(?:model name|flags|Features)\s*:.*", facts, re.MULTILINE))))
+        lines = [platform.processor()]
+    kinds = ("vendor_id", "cpu family", "model", "flags", "Features", "CPU part")
+    return (platform.machine(), *sorted({line for line in lines if line.split("\t")[0].strip() in kinds}))

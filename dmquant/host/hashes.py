@@ -1,7 +1,7 @@
 """SHA-256 of files that are hashed often: while a file stays the same it is read once, by whichever command came first.
 
 A file is the same while its path, size, time of change and inode are. Hashes of large files are kept in
-`hashes.json`, in the folder that DMQUANT_CACHE names or else in `~/.cache/dmquant`; it may be removed at any time.
+`hashes.json` of the folder of caches (`dmquant.host.caches`).
 """
 
 import contextlib
@@ -12,9 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from dmquant.errors import UserError
+from dmquant.host import caches
 from dmquant.host.files import sha256, write_text
 
-VARIABLE = "DMQUANT_CACHE"
 LARGE = 1 << 20  # bytes from which on reading a file takes longer than looking it up
 SETTLED = 2.0  # seconds after which a further change of a file shows in its time of change on any file system
 MOST = 4096  # files that are remembered
@@ -45,10 +45,8 @@ def _identity(stat: os.stat_result) -> tuple[int, ...]:
 
 
 def _file() -> Path | None:
-    given = os.environ.get(VARIABLE)
-    with contextlib.suppress(RuntimeError):  # no home
-        return Path(given or Path.home() / ".cache" / "dmquant") / "hashes.json"
-    return None
+    folder = caches.folder()
+    return folder and folder / "hashes.json"
 
 
 def _known() -> dict[str, list]:

@@ -17,15 +17,12 @@ from dmquant.errors import UsageError, check_choice
 from dmquant.kernels.chosen import PREFIX, Chosen
 from dmquant.kernels.reference import Reference
 
-VARIABLE = "DMQUANT_KERNEL"
+VARIABLE, WEIGHTS_VARIABLE = "DMQUANT_KERNEL", "DMQUANT_WEIGHTS"
+KEPT = ("memory", "speed")
 PLACES = (__name__, "dmquant.cpu", "dmquant.gpu")  # by name alone: the core imports no room above it
-_modules = [
-    importlib.import_module(f"{place}.{module.name}")
-    for place in PLACES
-    for module in pkgutil.iter_modules(__path__ if place == __name__ else importlib.import_module(place).__path__)
-]
-KERNELS: dict[str, Reference] = {one.KERNEL.name: one.KERNEL for one in _modules if hasattr(one, "KERNEL")}
+KERNELS: dict[str, Reference] = {}
 _forced: str | None = None
+_kept: str | None = None
 
 
 def names() -> tuple[str, ...]:
@@ -54,11 +51,30 @@ def forced(name: str | None) -> Iterator[None]:
         _forced = before
 
 
+@contextlib.contextmanager
+def keeping_weights(how: str) -> Iterator[None]:
+    """Until the block ends, `memory`: weights stay as packed as they are saved; `speed`: a kernel may keep them wider.
+
+    By default DMQUANT_WEIGHTS says, or else `memory`. UsageError for another word.
+    """
+    global _kept
+    before, _kept = _kept, check_choice("way to keep weights", how, KEPT)
+    try:
+        yield
+    finally:
+        _kept = before
+
+
+def weights_kept() -> str:
+    """How kernels keep weights now: `memory` or `speed`."""
+    return _kept or check_choice(WEIGHTS_VARIABLE, os.environ.get(WEIGHTS_VARIABLE) or "memory", KEPT)
+
+
 def select(layer: nn.Module, device: torch.device) -> Reference:
     """The kernel of a quantized layer for tensors on `device`; asked once a layer and device."""
     wanted = _forced or os.environ.get(VARIABLE) or None
     if torch.compiler.is_compiling():  # a choice remembered would be a guard that fails once it is made
-        return KERNELS[_ask(layer, device, wanted)]
+        return KERNELS[_ask_once(layer, device, wanted)]
     choice = layer.kernel_choice
     if choice is None or choice[1:] != (device, wanted):
         layer.kernel_choice = choice = (_ask(layer, device, wanted), device, wanted)
@@ -77,27 +93,50 @@ def conv2d(x: Tensor, layer: nn.Module) -> Tensor:
 
 def _prepared(layer: nn.Module, device: torch.device) -> Reference:
     kernel = select(layer, device)
-    if kernel.MAKES_WEIGHTS and layer.kernel_weights_of != (kernel.name, device):
-        _make_weights(layer, kernel, device)
+    if kernel.MAKES_WEIGHTS:
+        if torch.compiler.is_compiling():
+            _make_weights_once(layer, kernel.name, device)
+        elif layer.kernel_weights_of != (kernel.name, device, weights_kept()):
+            _make_weights(layer, kernel.name, device)
     return kernel
 
 
-@torch.compiler.disable
-def _make_weights(layer: nn.Module, kernel: Reference, device: torch.device) -> None:
+def _make_weights(layer: nn.Module, name: str, device: torch.device) -> None:
     layer.drop_kernel_weights()
     with torch.no_grad():
-        for name, tensor in kernel.prepare(layer).items():
-            layer.register_buffer(f"{PREFIX}{name}", tensor, persistent=False)
-    layer.kernel_weights_of = kernel.name, device
+        for part, tensor in KERNELS[name].prepare(layer).items():
+            layer.register_buffer(f"{PREFIX}{part}", tensor, persistent=False)
+    layer.kernel_weights_of = name, device, weights_kept()
 
 
 def _ask(layer: nn.Module, device: torch.device, wanted: str | None) -> str:
     if wanted is not None:
         kernel = KERNELS[check_choice("kernel", wanted, names())]
-        if reason := kernel.missing() or kernel.refuses(layer, device):
+        if reason := kernel.refuses(layer, device) or kernel.missing():
             raise UsageError(f"kernel '{wanted}' cannot run this layer: {reason}; force no kernel, or reference")
         return wanted
     for name in names():
-        if not (KERNELS[name].missing() or KERNELS[name].refuses(layer, device)):
+        if not (KERNELS[name].refuses(layer, device) or KERNELS[name].missing()):
             return name
     raise AssertionError("the reference runs every layer")
+
+
+# What depends on the codes is asked and made while a graph is traced, and is no part of the graph.
+_ask_once = torch.compiler.assume_constant_result(_ask)
+
+
+@torch.compiler.assume_constant_result
+def _make_weights_once(layer: nn.Module, name: str, device: torch.device) -> None:
+    if layer.kernel_weights_of != (name, device, weights_kept()):
+        _make_weights(layer, name, device)
+
+
+def _find() -> None:
+    for place in PLACES:
+        for module in pkgutil.iter_modules(importlib.import_module(place).__path__):
+            found = importlib.import_module(f"{place}.{module.name}")
+            if hasattr(found, "KERNEL"):
+                register(found.KERNEL)
+
+
+_find()  # last, since kernels import from here

@@ -17,8 +17,8 @@ class Chosen(nn.Module):
 
     kernel_choice: tuple[str, torch.device, str | None] | None = None
     """The kernel's name, and what it was chosen for: a device, and the kernel that was forced, if any."""
-    kernel_weights_of: tuple[str, torch.device] | None = None
-    """The kernel that made weights of its own here, as buffers `kernel_<name>`, and where."""
+    kernel_weights_of: tuple[str, torch.device, str] | None = None
+    """The kernel that made weights of its own here, as buffers `kernel_<name>`, where, and how they are kept."""
 
     def drop_kernel_weights(self) -> None:
         """Forget the kernel and its weights; the next call chooses one, which makes its weights from the codes then."""
