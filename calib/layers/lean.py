@@ -6,7 +6,6 @@ diagonal of the Cholesky factor of the inverse moments), an error in column j co
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -34,7 +33,7 @@ def fit_lean(matrix: Tensor, spec: WeightSpec, shape: tuple[int, ...], factors: 
     tried = scales_of(matrix, spec, shape, factors, POWERS)
     rows, stored = len(matrix), torch.stack([scales.stored for scales in tried])
     if stored.shape[1] == rows:
-        parts = torch.arange(rows, device=matrix.device).split(max(1, _STACKED // len(POWERS)))
+        parts = torch.arange(rows, device=matrix.device).split(_STACKED // len(POWERS))
         solved = [_solve_each(matrix, spec, shape, tried, part, factors) for part in parts]
         values, errors = (torch.cat(each, 1) for each in zip(*solved, strict=True))
         best = errors.argmin(0)
@@ -42,9 +41,15 @@ def fit_lean(matrix: Tensor, spec: WeightSpec, shape: tuple[int, ...], factors: 
         solved = [solve(spec.grid_type(matrix, spec, scales, shape), factors) for scales in tried]
         values, errors = (torch.stack(each) for each in zip(*solved, strict=True))
         best = errors.sum(1).argmin().expand(rows)
-    numbers = torch.arange(rows, device=matrix.device)
-    scales = replace(tried[0], stored=stored[best[: stored.shape[1]], numbers[: stored.shape[1]]])
-    return spec.grid_type(matrix, spec, scales, shape, values[best, numbers])
+
+    def chosen(each: Tensor) -> Tensor:
+        """Of (tried, rows or 1, ...) what is best."""
+        count = each.shape[1]
+        return each[best[:count], torch.arange(count, device=each.device)]
+
+    bases = [scales.base for scales in tried]
+    base = None if bases[0] is None else chosen(torch.stack(bases))
+    return spec.grid_type(matrix, spec, Scales(chosen(stored), base, spec.store), shape, chosen(values))
 
 
 def _solve_each(
@@ -56,9 +61,9 @@ def _solve_each(
     Returns values (tried, rows, columns) and errors (tried, rows).
     """
     weight, stored = matrix[rows].repeat(len(tried), 1), torch.cat([scales.stored[rows] for scales in tried])
-    base = tried[0].base
-    if base is not None and len(base) > 1:
-        base = base[rows].repeat(len(tried), 1)
+    base = tried[0].base  # one for all, or one a row
+    if base is not None and len(base) == len(matrix):
+        base = torch.cat([scales.base[rows] for scales in tried])
     grid = spec.grid_type(weight, spec, Scales(stored, base, spec.store), (len(weight), *shape[1:]))
     values, errors = solve(grid, factors)
     return values.unflatten(0, (len(tried), -1)), errors.unflatten(0, (len(tried), -1))
@@ -100,13 +105,14 @@ def fit_weighted(groups: Tensor, fmt: Format, store: str, weights: Tensor) -> li
     `groups` is (rows, scale columns, n) float32 and `weights` (weightings, scale columns, n) float32: a result for each
     weighting. The weights of a few elements may exceed all others, so multiples that clip more are tried too.
     """
-    further = (0.125,) if STORES[store].search == OCTAVE_SEARCH else (0.3, 0.35, 0.4, 0.45, 0.5, 0.55)
     kind, absolute = STORES[store], fit_absmax(groups, fmt, store)
-    multiples = torch.tensor((1, *kind.search, *further), device=groups.device).view(-1, 1, 1)
-    tried = kind.encode(absmax(groups) * multiples, fmt, absolute.base)
-    chosen = search_weighted(groups, fmt, kind.decode(tried, absolute.base), weights)
-    if chosen is not None:
-        return [replace(absolute, stored=tried.gather(0, each.unsqueeze(0)).squeeze(0)) for each in chosen]
+    further = (0.125,) if kind.search == OCTAVE_SEARCH else (0.3, 0.35, 0.4, 0.45, 0.5, 0.55)
+    if not kind.factors and groups.device.type == "cpu":
+        multiples = torch.tensor((1, *kind.search, *further)).view(-1, 1, 1)
+        tried = kind.encode(absmax(groups) * multiples, fmt, absolute.base)
+        chosen = search_weighted(groups, fmt, kind.decode(tried, absolute.base), weights)
+        if chosen is not None:
+            return [Scales(tried.gather(0, each.unsqueeze(0)).squeeze(0), absolute.base, store) for each in chosen]
     return [
         search(groups, fmt, store, lambda error, each=each: error.square_().mul_(each).sum(-1), further=further)
         for each in weights

@@ -71,28 +71,29 @@ static inline void store(float* to, const Floats& x, int64_t count) {
     else std::memcpy(to, &x, 4 * count);
 }
 
-// Matrices are (columns, rows) with `stride` floats from column to column; `coupling` is (columns, columns).
+// Matrices are (columns, rows); `coupling` is (columns, columns).
 template <class Rounding>
 static void in_turn(
-    const Rounding& round, int64_t columns, int64_t rows, int64_t stride, const float* scales, const float* coupling,
+    const Rounding& round, int threads, int64_t columns, int64_t rows, const float* scales, const float* coupling,
     const float* before, float* wanted, float* values
 ) {
-    std::vector<Floats> moved(columns * TILE);
+#pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t row = 0; row < rows; row += LANES * TILE) {
+        std::vector<Floats> moved(columns * TILE);
         for (int tile = 0; tile < TILE; tile++) {
             const int64_t at = std::min(row + tile * LANES, rows - 1);
             for (int64_t i = 0; i < columns; i++)
-                moved[i * TILE + tile] = loaded(wanted + i * stride + at, rows - at);
+                moved[i * TILE + tile] = loaded(wanted + i * rows + at, rows - at);
         }
         for (int64_t i = 0; i < columns; i++) {
             Floats error[TILE];
             for (int tile = 0; tile < TILE; tile++) {
                 const int64_t at = std::min(row + tile * LANES, rows - 1), count = rows - at;
-                const Floats scale = loaded(scales + i * stride + at, count);
+                const Floats scale = loaded(scales + i * rows + at, count);
                 const Floats value = round(moved[i * TILE + tile] / scale) * scale;
-                error[tile] = loaded(before + i * stride + at, count) - value;
-                store(wanted + i * stride + at, moved[i * TILE + tile], count);
-                store(values + i * stride + at, value, count);
+                error[tile] = loaded(before + i * rows + at, count) - value;
+                store(wanted + i * rows + at, moved[i * TILE + tile], count);
+                store(values + i * rows + at, value, count);
             }
             const float* to = coupling + i * columns;
             for (int64_t j = i + 1; j < columns; j++)
@@ -105,13 +106,14 @@ static void in_turn(
 // rows, groups): which of those tried has the least weighted squared error, the first where several have.
 template <class Rounding>
 static void search(
-    const Rounding& round, int64_t first, int64_t end, int64_t rows, int64_t groups, int64_t size, int64_t tried,
-    int64_t powers, const float* matrix, const float* scales, const float* weights, uint8_t* chosen
+    const Rounding& round, int threads, int64_t rows, int64_t groups, int64_t size, int64_t tried, int64_t powers,
+    const float* matrix, const float* scales, const float* weights, uint8_t* chosen
 ) {
-    std::vector<Floats> x(size), errors(powers), least(powers);
-    std::vector<Ints> best(powers);
-    for (int64_t row = first; row < end; row += LANES) {
-        const int64_t count = std::min<int64_t>(LANES, end - row);
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t row = 0; row < rows; row += LANES) {
+        std::vector<Floats> x(size), errors(powers), least(powers);
+        std::vector<Ints> best(powers);
+        const int64_t count = std::min<int64_t>(LANES, rows - row);
         for (int64_t group = 0; group < groups; group++) {
             int64_t place[LANES];
             for (int lane = 0; lane < LANES; lane++) {
@@ -142,26 +144,57 @@ static void search(
     }
 }
 
+template <class Rounding>
+static void runs(
+    const Rounding& round, int threads, const float* x, int64_t count, int64_t size, const float* scales, float* to
+) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t run = 0; run < count; run++)
+        for (int64_t i = run * size; i < (run + 1) * size; i += LANES)
+            store(to + i, round(loaded(x + i, LANES) / scales[run]) * scales[run], LANES);
+}
+
 extern "C" {
 
 // Values of a grid for some columns of some rows, one column after another; each error moves what the columns after it
 // want. `wanted` ends as what each column wanted in its turn.
 void round_in_turn(
-    const Format* format, int64_t columns, int64_t rows, int64_t stride, const float* scales, const float* coupling,
+    const Format* format, int threads, int64_t columns, int64_t rows, const float* scales, const float* coupling,
     const float* before, float* wanted, float* values
 ) {
     if (format->floating)
-        in_turn(FloatRounding(*format), columns, rows, stride, scales, coupling, before, wanted, values);
-    else in_turn(IntRounding(*format), columns, rows, stride, scales, coupling, before, wanted, values);
+        in_turn(FloatRounding(*format), threads, columns, rows, scales, coupling, before, wanted, values);
+    else in_turn(IntRounding(*format), threads, columns, rows, scales, coupling, before, wanted, values);
 }
 
-// The search for rows `first` to `end`.
 void search_weighted(
-    const Format* format, int64_t first, int64_t end, int64_t rows, int64_t groups, int64_t size, int64_t tried,
-    int64_t powers, const float* matrix, const float* scales, const float* weights, uint8_t* chosen
+    const Format* format, int threads, int64_t rows, int64_t groups, int64_t size, int64_t tried, int64_t powers,
+    const float* matrix, const float* scales, const float* weights, uint8_t* chosen
 ) {
     if (format->floating)
-        search(FloatRounding(*format), first, end, rows, groups, size, tried, powers, matrix, scales, weights, chosen);
-    else search(IntRounding(*format), first, end, rows, groups, size, tried, powers, matrix, scales, weights, chosen);
+        search(FloatRounding(*format), threads, rows, groups, size, tried, powers, matrix, scales, weights, chosen);
+    else search(IntRounding(*format), threads, rows, groups, size, tried, powers, matrix, scales, weights, chosen);
+}
+
+// The largest magnitude of every run of `size` of `count` * `size` floats; NaN where one is.
+void magnitudes(int threads, const float* x, int64_t count, int64_t size, float* to) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t run = 0; run < count; run++) {
+        int32_t largest = 0;  // bits are ordered as magnitudes are, NaN above all
+        for (int64_t i = 0; i < size; i++) {
+            int32_t bits;
+            std::memcpy(&bits, x + run * size + i, 4);
+            largest = std::max(largest, bits & INT32_MAX);
+        }
+        std::memcpy(to + run, &largest, 4);
+    }
+}
+
+// Every run of `size` of `count` * `size` floats rounded to a format times its scale; `size` is a multiple of LANES.
+void round_runs(
+    const Format* format, int threads, const float* x, int64_t count, int64_t size, const float* scales, float* to
+) {
+    if (format->floating) runs(FloatRounding(*format), threads, x, count, size, scales, to);
+    else runs(IntRounding(*format), threads, x, count, size, scales, to);
 }
 }
