@@ -1,8 +1,9 @@
 """Calibrate a backbone block by block: fit scales, choose formats, learn roundings, each on what comes before it.
 
 Two streams are carried from block to block: outputs as full precision gives them, of held-out samples alone where no
-more are needed, and as the quantized blocks before give them. Every block is computed a fixed number of times, so cost grows with the number of blocks. After a block its
-codes are on disk; a killed calibration reads them back and computes the same streams again.
+more are needed, and as the quantized blocks before give them. Every block is computed a fixed number of times, so cost
+grows with the number of blocks. After a block its codes are on disk; a killed calibration reads them back and computes
+the same streams again.
 """
 
 import time

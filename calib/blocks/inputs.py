@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -61,12 +62,20 @@ class BlockInputs:
         """
         backbone = self.streams.backbone
 
+        latest: dict[Any, tuple[Tensor, int, Tensor]] = {}
+
         def adding(name: str) -> Callable[[Tensor], None]:
             layer, quantized, moments = backbone.get_submodule(name), layers[name], empty[name]
+            is_plain = isinstance(layer, nn.Linear) and not quantized.transforms and not quantized.is_static
+            kind = (quantized.activations, moments.in_full) if is_plain else name
 
             def add(x: Tensor) -> None:
-                x = quantized.quantize_input(quantized.transform_input(x))
-                moments.add(columns_of(layer, alike(x) if moments.in_full else x))
+                given, version, columns = latest.get(kind, (None, None, None))
+                if given is not x or version != x._version:  # queries, keys and values are made of one input
+                    seen = quantized.quantize_input(quantized.transform_input(x))
+                    columns = columns_of(layer, alike(seen) if moments.in_full else seen)
+                    latest[kind] = x, x._version, columns
+                moments.add(columns)
 
             return add
 

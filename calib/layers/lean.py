@@ -53,7 +53,11 @@ def fit_lean(matrix: Tensor, spec: WeightSpec, shape: tuple[int, ...], factors: 
 
 
 def _solve_each(
-    matrix: Tensor, spec: WeightSpec, shape: tuple[int, ...], tried: Sequence[Scales], rows: Tensor,
+    matrix: Tensor,
+    spec: WeightSpec,
+    shape: tuple[int, ...],
+    tried: Sequence[Scales],
+    rows: Tensor,
     factors: Sequence[Factor],
 ) -> tuple[Tensor, Tensor]:
     """GPTQ of some rows by each of the scales `tried`, as one weight of all their rows.

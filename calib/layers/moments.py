@@ -22,7 +22,9 @@ from dmquant.transforms import fit_of
 LARGEST = (
     8192  # columns of a layer whose moments are kept in full if nothing demands it; beyond, those inside its groups
 )
-STRIP = 128  # columns of a block of moments: with narrower ones matrix products slow down, wider ones waste more of them
+STRIP = (
+    128  # columns of a block of moments: with narrower ones matrix products slow down, wider ones waste more of them
+)
 POSITIONS = 256  # tokens or pixels taken of a row of the batch
 
 
@@ -30,9 +32,9 @@ class Moments:
     """Sums of x x^T over inputs (tokens, columns), in full or in blocks along the diagonal; float32.
 
     `sums` (blocks, size, size) are in the order of the columns of the weight's matrix form, with its split; the last
-    block is padded with zeros. They are symmetric: only STRIP rows of them at a time, from the diagonal on, are added up,
-    and what lies below is copied once it is asked for. `together` is the largest number of columns in a block, where moments are needed in
-    full. Without it moments serve scales and formats alone, and wide layers have a block for each group.
+    block is padded with zeros. They are symmetric: each STRIP rows are added up from the diagonal on, and what lies
+    below is copied once it is asked for. `together` is the largest number of columns in a block, where moments are
+    needed in full. Without it moments serve scales and formats alone, and wide layers have a block for each group.
     """
 
     def __init__(self, shape: tuple[int, ...], spec: WeightSpec, device: torch.device, together: int | None = None):

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from dmquant import activations, qtensor
-from dmquant.cpu import solving
 from dmquant.activations import ActivationSpec, half_by_half
+from dmquant.cpu import solving
 from dmquant.cpu.compiling import missing_to_compile
 from dmquant.formats import FloatFormat, Format
 from dmquant.grids import ScaledGrid
