@@ -12,6 +12,7 @@ from dmquant.calib.blocks.units import Task
 from dmquant.calib.data.watching import Watchers
 from dmquant.calib.layers.moments import Moments, alike, columns_of
 from dmquant.calib.layers.statistics import InputObserver
+from dmquant.errors import UserError
 from dmquant.layers import QuantConv2d, QuantLinear
 from dmquant.transforms import InputStatistics, fit_of
 
@@ -58,7 +59,8 @@ class BlockInputs:
     ) -> dict[str, Moments]:
         """Second moments of transformed and quantized inputs, added to `empty`; without layers that no sample reached.
 
-        `layers` are the layers of the task, by name, as they will quantize their inputs.
+        `layers` are the layers of the task, by name, as they will quantize their inputs. Raises UserError, with the
+        layer's name, for inputs that are not finite.
         """
         backbone = self.streams.backbone
 
@@ -80,6 +82,9 @@ class BlockInputs:
             return add
 
         self._watch(task, {name: adding(name) for name in empty})
+        for name, moments in empty.items():
+            if not moments.sums.diagonal(dim1=1, dim2=2).isfinite().all():
+                raise UserError(f"the input of layer {name} holds NaN or infinity: calibrate in --dtype fp32 or bf16")
         return {name: moments for name, moments in empty.items() if moments.tokens}
 
     def _run(self, stream: Stream, until: str) -> None:
