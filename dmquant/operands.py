@@ -1,6 +1,7 @@
 """Operands of exact products: formats whose values are small integers times a unit, and weights that are."""
 
 import functools
+import math
 from dataclasses import dataclass
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor, nn
 
 from dmquant.formats import FloatFormat, Format, IntFormat
 from dmquant.grids import ScaledGrid
-from dmquant.stores import floor_exponent, power_of_two
+from dmquant.stores import get_store
 from dmquant.transforms import Storage
 
 INT8 = 127
@@ -26,54 +27,56 @@ def unit_of(fmt: Format) -> float | None:
 class IntegerWeight:
     """A weight's matrix form (outputs, columns) as integers times one scale of each output.
 
-    W[o, c] = scale[half of c, o] * values[code] * 2^shifts[o, group of c], exactly; without a split there is one half.
+    W[o, c] = scale[half of c, o] * factors[o, group of c] * values[code], exactly; without a split there is one half.
     """
 
     values: Tensor
     """Integers by code, int32 (2^bits,)."""
-    shifts: Tensor
+    factors: Tensor
     """uint8 (outputs, groups)."""
     scale: Tensor
     """float32 (halves, outputs)."""
 
     @property
+    def most(self) -> int:
+        """The largest factor."""
+        return int(self.factors.max())
+
+    @property
     def largest(self) -> int:
-        """The largest magnitude that a code and a shift can make."""
-        return int(self.values.abs().max()) << int(self.shifts.max())
+        """The largest magnitude that a code and a factor can make."""
+        return int(self.values.abs().max()) * self.most
 
     def tables(self) -> Tensor:
-        """The integers by shift and code, int8 (8, 2^bits); those that no weight has may be wrong."""
-        return torch.stack([self.values << shift for shift in range(8)]).to(torch.int8)
+        """The integers by factor and code, int8 (factors, 2^bits), from factor 0 up to the largest."""
+        return (torch.arange(self.most + 1, device=self.values.device).unsqueeze(1) * self.values).to(torch.int8)
 
 
 def integer_weight(layer: nn.Module) -> IntegerWeight:
     """The integers of a quantized layer's weight; ValueError, which says why, where it has no such form in int8."""
-    spec = layer.weight_spec
+    spec, scales = layer.weight_spec, layer.scales
     unit = unit_of(spec.fmt) if spec.grid_type is ScaledGrid else None
     if unit is None:
-        raise ValueError(
-            f"weights in {spec.fmt.name}{'' if spec.store != 'table' else ' tables'} are no small integers"
-        )
+        kind = spec.fmt.name if spec.grid_type is ScaledGrid else "tables"
+        raise ValueError(f"weights in {kind} are no small integers")
     if any(type(one).complete is not Storage.complete for one in layer.transforms):
         raise ValueError("its weights are not the codes alone: some are kept in high precision")
     parts, rows = spec.segments(layer.weight_shape), layer.weight_shape[0]
-    halves = (
-        layer.scales.decode().expand(rows, -1).split([-(-part // (spec.granularity.size or part)) for part in parts], 1)
+    groups = [math.ceil(part / (spec.granularity.size or part)) for part in parts]
+    of_halves = scales.decode().expand(rows, -1).split(groups, 1)
+    if get_store(spec.store).factors:
+        units, factors = [scales.base] * len(parts), scales.stored.expand(rows, -1).split(groups, 1)
+    else:
+        units = [half.amin(1, keepdim=True) for half in of_halves]
+        factors = [(half / least).round() for half, least in zip(of_halves, units, strict=True)]
+    whole = all(
+        torch.equal(one * times.float(), half) for one, times, half in zip(units, factors, of_halves, strict=True)
     )
-    least = torch.stack([half.amin(1) for half in halves])
-    shifts = [
-        floor_exponent((half / of_half.unsqueeze(1)).contiguous()) for half, of_half in zip(halves, least, strict=True)
-    ]
-    values = (spec.fmt.decode(torch.arange(2**spec.fmt.bits, device=least.device)) / unit).to(torch.int32)
-    weight = IntegerWeight(values, torch.cat(shifts, 1).to(torch.uint8), least * unit)
-    fits = weight.largest <= INT8 or (
-        weight.largest == INT8 + 1 and int(values.max()) << int(weight.shifts.max()) <= INT8
-    )
-    powers = zip(halves, least, shifts, strict=True)
-    if not fits or not all(
-        torch.equal(one.unsqueeze(1) * power_of_two(octaves), half) for half, one, octaves in powers
-    ):
-        raise ValueError(f"scales of an output ({spec.store}) differ by more than few octaves: use store: pow2:2")
-    if not torch.equal(weight.scale / unit, least):
+    values = (spec.fmt.decode(torch.arange(2**spec.fmt.bits, device=scales.stored.device)) / unit).to(torch.int32)
+    together = torch.cat(factors, 1)
+    if not whole or int(values.max()) * together.max() > INT8 or int(values.min()) * together.max() < -INT8 - 1:
+        raise ValueError(f"scales of an output in {spec.store} are no small multiples of one: use store: int")
+    weight = IntegerWeight(values, together.to(torch.uint8), torch.cat(units, 1).expand(rows, -1).T.contiguous() * unit)
+    if not torch.equal(weight.scale.T / unit, torch.cat(units, 1).expand(rows, -1)):
         raise ValueError("its scales are too small")
     return weight
