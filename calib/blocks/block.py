@@ -1,18 +1,17 @@
 """Quantize one block of a backbone in place, by codes on disk or else by deciding them."""
 
-import contextlib
-import functools
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from dmquant.calib.blocks.codes import CodesFolder, parts_of, tensors_of, weight_of
 from dmquant.calib.blocks.decide import Decider
 from dmquant.calib.blocks.input_specs import fit_again_
 from dmquant.calib.blocks.inputs import BlockInputs
+from dmquant.calib.blocks.once import working_once
 from dmquant.calib.blocks.state import plans_of
 from dmquant.calib.blocks.units import Block, Task, tasks_of
 from dmquant.calib.layers.folding import folded_methods, folds_of, shared_factor
@@ -51,22 +50,10 @@ def calibrate_block_(decider: Decider, codes: CodesFolder, inputs: BlockInputs) 
         codes.save(number, block.name, tensors_of(weights, parts) | factors, facts)
     for name, weight in weights.items():
         decider.states[name].put_in_place_(weight)
-    with _decoded_once([decider.states[name].layer for name in weights]):
+    with working_once([decider.states[name].layer for name in weights]):
         streams.carry(streams.quantized, number, inputs.title, inputs.bar)
     streams.drop(number)
     return facts
-
-
-@contextlib.contextmanager
-def _decoded_once(layers: Sequence[nn.Module]) -> Iterator[None]:
-    """Let quantized layers keep the weights that they decode until the block ends."""
-    try:
-        for layer in layers:
-            layer.dequantize = functools.cache(layer.dequantize)
-        yield
-    finally:
-        for layer in layers:
-            del layer.dequantize
 
 
 def _fold_(decider: Decider, block: Block, tensors: Mapping[str, Tensor], inputs: BlockInputs) -> dict[str, Tensor]:

@@ -2,11 +2,11 @@
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from dmquant.calib.blocks.once import Latest, kind_of_input
 from dmquant.calib.blocks.streams import Bar, Stream, Streams
 from dmquant.calib.blocks.units import Task
 from dmquant.calib.data.watching import Watchers
@@ -64,22 +64,17 @@ class BlockInputs:
         """
         backbone = self.streams.backbone
 
-        latest: dict[Any, tuple[Tensor, int, Tensor]] = {}
+        latest = Latest()
 
         def adding(name: str) -> Callable[[Tensor], None]:
             layer, quantized, moments = backbone.get_submodule(name), layers[name], empty[name]
-            is_plain = isinstance(layer, nn.Linear) and not quantized.transforms and not quantized.is_static
-            kind = (quantized.activations, moments.in_full) if is_plain else name
+            kind = moments.in_full, kind_of_input(quantized, name)
 
-            def add(x: Tensor) -> None:
-                given, version, columns = latest.get(kind, (None, None, None))
-                if given is not x or version != x._version:  # queries, keys and values are made of one input
-                    seen = quantized.quantize_input(quantized.transform_input(x))
-                    columns = columns_of(layer, alike(seen) if moments.in_full else seen)
-                    latest[kind] = x, x._version, columns
-                moments.add(columns)
+            def columns(x: Tensor) -> Tensor:
+                x = quantized.quantize_input(quantized.transform_input(x))
+                return columns_of(layer, alike(x) if moments.in_full else x)
 
-            return add
+            return lambda x: moments.add(latest.of(kind, x, columns))
 
         self._watch(task, {name: adding(name) for name in empty})
         for name, moments in empty.items():
