@@ -40,6 +40,8 @@ class Integer(Reference):
             return f"it runs on the CPU, not on {device}"
         if reason := _input_refused(layer.activations) or _shape_refused(layer):
             return reason
+        if layer.qweight.is_meta:  # while it is calibrated
+            return "its weight is not decided yet"
         try:
             largest = integer_weight(layer).largest
         except ValueError as error:

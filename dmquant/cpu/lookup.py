@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dmquant import activations, qtensor
 from dmquant.activations import ActivationSpec, half_by_half
+from dmquant.cpu import solving
 from dmquant.cpu.compiling import missing_to_compile
 from dmquant.formats import FloatFormat, Format
 from dmquant.grids import ScaledGrid
@@ -110,6 +111,8 @@ def fake_quantize(x: Tensor, spec: ActivationSpec, dim: int, scale: Tensor | Non
         return activations.fake_quantize(x, spec, dim, scale)
     if spec.split is not None:  # so that one compiled loop serves every split
         return half_by_half(fake_quantize, x, spec, dim)
+    if not torch.compiler.is_compiling() and (done := solving.fake_quantize(x, spec, dim)) is not None:
+        return done
     if not torch.compiler.is_compiling() and _worth_compiling(x, spec):
         spec, tokens = _to_compile(spec), x.movedim(dim, -1)
         if spec.scale_by_row or not tokens.is_contiguous():
