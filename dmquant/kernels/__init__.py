@@ -74,7 +74,7 @@ def select(layer: nn.Module, device: torch.device) -> Reference:
     """The kernel of a quantized layer for tensors on `device`; asked once a layer and device."""
     wanted = _forced or os.environ.get(VARIABLE) or None
     if torch.compiler.is_compiling():  # a choice remembered would be a guard that fails once it is made
-        return KERNELS[_ask(layer, device, wanted)]
+        return KERNELS[_ask_once(layer, device, wanted)]
     choice = layer.kernel_choice
     if choice is None or choice[1:] != (device, wanted):
         layer.kernel_choice = choice = (_ask(layer, device, wanted), device, wanted)
@@ -93,18 +93,22 @@ def conv2d(x: Tensor, layer: nn.Module) -> Tensor:
 
 def _prepared(layer: nn.Module, device: torch.device) -> Reference:
     kernel = select(layer, device)
-    if kernel.MAKES_WEIGHTS and layer.kernel_weights_of != (kernel.name, device, weights_kept()):
-        _make_weights(layer, kernel, device)
+    if kernel.MAKES_WEIGHTS:
+        if torch.compiler.is_compiling():
+            _make_weights_once(layer, kernel.name, device)
+        elif layer.kernel_weights_of != (kernel.name, device, weights_kept()):
+            _make_weights(layer, kernel.name, device)
     return kernel
 
 
-@torch.compiler.disable
-def _make_weights(layer: nn.Module, kernel: Reference, device: torch.device) -> None:
+def _make_weights(layer: nn.Module, name: str, device: torch.device) -> None:
+    choice = layer.kernel_choice
     layer.drop_kernel_weights()
+    layer.kernel_choice = choice
     with torch.no_grad():
-        for name, tensor in kernel.prepare(layer).items():
-            layer.register_buffer(f"{PREFIX}{name}", tensor, persistent=False)
-    layer.kernel_weights_of = kernel.name, device, weights_kept()
+        for part, tensor in KERNELS[name].prepare(layer).items():
+            layer.register_buffer(f"{PREFIX}{part}", tensor, persistent=False)
+    layer.kernel_weights_of = name, device, weights_kept()
 
 
 def _ask(layer: nn.Module, device: torch.device, wanted: str | None) -> str:
@@ -117,6 +121,16 @@ def _ask(layer: nn.Module, device: torch.device, wanted: str | None) -> str:
         if not (KERNELS[name].refuses(layer, device) or KERNELS[name].missing()):
             return name
     raise AssertionError("the reference runs every layer")
+
+
+# What depends on the codes is asked and made while a graph is traced, and is no part of the graph.
+_ask_once = torch.compiler.assume_constant_result(_ask)
+
+
+@torch.compiler.assume_constant_result
+def _make_weights_once(layer: nn.Module, name: str, device: torch.device) -> None:
+    if layer.kernel_weights_of != (name, device, weights_kept()):
+        _make_weights(layer, name, device)
 
 
 def _find() -> None:

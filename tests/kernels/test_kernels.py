@@ -59,7 +59,7 @@ def layer_of(granularity="group:16", seed=0, **settings):
 
 
 def test_a_registered_kernel_runs_the_layers_that_it_takes(toy):
-    model = nn.Sequential(layer_of(), layer_of("channel"), nn.Linear(8, 8))
+    model = nn.Sequential(layer_of(), layer_of("group:24"), nn.Linear(8, 8))
     with kernels.forced("reference"):
         expected = model[0](X)
     assert toy.products == 0
@@ -133,8 +133,8 @@ def test_the_environment_variable_forces_a_kernel(toy, monkeypatch):
 
 def test_a_forced_kernel_that_cannot_run_a_layer_says_why(toy):
     with kernels.forced("unpacked"), pytest.raises(UsageError, match="groups do not divide the input channels"):
-        layer_of("channel")(X)
-    with pytest.raises(UsageError, match=r"known: unpacked, cpu, reference"), kernels.forced("gpu"):
+        layer_of("group:24")(X)
+    with pytest.raises(UsageError, match=r"known: unpacked, integer, cpu, reference"), kernels.forced("tpu"):
         pass
     toy.lacks = "no such unit in this machine"
     with kernels.forced("unpacked"), pytest.raises(UsageError, match="no such unit"):
