@@ -66,11 +66,11 @@ class Fp8(Product):
         spec, inputs = layer.weight_spec, layer.activations
         if int8.KERNEL.refuses_codes(layer):
             return None
-        octaves = operands.operand(layer, E4M3).span
-        sums = prod(layer.weight_shape[1:]) * operands.largest(inputs.fmt) * operands.largest(spec.fmt) * 2**octaves
+        most = operands.operand(layer, E4M3).most
+        sums = prod(layer.weight_shape[1:]) * operands.largest(inputs.fmt) * operands.largest(spec.fmt) * most
         if sums > operands.EXACT_SUMS:
             return f"sums up to {sums:,.0f} are not exact in float32, and are in int32: cuda-int8"
-        if not sums_are_exact(inputs.fmt.name, spec.fmt.name, octaves, device):
+        if not sums_are_exact(inputs.fmt.name, spec.fmt.name, most.bit_length() - 1, device):
             return "FP8 sums are not exact on this GPU, by trial, and those of integers are: cuda-int8"
         return None
 
