@@ -1,8 +1,9 @@
 """Calibrate a backbone block by block: fit scales, choose formats, learn roundings, each on what comes before it.
 
-Two streams are carried from block to block: outputs as full precision gives them and as the quantized blocks before
-give them. Every block is computed a fixed number of times, so cost grows with the number of blocks. After a block its
-codes are on disk; a killed calibration reads them back and computes the same streams again.
+Two streams are carried from block to block: outputs as full precision gives them, of held-out samples alone where no
+more are needed, and as the quantized blocks before give them. Every block is computed a fixed number of times, so cost
+grows with the number of blocks. After a block its codes are on disk; a killed calibration reads them back and computes
+the same streams again.
 """
 
 import time
@@ -25,12 +26,13 @@ from dmquant.calib.blocks.input_specs import choose_formats_, fit_static_scales_
 from dmquant.calib.blocks.inputs import BlockInputs
 from dmquant.calib.blocks.outputs import Budget
 from dmquant.calib.blocks.resolved import resolved_recipe
-from dmquant.calib.blocks.state import LayerState, plan_layers
+from dmquant.calib.blocks.state import LayerState, plan_layers, plans_of
 from dmquant.calib.blocks.streams import Bar, Streams
 from dmquant.calib.blocks.trace import trace
 from dmquant.calib.blocks.units import find_blocks
 from dmquant.calib.data.store import CalibrationStore
 from dmquant.calib.layers.fitting import fit_transforms
+from dmquant.calib.layers.folding import folded_methods
 from dmquant.calib.layers.rounder import Rounder
 from dmquant.convert import LayerReport
 from dmquant.errors import UsageError
@@ -100,7 +102,8 @@ def calibrate_(
 
     held = (memory_budget or default_budget()) if device.type == "cuda" else total - needed  # outputs are on the CPU
     ranges = next(iter(states.values())).ranges
-    streams = Streams(backbone, in_order, store, ranges, Budget(held, folder / "spill"), options)
+    full_of = _full_precision_of(samples, rounder, states)
+    streams = Streams(backbone, in_order, store, ranges, Budget(held, folder / "spill"), options, full_of)
     counted = {name: channels.to(device) for name, channels in counted.items()}
     decider = Decider(backbone, states, streams, samples, rounder, options, counted, moments, needed)
     facts, learned_seconds = [], []
@@ -135,6 +138,13 @@ def _samples(store: CalibrationStore, batch_size: int) -> Samples:
             f"{batch_size}: calibrate on more prompts, or lower learning.batch_size in the recipe"
         )
     return Samples(learning, [index for index in by_step if store.samples[index].held_out])
+
+
+def _full_precision_of(samples: Samples, rounder: Rounder, states: dict[str, LayerState]) -> Sequence[int]:
+    """The samples whose block outputs are needed in full precision: to judge by, to learn from, or to fold by."""
+    if rounder.method.LEARNS or folded_methods(plans_of(states)):
+        return range(len(samples.learning) + len(samples.held_out))
+    return samples.held_out
 
 
 def _key(recipe: Recipe, store: CalibrationStore, made_for: dict[str, Any], counted: Mapping[str, Tensor]) -> str:
