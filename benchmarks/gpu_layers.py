@@ -3,7 +3,7 @@
     python benchmarks/gpu_layers.py [--quick] [--device cuda] [--turns 20]
 
 Each way runs as it is called (eager) and replayed as a CUDA graph, where launches cost nothing; torch's own two ways
-are compiled for that. Ways of a row take turns; a time is the median over turns, of CALLS calls between two CUDA events,
+are compiled for that. Ways of a row take turns; a time is the median over turns, of CALLS calls between two events, and
 ratios are medians of the ratios of turns to bfloat16 in a graph. Memory is what a call allocates at its peak
 (`max_memory_allocated`), and what the layer holds. With `--device cpu` the script runs on processor time and without
 graphs, for a look at it where there is no GPU; kernels of GPUs then say why they do not run.
