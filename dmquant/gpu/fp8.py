@@ -79,9 +79,14 @@ class Fp8(Product):
         if dtype != torch.bfloat16:  # row by row, scales are for bfloat16 results
             return finish(product(codes, weight), token, channel, bias, dtype)
         more = len(weight) - len(channel)
-        bias = None if bias is None else F.pad(bias.bfloat16(), (0, more))
-        scales = F.pad(token, (0, len(codes) - len(token))), F.pad(channel, (0, more))
+        bias = None if bias is None else _longer(bias.detach().bfloat16(), more)
+        scales = _longer(token, len(codes) - len(token)), _longer(channel, more)
         return scaled_product(codes, weight, *scales, bias)[: len(token), : len(channel)]
+
+
+def _longer(x: Tensor, more: int) -> Tensor:
+    """`x` (n,) with `more` zeros after it; itself without, where `F.pad` would copy it."""
+    return F.pad(x, (0, more)) if more else x
 
 
 KERNEL = Fp8()
