@@ -144,6 +144,15 @@ def test_the_trial_of_sums_finds_narrow_ones_and_takes_float32():
     assert int(int8.product(codes, codes).abs().max()) == 4608 * 127**2
 
 
+def test_the_fastest_way_is_taken_of_those_that_run():
+    def failing():
+        raise RuntimeError("out of shared memory")
+
+    calls = [lambda: 3.0, failing, lambda: 1.0, lambda: 2.0]
+    assert int8.fastest(calls, lambda call: call()) == 2
+    assert int8.fastest(calls[:2], lambda call: call()) == 0
+
+
 def test_fp8_leaves_to_integers_what_it_cannot_sum_exactly(monkeypatch):
     layer = layer_of(nn.Linear(96, 32))
     assert fp8.KERNEL.fails(layer, CPU) is None
@@ -313,11 +322,13 @@ def test_operators_say_the_shapes_of_their_results():
     """What torch.compile and CUDA graphs rely on: schemas, and results of fake tensors."""
     x, made = torch.randn(6, 32), layer_of(nn.Linear(32, 16))
     tables = [torch.randn(16), made.scale.detach(), torch.ones(16), torch.arange(256.0)]
+    integers = torch.ones(32, 40, dtype=torch.int8), torch.ones(16, 40, dtype=torch.int8)
     calls = {
         ops.quantize_tokens: (x, None, "fp6", "fp32", torch.int8, 32, 40),
         ops.round_tokens: (x, "fp6", "group:16", "e4m3", 2),
         ops.expand: (made.qweight.detach(), *tables, 4, 32, 16, torch.bfloat16, 24, 40),
         nvfp4.quantize_blocks: (x, 3),
+        int8.integer_product: (*integers, torch.rand(30), torch.rand(14), torch.randn(14), torch.bfloat16),
     }
     for operator, arguments in calls.items():
         torch.library.opcheck(operator.whole, arguments, test_utils=("test_schema", "test_faketensor"))

@@ -3,6 +3,7 @@
 Triton comes with torch for CUDA and not with torch for the CPU: `.ci/run` installs it apart and runs this file alone.
 """
 
+import itertools
 import os
 import subprocess
 import sys
@@ -18,6 +19,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
 from dmquant.formats import get_format
 from dmquant.gpu import ops
+from dmquant.gpu.fused import integers
 from dmquant.gpu.operands import E4M3, unit
 from dmquant.packing import pack
 
@@ -28,7 +30,7 @@ import sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from dmquant.gpu.fused import finishing, rows, weights
+from dmquant.gpu.fused import finishing, integers, rows, weights
 
 ROUNDING = dict(GIVEN=False, NARROW=False, INTEGER=False, PARITY=False, LOWEST_BINADE=1.0, HIGHEST_BINADE=4.0)
 ROUNDING |= dict(ANCHOR=1.5 * 2**20, LOW=-7.5, HIGH=7.5, UNIT=0.125, TINY=2.0**-126, LIMIT=4e37)
@@ -51,6 +53,9 @@ for capability in map(int, sys.argv[1:]):
         assert binary(weights._expand, capability, pointers, dict(BITS=4, KIND="table", BLOCK=1024))
     pointers = dict(sums="*i32", token="*fp32", channel="*fp32", bias="*bf16", out="*bf16")
     assert binary(finishing._finish, capability, pointers, SIZES)
+    pointers = dict(a="*i8", b="*i8", token="*fp32", channel="*fp32", bias="*bf16", out="*bf16")
+    tile = dict(BIAS=True, BLOCK_R=64, BLOCK_O=64, BLOCK_K=64, TOGETHER=8)
+    assert capability < 80 or binary(integers._multiply, capability, pointers, tile)
 print("compiled")
 """
 
@@ -102,7 +107,7 @@ def test_tokens_are_rounded_alike(monkeypatch, fmt, granularity, rows, columns, 
         assert same(*both(monkeypatch, ops.round_tokens, x, fmt, granularity, store, 2))
 
 
-@ALWAYS
+@settings(ALWAYS, max_examples=8)
 @given(st.integers(2, 8), st.integers(1, 9), st.integers(1, 80), st.integers(1, 20), st.integers(0, 99))
 def test_codes_are_expanded_alike(monkeypatch, bits, rows, columns, size, seed):
     generator = torch.Generator().manual_seed(seed)
@@ -124,6 +129,17 @@ def test_products_are_finished_alike(monkeypatch, dtype):
     for bias in (None, torch.randn(299).to(dtype)):
         for one in (sums, sums.float()):
             assert torch.equal(*both(monkeypatch, ops.finish, one, torch.rand(37), torch.rand(299), bias, dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_in_tiles_are_those_of_two_steps(monkeypatch, dtype):
+    a, b = (torch.randint(-127, 128, (rows, 136), dtype=torch.int8) for rows in (152, 304))
+    scales, bias = (torch.rand(150), torch.rand(299)), torch.randn(299).to(dtype)
+    for with_bias, way in itertools.product((None, bias), range(len(integers.TILES))):
+        out = torch.empty(150, 299, dtype=dtype)
+        integers.multiply(a, b, *scales, with_bias, out, way)
+        sums = (a.long() @ b.long().T).int()
+        assert torch.equal(out, both(monkeypatch, ops.finish, sums, *scales, with_bias, dtype)[1])
 
 
 def test_they_compile_for_every_generation_of_gpus():
