@@ -2,7 +2,7 @@
 //
 // Bit for bit what dmquant.qtensor does eagerly: every operation on floats is the same IEEE operation (compile with
 // -ffp-contract=off), squared errors are summed in the order of torch.sum, whose vector width is a parameter.
-// Sixteen groups go side by side, one in each lane, so that no sum runs across a vector.
+// As many groups as a vector has lanes go side by side, one in each, so that no sum runs across a vector.
 
 #include <algorithm>
 #include <cstdint>
@@ -13,7 +13,11 @@
 #include <immintrin.h>
 #endif
 
+#if defined(__AVX512F__)
 constexpr int LANES = 16;
+#else
+constexpr int LANES = 8;
+#endif
 typedef float Floats __attribute__((vector_size(4 * LANES)));
 typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
 
@@ -75,9 +79,7 @@ static inline Floats fused(Floats a, Floats b, Floats c) {
 #elif defined(__FMA__)
 #define FUSED 1
 static inline Floats fused(Floats a, Floats b, Floats c) {
-    union { Floats all; __m256 half[2]; } x = {a}, y = {b}, z = {c};
-    for (int i = 0; i < 2; i++) x.half[i] = _mm256_fmadd_ps(x.half[i], y.half[i], z.half[i]);
-    return x.all;
+    return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
 }
 #else
 #define FUSED 0
@@ -294,8 +296,8 @@ template <class Rounding, class Element>
 static void quantize_rows(const Job& job, const Element* matrix, int64_t first, int64_t end) {
     const Rounding rounding(job.format);
     const int64_t size = job.size;
-    std::vector<float> space(LANES * (2 * size + 1));
-    Floats* signed_x = reinterpret_cast<Floats*>((reinterpret_cast<uintptr_t>(space.data()) + 63) & ~uintptr_t(63));
+    std::vector<Floats> space(2 * size);
+    Floats* signed_x = space.data();
     Floats* x = signed_x + size;
     std::vector<uint8_t> codes(BLOCK_ROWS * job.columns), lane_codes(LANES * size);
     for (int64_t row = first; row < end; row += BLOCK_ROWS) {
