@@ -1,7 +1,11 @@
 """A quantized tensor: packed codes and their scales, and the specification they were made by."""
 
+import importlib
 import math
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -24,7 +28,10 @@ from dmquant.scaling import (
 )
 from dmquant.stores import STORES, TABLES, get_store
 
-_PART = 1 << 20  # weights quantized at once
+T = TypeVar("T")
+_PART = {"cpu": 1 << 15}  # weights quantized at once: what stays in a core's cache, and where torch takes one thread
+_PART_ELSEWHERE = 1 << 20
+FASTER = "dmquant.cpu.quantizing"  # gives what `fit_and_round` gives on a CPU; by name alone, since it stands above
 
 
 @dataclass(frozen=True)
@@ -132,36 +139,66 @@ def quantize(weight: Tensor, spec: WeightSpec) -> QuantizedTensor:
         raise UsageError(f"scale rule '{spec.scale}' needs calibration data; without data use {' or '.join(RULES)}")
     if weight.ndim < 2:
         raise UsageError(f"a weight has output and input channels; this tensor has the shape {tuple(weight.shape)}")
-    shape = tuple(weight.shape)
-    matrix, segments = to_matrix(weight.detach(), spec.split), spec.segments(shape)
-    rows, columns = matrix.shape
-    parts = _parts(rows, columns, spec.granularity)
+    matrix, shape = to_matrix(weight.detach(), spec.split), tuple(weight.shape)
+    faster = importlib.import_module(FASTER).fit_and_round(matrix, spec, shape)
+    codes, scales = faster or fit_and_round(matrix, spec, shape)
+    return QuantizedTensor(codes, scales, spec, shape)
+
+
+def fit_and_round(matrix: Tensor, spec: WeightSpec, shape: tuple[int, ...]) -> tuple[Tensor, Scales]:
+    """Packed codes (rows, bytes) and scales of a matrix (rows, columns), any float dtype, that had `shape` as a weight.
+
+    It is the definition. Raises UsageError for NaN or infinite weights.
+    """
+    (rows, columns), segments = matrix.shape, spec.segments(shape)
+    size = max(1, _PART.get(matrix.device.type, _PART_ELSEWHERE) // columns)
+    size = rows if spec.granularity.kind == "tensor" else size
+    parts = [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
     # Results are allocated before the temporary tensors of a part, so that memory peaks near their size.
     codes = matrix.new_empty(rows, packed_size(columns, spec.fmt.bits), dtype=torch.uint8)
     stored = matrix.new_empty(spec.scale_shape(shape), dtype=get_store(spec.store).dtype)
-    amplitude = torch.cat([absmax(to_groups(matrix[part].float(), spec.granularity, segments)) for part in parts])
-    check_finite(amplitude)
-    base, grid = get_store(spec.store).base(amplitude, spec.fmt), spec.grid_type
-    for part in parts:
-        exact = matrix[part].float()
+
+    def measure(part: slice) -> Tensor:
+        return absmax(to_groups(matrix[part].float(), spec.granularity, segments))
+
+    def quantize_part(part: slice) -> None:
+        exact = matrix[part].float().contiguous()  # the order of sums does not depend on how it lies in memory
         own = base if base is None or len(base) == 1 else base[part]
         scales = grid.fit(exact, spec, segments, own)
         if own is not None:  # a store of few octaves searches it
             own.copy_(scales.base)
         stored[part], codes[part] = scales.stored, grid.encode(exact, scales.decode(), spec, segments)
-    return QuantizedTensor(codes, Scales(stored, base, spec.store), spec, shape)
+
+    amplitude = torch.cat(side_by_side(measure, parts, matrix.device))
+    check_finite(amplitude)
+    base, grid = get_store(spec.store).base(amplitude, spec.fmt), spec.grid_type
+    side_by_side(quantize_part, parts, matrix.device)
+    return codes, Scales(stored, base, spec.store)
+
+
+def side_by_side(work: Callable[[slice], T], parts: Sequence[slice], device: torch.device) -> list[T]:
+    """The results of the work for all parts, on a CPU in as many threads as torch takes for one operation.
+
+    Torch's own threads would wait for one another after each operation, most of the time where others keep CPUs busy.
+    """
+    inference = torch.is_inference_mode_enabled()  # which each thread has of its own
+
+    def in_thread(part: slice) -> T:
+        with torch.inference_mode(inference):
+            return work(part)
+
+    threads = min(torch.get_num_threads() if device.type == "cpu" else 1, len(parts))
+    if threads < 2:
+        return [work(part) for part in parts]
+    with ThreadPoolExecutor(threads) as pool:
+        return list(pool.map(in_thread, parts))
 
 
 def check_finite(values: Tensor, where: str = "") -> None:
     """Raise UsageError for NaN or infinity among weights of any shape, and for weights without values (device meta)."""
-    if values.is_meta or not torch.isfinite(values).all():
+    # A sum is finite only if all its terms are, and takes one pass; it may overflow where they are.
+    if values.is_meta or not (torch.isfinite(values.sum()) or torch.isfinite(values).all()):
         raise UsageError(f"{where}the weights hold NaN or infinity, or none (device meta): they cannot be quantized")
-
-
-def _parts(rows: int, columns: int, granularity: Granularity) -> list[slice]:
-    """Ranges of rows to quantize one after another; all rows together where they share their scale."""
-    size = rows if granularity.kind == "tensor" else max(1, _PART // columns)
-    return [slice(start, start + size) for start in range(0, rows, size)]
 
 
 def dequantize(codes: Tensor, scale: Tensor, spec: WeightSpec, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

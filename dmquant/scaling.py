@@ -188,16 +188,18 @@ def search(
 
     Shapes as `fit_absmax`. `measure`: weight errors, shaped as `groups`, -> errors (scale rows, scale columns).
     """
-    amplitude, kind, best = absmax(groups), STORES[store], fit_absmax(groups, fmt, store, base)
+    amplitude, kind = absmax(groups), STORES[store]
     if kind.factors:
-        return _search_base(groups, fmt, best, measure)
-    chosen, least = best.stored, measure(_rounding_error(groups, best.decode(), fmt))
-    for multiple in (*kind.search, *further):
-        candidate = kind.encode(amplitude * multiple, fmt, best.base)
-        error = measure(_rounding_error(groups, kind.decode(candidate, best.base), fmt))
+        return _search_base(groups, fmt, fit_absmax(groups, fmt, store, base), measure)
+    base = kind.base(amplitude, fmt) if base is None else base
+    multiples = amplitude.new_tensor((1, *kind.search, *further)).view(-1, 1, 1)
+    tried = kind.encode(amplitude * multiples, fmt, base)
+    errors = (measure(_rounding_error(groups, scale, fmt)) for scale in kind.decode(tried, base))
+    chosen, least = tried[0], next(errors)
+    for candidate, error in zip(tried[1:], errors, strict=True):
         better = error < least
         chosen, least = torch.where(better, candidate, chosen), torch.where(better, error, least)
-    return Scales(chosen, best.base, store)
+    return Scales(chosen, base, store)
 
 
 def _search_base(groups: Tensor, fmt: Format, start: Scales, measure: Callable[[Tensor], Tensor]) -> Scales:
@@ -215,7 +217,7 @@ def _search_base(groups: Tensor, fmt: Format, start: Scales, measure: Callable[[
     step = torch.stack(totals).argmin(0) + BASES[0]
     base = kind.fit_base(start.base * torch.exp2(step / STEPS) * (fmt.max * factors[-1]), fmt)
     least, chosen = torch.stack([error(base * factor) for factor in factors]).min(0)
-    stored = torch.tensor(factors, dtype=torch.uint8, device=groups.device)[chosen]
+    stored = groups.new_tensor(factors, dtype=torch.uint8)[chosen]
     better = least.sum(-1, keepdim=True) < error(start.decode()).sum(-1, keepdim=True)
     return Scales(torch.where(better, stored, start.stored), torch.where(better, base, start.base), start.store)
 

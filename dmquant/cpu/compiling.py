@@ -40,18 +40,32 @@ def library(name: str) -> ctypes.CDLL | None:
 
     They are compiled once for a machine, compiler and source, into the folder of caches.
     """
-    compiler, folder = _compiler(), caches.folder()
-    if compiler is None or folder is None:
+    if (compiler := _compiler()) is None or (made := _made(name)) is None:
         return _without(name, missing_compiler() or "there is no home folder to keep it in")
-    source = Path(__file__).with_name(f"{name}.cpp")
-    about = (source.read_text(encoding="utf-8"), compiler, _version(compiler), *FLAGS, *_processor())
-    made = folder / "compiled" / f"{name}-{hashlib.sha256(repr(about).encode()).hexdigest()[:16]}.so"
     try:
         if not made.exists():
-            _compile(compiler, source, made)
+            _compile(compiler, _source(name), made)
         return ctypes.CDLL(str(made))
     except (OSError, subprocess.SubprocessError) as error:
         return _without(name, (getattr(error, "stderr", None) or str(error)).strip().splitlines()[0])
+
+
+def is_compiled(name: str) -> bool:
+    """Whether `library` has no compiling to do."""
+    return (made := _made(name)) is not None and made.exists()
+
+
+def _source(name: str) -> Path:
+    return Path(__file__).with_name(f"{name}.cpp")
+
+
+@functools.cache
+def _made(name: str) -> Path | None:
+    """Where the library of this source, compiler and machine is kept; None without a compiler or a place to keep it."""
+    if (compiler := _compiler()) is None or (folder := caches.folder()) is None:
+        return None
+    about = (_source(name).read_text(encoding="utf-8"), compiler, _version(compiler), *FLAGS, *processor())
+    return folder / "compiled" / f"{name}-{hashlib.sha256(repr(about).encode()).hexdigest()[:16]}.so"
 
 
 def _compile(compiler: str, source: Path, made: Path) -> None:
@@ -83,7 +97,7 @@ def _version(compiler: str) -> str:
     return subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=LONGEST).stdout
 
 
-def _processor() -> tuple[str, ...]:
+def processor() -> tuple[str, ...]:
     """What `-march=native` depends on: another machine may share the folder of caches."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()

@@ -137,25 +137,47 @@ struct Images {
     int64_t high() const { return height + 2 * padding_y; }
 };
 
-// One line of an image to codes, channels last, within its padding.
+constexpr int64_t TOGETHER = 64;  // channels that are turned to lie last at once
+
+// From planes[channel][pixel] to bytes that lie `pitch` apart for pixels, side by side for channels.
+void turn(const uint8_t* planes, int64_t plane, int64_t channels, int64_t pixels, uint8_t* to, int64_t pitch) {
+    int64_t pixel = 0;
+#if defined(__AVX2__)
+    for (; channels % 16 == 0 && pixel + 16 <= pixels; pixel += 16)
+        for (int64_t c = 0; c < channels; c += 16) {
+            __m128i rows[16], turned[16];
+            for (int i = 0; i < 16; ++i)
+                rows[i] = _mm_loadu_si128(reinterpret_cast<const __m128i*>(planes + (c + i) * plane + pixel));
+            for (int stage = 0; stage < 4; ++stage) {  // each interleaves the bytes of rows that are eight apart
+                for (int i = 0; i < 8; ++i) {
+                    turned[2 * i] = _mm_unpacklo_epi8(rows[i], rows[i + 8]);
+                    turned[2 * i + 1] = _mm_unpackhi_epi8(rows[i], rows[i + 8]);
+                }
+                for (int i = 0; i < 16; ++i) rows[i] = turned[i];
+            }
+            for (int i = 0; i < 16; ++i)
+                _mm_storeu_si128(reinterpret_cast<__m128i*>(to + (pixel + i) * pitch + c), rows[i]);
+        }
+#endif
+    for (; pixel < pixels; ++pixel)
+        for (int64_t c = 0; c < channels; ++c) to[pixel * pitch + c] = planes[c * plane + pixel];
+}
+
+// Some channels of an image whose pixels lie side by side, to codes within their padding; `scratch`: a byte each.
 template <class T>
-void image_line(const T* x, const Images& m, float scale, const Format& f, uint8_t* to, uint8_t* scratch) {
-    std::memset(to, f.zero, m.line());
-    const int64_t pitch = m.pitch();
-    to += m.padding_x * pitch;
-    if (m.stride_channel == 1) {
-        for (int64_t column = 0; column < m.width; ++column)
-            round_row(x + column * m.stride_x, m.channels, scale, f, to + column * pitch);
-        return;
-    }
-    constexpr int64_t TOGETHER = 64;
-    for (int64_t first = 0; first < m.channels; first += TOGETHER) {
-        const int64_t some = std::min(TOGETHER, m.channels - first);
-        for (int64_t c = 0; c < some; ++c)
-            round_row(x + (first + c) * m.stride_channel, m.width, scale, f, scratch + c * m.width);
-        for (int64_t column = 0; column < m.width; ++column)
-            for (int64_t c = 0; c < some; ++c) to[column * pitch + first + c] = scratch[c * m.width + column];
-    }
+void planes_of_image(const T* x, const Images& m, int64_t channels, float scale, const Format& f, uint8_t* to, uint8_t* scratch) {
+    const int64_t plane = m.height * m.width;
+    if (m.stride_channel == plane) round_row(x, channels * plane, scale, f, scratch);
+    else for (int64_t c = 0; c < channels; ++c) round_row(x + c * m.stride_channel, plane, scale, f, scratch + c * plane);
+    for (int64_t y = 0; y < m.height; ++y)
+        turn(scratch + y * m.width, plane, channels, m.width, to + y * m.line(), m.pitch());
+}
+
+// One line of an image whose channels lie side by side, to codes.
+template <class T> void line_of_image(const T* x, const Images& m, float scale, const Format& f, uint8_t* to) {
+    if (m.channels == m.pitch() && m.stride_x == m.channels) return round_row(x, m.width * m.channels, scale, f, to);
+    for (int64_t column = 0; column < m.width; ++column)
+        round_row(x + column * m.stride_x, m.channels, scale, f, to + column * m.pitch());
 }
 
 // The largest magnitude of a line of an image.
@@ -185,16 +207,26 @@ void images(const T* x, const Images& m, const Format& f, int64_t images_of_scal
             scales[scale] = scale_of(as_float(largest), f);
         }
     }
+    std::memset(codes, f.zero, m.count * m.high() * m.line());
+    uint8_t* inside = codes + m.padding_y * m.line() + m.padding_x * m.pitch();
+    if (m.stride_channel == 1) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+        for (int64_t one = 0; one < lines; ++one) {
+            const int64_t image = one / m.height, y = one % m.height;
+            line_of_image(x + image * m.stride_image + y * m.stride_y, m, scales[image / images_of_scale], f,
+                          inside + (image * m.high() + y) * m.line());
+        }
+        return;
+    }
+    const int64_t parts = (m.channels + TOGETHER - 1) / TOGETHER;
 #pragma omp parallel num_threads(threads)
     {
-        const auto scratch = buffer<uint8_t>(64 * m.width);
+        const auto scratch = buffer<uint8_t>(TOGETHER * m.height * m.width);
 #pragma omp for schedule(static)
-        for (int64_t one = 0; one < m.count * m.high(); ++one) {
-            const int64_t image = one / m.high(), y = one % m.high() - m.padding_y;
-            uint8_t* to = codes + one * m.line();
-            const T* from = x + image * m.stride_image + y * m.stride_y;
-            if (y < 0 || y >= m.height) std::memset(to, f.zero, m.line());
-            else image_line(from, m, scales[image / images_of_scale], f, to, scratch.get());
+        for (int64_t one = 0; one < m.count * parts; ++one) {
+            const int64_t image = one / parts, first = one % parts * TOGETHER;
+            planes_of_image(x + image * m.stride_image + first * m.stride_channel, m, std::min(TOGETHER, m.channels - first),
+                            scales[image / images_of_scale], f, inside + image * m.high() * m.line() + first, scratch.get());
         }
     }
 }
@@ -427,7 +459,16 @@ struct Plan {
     int32_t bias_is_bfloat16;
 };
 
-// Sums to results: off with the zeros, times both scales, plus the bias or what is there already.
+// The sums of a run of outputs to results: off with the zeros, times both scales, plus the bias or what is there already.
+template <class T>
+inline void finish_row(const int32_t* sums, int64_t some, const int32_t* of_weights, int32_t zero, const float* of_outputs,
+                       float scale, const float* added, T* to) {
+    if (added)
+        for (int64_t n = 0; n < some; ++n) store(float(sums[n] - zero * of_weights[n]) * of_outputs[n] * scale + added[n], to[n]);
+    else
+        for (int64_t n = 0; n < some; ++n) store(float(sums[n] - zero * of_weights[n]) * of_outputs[n] * scale, to[n]);
+}
+
 template <class T>
 void finish(const int32_t* sums, int64_t wide, int rows, int64_t row, int64_t first, int64_t some, const int32_t* of_weights,
             const Plan& plan, int half, const float* scales, int64_t rows_of_scale, const float* bias, const float* added,
@@ -436,14 +477,12 @@ void finish(const int32_t* sums, int64_t wide, int rows, int64_t row, int64_t fi
     const float* of_outputs = plan.of_outputs[half] + first;
     for (int r = 0; r < rows; ++r) {
         const float scale = scales[(row + r) / rows_of_scale];
+        const float* more = added ? added + (row + r) * pitch + first : bias ? bias + first : nullptr;
         T* to = out + (row + r) * pitch + first;
-        const float* more = added ? added + (row + r) * pitch + first : nullptr;
-        float y[64];
-        for (int64_t n = 0; n < some; ++n)
-            y[n] = float(sums[r * wide + n] - plan.format.zero * of_weights[n]) * of_outputs[n] * scale;
-        if (more) for (int64_t n = 0; n < some; ++n) y[n] += more[n];
-        else if (bias) for (int64_t n = 0; n < some; ++n) y[n] += bias[first + n];
-        for (int64_t n = 0; n < some; ++n) store(y[n], to[n]);
+        // A length that the compiler knows makes a loop without ends.
+        if (some == 64) finish_row(sums + r * wide, 64, of_weights, plan.format.zero, of_outputs, scale, more, to);
+        else if (some == 16) finish_row(sums + r * wide, 16, of_weights, plan.format.zero, of_outputs, scale, more, to);
+        else finish_row(sums + r * wide, some, of_weights, plan.format.zero, of_outputs, scale, more, to);
     }
 }
 

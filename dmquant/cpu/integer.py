@@ -180,14 +180,17 @@ def _multiply(
         if not wide.is_contiguous(memory_format=torch.channels_last):
             wide = wide.contiguous()
         count = len(given) if given is not None else 1 if kind == "tensor" else len(wide)
-        return plan.run_images(wide, kernel, geometry, len(wide) // count, given).to(x.dtype)
+        out = plan.run_images(wide, kernel, geometry, len(wide) // count, given).to(x.dtype)
+        return out.contiguous() if x.is_contiguous() else out
     tokens = wide.movedim(1, -1) if geometry else wide
     rows = tokens.reshape(-1, tokens.shape[-1]).contiguous()
     together = 1
     if given is not None or kind != "token":
         together = len(rows) // (len(given) if given is not None else 1 if kind == "tensor" else len(x))
     out = plan.run(rows, together, given).view(*tokens.shape[:-1], -1).to(x.dtype)
-    return out.movedim(-1, 1) if geometry else out
+    if not geometry:
+        return out
+    return out.movedim(-1, 1).contiguous() if x.is_contiguous() else out.movedim(-1, 1)
 
 
 @torch.library.custom_op("dmquant::integer_product", mutates_args=())

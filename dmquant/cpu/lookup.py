@@ -8,7 +8,7 @@ import functools
 from collections import Counter
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dmquant import activations, qtensor
 from dmquant.activations import ActivationSpec, half_by_half
@@ -16,7 +16,6 @@ from dmquant.cpu import solving
 from dmquant.cpu.compiling import missing_to_compile
 from dmquant.formats import FloatFormat, Format
 from dmquant.grids import ScaledGrid
-from dmquant.kernels.reference import Reference
 from dmquant.qtensor import WeightSpec
 from dmquant.scaling import from_matrix
 
@@ -121,18 +120,3 @@ def fake_quantize(x: Tensor, spec: ActivationSpec, dim: int, scale: Tensor | Non
         matrix = tokens.flatten(0, -2)  # torch.compile gives up after eight variants: spare it the number of dimensions
         return _compiled_fake_quantize()(matrix, spec, -1).view(tokens.shape).movedim(-1, dim)
     return activations.fake_quantize(x, spec, dim)
-
-
-class Cpu(Reference):
-    """The reference's product of weights that are looked up and inputs that are rounded in a compiled loop."""
-
-    name, cost = "cpu", 50
-    description = "looks weights up two bytes at a time, compiles the rounding of large inputs"
-    dequantize = staticmethod(dequantize)
-    fake_quantize = staticmethod(fake_quantize)
-
-    def refuses(self, layer: nn.Module, device: torch.device) -> str | None:
-        return None if device.type == "cpu" else f"it runs on the CPU, not on {device}"
-
-
-KERNEL = Cpu()

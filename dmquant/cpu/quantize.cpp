@@ -18,7 +18,7 @@ typedef float Floats __attribute__((vector_size(4 * LANES)));
 typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
 
 constexpr int32_t EXPONENT_FIELD = 0x7F800000, MAGNITUDE = INT32_MAX;
-constexpr int FRACTION_BITS = 23, BIAS = 127, BLOCK_ROWS = 16;
+constexpr int FRACTION_BITS = 23, BIAS = 127, BLOCK_ROWS = 16, MOST_MULTIPLES = 32;
 constexpr float TO_INTEGER = 12582912.0f;  // 1.5 * 2^23: added and taken away, it rounds to integers
 constexpr float SMALLEST = 0x1p-126f, SAFE_LOW = 0x1p-60f, SAFE_HIGH = 0x1p60f;
 
@@ -35,10 +35,11 @@ struct Job {
     const int64_t* lengths;    // its columns; up to `size` it is padded with zeros
     const float* amplitudes;   // (rows, groups)
     const float* base;         // one, or one a row, or null
+    const float* scales;       // decoded: (rows, groups), or one row for all
     const float* multiples;    // of the amplitude; the first is the one to beat
     void* stored;              // (rows, groups), as the store keeps scales
     uint8_t* codes;            // (rows, bytes)
-    int64_t columns, groups, size, bytes, base_stride, multiple_count, sum_width;
+    int64_t columns, groups, size, bytes, base_stride, scale_stride, multiple_count, sum_width;
     int32_t bfloat16, store, octaves_below, largest_exponent;
     float largest_scale;
     Format format, e4m3;
@@ -224,33 +225,38 @@ static inline Floats decode_scale(const Job& job, Ints stored, Floats base) {
     }
 }
 
-static bool safe(Floats scale, Floats amplitude) {
-    Ints outside = (scale < SAFE_LOW) | (scale > SAFE_HIGH) | (amplitude > SAFE_HIGH);
-    int32_t any = 0;
-    for (int lane = 0; lane < LANES; lane++) any |= outside[lane];
-    return FUSED && !any;
+template <bool DIVIDE, class Rounding>
+static inline Floats error_of(const Job& job, const Rounding& rounding, const Floats* x, Floats scale) {
+    return sum(SquaredError<Rounding, DIVIDE>{rounding, x, scale, 1.0f / scale}, job.size, job.sum_width);
 }
 
-template <class Rounding>
-static Floats error_of(const Job& job, const Rounding& rounding, const Floats* x, Floats scale, Floats amplitude) {
-    if (safe(scale, amplitude))
-        return sum(SquaredError<Rounding, false>{rounding, x, scale, 1.0f / scale}, job.size, job.sum_width);
-    return sum(SquaredError<Rounding, true>{rounding, x, scale, scale}, job.size, job.sum_width);
+// Of the first and the following multiples of the amplitude, that of least error, as stored.
+template <bool DIVIDE, class Rounding>
+static Ints least_of(const Job& job, const Rounding& rounding, const Floats* x, const Ints* tried, Floats base) {
+    Ints chosen = tried[0];
+    Floats least_error = error_of<DIVIDE>(job, rounding, x, decode_scale(job, chosen, base));
+    for (int64_t m = 1; m < job.multiple_count; m++) {
+        Floats error = error_of<DIVIDE>(job, rounding, x, decode_scale(job, tried[m], base));
+        Ints better = error < least_error;
+        chosen = better ? tried[m] : chosen;
+        least_error = better ? error : least_error;
+    }
+    return chosen;
 }
 
 template <class Rounding>
 static Ints search(const Job& job, const Rounding& rounding, const Floats* x, Floats amplitude, Floats base) {
-    Ints chosen = encode_scale(job, amplitude * job.multiples[0], base);
-    if (job.multiple_count == 1) return chosen;
-    Floats least_error = error_of(job, rounding, x, decode_scale(job, chosen, base), amplitude);
-    for (int64_t m = 1; m < job.multiple_count; m++) {
-        Ints tried = encode_scale(job, amplitude * job.multiples[m], base);
-        Floats error = error_of(job, rounding, x, decode_scale(job, tried, base), amplitude);
-        Ints better = error < least_error;
-        chosen = better ? tried : chosen;
-        least_error = better ? error : least_error;
+    Ints tried[MOST_MULTIPLES];
+    Ints unsafe = amplitude > SAFE_HIGH;
+    for (int64_t m = 0; m < job.multiple_count; m++) {
+        tried[m] = encode_scale(job, amplitude * job.multiples[m], base);
+        Floats scale = decode_scale(job, tried[m], base);
+        unsafe |= (scale < SAFE_LOW) | (scale > SAFE_HIGH);
     }
-    return chosen;
+    if (job.multiple_count == 1) return tried[0];
+    int32_t any = !FUSED;
+    for (int lane = 0; lane < LANES; lane++) any |= unsafe[lane];
+    return any ? least_of<true>(job, rounding, x, tried, base) : least_of<false>(job, rounding, x, tried, base);
 }
 
 static void pack(const uint8_t* codes, int64_t count, int bits, uint8_t* to) {
@@ -341,6 +347,33 @@ static void largest_magnitudes(const Job& job, const Element* matrix, int64_t fi
     }
 }
 
+// Squared error of the codes, and squared weights, summed over some rows.
+template <class Element>
+static void squares_of(const Job& job, const Element* matrix, const float* values, int64_t first, int64_t end, double* to) {
+    const int bits = job.format.bits, mask = (1 << bits) - 1;
+    std::vector<uint8_t> bytes(job.bytes + 1);  // two bytes can be read at the end of a row, too
+    double lost = 0, total = 0;
+    for (int64_t row = first; row < end; row++) {
+        const Element* x = matrix + row * job.columns;
+        std::memcpy(bytes.data(), job.codes + row * job.bytes, job.bytes);
+        for (int64_t group = 0; group < job.groups; group++) {
+            const float scale = job.scales[row * job.scale_stride + group];
+            float lost_here = 0, total_here = 0;
+            for (int64_t i = job.starts[group]; i < job.starts[group] + job.lengths[group]; i++) {
+                const int64_t bit = i * bits;
+                const int code = ((bytes[bit >> 3] | bytes[(bit >> 3) + 1] << 8) >> (bit & 7)) & mask;
+                const float exact = load(x + i), error = values[code] * scale - exact;
+                lost_here += error * error;
+                total_here += exact * exact;
+            }
+            lost += lost_here;
+            total += total_here;
+        }
+    }
+    to[0] = lost;
+    to[1] = total;
+}
+
 struct Plain {
     const Floats* x;
     Floats operator()(int64_t i) const { return x[i]; }
@@ -358,6 +391,12 @@ void amplitudes(const Job* job, int64_t first, int64_t end, float* to) {
 void quantize(const Job* job, int64_t first, int64_t end) {
     if (job->bfloat16) quantize_any(*job, static_cast<const uint16_t*>(job->matrix), first, end);
     else quantize_any(*job, static_cast<const float*>(job->matrix), first, end);
+}
+
+// To `to` and the place after it: the squared errors of codes that mean `values`, and the squared weights.
+void squares(const Job* job, const float* values, int64_t first, int64_t end, double* to) {
+    if (job->bfloat16) squares_of(*job, static_cast<const uint16_t*>(job->matrix), values, first, end, to);
+    else squares_of(*job, static_cast<const float*>(job->matrix), values, first, end, to);
 }
 
 // The sum of each of `count` rows of `size` floats, ordered as torch.sum with vectors of `width` floats.

@@ -94,7 +94,7 @@ class FloatFormat:
 
     def round(self, x: Tensor) -> Tensor:
         wide = x.detach().float()
-        anchor = self._anchor(self._binade(wide))
+        anchor = self._anchor_(self._binade(wide))
         return (wide + anchor).sub_(anchor).clamp_(-self.max, self.max).to(x.dtype)
 
     def step(self, x: Tensor) -> Tensor:
@@ -111,10 +111,10 @@ class FloatFormat:
     def encode(self, x: Tensor) -> Tensor:
         wide = x.detach().float()
         binade = self._binade(wide)
-        anchor = self._anchor(binade)
-        steps = (wide.abs().clamp_(max=self.max) + anchor).view(torch.int32) - anchor.view(torch.int32)
         lowest_binade = (self.min_exponent + _EXPONENT_BIAS) << _FRACTION_BITS
-        code = ((binade.view(torch.int32) - lowest_binade) >> (_FRACTION_BITS - self.mantissa)) + steps
+        first = (binade.view(torch.int32) - lowest_binade) >> (_FRACTION_BITS - self.mantissa)
+        anchor = self._anchor_(binade)
+        code = first.add_((wide.abs().clamp_(max=self.max) + anchor).view(torch.int32)).sub_(anchor.view(torch.int32))
         sign = ((wide.view(torch.int32) >> 31) & 1) << (self.bits - 1)
         nan = self._specials.nan if self._specials else 0
         return (code | sign).masked_fill_(wide.isnan(), nan).to(torch.uint8)
@@ -142,11 +142,15 @@ class FloatFormat:
         power = (x.view(torch.int32) & _EXPONENT_FIELD).view(torch.float32)
         return power.clamp_(2.0**self.min_exponent, 2.0**self.max_exponent)
 
-    def _anchor(self, binade: Tensor) -> Tensor:
-        """The float32 whose unit in the last place is the step of `binade`, with the parity of the binade's codes."""
-        anchor = binade * (1.5 * 2.0 ** (_FRACTION_BITS - self.mantissa))
+    def _anchor_(self, binade: Tensor) -> Tensor:
+        """The float32 whose unit in the last place is the step of `binade`, with the parity of the binade's codes.
+
+        Made in the place of `binade` where there is a mantissa bit.
+        """
+        factor = 1.5 * 2.0 ** (_FRACTION_BITS - self.mantissa)
         if self.mantissa:
-            return anchor
+            return binade.mul_(factor)
+        anchor = binade * factor
         # Without a mantissa bit, codes count binades: every second binade starts at an odd code.
         odd = ((binade.view(torch.int32) >> _FRACTION_BITS) - (self.min_exponent + _EXPONENT_BIAS)) & 1
         return (anchor.view(torch.int32) + odd).view(torch.float32)

@@ -114,6 +114,7 @@ def test_the_report_holds_what_a_reader_needs(finished):
     assert (result["weights"], result["activations"]) == ("fp4_e2m1", "fp6_e2m3")
     assert set(result["seconds"]) == {"quantize", "generate", "score"}
     assert all(seconds > 0 for seconds in result["seconds"].values())
+    assert result["relative_time"] > 0
     assert result["peak_memory_bytes"] > 50e6
     assert set(result["metrics"]) == {"psnr", "ssim"}
     assert 10 < result["metrics"]["psnr"]["value"] < 60
