@@ -42,3 +42,17 @@ def worst_operands(fmt: Format, dtype: torch.dtype, up: int, device: torch.devic
 def exact(product: Callable[[Tensor, Tensor], Tensor], a: Tensor, b: Tensor) -> bool:
     """Whether a product of operands (m, k) and (n, k) equals theirs in float64, which is exact."""
     return torch.equal(product(a, b).double(), a.double() @ b.double().T)
+
+
+def seconds(call: Callable[[], Tensor]) -> float:
+    """Of one call on the current CUDA device: the best of three times five, after two that are not counted."""
+    spent = []
+    for counted in (2, 5, 5, 5):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        for _ in range(counted):
+            call()
+        end.record()
+        end.synchronize()
+        spent.append(begin.elapsed_time(end) / 1e3 / counted)
+    return min(spent[1:])

@@ -66,11 +66,11 @@ class Fp8(Product):
         spec, inputs = layer.weight_spec, layer.activations
         if int8.KERNEL.refuses_codes(layer):
             return None
-        octaves = operands.operand(layer, E4M3).span
-        sums = prod(layer.weight_shape[1:]) * operands.largest(inputs.fmt) * operands.largest(spec.fmt) * 2**octaves
+        most = operands.operand(layer, E4M3).most
+        sums = prod(layer.weight_shape[1:]) * operands.largest(inputs.fmt) * operands.largest(spec.fmt) * most
         if sums > operands.EXACT_SUMS:
             return f"sums up to {sums:,.0f} are not exact in float32, and are in int32: cuda-int8"
-        if not sums_are_exact(inputs.fmt.name, spec.fmt.name, octaves, device):
+        if not sums_are_exact(inputs.fmt.name, spec.fmt.name, most.bit_length() - 1, device):
             return "FP8 sums are not exact on this GPU, by trial, and those of integers are: cuda-int8"
         return None
 
@@ -79,9 +79,14 @@ class Fp8(Product):
         if dtype != torch.bfloat16:  # row by row, scales are for bfloat16 results
             return finish(product(codes, weight), token, channel, bias, dtype)
         more = len(weight) - len(channel)
-        bias = None if bias is None else F.pad(bias.bfloat16(), (0, more))
-        scales = F.pad(token, (0, len(codes) - len(token))), F.pad(channel, (0, more))
+        bias = None if bias is None else _longer(bias.detach().bfloat16(), more)
+        scales = _longer(token, len(codes) - len(token)), _longer(channel, more)
         return scaled_product(codes, weight, *scales, bias)[: len(token), : len(channel)]
+
+
+def _longer(x: Tensor, more: int) -> Tensor:
+    """`x` (n,) with `more` zeros after it; itself without, where `F.pad` would copy it."""
+    return F.pad(x, (0, more)) if more else x
 
 
 KERNEL = Fp8()
