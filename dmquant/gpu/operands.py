@@ -1,8 +1,8 @@
-"""Weights and inputs as operands of one byte: `dmquant.operands` for int8, and what E4M3 holds exactly beside that.
+"""Weights and inputs as operands of one byte: small multiples of a unit, in int8 or, where it holds them, in E4M3.
 
-E4M3 has integers up to 16, and larger ones with as many digits, but it goes on below 1: where all scales of a row are
-powers of two times one float32, it holds up to 14 octaves of them with FP4 values, int8 three. The powers go into the
-operand, and one scale for each output channel is left.
+Scales of groups that are multiples of one float32 for each output go into the operand, which leaves that one: whole
+numbers (stores of factors), or powers of two. E4M3 has few digits, but it goes on below 1: with FP4 values it holds 14
+octaves of powers of two, and int8 three.
 """
 
 import functools
@@ -16,11 +16,12 @@ from dmquant.activations import ActivationSpec
 from dmquant.formats import Format
 from dmquant.grids import ScaledGrid
 from dmquant.operands import unit_of
-from dmquant.stores import floor_exponent, power_of_two
+from dmquant.stores import get_store, power_of_two
 from dmquant.transforms import Storage
 
 E4M3 = torch.float8_e4m3fn
 NAMES = {torch.int8: "int8", E4M3: "FP8 E4M3"}
+POWERS = ("pow2", "e8m0")  # stores of exponents, plus 127
 EXACT_SUMS = 1 << 24  # integers up to here are float32s
 _MOST_OCTAVES = 32
 
@@ -77,53 +78,55 @@ def why_no_inputs(spec: ActivationSpec | None, mixed: bool, dtype: torch.dtype) 
 
 @dataclass(frozen=True)
 class Operand:
-    """A weight's matrix form (outputs, columns) by its codes: channel[o] * table[code] * 2^(shifts - anchor), exactly.
+    """A weight's matrix form by its codes: channel[output] * (table[code] * shift[output] * factors[stored scale]).
 
-    `table`, float32 (2^bits,), are multiples of the format's unit. `shifts`, uint8 (outputs, groups), and `anchor`,
-    int32 (outputs,), are None where an output has one scale. `channel` is float32 (outputs,).
+    What stands in brackets is the operand, exact in its dtype. Float32: `channel` (outputs,), `table` (2^bits,),
+    `factors` (256,), `shift` (outputs,), powers of two; the last two are None where an output has one scale.
     """
 
     channel: Tensor
     table: Tensor
-    shifts: Tensor | None
-    anchor: Tensor | None
-
-    @property
-    def span(self) -> int:
-        """The octaves between the largest and the smallest scale of an output."""
-        return 0 if self.shifts is None else int(self.shifts.max())
+    factors: Tensor | None
+    shift: Tensor | None
+    most: int
+    """The largest scale of an output over its smallest, or, where scales are whole numbers, over 1."""
 
 
 def operand(layer: nn.Module, dtype: torch.dtype) -> Operand:
-    """A quantized layer's weight as an operand; ValueError, which says why, where it is none in `dtype`.
-
-    In int8 the smallest scale of an output has the factor 1, since integers have room above; in E4M3 the largest has
-    the largest factor that fits.
-    """
-    spec = layer.weight_spec
+    """A quantized layer's weight as an operand; ValueError, which says why, where it is none in `dtype`."""
+    spec, rows, device = layer.weight_spec, layer.weight_shape[0], layer.qweight.device
     divisor = unit(spec.fmt, dtype) if spec.grid_type is ScaledGrid else None
     if divisor is None:
-        tables = "" if spec.grid_type is ScaledGrid else " tables"
-        raise ValueError(f"weights in {spec.fmt.name}{tables} are not exact in {NAMES[dtype]}")
+        kind = spec.fmt.name if spec.grid_type is ScaledGrid else "tables"
+        raise ValueError(f"weights in {kind} are not exact in {NAMES[dtype]}")
     if any(type(one).complete is not Storage.complete for one in layer.transforms):
         raise ValueError("its weights are not the codes alone: some are kept in high precision")
     if spec.split is not None:
         raise ValueError("the halves of its inputs have weight scales of their own")
     if getattr(layer, "groups", 1) > 1 or getattr(layer, "padding_mode", "zeros") != "zeros":
         raise ValueError("it takes convolutions of one group, padded with zeros")
-    codes = torch.arange(1 << spec.fmt.bits, dtype=torch.uint8, device=layer.qweight.device)
-    table = (spec.fmt.decode(codes) / divisor).nan_to_num(0.0, 0.0, 0.0)
-    scale = layer.scales.decode().expand(layer.weight_shape[0], -1)
-    if scale.shape[1] == 1:
-        return Operand(scale.flatten() * divisor, table, None, None)
-    least = scale.amin(1, keepdim=True)
-    shifts = floor_exponent((scale / least).contiguous()).clamp(max=_MOST_OCTAVES)
+    every = torch.arange(256, dtype=torch.uint8, device=device)
+    table = (spec.fmt.decode(every[: 1 << spec.fmt.bits]) / divisor).nan_to_num(0.0, 0.0, 0.0)
+    scales, store = layer.scales, get_store(spec.store)
+    if scales.stored.shape[1] == 1:
+        return Operand(scales.decode().detach().expand(rows, 1).flatten() * divisor, table, None, None, 1)
+    found = scales.stored.detach()
+    if store.factors is not None:
+        used = found.unique().tolist()
+        if not all(_holds(spec.fmt, divisor / factor, dtype) for factor in used):
+            raise ValueError(f"{spec.fmt.name} times {used[-1]} and less is not exact in {NAMES[dtype]}")
+        base = scales.base.detach().flatten()
+        return Operand(base * divisor, table, every.float(), torch.ones_like(base), used[-1])
+    if spec.store not in POWERS:
+        raise ValueError(f"scales of an output in store {spec.store} are no multiples of one: use store: pow2:2")
+    highest, lowest = (ends.int().expand(rows) for ends in (found.amax(1), found.amin(1)))
     up, down = octaves(spec.fmt, dtype)
-    if not torch.equal(least * power_of_two(shifts), scale):
-        raise ValueError(f"scales of an output ({spec.store}) are no powers of two times one: use store: pow2")
-    if (found := int(shifts.max())) > up + down:
-        raise ValueError(
-            f"scales of an output span {found} octaves, {NAMES[dtype]} holds {up + down}: use store: pow2:2"
-        )
-    anchor = shifts.amax(1) - up if dtype == E4M3 else torch.zeros_like(shifts[:, 0])
-    return Operand(least.flatten() * power_of_two(anchor) * divisor, table, shifts.to(torch.uint8), anchor)
+    if (span := int((highest - lowest).max())) > up + down:
+        raise ValueError(f"scales of an output span {span} octaves, {NAMES[dtype]} holds {up + down}: use pow2:2")
+    # In int8 the smallest scale has the factor 1, in E4M3 the largest has the largest that fits.
+    anchor = lowest if dtype == torch.int8 else highest - up
+    half = (anchor - 127) // 2  # in two steps: one power of two may be below the smallest normal float32
+    channel = power_of_two(half) * power_of_two(anchor - 127 - half) * divisor
+    channel = channel if scales.base is None else channel * scales.base.detach().flatten()
+    shift = power_of_two(-half) * power_of_two(127 - anchor + half)
+    return Operand(channel, table, power_of_two(every.int().clamp(1, 254) - 127), shift, 1 << span)

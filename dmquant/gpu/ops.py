@@ -3,6 +3,7 @@
 Each is a Triton kernel where there is Triton, and elsewhere the operations of torch that define it, with equal results.
 """
 
+import contextlib
 import functools
 import importlib.util
 import logging
@@ -15,14 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dmquant.activations import ActivationSpec, fake_quantize, online_scale
-from dmquant.formats import get_format
+from dmquant.formats import Format, get_format
 from dmquant.gpu.operands import unit
 from dmquant.packing import unpack
 from dmquant.scaling import Granularity, fit_absmax
-from dmquant.stores import power_of_two
 
 INTERPRETER = "TRITON_INTERPRET"  # Triton's own variable: its kernels run on CPU tensors
-_ENCODED = ("fp32", "bf16")  # stores that Triton encodes; and `pow2` for a whole token, whose scale is the base
+_ENCODED = ("fp32", "bf16")  # stores in which Triton encodes scales
 _WIDEST = 1 << 14  # channels that stay in registers between the search for the largest and the rounding
 
 
@@ -40,6 +40,11 @@ def takes_triton(x: Tensor) -> bool:
     return (x.is_cuda or (x.device.type == "cpu" and os.environ.get(INTERPRETER) == "1")) and has_triton()
 
 
+def on_device_of(x: Tensor) -> contextlib.AbstractContextManager:
+    """A block in which Triton launches on the GPU where `x` is, which need not be the current one."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
 def operator(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function, as an operator where a graph is captured; by itself where none is, which takes less time."""
     whole = torch.library.custom_op(f"dmquant::{function.__name__}", function, mutates_args=())
@@ -51,6 +56,12 @@ def operator(function: Callable[..., Any]) -> Callable[..., Any]:
     call.register_fake = whole.register_fake
     call.whole = whole
     return call
+
+
+def _scale_of(largest: Tensor, rows: int, fmt: Format, store: str) -> Tensor:
+    """Online scales by the largest magnitudes (tokens of all rows, groups): float32, flat."""
+    spec = ActivationSpec(fmt, Granularity("group", 1), store)
+    return online_scale(largest.float().unsqueeze(-1), rows, spec).flatten()
 
 
 @operator
@@ -65,13 +76,15 @@ def quantize_tokens(
     kind, x = get_format(fmt), x.contiguous()
     divisor = unit(kind, dtype)
     codes = torch.empty(rows, columns, dtype=dtype, device=x.device)
-    if takes_triton(x) and store in (*_ENCODED, "pow2") and columns <= _WIDEST:
-        from dmquant.gpu.fused import rows as fused
+    if takes_triton(x) and columns <= _WIDEST:
+        from dmquant.gpu.fused.rows import quantize_rows
 
-        return codes, fused.quantize_rows(x, codes, kind, divisor, scale, store == "bf16")
+        if scale is None and store not in _ENCODED:
+            scale = _scale_of(x.abs().amax(1, keepdim=True), len(x), kind, store)
+        with on_device_of(x):
+            return codes, quantize_rows(x, codes, kind, divisor, scale, store == "bf16")
     wide = x.float()
-    if scale is None:
-        scale = online_scale(wide.unsqueeze(1), len(x), ActivationSpec(kind, Granularity("token"), store)).flatten()
+    scale = _scale_of(wide.abs().amax(1, keepdim=True), len(x), kind, store) if scale is None else scale
     values = kind.round(wide / scale.unsqueeze(1)) / divisor
     lost = values.isnan().any(1)
     values = F.pad(values.masked_fill_(lost.unsqueeze(1), 0), (0, columns - x.shape[1]))
@@ -98,10 +111,10 @@ def round_tokens(x: Tensor, fmt: str, granularity: str, store: str, rows: int) -
         images = x.view(rows if spec.granularity.kind == "image" else 1, -1)
         largest = images.abs().amax(1).float().view(-1, 1, 1)
         scale = fit_absmax(largest, spec.fmt, store).decode().repeat_interleave(len(x) // len(images)).flatten()
-    elif store not in _ENCODED and (store != "pow2" or size < x.shape[1]):
-        largest = x.view(len(x), -1, size).abs().amax(-1, keepdim=True).float()
-        scale = online_scale(largest, rows, spec).flatten()
-    return round_rows(groups, spec.fmt, scale, store == "bf16").view(x.shape)
+    elif store not in _ENCODED:
+        scale = _scale_of(x.view(len(x), -1, size).abs().amax(-1), rows, spec.fmt, store)
+    with on_device_of(x):
+        return round_rows(groups, spec.fmt, scale, store == "bf16").view(x.shape)
 
 
 @round_tokens.register_fake
@@ -114,7 +127,7 @@ def expand(
     codes: Tensor,
     table: Tensor,
     stored: Tensor | None,
-    second: Tensor | None,
+    base: Tensor | None,
     scale_table: Tensor | None,
     bits: int,
     columns: int,
@@ -126,29 +139,24 @@ def expand(
     """Packed codes (n, bytes) of `columns` columns as a matrix (rows, width) of `dtype`, zero where it is larger.
 
     The code c is `table[c]`, float32, times the scale of its group of `size` columns: `stored` (n or 1, groups) is that
-    scale in floating point, or as uint8 its place in `scale_table` (256,) float32, times the base `second` (n or 1,)
-    float32, or without such a table its exponent above the anchor `second` (n,) int32.
+    scale in floating point, or as uint8 its place in `scale_table` (256,), times `base` (n or 1,), both float32.
     """
     if takes_triton(codes):
         from dmquant.gpu.fused import weights
 
         out = torch.empty(rows, width, dtype=dtype, device=codes.device)
-        weights.expand(codes, table, bits, columns, size, out, stored, second, scale_table)
+        with on_device_of(codes):
+            weights.expand(codes, table, bits, columns, size, out, stored, base, scale_table)
         return out
     values = table[unpack(codes, bits, columns).int()]
     if stored is not None:
-        if scale_table is not None:
-            factor = second.unsqueeze(1) * scale_table[stored.int()]
-        elif stored.dtype == torch.uint8:
-            factor = power_of_two(stored.int() - second.unsqueeze(1))
-        else:
-            factor = stored.float()
+        factor = stored.float() if scale_table is None else base.unsqueeze(1) * scale_table[stored.int()]
         values = values * factor.repeat_interleave(size, 1)[:, :columns]
     return F.pad(values, (0, width - columns, 0, rows - len(codes))).to(dtype)
 
 
 @expand.register_fake
-def _(codes, table, stored, second, scale_table, bits, columns, size, dtype, rows, width):
+def _(codes, table, stored, base, scale_table, bits, columns, size, dtype, rows, width):
     return codes.new_empty(rows, width, dtype=dtype)
 
 
@@ -162,7 +170,8 @@ def finish(sums: Tensor, token: Tensor, channel: Tensor, bias: Tensor | None, dt
         from dmquant.gpu.fused import finishing
 
         out = torch.empty(len(token), len(channel), dtype=dtype, device=sums.device)
-        finishing.finish(sums, token, channel, bias, out)
+        with on_device_of(sums):
+            finishing.finish(sums, token, channel, bias, out)
         return out
     y = sums[: len(token), : len(channel)].float() * token.unsqueeze(1) * channel
     return (y if bias is None else y + bias.float()).to(dtype)

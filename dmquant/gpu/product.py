@@ -57,23 +57,23 @@ class Product(Reference):
 
     def prepare(self, layer: nn.Module) -> dict[str, Tensor]:
         made = operands.operand(layer, self.dtype)
+        parts = {"table": made.table, "factors": made.factors, "shift": made.shift}
         if weights_kept() == "speed":
-            return {"channel": made.channel, "weight": self._expanded(layer, made.table, made.shifts, made.anchor)}
-        kept = {"channel": made.channel, "table": made.table}
-        return kept if made.shifts is None else kept | {"shifts": made.shifts, "anchor": made.anchor}
+            return {"channel": made.channel, "weight": self._expanded(layer, **parts)}
+        return {"channel": made.channel} | {name: part for name, part in parts.items() if part is not None}
 
     def weight(self, layer: nn.Module) -> Tensor:
         """The weight as an operand (output channels, columns), padded; kept, or expanded from the codes now."""
         kept = layer._buffers
         if "kernel_weight" in kept:
             return kept["kernel_weight"]
-        return self._expanded(layer, layer.kernel_table, kept.get("kernel_shifts"), kept.get("kernel_anchor"))
+        return self._expanded(layer, *(kept.get(f"kernel_{part}") for part in ("table", "factors", "shift")))
 
-    def _expanded(self, layer: nn.Module, table: Tensor, shifts: Tensor | None, anchor: Tensor | None) -> Tensor:
+    def _expanded(self, layer: nn.Module, table: Tensor, factors: Tensor | None, shift: Tensor | None) -> Tensor:
         spec, rows, columns = layer.weight_spec, layer.weight_shape[0], prod(layer.weight_shape[1:])
         size, whole = spec.granularity.size or columns, (self.padded(rows), self.padded(columns))
-        codes = layer.qweight.detach()
-        return expand(codes, table, shifts, anchor, None, spec.fmt.bits, columns, size, self.dtype, *whole)
+        codes, stored = layer.qweight.detach(), None if factors is None else layer.scales.stored.detach()
+        return expand(codes, table, stored, shift, factors, spec.fmt.bits, columns, size, self.dtype, *whole)
 
     def padded(self, size: int) -> int:
         return size + -size % self.MULTIPLE

@@ -31,9 +31,9 @@ def _quantize_rows(
         s = tl.minimum(tl.maximum(s, TINY), LIMIT)
         if NARROW:
             s = rounded(s, tl.bfloat16).to(tl.float32)
-    lost = tl.max((v != v).to(tl.int32), 1) > 0  # a row of NaN is a row of NaN: no code says so, its scale does
-    s = tl.where(lost, float("nan"), s)
     q = tl.math.div_rn(v, tl.broadcast_to(s[:, None], v.shape))
+    lost = tl.max((q != q).to(tl.int32), 1) > 0  # a row with a NaN is one of NaN: no code says so, its scale does
+    s = tl.where(lost, float("nan"), s)
     if INTEGER:
         anchor = tl.full(v.shape, ANCHOR, tl.float32)
     else:
