@@ -12,7 +12,7 @@ import argparse
 import itertools
 
 import torch
-from layers import table
+from turns import table
 
 from dmquant.formats import get_format
 from dmquant.gpu import device, fp8

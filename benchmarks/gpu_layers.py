@@ -16,8 +16,9 @@ import time
 from collections.abc import Callable
 
 import torch
-from layers import CONVOLUTIONS, LINEARS, table
+from layers import CONVOLUTIONS, LINEARS
 from torch import Tensor, nn
+from turns import table
 
 from dmquant import kernels
 from dmquant.activations import ActivationSpec

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from layers import table
+from turns import table
 
 from dmquant import kernels
 from dmquant.pipelines.models.loading import embedded_folder

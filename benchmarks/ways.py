@@ -23,7 +23,7 @@ from dmquant.layers import quantize_layer
 from dmquant.qtensor import WeightSpec
 
 Call = Callable[[], Tensor]
-FAST = ("fp4", "group:32", "absmax", "pow2:2")
+FAST = ("int4", "group:16", "absmax", "int")  # as the recipe `fast`, without data
 DEFAULT = ("fp4", "group:16", "absmax", "e4m3")
 LONGEST = 3.0  # seconds a call: beyond, a way is not timed
 
@@ -78,7 +78,8 @@ def float_way(dtype: torch.dtype, compiled: bool = False) -> Callable[[nn.Module
 
 def dmquant_way(weights: tuple[str, ...], inputs: tuple[str, ...] | None, kept: str = "memory", dtype=None):
     def make(layer: nn.Module, x: Tensor, base: torch.dtype) -> Call:
-        activations = ActivationSpec.parse(*inputs) if inputs else None
+        one_product = "image" if isinstance(layer, nn.Conv2d) else "token"
+        activations = ActivationSpec.parse(*(inputs if len(inputs) > 1 else (*inputs, one_product))) if inputs else None
         quantized = quantize_layer(layer.to(dtype or base), WeightSpec.parse(*weights), activations)
         x = x.to(dtype or base)
         with kernels.keeping_weights(kept):
