@@ -237,8 +237,8 @@ def become_(layer: nn.Linear | nn.Conv2d, quantized: QuantLinear | QuantConv2d) 
     """
     more = {name: one for name, one in layer._parameters.items() if name not in ("weight", "bias")}
     added = {*vars(layer), *more, *layer._buffers, *layer._modules} - {*_FRAME, *quantized.geometry}
-    used = {*vars(quantized), *quantized._parameters, *dir(quantized)} - {*dir(type(layer))}
-    if taken := sorted(added & used):
+    taken = added and sorted(added & {*vars(quantized), *quantized._parameters, *dir(quantized)} - {*dir(type(layer))})
+    if taken:
         raise UsageError(f"a quantized layer uses the name '{taken[0]}', which was set on it: take another name")
     layer.__class__ = type(quantized)
     vars(layer).pop("forward", None)  # what a hook leaves behind that was removed: the float layer's

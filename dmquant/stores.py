@@ -97,7 +97,7 @@ def _multiples(factors: Callable[[Format], tuple[int, ...]]) -> Store:
     """Whole multiples of a channel's base: a row of weights is integers of few bits times one float.
 
     Dai et al., "VS-Quant: Per-vector Scaled Quantization for Accurate Low-Precision Neural Network Inference",
-    arXiv 2102.04503, section 4.4, with few factors.
+    arXiv 2102.04503: its scales in two levels, with few factors.
     """
 
     def encode(amplitude: Tensor, fmt: Format, base: Tensor | None) -> Tensor:

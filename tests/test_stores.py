@@ -71,6 +71,12 @@ def test_sums_of_two_products_with_8_bits_of_int_scales_fit_in_16():
         assert 2 * 255 * factors[name] * fmt.values.abs().max() / fmt.min_positive < 2**15
 
 
+def test_e2m1_times_its_factors_is_exact_in_fp8_too():
+    fmt = get_format("fp4_e2m1")
+    products = fmt.values * torch.tensor(stores.STORES["int"].factors(fmt)).view(-1, 1)
+    assert torch.equal(products.to(torch.float8_e4m3fn).float(), products)
+
+
 @pytest.mark.parametrize("store", MULTIPLES)
 def test_no_other_base_of_a_row_is_much_better_than_the_one_found(store):
     groups = torch.randn(12, 24, 16, generator=torch.Generator().manual_seed(0)) * torch.logspace(0, -1, 24).view(-1, 1)

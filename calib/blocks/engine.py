@@ -37,7 +37,7 @@ from dmquant.calib.layers.rounder import Rounder
 from dmquant.convert import LayerReport
 from dmquant.errors import UsageError
 from dmquant.host.files import json_sha256
-from dmquant.host.memory import default_budget, return_freed_memory
+from dmquant.host.memory import default_budget, new_garbage_only, return_freed_memory
 from dmquant.qtensor import QuantizedTensor
 from dmquant.recipe import Recipe
 from dmquant.transforms import fold_first_
@@ -107,17 +107,20 @@ def calibrate_(
     counted = {name: channels.to(device) for name, channels in counted.items()}
     decider = Decider(backbone, states, streams, samples, rounder, options, counted, moments, needed)
     facts, learned_seconds = [], []
-    for number, block in enumerate(in_order):
-        title = f"block {number + 1} of {len(in_order)}: {block.name}"
-        began = time.perf_counter()
-        with bar(title) as shown:
-            facts.append(calibrate_block_(decider, codes, BlockInputs(streams, number, samples.learning, title, shown)))
-        return_freed_memory()
-        if facts[-1].pop(FROM_DISK, False):
-            say(f"{title}: already there")
-            continue
-        learned_seconds.append(time.perf_counter() - began)
-        say(f"{title}: {_in_words(facts[-1]['tasks'], learned_seconds, len(in_order) - number - 1)}")
+    with new_garbage_only():
+        for number, block in enumerate(in_order):
+            title = f"block {number + 1} of {len(in_order)}: {block.name}"
+            began = time.perf_counter()
+            with bar(title) as shown:
+                facts.append(
+                    calibrate_block_(decider, codes, BlockInputs(streams, number, samples.learning, title, shown))
+                )
+            return_freed_memory()
+            if facts[-1].pop(FROM_DISK, False):
+                say(f"{title}: already there")
+                continue
+            learned_seconds.append(time.perf_counter() - began)
+            say(f"{title}: {_in_words(facts[-1]['tasks'], learned_seconds, len(in_order) - number - 1)}")
     called = [name for block in in_order for name in block.layers]
     never_called = [name for name in states if name not in called]
     for name in never_called:

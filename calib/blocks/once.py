@@ -1,7 +1,6 @@
-"""Make once what layers need again, or share, while a block is run over the samples."""
+"""Make once what layers share while a block is run over the samples."""
 
 import contextlib
-import functools
 from collections.abc import Callable, Hashable, Iterator, Sequence
 
 from torch import Tensor, nn
@@ -31,16 +30,14 @@ def kind_of_input(layer: QuantLinear | QuantConv2d, name: Hashable) -> Hashable:
 
 
 @contextlib.contextmanager
-def working_once(layers: Sequence[nn.Module]) -> Iterator[None]:
-    """Until the block ends, let quantized layers keep the weights that they decode, and share quantized inputs."""
+def sharing_inputs(layers: Sequence[nn.Module]) -> Iterator[None]:
+    """Until the block ends, let layers that quantize one input alike do it once."""
     latest = Latest()
     try:
         for number, layer in enumerate(layers):
-            layer.dequantize = functools.cache(layer.dequantize)
             kind, quantize = kind_of_input(layer, number), layer.quantize_input
             layer.quantize_input = lambda x, kind=kind, quantize=quantize: latest.of(kind, x, quantize)
         yield
     finally:
         for layer in layers:
-            for method in ("dequantize", "quantize_input"):
-                layer.__dict__.pop(method, None)
+            layer.__dict__.pop("quantize_input", None)

@@ -41,13 +41,14 @@ def library(name: str) -> ctypes.CDLL | None:
     They are compiled once for a machine, compiler and source, into the folder of caches.
     """
     if (compiler := _compiler()) is None or (made := _made(name)) is None:
-        return _without(name, missing_compiler() or "there is no home folder to keep it in")
+        return _note(f"nothing is compiled here, for want of {missing_compiler() or 'a home folder to keep it in'}")
     try:
         if not made.exists():
             _compile(compiler, _source(name), made)
         return ctypes.CDLL(str(made))
     except (OSError, subprocess.SubprocessError) as error:
-        return _without(name, (getattr(error, "stderr", None) or str(error)).strip().splitlines()[0])
+        said = (getattr(error, "stderr", None) or str(error)).strip().splitlines()[0]
+        return _note(f"{name}.cpp is not compiled here: {said}")
 
 
 def is_compiled(name: str) -> bool:
@@ -78,8 +79,9 @@ def _compile(compiler: str, source: Path, made: Path) -> None:
         os.replace(result, made)
 
 
-def _without(name: str, reason: str) -> None:
-    logging.getLogger("dmquant").warning(f"{name} is not compiled here, and slower code does its work: {reason}")
+@functools.cache  # once a process
+def _note(what: str) -> None:
+    logging.getLogger("dmquant").warning(f"{what}; slower code does the work")
 
 
 @functools.cache

@@ -50,6 +50,9 @@ class Integer(Reference):
         if products.compiled() and largest > (most := products.largest_weight(fmt, products.level())):
             level = products.LEVELS[products.level()]
             return f"integers up to {largest} times inputs in {fmt.name}: {level} is exact up to {most}"
+        dtype = torch.bfloat16 if layer.dtype == torch.bfloat16 else torch.float32
+        if products.compiled() and (faster := products.slower(dtype)):
+            return f"products in {faster} are faster on this processor"
         return None
 
     def prepare(self, layer: nn.Module) -> dict[str, Tensor]:

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from dmquant.cpu.compiling import library
+from dmquant.cpu.fast_dtype import SHAPE, fast_dtype, product_in
+from dmquant.cpu.measured import best_times, ratio
 from dmquant.errors import check_choice
 from dmquant.formats import FloatFormat, Format, get_format
 from dmquant.operands import INT8, unit_of
@@ -22,6 +24,7 @@ LEVELS = ("portable", "avx2", "avx_vnni", "avx512_vnni")  # as in integer.cpp
 WIDEST = (1 << 31) // (256 * 128) - 1  # columns up to which no sum leaves 32 bits, whatever the operands
 WHOLE = 1 << 40  # the size of a group that is all of a row
 _INT16 = (1 << 15) - 1
+SLOWER = 1.2  # of a product in floating point, beside which weights must be expanded and inputs rounded
 _QUAD = 4  # bytes that one instruction multiplies by as many
 
 
@@ -219,6 +222,27 @@ def output_size(size: Sequence[int], kernel: Sequence[int], geometry: Sequence[i
     return tuple(
         (size[i] + 2 * geometry[2 + i] - geometry[4 + i] * (kernel[i] - 1) - 1) // geometry[i] + 1 for i in (0, 1)
     )
+
+
+@functools.cache
+def slower(dtype: torch.dtype) -> str | None:
+    """A product in floating point that takes less time here than one of integers, for inputs of `dtype`; None without.
+
+    Some processors have units for bfloat16 that are faster than what integer.cpp knows.
+    """
+    (tokens, inputs, outputs), fmt = SHAPE, get_format("int8")
+    draw = torch.Generator().manual_seed(0)
+    packed = torch.randint(0, 256, (outputs, inputs // 2), dtype=torch.uint8, generator=draw)
+    tables = torch.stack([torch.zeros(16), torch.arange(-8, 8)]).to(torch.int8)
+    factors, scale = torch.ones(outputs, inputs // 16, dtype=torch.uint8), torch.ones(1, outputs)
+    plan = Plan(Weight(packed, tables, factors, scale, None, fmt, 16, (inputs,), 1))
+    x, floats = torch.randn(tokens, inputs, generator=draw).to(dtype), fast_dtype(dtype)
+
+    def measure() -> float:
+        taken = best_times({"integer": lambda: plan.run(x), "float": product_in(floats)})
+        return taken["integer"] / taken["float"]
+
+    return f"{floats}".removeprefix("torch.") if ratio(f"integer / {dtype}", measure) > SLOWER else None
 
 
 @functools.cache

@@ -2,7 +2,7 @@
 //
 // Bit for bit what dmquant.qtensor does eagerly: every operation on floats is the same IEEE operation (compile with
 // -ffp-contract=off), squared errors are summed in the order of torch.sum, whose vector width is a parameter.
-// Sixteen groups go side by side, one in each lane, so that no sum runs across a vector.
+// As many groups as a vector has lanes go side by side, one in each, so that no sum runs across a vector.
 
 #include <algorithm>
 #include <cstdint>
@@ -13,7 +13,11 @@
 #include <immintrin.h>
 #endif
 
+#if defined(__AVX512F__)
 constexpr int LANES = 16;
+#else
+constexpr int LANES = 8;
+#endif
 typedef float Floats __attribute__((vector_size(4 * LANES)));
 typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
 
@@ -22,6 +26,7 @@ constexpr int FRACTION_BITS = 23, BIAS = 127, BLOCK_ROWS = 16, MOST_MULTIPLES = 
 constexpr float TO_INTEGER = 12582912.0f;  // 1.5 * 2^23: added and taken away, it rounds to integers
 constexpr float SMALLEST = 0x1p-126f, SAFE_LOW = 0x1p-60f, SAFE_HIGH = 0x1p60f;
 
+enum Dtype { FLOAT32, BFLOAT16, FLOAT16 };
 enum Store { FP32, BF16, E8M0, POW2, E4M3 };
 
 struct Format {
@@ -30,7 +35,7 @@ struct Format {
 };
 
 struct Job {
-    const void* matrix;        // (rows, columns), float32 or bfloat16, rows contiguous
+    const void* matrix;        // (rows, columns), contiguous
     const int64_t* starts;     // first column of each group of a row
     const int64_t* lengths;    // its columns; up to `size` it is padded with zeros
     const float* amplitudes;   // (rows, groups)
@@ -40,7 +45,7 @@ struct Job {
     void* stored;              // (rows, groups), as the store keeps scales
     uint8_t* codes;            // (rows, bytes)
     int64_t columns, groups, size, bytes, base_stride, scale_stride, multiple_count, sum_width;
-    int32_t bfloat16, store, octaves_below, largest_exponent;
+    int32_t dtype, store, octaves_below, largest_exponent;
     float largest_scale;
     Format format, e4m3;
 };
@@ -56,8 +61,15 @@ static inline int32_t bits_of(float x) { int32_t bits; std::memcpy(&bits, &x, 4)
 static inline float of_bits(int32_t bits) { float x; std::memcpy(&x, &bits, 4); return x; }
 static inline float two_to(int exponent) { return of_bits((exponent + BIAS) << FRACTION_BITS); }
 
+struct Brain { uint16_t bits; };  // bfloat16
+struct Half { uint16_t bits; };   // float16
 static inline float load(const float* from) { return *from; }
-static inline float load(const uint16_t* from) { return of_bits(int32_t(*from) << 16); }
+static inline float load(const Brain* from) { return of_bits(int32_t(from->bits) << 16); }
+static inline float load(const Half* from) {
+    const int32_t magnitude = from->bits & 0x7FFF, sign = int32_t(from->bits >> 15) << 31;
+    const float finite = of_bits(magnitude << 13) * 0x1p112f;  // subnormals, too
+    return of_bits(sign | (magnitude < 0x7C00 ? bits_of(finite) : EXPONENT_FIELD | (magnitude << 13)));
+}
 
 #if defined(__AVX512F__)
 #define FUSED 1
@@ -67,9 +79,7 @@ static inline Floats fused(Floats a, Floats b, Floats c) {
 #elif defined(__FMA__)
 #define FUSED 1
 static inline Floats fused(Floats a, Floats b, Floats c) {
-    union { Floats all; __m256 half[2]; } x = {a}, y = {b}, z = {c};
-    for (int i = 0; i < 2; i++) x.half[i] = _mm256_fmadd_ps(x.half[i], y.half[i], z.half[i]);
-    return x.all;
+    return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
 }
 #else
 #define FUSED 0
@@ -286,8 +296,8 @@ template <class Rounding, class Element>
 static void quantize_rows(const Job& job, const Element* matrix, int64_t first, int64_t end) {
     const Rounding rounding(job.format);
     const int64_t size = job.size;
-    std::vector<float> space(LANES * (2 * size + 1));
-    Floats* signed_x = reinterpret_cast<Floats*>((reinterpret_cast<uintptr_t>(space.data()) + 63) & ~uintptr_t(63));
+    std::vector<Floats> space(2 * size);
+    Floats* signed_x = space.data();
     Floats* x = signed_x + size;
     std::vector<uint8_t> codes(BLOCK_ROWS * job.columns), lane_codes(LANES * size);
     for (int64_t row = first; row < end; row += BLOCK_ROWS) {
@@ -379,24 +389,29 @@ struct Plain {
     Floats operator()(int64_t i) const { return x[i]; }
 };
 
+// Call the work with the matrix as what it holds.
+template <class Work>
+static void with_matrix(const Job& job, Work work) {
+    if (job.dtype == BFLOAT16) work(static_cast<const Brain*>(job.matrix));
+    else if (job.dtype == FLOAT16) work(static_cast<const Half*>(job.matrix));
+    else work(static_cast<const float*>(job.matrix));
+}
+
 extern "C" {
 
 // The largest magnitude of every group of rows `first` to `end`, at least the smallest normal float32; NaN where one is.
 void amplitudes(const Job* job, int64_t first, int64_t end, float* to) {
-    if (job->bfloat16) largest_magnitudes(*job, static_cast<const uint16_t*>(job->matrix), first, end, to);
-    else largest_magnitudes(*job, static_cast<const float*>(job->matrix), first, end, to);
+    with_matrix(*job, [&](auto matrix) { largest_magnitudes(*job, matrix, first, end, to); });
 }
 
 // Scales and codes of rows `first` to `end`.
 void quantize(const Job* job, int64_t first, int64_t end) {
-    if (job->bfloat16) quantize_any(*job, static_cast<const uint16_t*>(job->matrix), first, end);
-    else quantize_any(*job, static_cast<const float*>(job->matrix), first, end);
+    with_matrix(*job, [&](auto matrix) { quantize_any(*job, matrix, first, end); });
 }
 
 // To `to` and the place after it: the squared errors of codes that mean `values`, and the squared weights.
 void squares(const Job* job, const float* values, int64_t first, int64_t end, double* to) {
-    if (job->bfloat16) squares_of(*job, static_cast<const uint16_t*>(job->matrix), values, first, end, to);
-    else squares_of(*job, static_cast<const float*>(job->matrix), values, first, end, to);
+    with_matrix(*job, [&](auto matrix) { squares_of(*job, matrix, values, first, end, to); });
 }
 
 // The sum of each of `count` rows of `size` floats, ordered as torch.sum with vectors of `width` floats.

@@ -21,6 +21,7 @@ from dmquant.stores import LARGEST, OCTAVES_BELOW, STORES
 NAME = "quantize"
 PAYS_AFTER = 1 << 23  # weights in all; before, a run ends sooner without the seconds that compiling takes
 _OWN_STORES = {name: (number, STORES[name]) for number, name in enumerate(("fp32", "bf16", "e8m0", "pow2", "e4m3"))}
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _WIDTHS = (16, 8, 4, 1)  # floats in a vector of torch's sums
 _LARGEST_GROUP = 1 << 18  # sixteen of them, in float32, are at hand at once
 _FEWEST_BINADES = -40  # exponents below would want quotients that are not safe from underflow
@@ -47,7 +48,7 @@ class _Job(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("multiples", "stored", "codes")),
         *((name, ctypes.c_int64) for name in ("columns", "groups", "size", "bytes", "base_stride")),
         *((name, ctypes.c_int64) for name in ("scale_stride", "multiple_count", "sum_width")),
-        *((name, ctypes.c_int32) for name in ("bfloat16", "store", "octaves_below", "largest_exponent")),
+        *((name, ctypes.c_int32) for name in ("dtype", "store", "octaves_below", "largest_exponent")),
         ("largest_scale", ctypes.c_float),
         *((name, _Format) for name in ("format", "e4m3")),
     ]
@@ -126,18 +127,18 @@ def _fit_and_round(matrix: Tensor, spec: WeightSpec, shape: tuple[int, ...], wid
 
 def _job(matrix: Tensor, spec: WeightSpec, shape: tuple[int, ...]) -> _Job:
     """What every function needs: a matrix (rows, columns), any float dtype, and the groups of its rows."""
-    wide = matrix if matrix.dtype in (torch.float32, torch.bfloat16) else matrix.float()
+    matrix = (matrix if matrix.dtype in _DTYPES else matrix.float()).contiguous()
     starts, lengths = _groups(spec, shape)
     job = _Job(
         columns=matrix.shape[1],
         groups=len(starts),
         size=spec.granularity.size or max(spec.segments(shape)),
         bytes=packed_size(matrix.shape[1], spec.fmt.bits),
-        bfloat16=matrix.dtype == torch.bfloat16,
+        dtype=_DTYPES.index(matrix.dtype),
         format=_as_struct(spec.fmt),
     )
-    job.held = wide, starts, lengths = wide.contiguous(), starts, lengths  # pointers do not hold what they point to
-    job.matrix, job.starts, job.lengths = wide.data_ptr(), starts.data_ptr(), lengths.data_ptr()
+    job.held = matrix, starts, lengths  # pointers do not hold what they point to
+    job.matrix, job.starts, job.lengths = matrix.data_ptr(), starts.data_ptr(), lengths.data_ptr()
     return job
 
 

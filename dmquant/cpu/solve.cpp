@@ -15,6 +15,7 @@ typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
 
 constexpr int32_t EXPONENT_FIELD = 0x7F800000;
 constexpr int FRACTION_BITS = 23, BIAS = 127;
+constexpr float SMALLEST = 0x1p-126f;  // as dmquant/stores.py
 constexpr float TO_INTEGER = 12582912.0f;  // 1.5 * 2^23: added and taken away, it rounds to integers
 
 struct Format {
@@ -65,6 +66,12 @@ static inline Floats loaded(const float* from, int64_t count) {  // the first `c
     if (count >= LANES) std::memcpy(&x, from, sizeof x);
     else std::memcpy(&x, from, 4 * count);
     return x;
+}
+static inline Floats loaded(const float* from) { return loaded(from, LANES); }
+static inline Floats loaded(const uint16_t* from) {  // bfloat16
+    Ints x;
+    for (int lane = 0; lane < LANES; lane++) x[lane] = int32_t(uint32_t(from[lane]) << 16);
+    return (Floats)x;
 }
 static inline void store(float* to, const Floats& x, int64_t count) {
     if (count >= LANES) std::memcpy(to, &x, sizeof x);
@@ -144,6 +151,40 @@ static void search(
     }
 }
 
+static inline void store(uint16_t* to, const Floats& x, int64_t) {  // to bfloat16, ties to even; NaN stays NaN
+    const Ints bits = (Ints)x, rounded = bits + 0x7FFF + ((bits >> 16) & 1), chosen = x == x ? rounded : bits | 0x400000;
+    for (int lane = 0; lane < LANES; lane++) to[lane] = uint16_t(uint32_t(chosen[lane]) >> 16);
+}
+
+// Bits are ordered as magnitudes are, NaN above all.
+template <class T>
+static float largest_magnitude(const T* x, int64_t size) {
+    Ints most{};
+    for (int64_t i = 0; i < size; i += LANES) {
+        const Ints bits = (Ints)loaded(x + i) & INT32_MAX;
+        most = bits > most ? bits : most;
+    }
+    int32_t largest = 0;
+    for (int lane = 0; lane < LANES; lane++) largest = std::max(largest, most[lane]);
+    float magnitude;
+    std::memcpy(&magnitude, &largest, 4);
+    return magnitude;
+}
+
+template <class Rounding, class T>
+static void online(
+    const Rounding& round, int threads, const T* x, int64_t count, int64_t size, float most, float largest, T* to
+) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t run = 0; run < count; run++) {
+        const float magnitude = largest_magnitude(x + run * size, size);
+        float scale = (magnitude < SMALLEST ? SMALLEST : magnitude) / most;
+        scale = scale < SMALLEST ? SMALLEST : scale > largest ? largest : scale;
+        for (int64_t i = run * size; i < (run + 1) * size; i += LANES)
+            store(to + i, round(loaded(x + i) / scale) * scale, LANES);
+    }
+}
+
 template <class Rounding>
 static void runs(
     const Rounding& round, int threads, const float* x, int64_t count, int64_t size, const float* scales, float* to
@@ -151,7 +192,7 @@ static void runs(
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t run = 0; run < count; run++)
         for (int64_t i = run * size; i < (run + 1) * size; i += LANES)
-            store(to + i, round(loaded(x + i, LANES) / scales[run]) * scales[run], LANES);
+            store(to + i, round(loaded(x + i) / scales[run]) * scales[run], LANES);
 }
 
 extern "C" {
@@ -176,21 +217,29 @@ void search_weighted(
     else search(IntRounding(*format), threads, rows, groups, size, tried, powers, matrix, scales, weights, chosen);
 }
 
-// The largest magnitude of every run of `size` of `count` * `size` floats; NaN where one is.
+// The largest magnitude of every run of `size` of `count` * `size` floats; NaN where one is. Here and below `size` is a
+// multiple of LANES.
 void magnitudes(int threads, const float* x, int64_t count, int64_t size, float* to) {
 #pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t run = 0; run < count; run++) {
-        int32_t largest = 0;  // bits are ordered as magnitudes are, NaN above all
-        for (int64_t i = 0; i < size; i++) {
-            int32_t bits;
-            std::memcpy(&bits, x + run * size + i, 4);
-            largest = std::max(largest, bits & INT32_MAX);
-        }
-        std::memcpy(to + run, &largest, 4);
-    }
+    for (int64_t run = 0; run < count; run++) to[run] = largest_magnitude(x + run * size, size);
 }
 
-// Every run of `size` of `count` * `size` floats rounded to a format times its scale; `size` is a multiple of LANES.
+// Every run rounded to a format times the scale that makes its largest magnitude the format's, at most `largest`.
+void round_online(
+    const Format* format, int threads, const float* x, int64_t count, int64_t size, float largest, float* to
+) {
+    if (format->floating) online(FloatRounding(*format), threads, x, count, size, format->max, largest, to);
+    else online(IntRounding(*format), threads, x, count, size, format->max, largest, to);
+}
+
+void round_online_bf16(
+    const Format* format, int threads, const uint16_t* x, int64_t count, int64_t size, float largest, uint16_t* to
+) {
+    if (format->floating) online(FloatRounding(*format), threads, x, count, size, format->max, largest, to);
+    else online(IntRounding(*format), threads, x, count, size, format->max, largest, to);
+}
+
+// Every run rounded to a format times its own scale.
 void round_runs(
     const Format* format, int threads, const float* x, int64_t count, int64_t size, const float* scales, float* to
 ) {

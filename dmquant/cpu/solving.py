@@ -7,15 +7,17 @@ import ctypes
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dmquant.activations import ActivationSpec, online_scale
 from dmquant.cpu.compiling import library
 from dmquant.formats import FloatFormat, Format, IntFormat
 from dmquant.grids import Grid, ScaledGrid
+from dmquant.stores import LARGEST
 
 _WORTH_A_THREAD = 1 << 17  # elements; below, starting a thread takes longer than it saves
 LANES = 16  # elements of a vector of solve.cpp
+_ONLINE = {torch.float32: "round_online", torch.bfloat16: "round_online_bf16"}
 
 
 class _Format(ctypes.Structure):
@@ -72,10 +74,18 @@ def fake_quantize(x: Tensor, spec: ActivationSpec, dim: int) -> Tensor | None:
     size = spec.granularity.size or tokens.shape[-1]
     if fmt is None or spec.granularity.kind not in ("token", "group") or size % LANES or tokens.shape[-1] % size:
         return None
-    if x.is_meta or not x.numel() or (compiled := library("solve")) is None:
+    if type(x) not in (Tensor, nn.Parameter) or x.is_meta or (torch.is_grad_enabled() and x.requires_grad):
         return None
+    if not x.numel() or (compiled := library("solve")) is None:
+        return None
+    if spec.store == "fp32" and x.dtype in _ONLINE:
+        exact = tokens.contiguous()
+        count, rounded = x.numel() // size, torch.empty_like(exact)
+        largest = ctypes.c_float(LARGEST / spec.fmt.max)
+        _call(getattr(compiled, _ONLINE[x.dtype]), fmt, x.numel(), exact, count, size, largest, rounded)
+        return rounded.movedim(-1, dim)
     exact = tokens.float().contiguous()
-    runs = exact.detach().view(-1, tokens.shape[-1] // size, size)
+    runs = exact.view(-1, tokens.shape[-1] // size, size)
     largest, rounded = runs.new_empty(runs.shape[:2]), torch.empty_like(exact)
     _call(compiled.magnitudes, None, runs.numel(), runs, largest.numel(), size, largest)
     scales = online_scale(largest.unsqueeze(-1), 1 if dim % x.ndim == 0 else len(x), spec).contiguous()
@@ -83,11 +93,15 @@ def fake_quantize(x: Tensor, spec: ActivationSpec, dim: int) -> Tensor | None:
     return rounded.movedim(-1, dim).to(x.dtype)
 
 
-def _call(function: "ctypes._CFuncPtr", fmt: _Format | None, size: int, *arguments: int | Tensor) -> None:
+def _call(
+    function: "ctypes._CFuncPtr", fmt: _Format | None, size: int, *arguments: int | ctypes.c_float | Tensor
+) -> None:
     """Call with a format, if any, as many threads as torch uses where that pays for `size` elements, and arguments."""
     threads = ctypes.c_int(min(torch.get_num_threads(), 1 + size // _WORTH_A_THREAD))
-    first = (threads,) if fmt is None else (ctypes.byref(fmt), threads)
-    function(
-        *first,
-        *(ctypes.c_void_p(each.data_ptr()) if isinstance(each, Tensor) else ctypes.c_int64(each) for each in arguments),
-    )
+    function(*((threads,) if fmt is None else (ctypes.byref(fmt), threads)), *map(_passed, arguments))
+
+
+def _passed(argument: int | ctypes.c_float | Tensor) -> "ctypes._SimpleCData":
+    if isinstance(argument, Tensor):
+        return ctypes.c_void_p(argument.data_ptr())
+    return ctypes.c_int64(argument) if isinstance(argument, int) else argument

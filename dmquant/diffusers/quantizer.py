@@ -17,7 +17,7 @@ from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import nn
 
-from dmquant.convert import LayerPlan, plan, plan_without_data, quantize_layers_, unmatched
+from dmquant.convert import LayerPlan, layers_in, plan, plan_without_data, quantize_layers_, unmatched
 from dmquant.diffusers import families, pairs, tensors  # noqa: F401  (enter what they know)
 from dmquant.diffusers.attach import attach, detach
 from dmquant.diffusers.dequantize import dequantize_
@@ -104,7 +104,7 @@ class DMQuantizer(DiffusersQuantizer):
     def __init__(self, quantization_config: QuantConfig, **kwargs: Any):
         # `from_single_file` does not say, and reads weights in full precision.
         super().__init__(quantization_config, **{"pre_quantized": False, **kwargs})
-        self._plans, self._whole_model, self._files = {}, False, []
+        self._plans, self._layers, self._whole_model, self._files = {}, {}, False, []
         self.tensors: frozenset[str] = frozenset()
         """Names of the tensors of the quantized model."""
 
@@ -131,12 +131,13 @@ class DMQuantizer(DiffusersQuantizer):
         recipe = completed(recipe, model)
         # A copy, because the caller may load a model of another family with the same configuration.
         self.quantization_config = QuantConfig(recipe, version=self.quantization_config.version)
-        places = list(model.named_modules(remove_duplicate=False))
+        places = dict(model.named_modules(remove_duplicate=False))
         plans = (
             empty_layers_(model, self.quantization_config) if self.pre_quantized else plan_without_data(model, recipe)
         )
-        layers = {model.get_submodule(step.name): step for step in plans}
-        self._plans = {name: layers[layer] for name, layer in places if layer in layers}
+        layers = {places[step.name]: step for step in plans}
+        self._layers = {name: layer for name, layer in places.items() if layer in layers}
+        self._plans = {name: layers[layer] for name, layer in self._layers.items()}
         self._whole_model = any(folds_first(one) for step in plans for one in step.transforms)
         self._check_tensors(model, state_dict)
 
@@ -179,7 +180,7 @@ class DMQuantizer(DiffusersQuantizer):
         if layer_name not in self._plans:
             return False
         if self.pre_quantized:
-            return leaf in (*PACKED, "input_scale", *model.get_submodule(layer_name).part_names)
+            return leaf in (*PACKED, "input_scale", *self._layers[layer_name].part_names)
         return leaf == "weight" and not self._whole_model
 
     def check_quantized_param_shape(self, param_name: str, current_param: Any, loaded_param: Any) -> bool:
@@ -201,7 +202,7 @@ class DMQuantizer(DiffusersQuantizer):
         **kwargs: Any,
     ) -> None:
         layer_name, _, leaf = param_name.rpartition(".")
-        layer = model.get_submodule(layer_name)
+        layer = self._layers[layer_name]
         # Not `param_value`: diffusers has already cast that to torch_dtype.
         stored = state_dict[param_name].to(target_device)
         if self.pre_quantized:
@@ -240,9 +241,9 @@ def empty_layers_(model: nn.Module, config: QuantConfig) -> list[LayerPlan]:
 
     Raises UserError for codes of a version that ordered them otherwise.
     """
-    plans = plan(model, completed(config.recipe, model))
+    plans, layers = plan(model, completed(config.recipe, model)), layers_in(model)
     for step in plans:
-        layer = model.get_submodule(step.name)
+        layer = layers[step.name]
         _check_order_of_codes(step.name, layer, config.version)
         empty = QUANTIZED[type(layer)].like(layer, step.weights, step.activations, "meta", step.transforms)
         become_(layer, empty)

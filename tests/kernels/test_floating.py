@@ -92,9 +92,9 @@ def test_the_pace_is_measured_once_a_machine(tmp_path, monkeypatch):
     try:
         assert [choose(dtype) for dtype in (*HALVES, *HALVES)] == [torch.float32] * 4
         assert measured == HALVES
-        (file,) = (tmp_path / "dtypes").iterdir()
-        assert json.loads(file.read_text()) == {"bfloat16": 0.5, "float16": 0.5}
-        for damaged in ("{", "[]", '{"bfloat16": "slow"}'):
+        (file,) = (tmp_path / "ratios").iterdir()
+        assert json.loads(file.read_text()) == {"float32 / torch.bfloat16": 0.5, "float32 / torch.float16": 0.5}
+        for damaged in ("{", "[]", '{"float32 / torch.bfloat16": "slow"}'):
             file.write_text(damaged)
             assert choose(torch.bfloat16) == torch.float32
         assert measured == HALVES + [torch.bfloat16] * 3

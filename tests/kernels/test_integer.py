@@ -264,10 +264,10 @@ def test_weights_that_would_saturate_are_refused_where_they_do(monkeypatch):
 
 
 def test_without_a_compiler_the_next_kernel_runs_after_one_note(monkeypatch, caplog):
-    for cached in (compiling.library, products.compiled):
+    memories = compiling.library, compiling.missing_compiler, compiling._made, compiling._note, products.compiled
+    for cached in memories:
         cached.cache_clear()
     monkeypatch.setattr(compiling, "_compiler", lambda: None)
-    compiling.missing_compiler.cache_clear()
     try:
         with caplog.at_level(logging.WARNING):
             first, second = layer_of(nn.Linear(64, 8)), layer_of(nn.Linear(64, 8))
@@ -277,5 +277,5 @@ def test_without_a_compiler_the_next_kernel_runs_after_one_note(monkeypatch, cap
         with kernels.forced("integer"), pytest.raises(UsageError, match="a C\\+\\+ compiler: install g\\+\\+ or clang"):
             first(torch.randn(2, 64))
     finally:
-        for cached in (compiling.library, products.compiled, compiling.missing_compiler):
+        for cached in memories:
             cached.cache_clear()

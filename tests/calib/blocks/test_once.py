@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from dmquant.activations import ActivationSpec
-from dmquant.calib.blocks.once import Latest, kind_of_input, working_once
+from dmquant.calib.blocks.once import Latest, kind_of_input, sharing_inputs
 from dmquant.layers import quantize_layer
 from dmquant.qtensor import WeightSpec
 
@@ -45,7 +45,7 @@ def test_layers_give_what_they_give_alone_and_are_as_they_were_afterwards(fails)
     inputs = [torch.randn(5, 64) for _ in range(2)]
     expected = [layer(x) for x in inputs for layer in layers]
     try:
-        with working_once(layers):
+        with sharing_inputs(layers):
             assert all(map(torch.equal, expected, [layer(x) for x in inputs for layer in layers]))
             if fails:
                 raise KeyboardInterrupt
