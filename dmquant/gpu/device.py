@@ -9,7 +9,7 @@ from dmquant.formats import Format
 from dmquant.gpu.operands import unit
 
 NO_GPU = "an NVIDIA GPU and a build of torch for CUDA: without them layers run on the other kernels"
-_SIDE, _DEPTH = 64, 4608  # of the products that are tried
+DEPTH, _SIDE = 4608, 64  # of the products that are tried
 
 
 def lacks(device: torch.device, capability: tuple[int, int], unit_name: str) -> str | None:
@@ -23,19 +23,19 @@ def lacks(device: torch.device, capability: tuple[int, int], unit_name: str) -> 
     return None
 
 
-def worst_operands(fmt: Format, dtype: torch.dtype, up: int, device: torch.device) -> Tensor:
-    """Operands (_SIDE, _DEPTH) of `dtype` on which sums lose most: random ones, largest ones, large ones before small.
+def worst_operands(fmt: Format, dtype: torch.dtype, up: int, device: torch.device, depth: int = DEPTH) -> Tensor:
+    """Operands (_SIDE, depth) of `dtype` on which sums lose most: random ones, largest ones, large ones before small.
 
     Values of `fmt` in their unit, times powers of two up to 2^up.
     """
     values = (fmt.values / unit(fmt, dtype)).to(device)
     generator = torch.Generator(device="cpu").manual_seed(0)
-    chosen = torch.randint(len(values), (_SIDE, _DEPTH), generator=generator).to(device)
-    octave = torch.randint(up + 1, (_SIDE, _DEPTH // 16), generator=generator).to(device).repeat_interleave(16, 1)
-    operands = values[chosen] * torch.exp2(octave.float())
+    chosen = torch.randint(len(values), (_SIDE, depth), generator=generator).to(device)
+    octave = torch.randint(up + 1, (_SIDE, -(-depth // 16)), generator=generator).to(device).repeat_interleave(16, 1)
+    operands = values[chosen] * torch.exp2(octave[:, :depth].float())
     operands[: _SIDE // 4] = values[-1] * 2.0**up
-    operands[_SIDE // 4 : _SIDE // 2, _DEPTH // 2 :] = values[values > 0].min()
-    operands[_SIDE // 4 : _SIDE // 2, : _DEPTH // 2] = values[-1] * 2.0**up
+    operands[_SIDE // 4 : _SIDE // 2, depth // 2 :] = values[values > 0].min()
+    operands[_SIDE // 4 : _SIDE // 2, : depth // 2] = values[-1] * 2.0**up
     return operands.to(dtype)
 
 

@@ -5,7 +5,7 @@ moved to float32 registers in time. Whether that suffices for exact sums is trie
 """
 
 import functools
-from math import prod
+import math
 
 import torch
 import torch.nn.functional as F
@@ -39,17 +39,24 @@ def _fails(device: torch.device) -> str | None:
         ones = torch.ones(len(a), device=device)
         scaled_product(a, a, ones, ones, ones.bfloat16())
         product(a, a)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         return f"FP8 products fail on this GPU: {str(error).splitlines()[0]}"
     return None
 
 
 @functools.cache
 def sums_are_exact(inputs: str, weights: str, octaves: int, device: torch.device) -> bool:
-    """Whether sums of 4,608 products of these formats, weights times up to 2^octaves, are exact on the device."""
-    a = devices.worst_operands(get_format(inputs), E4M3, 0, device)
-    b = devices.worst_operands(get_format(weights), E4M3, octaves, device)
-    return devices.exact(product, a, b)
+    """Whether sums of products of these formats, weights times up to 2^octaves, are exact on the device.
+
+    Of 4,608 products, or as many as float32 has room for; by both products, which may be those of different libraries.
+    """
+    fmts = get_format(inputs), get_format(weights)
+    room = operands.EXACT_SUMS // math.ceil(operands.largest(fmts[0]) * operands.largest(fmts[1]) * 2**octaves)
+    depth = min(devices.DEPTH, room // Fp8.MULTIPLE * Fp8.MULTIPLE)
+    a, b = (devices.worst_operands(fmt, E4M3, up, device, depth) for fmt, up in zip(fmts, (0, octaves), strict=True))
+    token, channel = (torch.ones(len(x), device=device) for x in (a, b))
+    rounded = (a.double() @ b.double().T).bfloat16()
+    return devices.exact(product, a, b) and torch.equal(scaled_product(a, b, token, channel, None), rounded)
 
 
 class Fp8(Product):
@@ -67,7 +74,7 @@ class Fp8(Product):
         if int8.KERNEL.refuses_codes(layer):
             return None
         most = operands.operand(layer, E4M3).most
-        sums = prod(layer.weight_shape[1:]) * operands.largest(inputs.fmt) * operands.largest(spec.fmt) * most
+        sums = math.prod(layer.weight_shape[1:]) * operands.largest(inputs.fmt) * operands.largest(spec.fmt) * most
         if sums > operands.EXACT_SUMS:
             return f"sums up to {sums:,.0f} are not exact in float32, and are in int32: cuda-int8"
         if not sums_are_exact(inputs.fmt.name, spec.fmt.name, most.bit_length() - 1, device):

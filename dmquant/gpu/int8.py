@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dmquant.formats import get_format
 from dmquant.gpu import device as devices
-from dmquant.gpu.ops import finish, has_triton, operator
+from dmquant.gpu.ops import finish, has_triton, on_device_of, operator
 from dmquant.gpu.product import Product
 
 _TRITONS = (8, 0)  # the capability from which Triton multiplies integers on tensor cores
@@ -30,7 +30,7 @@ def _fails(device: torch.device) -> str | None:
     operands = devices.worst_operands(get_format("int8"), torch.int8, 0, device)
     try:
         return None if devices.exact(product, operands, operands) else "int8 products on this GPU are not exact"
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         return f"int8 products fail on this GPU: {str(error).splitlines()[0]}"
 
 
@@ -39,8 +39,9 @@ def integer_product(
     codes: Tensor, weight: Tensor, token: Tensor, channel: Tensor, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
     """The product (m, n) in `dtype` of int8 operands (at least m, k), (at least n, k), with scales (m,), (n,), bias."""
-    way = _way(codes, weight, token, channel, bias, dtype)
-    return _ways(codes, weight, token, channel, bias, dtype)[way]()
+    with on_device_of(codes):
+        way = _way(codes, weight, token, channel, bias, dtype)
+        return _ways(codes, weight, token, channel, bias, dtype)[way]()
 
 
 @integer_product.register_fake

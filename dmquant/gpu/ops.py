@@ -3,6 +3,7 @@
 Each is a Triton kernel where there is Triton, and elsewhere the operations of torch that define it, with equal results.
 """
 
+import contextlib
 import functools
 import importlib.util
 import logging
@@ -37,6 +38,11 @@ def has_triton() -> bool:
 def takes_triton(x: Tensor) -> bool:
     """Whether Triton's kernels take a tensor like this one."""
     return (x.is_cuda or (x.device.type == "cpu" and os.environ.get(INTERPRETER) == "1")) and has_triton()
+
+
+def on_device_of(x: Tensor) -> contextlib.AbstractContextManager:
+    """A block in which Triton launches on the GPU where `x` is, which need not be the current one."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
 def operator(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -75,7 +81,8 @@ def quantize_tokens(
 
         if scale is None and store not in _ENCODED:
             scale = _scale_of(x.abs().amax(1, keepdim=True), len(x), kind, store)
-        return codes, quantize_rows(x, codes, kind, divisor, scale, store == "bf16")
+        with on_device_of(x):
+            return codes, quantize_rows(x, codes, kind, divisor, scale, store == "bf16")
     wide = x.float()
     scale = _scale_of(wide.abs().amax(1, keepdim=True), len(x), kind, store) if scale is None else scale
     values = kind.round(wide / scale.unsqueeze(1)) / divisor
@@ -106,7 +113,8 @@ def round_tokens(x: Tensor, fmt: str, granularity: str, store: str, rows: int) -
         scale = fit_absmax(largest, spec.fmt, store).decode().repeat_interleave(len(x) // len(images)).flatten()
     elif store not in _ENCODED:
         scale = _scale_of(x.view(len(x), -1, size).abs().amax(-1), rows, spec.fmt, store)
-    return round_rows(groups, spec.fmt, scale, store == "bf16").view(x.shape)
+    with on_device_of(x):
+        return round_rows(groups, spec.fmt, scale, store == "bf16").view(x.shape)
 
 
 @round_tokens.register_fake
@@ -137,7 +145,8 @@ def expand(
         from dmquant.gpu.fused import weights
 
         out = torch.empty(rows, width, dtype=dtype, device=codes.device)
-        weights.expand(codes, table, bits, columns, size, out, stored, base, scale_table)
+        with on_device_of(codes):
+            weights.expand(codes, table, bits, columns, size, out, stored, base, scale_table)
         return out
     values = table[unpack(codes, bits, columns).int()]
     if stored is not None:
@@ -161,7 +170,8 @@ def finish(sums: Tensor, token: Tensor, channel: Tensor, bias: Tensor | None, dt
         from dmquant.gpu.fused import finishing
 
         out = torch.empty(len(token), len(channel), dtype=dtype, device=sums.device)
-        finishing.finish(sums, token, channel, bias, out)
+        with on_device_of(sums):
+            finishing.finish(sums, token, channel, bias, out)
         return out
     y = sums[: len(token), : len(channel)].float() * token.unsqueeze(1) * channel
     return (y if bias is None else y + bias.float()).to(dtype)
