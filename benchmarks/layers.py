@@ -7,12 +7,13 @@
 Ratios to the faster of torch's two dtypes: median, and in brackets the quartiles, over turns that alternate with that
 dtype in one process, activation quantization and unpacking included. Each library has a process of its own. What takes
 over 3 s a call, or a process that takes over --limit seconds, is not timed. Tables go to stdout, progress to stderr.
-`ONEDNN_MAX_CPU_ISA=AVX2` shows what oneDNN gives a machine with AVX2 alone. `--cpu-time` counts processor time, for a
-busy machine; it needs `--threads 1`.
+`--avx2` keeps MKL, oneDNN, torch and dmquant from newer instructions. `--cpu-time` counts processor time, for a busy
+machine; it needs `--threads 1`.
 """
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -39,6 +40,12 @@ LINEARS = [  # name, in, out, tokens
     ("SDXL ff.net.2", 5120, 1280, 1024),
 ]
 CONVOLUTIONS = [(320, 320, 64), (640, 640, 32), (1280, 1280, 32)]  # in, out, height and width
+AVX2 = {  # what keeps each library to instructions that a machine with AVX2 alone has
+    "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+    "ONEDNN_MAX_CPU_ISA": "AVX2",
+    "ATEN_CPU_CAPABILITY": "avx2",
+    "DMQUANT_MAX_CPU_ISA": "avx2",
+}
 PEERS_UP_TO = 1024  # tokens of a Linear: more take long, and show the same
 LIMITS = {"dmquant W4A8": 0.65, "dmquant W4A6": 0.65, "dmquant W4A16": 1.05}  # of torch's faster dtype
 
@@ -76,10 +83,10 @@ def work(arguments: argparse.Namespace, clock) -> None:
                     with reasons():
                         call = way.make(copy.deepcopy(layer), x, base)
                         call()
-                        start = time.perf_counter()
+                        start = clock()
                         call()
-                    if time.perf_counter() - start > ways.LONGEST:
-                        raise UnmeasuredError(f"{time.perf_counter() - start:.0f} s a call")
+                    if (took := clock() - start) > ways.LONGEST:
+                        raise UnmeasuredError(f"{took:.0f} s a call")
                     calls[way.name] = call
                 except UnmeasuredError as reason:
                     why[way.name] = str(reason)
@@ -185,6 +192,7 @@ def main() -> None:
     parser.add_argument("--peers", type=Path, help="the folder that they were installed to")
     parser.add_argument("--ways", help="of these processes alone: torch,dmquant,...")
     parser.add_argument("--quick", action="store_true", help="two linear layers and one convolution")
+    parser.add_argument("--avx2", action="store_true", help="without newer instructions")
     parser.add_argument("--turns", type=int, default=11)
     parser.add_argument("--limit", type=int, default=240, help="seconds that a process may take")
     parser.add_argument("--out", type=Path, help="every measured second as JSON, for benchmarks/speed_plot.py")
@@ -195,6 +203,7 @@ def main() -> None:
     if arguments.install:
         ways.install(arguments.install)
         return
+    os.environ.update(AVX2 if arguments.avx2 else {})
     clock = take_timing(arguments, parser)
     if arguments.worker:
         work(arguments, clock)

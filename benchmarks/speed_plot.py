@@ -45,7 +45,7 @@ def main() -> None:
             panel.barh(at, min(middle, LONGEST), color=COLOURS.get(way.process, OTHERS), height=0.7)
             if middle <= LONGEST:
                 panel.plot([low, min(high, LONGEST)], [at, at], color="black", linewidth=1.2)
-            panel.text(min(middle, LONGEST) + 0.05, at, f"{middle:.2f}", va="center", fontsize=7)
+            panel.text(min(max(middle, high), LONGEST) + 0.05, at, f"{middle:.2f}", va="center", fontsize=7)
         panel.axvline(1, color="black", linewidth=0.8, linestyle=":")
         panel.set_title(title, fontsize=9)
         panel.set_xlim(0, LONGEST + 0.4)

@@ -14,6 +14,7 @@ import torch
 from dmquant.cpu import lookup
 
 FLAGS = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_int8", "amx_bf16", "asimddp")
+LIMITING = ("MKL_ENABLE_INSTRUCTIONS", "ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "DMQUANT_MAX_CPU_ISA")
 
 
 class Stopwatch:
@@ -71,7 +72,7 @@ def machine(arguments: argparse.Namespace) -> str:
         model = ", ".join(dict.fromkeys(line.replace("\t", "") for line in named)) or model
         has = {flag for line in lines if line.startswith(("flags", "Features")) for flag in line.split()}
         flags = [flag for flag in FLAGS if flag in has]
-    told = [f"{name}={os.environ[name]}" for name in ("ONEDNN_MAX_CPU_ISA", "DMQUANT_KERNEL") if name in os.environ]
+    told = [f"{name}={os.environ[name]}" for name in LIMITING if name in os.environ]
     clock = "processor time" if arguments.cpu_time else "wall time"
     versions = f"Python {platform.python_version()}, torch {importlib.metadata.version('torch')}"
     about = (model, f"instructions {', '.join(flags) or 'unknown'}", *told)
