@@ -10,8 +10,9 @@ time, for a busy machine; it needs `--threads 1`.
 import argparse
 
 import torch
-from layers import CONVOLUTIONS, LINEARS, Stopwatch, machine, milliseconds, ratio, table, timed
+from layers import CONVOLUTIONS, LINEARS
 from torch import Tensor, nn
+from turns import Stopwatch, machine, milliseconds, ratio, table, timed
 
 from dmquant.activations import ActivationSpec
 from dmquant.layers import quantize_layer
@@ -54,7 +55,7 @@ def main() -> None:
     for columns, outputs, size in CONVOLUTIONS:
         layer = nn.Conv2d(columns, outputs, 3, padding=1).bfloat16()
         x = torch.randn(1, columns, size, size).bfloat16().to(memory_format=torch.channels_last)
-        title = f"SD 1.5 conv {columns}→{outputs} 3x3 at {size}x{size}"
+        title = f"conv {columns}→{outputs} 3x3 at {size}x{size}"
         rows.append(row(title, layer, x, arguments.rank, watch))
     print(f"{machine(arguments)}; rank {arguments.rank}\n")
     print(table(["layer", "W4A6 ms", "with branch ms", "ratio", "products added", "bits added"], rows))

@@ -1,276 +1,219 @@
-"""Speed and memory of quantized layers against bf16, and of fake quantization against other libraries, on the CPU.
+"""Speed of single layers on the CPU: torch in both dtypes and compiled, dmquant, and other libraries.
 
-    python benchmarks/layers.py [--quick] [--threads N] [--cpu-time] [--out results.json]
+    python benchmarks/layers.py --install PEERS                    # other libraries, each into its folder
+    python benchmarks/layers.py --peers PEERS --out layers.json    # measure
+    python benchmarks/layers.py --ways torch,dmquant [--quick]     # without the others
 
-Prints markdown tables. Variants of a row take turns in one process (A, B, C, A, B, C, ...), so that whatever else the
-machine does hits all of them. Times are the best of N calls (and the median in brackets); ratios are those of the bests
-(and the median of the ratios of each turn). Compilation happens before timing and is reported apart. `--cpu-time`
-counts processor time instead of wall time, for a busy machine; it needs `--threads 1`.
+Ratios to the faster of torch's two dtypes: median, and in brackets the quartiles, over turns that alternate with that
+dtype in one process, activation quantization and unpacking included. Each library has a process of its own. What takes
+over 3 s a call, or a process that takes over --limit seconds, is not timed. Tables go to stdout, progress to stderr.
+`ONEDNN_MAX_CPU_ISA=AVX2` shows what oneDNN gives a machine with AVX2 alone. `--cpu-time` counts processor time, for a
+busy machine; it needs `--threads 1`.
 """
 
 import argparse
-import importlib.metadata
-import importlib.util
 import json
-import platform
 import statistics
+import subprocess
+import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
+import ways
 from torch import Tensor, nn
-
-from dmquant.activations import ActivationSpec
-from dmquant.cpu import lookup
-from dmquant.kernels import reference
-from dmquant.layers import quantize_layer
-from dmquant.qtensor import WeightSpec
-
-RECIPES = {"W4A16": ("fp4", None), "W4A6": ("fp4", "fp6"), "W8A8": ("fp8", "fp8")}
-LIMITS = {"W4A16": 1.3, "W4A6": 1.6}  # of bf16's time, from 1,024 tokens or pixels on
-LIMITED_FROM = 1024
+from turns import Stopwatch, add_timing, machine, quartiles, spread, table, take_timing
+from ways import BFLOAT16, FLOAT32, WAYS, UnmeasuredError, reasons
 
 LINEARS = [  # name, in, out, tokens
     ("PixArt attention", 1152, 1152, 1024),
     ("PixArt ff.net.0", 1152, 4608, 1024),
     ("PixArt ff.net.2", 4608, 1152, 1024),
     ("PixArt attention", 1152, 1152, 4096),
-    ("SD 1.5 attention", 320, 320, 1024),
-    ("SD 1.5 attention", 1280, 1280, 1024),
-    ("SD 1.5 GEGLU", 320, 2560, 1024),
+    ("PixArt ff.net.0", 1152, 4608, 4096),
+    ("PixArt ff.net.2", 4608, 1152, 4096),
+    ("SDXL attention", 640, 640, 4096),
+    ("SDXL attention", 1280, 1280, 1024),
+    ("SDXL GEGLU", 1280, 10240, 1024),
+    ("SDXL ff.net.2", 5120, 1280, 1024),
 ]
-CONVOLUTIONS = [(320, 320, 64), (640, 640, 32), (1280, 1280, 16), (2560, 1280, 16)]  # in, out, height and width
-FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+CONVOLUTIONS = [(320, 320, 64), (640, 640, 32), (1280, 1280, 32)]  # in, out, height and width
+PEERS_UP_TO = 1024  # tokens of a Linear: more take long, and show the same
+LIMITS = {"dmquant W4A8": 0.65, "dmquant W4A6": 0.65, "dmquant W4A16": 1.05}  # of torch's faster dtype
 
 
-class Stopwatch:
-    """Calls variants in turns and keeps their seconds."""
-
-    def __init__(self, turns: int, clock: Callable[[], float]):
-        self.turns, self.clock = turns, clock
-
-    def run(self, variants: dict[str, Callable[[], object]]) -> dict[str, list[float]]:
-        seconds = {name: [] for name in variants}
-        for call in variants.values():
-            call()
-        for _ in range(self.turns):
-            for name, call in variants.items():
-                start = self.clock()
-                call()
-                seconds[name].append(self.clock() - start)
-        return seconds
+def cases(quick: bool, peer: bool) -> dict[str, tuple[nn.Module, Tensor]]:
+    """Layers in float32 and their inputs, by name."""
+    made: dict[str, tuple[nn.Module, Tensor]] = {}
+    linears = [one for one in LINEARS if not peer or one[-1] <= PEERS_UP_TO]
+    for name, columns, rows, tokens in linears[:2] if quick else linears:
+        x = torch.randn(1, tokens, columns)
+        made[f"{name} {columns}→{rows}, {tokens:,} tokens"] = nn.Linear(columns, rows), x
+    for columns, rows, size in CONVOLUTIONS[1:2] if quick else CONVOLUTIONS:
+        layer, x = nn.Conv2d(columns, rows, 3, padding=1), torch.randn(1, columns, size, size)
+        made[f"conv {columns}→{rows} 3x3 at {size}x{size}"] = layer, x
+    return made
 
 
-def ratio(seconds: dict[str, list[float]], name: str, base: str) -> tuple[float, float]:
-    """Of the bests, and the median over turns."""
-    turns = [a / b for a, b in zip(seconds[name], seconds[base], strict=True)]
-    return min(seconds[name]) / min(seconds[base]), statistics.median(turns)
+def work(arguments: argparse.Namespace, clock) -> None:
+    """Measure the ways of one process: a line of JSON a layer."""
+    import copy
+
+    base = getattr(torch, arguments.base)
+    mine = [way for way in WAYS if way.process == arguments.worker]
+    if arguments.worker != "torch":
+        mine = [next(way for way in WAYS if way.name == (FLOAT32 if base == torch.float32 else BFLOAT16)), *mine]
+    watch = Stopwatch(arguments.turns, clock)
+    for name, (layer, x) in cases(arguments.quick, any(way.packages for way in mine)).items():
+        torch._dynamo.reset()
+        calls, why = {}, {}
+        with torch.no_grad():
+            for way in mine:
+                try:
+                    if not isinstance(layer, way.kinds):
+                        raise UnmeasuredError("no convolutions")
+                    with reasons():
+                        call = way.make(copy.deepcopy(layer), x, base)
+                        call()
+                        start = time.perf_counter()
+                        call()
+                    if time.perf_counter() - start > ways.LONGEST:
+                        raise UnmeasuredError(f"{time.perf_counter() - start:.0f} s a call")
+                    calls[way.name] = call
+                except UnmeasuredError as reason:
+                    why[way.name] = str(reason)
+            seconds = watch.run(calls)
+        about = {name: [call.kernel, call.bits] for name, call in calls.items() if isinstance(call, ways.Quantized)}
+        print(json.dumps({"layer": name, "seconds": seconds, "why": why, "about": about}), flush=True)
 
 
-def milliseconds(seconds: list[float]) -> str:
-    return f"{1e3 * min(seconds):.2f} ({1e3 * statistics.median(seconds):.2f})"
+def measure(process: str, base: str, arguments: argparse.Namespace) -> list[dict[str, Any]] | str:
+    """What a worker says, a dictionary a layer; or why there is none."""
+    environment = ways.environment(process, arguments.peers)
+    if environment is None:
+        return "not installed"
+    command = [sys.executable, __file__, "--worker", process, "--base", base, "--turns", str(arguments.turns)]
+    command += [*(["--quick"] if arguments.quick else []), *(["--cpu-time"] if arguments.cpu_time else [])]
+    command += ["--threads", str(arguments.threads)] if arguments.threads else []
+    print(f"{time.strftime('%H:%M:%S')} {process}", file=sys.stderr, flush=True)
+    try:
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=arguments.limit)
+        output, end = done.stdout, f"ended with {done.returncode}: {done.stderr.strip()[-300:]}"
+    except subprocess.TimeoutExpired as late:
+        output, end = (late.stdout or b"").decode(), f"over {arguments.limit} s"
+    lines = [json.loads(line) for line in output.splitlines() if line.startswith('{"layer"')]
+    if not lines:
+        print(end, file=sys.stderr)
+    return lines or end.partition("\n")[0][:80]
 
 
-def table(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+def faster(lines: list[dict[str, Any]]) -> str:
+    """The dtype in which torch's layers take less time in all, of those that were timed in both."""
+    both = [line["seconds"] for line in lines if {FLOAT32, BFLOAT16} <= line["seconds"].keys()]
+    totals = {name: sum(statistics.median(seconds[name]) for seconds in both) for name in (FLOAT32, BFLOAT16)}
+    return "bfloat16" if totals[BFLOAT16] < totals[FLOAT32] else "float32"
 
 
-def mebibytes(count: int) -> str:
-    return f"{count / 2**20:.2f}"
+def cell(line: dict[str, Any] | None, way: str, base: str) -> str:
+    """The ratio of a way to the base in one layer, or why there is none."""
+    if line is None or way not in line["seconds"]:
+        return "" if line is None else line["why"].get(way, "")
+    return spread(a / b for a, b in zip(line["seconds"][way], line["seconds"][base], strict=True))
 
 
-def measure_layer(layer: nn.Module, x: Tensor, watch: Stopwatch) -> dict:
-    """Seconds of bf16 and of every recipe, bytes at rest, and the bytes of the weight while a call runs."""
-    quantized = {
-        name: quantize_layer(layer, WeightSpec.parse(weights), ActivationSpec.parse(inputs) if inputs else None)
-        for name, (weights, inputs) in RECIPES.items()
+def report(results: dict[str, Any], base: str) -> str:
+    """Markdown tables of layers by ways: torch's, dmquant's, and one of all other libraries."""
+    base_name = FLOAT32 if base == "float32" else BFLOAT16
+    parts = []
+    for process in ("torch", "dmquant"):
+        found, names = results.get(process), [way.name for way in WAYS if way.process == process]
+        if not isinstance(found, list):
+            parts.extend([] if found is None else [f"{process}: {found}"])
+            continue
+        milliseconds = (spread((1e3 * value for value in line["seconds"][base_name]), 1) for line in found)
+        cells = ([cell(line, name, base_name) for name in names] for line in found)
+        rows = [[line["layer"], time, *rest] for line, time, rest in zip(found, milliseconds, cells, strict=True)]
+        parts.append(table(["layer", f"{base_name}, ms", *names], rows))
+        if process == "dmquant":
+            parts.append(about(found, names))
+    others = [way for way in WAYS if way.packages and way.process in results]
+    by_layer = {
+        way.name: {line["layer"]: line for line in results[way.process]}
+        for way in others
+        if isinstance(results[way.process], list)
     }
-    seconds = watch.run({"bf16": lambda: layer(x)} | {name: (lambda m=m: m(x)) for name, m in quantized.items()})
-    return {
-        "tokens": x.numel() // (layer.in_channels if isinstance(layer, nn.Conv2d) else layer.in_features),
-        "seconds": seconds,
-        "ratios": {name: ratio(seconds, name, "bf16") for name in RECIPES},
-        "bytes": {"bf16": layer.weight.nbytes}
-        | {name: m.qweight.nbytes + m.scale.nbytes for name, m in quantized.items()},
-        "temporary": quantized["W4A6"].dequantize(x.dtype).nbytes,
-    }
-
-
-def measure_layers(quick: bool, watch: Stopwatch) -> dict[str, dict]:
-    results = {}
-    for name, columns, rows, tokens in LINEARS[:2] if quick else LINEARS:
-        layer, x = nn.Linear(columns, rows).bfloat16(), torch.randn(1, tokens, columns).bfloat16()
-        results[f"{name} {columns}→{rows}, {tokens:,} tokens"] = measure_layer(layer, x, watch)
-    for columns, rows, size in CONVOLUTIONS[:1] if quick else CONVOLUTIONS:
-        for format_name, memory_format in FORMATS.items():
-            layer = nn.Conv2d(columns, rows, 3, padding=1).bfloat16().to(memory_format=memory_format)
-            x = torch.randn(1, columns, size, size).bfloat16().to(memory_format=memory_format)
-            name = f"SD 1.5 conv {columns}→{rows} 3x3 at {size}x{size}, {format_name}"
-            results[name] = measure_layer(layer, x, watch)
-    return results
-
-
-def layers_table(results: dict[str, dict]) -> str:
+    layers = list(dict.fromkeys(layer for lines in by_layer.values() for layer in lines))
     rows = [
-        [name, milliseconds(result["seconds"]["bf16"])]
-        + [f"{best:.2f} ({median:.2f})" for best, median in result["ratios"].values()]
-        for name, result in results.items()
+        [layer, *(cell(by_layer[way.name].get(layer), way.name, base_name) for way in others if way.name in by_layer)]
+        for layer in layers
     ]
-    return table(["layer", "bf16 ms", *(f"{name} / bf16" for name in RECIPES)], rows)
+    if rows:
+        parts.append(table(["layer", *by_layer], rows))
+    parts.extend(f"{way.name}: {results[way.process]}" for way in others if way.name not in by_layer)
+    return "\n\n".join(parts)
 
 
-def memory_table(results: dict[str, dict]) -> str:
-    weights = {name.split(",")[0]: result for name, result in results.items()}
+def about(lines: list[dict[str, Any]], names: list[str]) -> str:
+    """Kernels and bits of dmquant's ways."""
     rows = [
-        [name]
-        + [mebibytes(result["bytes"][kind]) for kind in ("bf16", "W4A6", "W8A8")]
-        + [f"{result['bytes']['bf16'] / result['bytes']['W4A6']:.2f}", mebibytes(result["temporary"])]
-        for name, result in weights.items()
+        [line["layer"], *("{}, {:.2f}".format(*line["about"][name]) if name in line["about"] else "" for name in names)]
+        for line in lines
     ]
-    return table(["weight", "bf16 MiB", "FP4 MiB", "FP8 MiB", "bf16 / FP4", "dequantized during a call, MiB"], rows)
+    return "Kernel that ran, and bits a weight that are kept:\n\n" + table(["layer", *names], rows)
 
 
-def targets(results: dict[str, dict]) -> list[str]:
-    """One line for every layer over its limit, of those with enough tokens or pixels to be held to one."""
-    judged = {name: result for name, result in results.items() if result["tokens"] >= LIMITED_FROM}
-    return [
-        f"{name}: {recipe} is {result['ratios'][recipe][0]:.2f} of bf16's time, the target is {limit}"
-        for name, result in judged.items()
-        for recipe, limit in LIMITS.items()
-        if result["ratios"][recipe][0] > limit
-    ]
-
-
-def brevitas_way() -> Callable[[Tensor], Tensor] | str:
-    """brevitas' float quantizer with an absmax scale per token, or why there is none."""
-    if importlib.util.find_spec("brevitas") is None:
-        return "not measured: brevitas is not installed (`pip install brevitas`)"
-    from brevitas.core.bit_width import BitWidthConst
-    from brevitas.core.function_wrapper import FloatClamp, TensorClamp
-    from brevitas.core.quant.float import FloatQuant
-    from brevitas.core.utils import StatelessBuffer
-    from brevitas.function.ops import compute_max_mantissa as max_mantissa
-
-    class Absmax(nn.Module):
-        def forward(self, x: Tensor, largest: Tensor | None) -> Tensor:
-            return x.abs().amax(-1, keepdim=True).clamp(min=2.0**-126) / 7.5
-
-    class MaxMantissa(nn.Module):
-        def forward(self, bits: Tensor) -> Tensor:
-            return max_mantissa(bits)
-
-    quantizer = FloatQuant(
-        signed=True,
-        exponent_bit_width_impl=BitWidthConst(2),
-        mantissa_bit_width_impl=BitWidthConst(3),
-        exponent_bias_impl=StatelessBuffer(torch.tensor(1.0)),
-        float_clamp_impl=FloatClamp(tensor_clamp_impl=TensorClamp(), signed=True),
-        input_view_impl=nn.Identity(),
-        compute_max_mantissa=MaxMantissa(),
-        scaling_impl=Absmax(),
-    )
-    return lambda x: quantizer(x.float())[0].to(x.dtype)
-
-
-def microxcaling_way() -> Callable[[Tensor], Tensor] | str:
-    """microxcaling's element rounding with an absmax scale per token, or why there is none."""
-    if importlib.util.find_spec("mx") is None:
-        return (
-            "not measured: microxcaling is not installed "
-            "(clone https://github.com/microsoft/microxcaling and put it on PYTHONPATH)"
-        )
-    from mx.elemwise_ops import _quantize_elemwise
-
-    def way(x: Tensor) -> Tensor:
-        tokens = x.float()
-        scale = tokens.abs().amax(-1, keepdim=True).clamp(min=2.0**-126) / 7.5
-        rounded = _quantize_elemwise(tokens / scale, "fp6_e2m3", round="even", saturate_normals=True)
-        return (rounded * scale).to(x.dtype)
-
-    return way
-
-
-def measure_fake_quantization(watch: Stopwatch) -> tuple[str, dict]:
-    """Per-token FP6 E2M3 of a Linear's and of a convolution's input: a markdown table and the same as data."""
-    spec = ActivationSpec.parse("fp6")
-    ways = {
-        "dmquant, compiled": lambda x: lookup.fake_quantize(x, spec, -1),
-        "dmquant, eager": lambda x: reference.fake_quantize(x, spec, -1),
-        "brevitas FloatQuant": brevitas_way(),
-        "microxcaling": microxcaling_way(),
-    }
-    inputs = {  # a convolution's pixels, channels last, are tokens: each library gets them as the last dimension
-        "1,024 tokens x 1,152": torch.randn(1, 1024, 1152).bfloat16(),
-        "conv input 320 x 64 x 64": torch.randn(1, 320, 64, 64).bfloat16().permute(0, 2, 3, 1).contiguous(),
-    }
-    rows, data = [], {}
-    for input_name, x in inputs.items():
-        runnable = {name: (lambda way=way, x=x: way(x)) for name, way in ways.items() if callable(way)}
-        expected = reference.fake_quantize(x, spec, -1)
-        differing = {name: int((call() != expected).sum()) for name, call in runnable.items()}
-        seconds = watch.run(runnable)
-        data[input_name] = {"seconds": seconds, "differing": differing}
-        for name, way in ways.items():
-            if not callable(way):
-                rows.append([input_name, name, way, "", ""])
-                continue
-            best, median = ratio(seconds, name, "dmquant, compiled")
-            agrees = "all equal" if not differing[name] else f"{differing[name]:,} of {x.numel():,} differ"
-            rows.append([input_name, name, milliseconds(seconds[name]), f"{best:.1f} ({median:.1f})", agrees])
-    return table(["input", "by", "ms", "time / dmquant compiled", "against the reference"], rows), data
-
-
-def compile_seconds() -> float:
-    """Of the first large activation: what a process pays once (less, if an earlier one left its code in the cache)."""
-    start = time.perf_counter()
-    lookup.fake_quantize(torch.randn(1, 1024, 1152).bfloat16(), ActivationSpec.parse("fp6"), -1)
-    return time.perf_counter() - start
-
-
-def machine(arguments: argparse.Namespace) -> str:
-    model = platform.processor() or platform.machine()
-    if (cpuinfo := Path("/proc/cpuinfo")).exists():
-        lines = [line for line in cpuinfo.read_text().splitlines() if line.startswith(("model name", "cpu family"))]
-        model = ", ".join(dict.fromkeys(line.replace("\t", "") for line in lines))
-    clock = "processor time" if arguments.cpu_time else "wall time"
-    versions = f"Python {platform.python_version()}, torch {importlib.metadata.version('torch')}"
-    return f"{time.strftime('%Y-%m-%d')}; {model}; {torch.get_num_threads()} thread(s), {clock}; {versions}"
-
-
-def timed(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, Callable[[], float]]:
-    """The parsed arguments, with --threads and --cpu-time, which take effect; and the clock that they ask for."""
-    parser.add_argument("--threads", type=int, help="torch threads (default: as torch chooses)")
-    parser.add_argument("--cpu-time", action="store_true", help="processor time, for a busy machine; one thread only")
-    arguments = parser.parse_args()
-    if arguments.cpu_time and arguments.threads != 1:
-        parser.error("--cpu-time needs --threads 1: it would count what waiting threads spend")
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
-    torch.manual_seed(0)
-    lookup.PAYS_AFTER = 0  # compile at the first call, as a long run has done by now
-    return arguments, time.thread_time if arguments.cpu_time else time.perf_counter
+def misses(lines: list[dict[str, Any]], base: str) -> list[str]:
+    """A line for every layer above its limit."""
+    base_name = FLOAT32 if base == "float32" else BFLOAT16
+    found = []
+    for line in lines:
+        for way, limit in LIMITS.items():
+            if way in line["seconds"]:
+                pairs = zip(line["seconds"][way], line["seconds"][base_name], strict=True)
+                _, median, _ = quartiles(a / b for a, b in pairs)
+                if median > limit:
+                    found.append(
+                        f"- missed: {line['layer']}: {way} is {median:.2f} of {base_name}, the limit is {limit}"
+                    )
+    return found
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="three layers, few turns")
-    parser.add_argument("--out", type=Path, help="write every measured second as JSON too")
-    arguments, clock = timed(parser)
-    watch = Stopwatch(5 if arguments.quick else 15, clock)
-
-    with torch.inference_mode():
-        print(machine(arguments), end="\n\n")
-        print(f"First large activation: {compile_seconds():.1f} s, compiling included.", end="\n\n")
-        layers = measure_layers(arguments.quick, watch)
-        print(layers_table(layers), end="\n\n")
-        print(memory_table(layers), end="\n\n")
-        print("\n".join(f"- missed: {line}" for line in targets(layers)) or "All targets met.", end="\n\n")
-        text, fake = measure_fake_quantization(watch)
-        print(text)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--install", type=Path, metavar="PEERS", help="install the other libraries there, and end")
+    parser.add_argument("--peers", type=Path, help="the folder that they were installed to")
+    parser.add_argument("--ways", help="of these processes alone: torch,dmquant,...")
+    parser.add_argument("--quick", action="store_true", help="two linear layers and one convolution")
+    parser.add_argument("--turns", type=int, default=11)
+    parser.add_argument("--limit", type=int, default=240, help="seconds that a process may take")
+    parser.add_argument("--out", type=Path, help="every measured second as JSON, for benchmarks/speed_plot.py")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("--base", default="float32", help=argparse.SUPPRESS)
+    add_timing(parser)
+    arguments = parser.parse_args()
+    if arguments.install:
+        ways.install(arguments.install)
+        return
+    clock = take_timing(arguments, parser)
+    if arguments.worker:
+        work(arguments, clock)
+        return
+    processes = list(dict.fromkeys(way.process for way in WAYS))
+    wanted = arguments.ways.split(",") if arguments.ways else processes
+    results: dict[str, Any] = {"torch": measure("torch", "float32", arguments)}
+    if not isinstance(results["torch"], list):
+        raise SystemExit(f"torch itself was not measured: {results['torch']}")
+    base = faster(results["torch"])
+    for process in processes[1:]:
+        if process in wanted:
+            results[process] = measure(process, base, arguments)
+    print(machine(arguments), end="\n\n")
+    print(report(results, base), end="\n\n")
+    if isinstance(results.get("dmquant"), list):
+        print("\n".join(misses(results["dmquant"], base)) or "All limits are kept.")
     if arguments.out:
-        arguments.out.write_text(json.dumps({"machine": machine(arguments), "layers": layers, "fake": fake}, indent=1))
+        arguments.out.write_text(json.dumps({"machine": machine(arguments), "base": base, "results": results}))
 
 
 if __name__ == "__main__":

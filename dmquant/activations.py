@@ -171,12 +171,12 @@ def fake_quantize(x: Tensor, spec: ActivationSpec, dim: int = -1, scale: Tensor 
     channels_last = x.movedim(dim, -1)
     tokens = channels_last.reshape(-1, channels_last.shape[-1]).float()
     groups = to_groups(tokens, spec.granularity)
-    scale = _online_scale(groups, 1 if dim % x.ndim == 0 else len(x), spec).unsqueeze(-1)
+    scale = online_scale(groups, 1 if dim % x.ndim == 0 else len(x), spec).unsqueeze(-1)
     rounded = from_groups(spec.fmt.round(groups / scale).mul_(scale), spec.granularity, (tokens.shape[1],))
     return rounded.reshape(channels_last.shape).movedim(-1, dim).to(x.dtype)
 
 
-def _online_scale(groups: Tensor, rows: int, spec: ActivationSpec) -> Tensor:
+def online_scale(groups: Tensor, rows: int, spec: ActivationSpec) -> Tensor:
     """Absmax scales of groups (tokens of all rows, groups of a token, elements), float32, without the last dimension.
 
     The base of a store that has one for a tensor is fitted to each row, so that no row depends on the others.

@@ -217,7 +217,7 @@ def _search_base(groups: Tensor, fmt: Format, start: Scales, measure: Callable[[
     step = torch.stack(totals).argmin(0) + BASES[0]
     base = kind.fit_base(start.base * torch.exp2(step / STEPS) * (fmt.max * factors[-1]), fmt)
     least, chosen = torch.stack([error(base * factor) for factor in factors]).min(0)
-    stored = torch.tensor(factors, dtype=torch.uint8, device=groups.device)[chosen]
+    stored = groups.new_tensor(factors, dtype=torch.uint8)[chosen]
     better = least.sum(-1, keepdim=True) < error(start.decode()).sum(-1, keepdim=True)
     return Scales(torch.where(better, stored, start.stored), torch.where(better, base, start.base), start.store)
 

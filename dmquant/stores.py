@@ -97,12 +97,15 @@ def _multiples(factors: Callable[[Format], tuple[int, ...]]) -> Store:
     """Whole multiples of a channel's base: a row of weights is integers of few bits times one float.
 
     Dai et al., "VS-Quant: Per-vector Scaled Quantization for Accurate Low-Precision Neural Network Inference",
-    arXiv 2102.04503, section 4.4, with few factors.
+    arXiv 2102.04503: its scales in two levels, with few factors.
     """
 
     def encode(amplitude: Tensor, fmt: Format, base: Tensor | None) -> Tensor:
-        known = torch.tensor(factors(fmt), dtype=torch.uint8, device=amplitude.device)
+        known = amplitude.new_tensor(factors(fmt), dtype=torch.uint8)
         return known[torch.bucketize(amplitude / fmt.max / base, known[:-1].float())]  # the smallest that clips nothing
+
+    def fit_base(largest: Tensor, fmt: Format) -> Tensor:  # up to 16 bits, so that its multiples are exact in float32
+        return ((_plain(largest / factors(fmt)[-1], fmt).view(torch.int32) + 255) & ~255).view(torch.float32)
 
     return Store(
         torch.uint8,
@@ -110,7 +113,7 @@ def _multiples(factors: Callable[[Format], tuple[int, ...]]) -> Store:
         lambda stored, base: base * stored.float(),
         search=(),
         base_of="row",
-        fit_base=lambda largest, fmt: _plain(largest / factors(fmt)[-1], fmt),
+        fit_base=fit_base,
         factors=factors,
     )
 

@@ -134,6 +134,7 @@ class StepError:
 class RecipeResult(Measured):
     """The pipeline quantized by one recipe; `bits_per_weight` counts scales and what stays in 16 bit.
 
+    `relative_time` is the time of an image over full precision's, None where the two were not measured together.
     `settings` (granularity, rounding, ...) are flat and printed as they are; `recipe` is the whole recipe, `layers` and
     `steps` are where its error comes from, as far as that was measured.
     """
@@ -141,6 +142,7 @@ class RecipeResult(Measured):
     weights: str
     activations: str
     bits_per_weight: float
+    relative_time: float | None = None
     settings: dict[str, Any] = field(default_factory=dict)
     images: str = "images/quantized"
     recipe: dict[str, Any] = field(default_factory=dict)

@@ -26,12 +26,14 @@ ACTIVATIONS = [None, FP6, ActivationSpec.parse("int8", "tensor"), ActivationSpec
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_linear_is_its_dequantized_weight_on_quantized_inputs(activations, bias, dtype):
+    """Other kernels round less where the input is narrow: tests/kernels/test_floating.py."""
     layer = nn.Linear(200, 96, bias=bias).to(dtype)
     quantized = quantize_layer(layer, FP4, activations)
     x = torch.randn(2, 7, 200, dtype=dtype)
     inputs = x if activations is None else fake_quantize(x, activations)
     weight = quantize_tensor(layer.weight, "fp4").dequantize(dtype)
-    assert torch.equal(quantized(x), F.linear(inputs, weight, layer.bias))
+    with kernels.forced("reference"):
+        assert torch.equal(quantized(x), F.linear(inputs, weight, layer.bias))
     assert quantized(x).dtype == dtype
 
 
@@ -309,7 +311,8 @@ class TestStatic:
         quantized = quantize_layer(layer, FP4, spec, input_scale=scale)
         x = torch.randn(3, 5, 16, dtype=dtype)
         inputs = fake_quantize(x, spec, scale=scale)
-        assert torch.equal(quantized(x), F.linear(inputs, quantized.dequantize(dtype), layer.bias))
+        with kernels.forced("reference"):
+            assert torch.equal(quantized(x), F.linear(inputs, quantized.dequantize(dtype), layer.bias))
 
     def test_casting_keeps_the_scales(self):
         model, _ = self.model()

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dmquant.cpu import lookup
+from dmquant.cpu import expanding, lookup
 from dmquant.errors import UsageError
 from dmquant.formats import get_format
 from dmquant.kernels import reference
@@ -212,11 +212,14 @@ def test_nvfp4_scales_are_e4m3_multiples_of_one_float():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("store", STORES)
 @pytest.mark.parametrize("format", FORMATS)
-def test_the_table_kernel_gives_the_reference_bit_for_bit(format, store, dtype):
+def test_tables_and_compiled_code_give_the_reference_bit_for_bit(format, store, dtype):
     for columns, granularity in itertools.product((256, 250, 37), ("group:64", "channel", "tensor")):
         q = quantize_tensor(weights(6, columns), format, granularity, store=store)
         arguments = (q.codes, q.scale, q.spec, q.shape, dtype)
-        assert torch.equal(lookup.dequantize(*arguments), reference.dequantize(*arguments))
+        expected = reference.dequantize(*arguments)
+        assert torch.equal(lookup.dequantize(*arguments), expected)
+        assert torch.equal(expanding.dequantize(*arguments), expected)
+        assert torch.equal(expanding.scales_of(q.scales), q.scale)
 
 
 @settings(max_examples=60, deadline=None)

@@ -30,6 +30,7 @@ from torchao.prototype.mx_formats.constants import DTYPE_FP6_E2M3, DTYPE_FP6_E3M
 from torchao.prototype.mx_formats.kernels import unpack_uint4
 from torchao.prototype.mx_formats.mx_tensor import MXTensor
 from torchao.prototype.mx_formats.nvfp4_tensor import NVFP4Tensor, per_tensor_amax_to_scale
+from torchao.prototype.mx_formats.utils import to_blocked
 from torchao.prototype.smoothquant.core import SmoothQuantObserver
 from torchao.prototype.spinquant.hadamard_utils import hadamard_matrix
 
@@ -40,6 +41,7 @@ from dmquant.calib.layers.moments import fit_grid
 from dmquant.calib.layers.statistics import InputObserver
 from dmquant.convert import LayerPlan
 from dmquant.formats import get_format
+from dmquant.gpu import blocked
 from dmquant.layers import QUANTIZED, quantize_layer
 from dmquant.packing import unpack
 from dmquant.qtensor import WeightSpec, quantize, quantize_tensor, to_matrix
@@ -124,6 +126,13 @@ def layer_of(weight, bias=None):
     layer.weight.data = weight.clone()
     layer.bias = None if bias is None else nn.Parameter(bias.clone())
     return layer.requires_grad_(False)
+
+
+@pytest.mark.parametrize("shape", [(128, 4), (5, 3), (300, 72)])
+def test_blocked_scales_are_in_torchaos_order(shape):
+    scales = torch.randint(0, 120, shape, dtype=torch.uint8)
+    theirs = to_blocked(scales.view(torch.float8_e4m3fn)).view(torch.uint8).flatten()
+    assert torch.equal(blocked.to_blocked(scales), theirs)
 
 
 class TestGPTQ:

@@ -12,7 +12,7 @@ from torch import nn
 from dmquant import kernels
 from dmquant.activations import ActivationSpec, fake_quantize, static_scale
 from dmquant.convert import plan, quantize_
-from dmquant.cpu import lookup
+from dmquant.cpu import expanding, lookup
 from dmquant.errors import UsageError
 from dmquant.kernels import reference
 from dmquant.layers import QUANTIZED, quantize_layer
@@ -124,7 +124,9 @@ def test_the_table_kernel_gives_the_reference_bit_for_bit(format, store, dtype):
         for granularity in ("group:16", "group:8", "channel", "tensor"):
             q = quantize(weights(*shape), WeightSpec.parse(format, granularity, store=store, split=split))
             arguments = (q.codes, q.scale, q.spec, q.shape, dtype)
-            assert torch.equal(lookup.dequantize(*arguments), reference.dequantize(*arguments))
+            expected = reference.dequantize(*arguments)
+            assert torch.equal(lookup.dequantize(*arguments), expected)
+            assert torch.equal(expanding.dequantize(*arguments), expected)
 
 
 @settings(max_examples=60, deadline=None)

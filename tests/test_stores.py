@@ -8,6 +8,8 @@ from dmquant import stores
 from dmquant.errors import UsageError
 from dmquant.formats import get_format
 from dmquant.layers import QuantLinear, quantize_layer
+from dmquant.operands import integer_weight
+from dmquant.packing import unpack
 from dmquant.qtensor import WeightSpec, quantize_tensor
 from dmquant.recipe import Recipe
 from dmquant.scaling import fit_absmax, fit_mse
@@ -44,8 +46,20 @@ def test_whole_multiples_make_a_row_integers_times_one_float(store, format):
         factors, fmt = stores.STORES[store].factors(q.spec.fmt), q.spec.fmt
         assert set(q.scales.stored.unique().tolist()) <= set(factors)
         integers = q.dequantize().double() / (q.scales.base.double() * fmt.min_positive)
-        assert (integers - integers.round()).abs().max() < 1e-4
-        assert integers.round().abs().max() <= factors[-1] * fmt.values.abs().max() / fmt.min_positive
+        assert torch.equal(integers, integers.round())
+        assert integers.abs().max() <= factors[-1] * fmt.values.abs().max() / fmt.min_positive
+
+
+@pytest.mark.parametrize("granularity", ["group:16", "channel", "tensor"])
+@pytest.mark.parametrize("store", MULTIPLES)
+def test_kernels_are_given_the_integers_and_factors_of_a_weight(store, granularity):
+    layer = quantize_layer(nn.Linear(48, 12), WeightSpec.parse("int4", granularity, "mse", store), None)
+    weight, codes = integer_weight(layer), unpack(layer.qweight, 4, 48).int()
+    factors = weight.factors.repeat_interleave(48 // weight.factors.shape[1], 1).int()
+    integers = weight.values[codes] * factors
+    assert integers.abs().max() <= weight.largest <= 64
+    assert torch.equal(weight.tables()[factors, codes].int(), integers)
+    assert torch.equal(integers * weight.scale.view(-1, 1), layer.dequantize(torch.float32))
 
 
 def test_sums_of_two_products_with_8_bits_of_int_scales_fit_in_16():
@@ -55,6 +69,12 @@ def test_sums_of_two_products_with_8_bits_of_int_scales_fit_in_16():
     for name in FEW_BITS:
         fmt = get_format(name)
         assert 2 * 255 * factors[name] * fmt.values.abs().max() / fmt.min_positive < 2**15
+
+
+def test_e2m1_times_its_factors_is_exact_in_fp8_too():
+    fmt = get_format("fp4_e2m1")
+    products = fmt.values * torch.tensor(stores.STORES["int"].factors(fmt)).view(-1, 1)
+    assert torch.equal(products.to(torch.float8_e4m3fn).float(), products)
 
 
 @pytest.mark.parametrize("store", MULTIPLES)

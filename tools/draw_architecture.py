@@ -18,6 +18,8 @@ PUBLIC = "dmquant"  # dmquant/__init__.py and __main__.py: the doors, which lead
 
 ROOMS = {
     "dmquant": ("the core: formats, scales, grids, layers, recipes, roundings, transforms, kernels", 1.5),
+    "dmquant/convert": ("the layers of a module swapped for quantized ones, as a recipe says", 2),
+    "dmquant/operands": ("weights and inputs as small integers", 0),
     "dmquant/host": ("files, processes, memory, the terminal", 1),
     "dmquant/cpu": ("kernels: how a quantized layer multiplies on a CPU", 0),
     "dmquant/gpu": ("kernels: how it multiplies on a GPU", 0),

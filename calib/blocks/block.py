@@ -11,6 +11,7 @@ from dmquant.calib.blocks.codes import CodesFolder, parts_of, tensors_of, weight
 from dmquant.calib.blocks.decide import Decider
 from dmquant.calib.blocks.input_specs import fit_again_
 from dmquant.calib.blocks.inputs import BlockInputs
+from dmquant.calib.blocks.once import sharing_inputs
 from dmquant.calib.blocks.state import plans_of
 from dmquant.calib.blocks.units import Block, Task, tasks_of
 from dmquant.calib.layers.folding import folded_methods, folds_of, shared_factor
@@ -49,7 +50,8 @@ def calibrate_block_(decider: Decider, codes: CodesFolder, inputs: BlockInputs) 
         codes.save(number, block.name, tensors_of(weights, parts) | factors, facts)
     for name, weight in weights.items():
         decider.states[name].put_in_place_(weight)
-    streams.carry(streams.quantized, number, inputs.title, inputs.bar)
+    with sharing_inputs([decider.states[name].layer for name in weights]):
+        streams.carry(streams.quantized, number, inputs.title, inputs.bar)
     streams.drop(number)
     return facts
 

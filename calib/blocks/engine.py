@@ -1,8 +1,9 @@
 """Calibrate a backbone block by block: fit scales, choose formats, learn roundings, each on what comes before it.
 
-Two streams are carried from block to block: outputs as full precision gives them and as the quantized blocks before
-give them. Every block is computed a fixed number of times, so cost grows with the number of blocks. After a block its
-codes are on disk; a killed calibration reads them back and computes the same streams again.
+Two streams are carried from block to block: outputs as full precision gives them, of held-out samples alone where no
+more are needed, and as the quantized blocks before give them. Every block is computed a fixed number of times, so cost
+grows with the number of blocks. After a block its codes are on disk; a killed calibration reads them back and computes
+the same streams again.
 """
 
 import time
@@ -25,17 +26,18 @@ from dmquant.calib.blocks.input_specs import choose_formats_, fit_static_scales_
 from dmquant.calib.blocks.inputs import BlockInputs
 from dmquant.calib.blocks.outputs import Budget
 from dmquant.calib.blocks.resolved import resolved_recipe
-from dmquant.calib.blocks.state import LayerState, plan_layers
+from dmquant.calib.blocks.state import LayerState, plan_layers, plans_of
 from dmquant.calib.blocks.streams import Bar, Streams
 from dmquant.calib.blocks.trace import trace
 from dmquant.calib.blocks.units import find_blocks
 from dmquant.calib.data.store import CalibrationStore
 from dmquant.calib.layers.fitting import fit_transforms
+from dmquant.calib.layers.folding import folded_methods
 from dmquant.calib.layers.rounder import Rounder
 from dmquant.convert import LayerReport
 from dmquant.errors import UsageError
 from dmquant.host.files import json_sha256
-from dmquant.host.memory import default_budget, return_freed_memory
+from dmquant.host.memory import default_budget, new_garbage_only, return_freed_memory
 from dmquant.qtensor import QuantizedTensor
 from dmquant.recipe import Recipe
 from dmquant.transforms import fold_first_
@@ -100,21 +102,25 @@ def calibrate_(
 
     held = (memory_budget or default_budget()) if device.type == "cuda" else total - needed  # outputs are on the CPU
     ranges = next(iter(states.values())).ranges
-    streams = Streams(backbone, in_order, store, ranges, Budget(held, folder / "spill"), options)
+    full_of = _full_precision_of(samples, rounder, states)
+    streams = Streams(backbone, in_order, store, ranges, Budget(held, folder / "spill"), options, full_of)
     counted = {name: channels.to(device) for name, channels in counted.items()}
     decider = Decider(backbone, states, streams, samples, rounder, options, counted, moments, needed)
     facts, learned_seconds = [], []
-    for number, block in enumerate(in_order):
-        title = f"block {number + 1} of {len(in_order)}: {block.name}"
-        began = time.perf_counter()
-        with bar(title) as shown:
-            facts.append(calibrate_block_(decider, codes, BlockInputs(streams, number, samples.learning, title, shown)))
-        return_freed_memory()
-        if facts[-1].pop(FROM_DISK, False):
-            say(f"{title}: already there")
-            continue
-        learned_seconds.append(time.perf_counter() - began)
-        say(f"{title}: {_in_words(facts[-1]['tasks'], learned_seconds, len(in_order) - number - 1)}")
+    with new_garbage_only():
+        for number, block in enumerate(in_order):
+            title = f"block {number + 1} of {len(in_order)}: {block.name}"
+            began = time.perf_counter()
+            with bar(title) as shown:
+                facts.append(
+                    calibrate_block_(decider, codes, BlockInputs(streams, number, samples.learning, title, shown))
+                )
+            return_freed_memory()
+            if facts[-1].pop(FROM_DISK, False):
+                say(f"{title}: already there")
+                continue
+            learned_seconds.append(time.perf_counter() - began)
+            say(f"{title}: {_in_words(facts[-1]['tasks'], learned_seconds, len(in_order) - number - 1)}")
     called = [name for block in in_order for name in block.layers]
     never_called = [name for name in states if name not in called]
     for name in never_called:
@@ -135,6 +141,13 @@ def _samples(store: CalibrationStore, batch_size: int) -> Samples:
             f"{batch_size}: calibrate on more prompts, or lower learning.batch_size in the recipe"
         )
     return Samples(learning, [index for index in by_step if store.samples[index].held_out])
+
+
+def _full_precision_of(samples: Samples, rounder: Rounder, states: dict[str, LayerState]) -> Sequence[int]:
+    """The samples whose block outputs are needed in full precision: to judge by, to learn from, or to fold by."""
+    if rounder.method.LEARNS or folded_methods(plans_of(states)):
+        return range(len(samples.learning) + len(samples.held_out))
+    return samples.held_out
 
 
 def _key(recipe: Recipe, store: CalibrationStore, made_for: dict[str, Any], counted: Mapping[str, Tensor]) -> str:

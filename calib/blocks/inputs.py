@@ -6,11 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from dmquant.calib.blocks.once import Latest, kind_of_input
 from dmquant.calib.blocks.streams import Bar, Stream, Streams
 from dmquant.calib.blocks.units import Task
 from dmquant.calib.data.watching import Watchers
 from dmquant.calib.layers.moments import Moments, alike, columns_of
 from dmquant.calib.layers.statistics import InputObserver
+from dmquant.errors import UserError
 from dmquant.layers import QuantConv2d, QuantLinear
 from dmquant.transforms import InputStatistics, fit_of
 
@@ -57,20 +59,27 @@ class BlockInputs:
     ) -> dict[str, Moments]:
         """Second moments of transformed and quantized inputs, added to `empty`; without layers that no sample reached.
 
-        `layers` are the layers of the task, by name, as they will quantize their inputs.
+        `layers` are the layers of the task, by name, as they will quantize their inputs. Raises UserError, with the
+        layer's name, for inputs that are not finite.
         """
         backbone = self.streams.backbone
 
+        latest = Latest()
+
         def adding(name: str) -> Callable[[Tensor], None]:
             layer, quantized, moments = backbone.get_submodule(name), layers[name], empty[name]
+            kind = moments.in_full, kind_of_input(quantized, name)
 
-            def add(x: Tensor) -> None:
+            def columns(x: Tensor) -> Tensor:
                 x = quantized.quantize_input(quantized.transform_input(x))
-                moments.add(columns_of(layer, alike(x) if moments.in_full else x))
+                return columns_of(layer, alike(x) if moments.in_full else x)
 
-            return add
+            return lambda x: moments.add(latest.of(kind, x, columns))
 
         self._watch(task, {name: adding(name) for name in empty})
+        for name, moments in empty.items():
+            if not moments.sums.diagonal(dim1=1, dim2=2).isfinite().all():
+                raise UserError(f"the input of layer {name} holds NaN or infinity: calibrate in --dtype fp32 or bf16")
         return {name: moments for name, moments in empty.items() if moments.tokens}
 
     def _run(self, stream: Stream, until: str) -> None:

@@ -75,11 +75,12 @@ def _bytes_of(records: Tensor) -> list[memoryview]:
 
 
 class Outputs:
-    """The output of one block (a tensor or nested tensors) for each of `count` samples, on the CPU."""
+    """The output of one block (a tensor or nested tensors) for each of some samples, on the CPU."""
 
-    def __init__(self, count: int, one: Any, budget: Budget):
-        """`one` is the output for one sample: its batch dimension holds the rows of a sample."""
+    def __init__(self, samples: Sequence[int], one: Any, budget: Budget):
+        """`samples` are indices; `one` is the output for one: its batch dimension holds the rows of a sample."""
         self._skeleton, leaves = flatten(one)
+        self._places, count = {sample: place for place, sample in enumerate(samples)}, len(samples)
         self._leaves = []
         for _, leaf in leaves:
             kind = _Memory if budget.take(count * leaf.nbytes) else _File
@@ -87,12 +88,14 @@ class Outputs:
 
     def write(self, indices: Sequence[int], output: Any) -> None:
         """Keep the output of a batch of samples; its leaves hold their rows one sample after another."""
+        places = [self._places[index] for index in indices]
         for (_, leaf), records in zip(flatten(output)[1], self._leaves, strict=True):
-            records.write(indices, leaf.detach().cpu().unflatten(0, (len(indices), -1)))
+            records.write(places, leaf.detach().cpu().unflatten(0, (len(indices), -1)))
 
     def read(self, indices: Sequence[int], device: torch.device) -> Any:
         """The output of a batch of samples, as a forward pass over all of them would give it."""
-        batch = [records.read(indices).flatten(0, 1).to(device) for records in self._leaves]
+        places = [self._places[index] for index in indices]
+        batch = [records.read(places).flatten(0, 1).to(device) for records in self._leaves]
         return unflatten(self._skeleton, batch)
 
     def close(self) -> None:

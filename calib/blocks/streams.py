@@ -21,7 +21,10 @@ Stream = dict[str, Outputs]
 
 
 class Streams:
-    """`full` and `quantized` hold, by name, the outputs of finished blocks that others still need."""
+    """`full` and `quantized` hold, by name, the outputs of finished blocks that others still need.
+
+    The quantized stream has every sample, the one in full precision those of `full_of`.
+    """
 
     def __init__(
         self,
@@ -31,10 +34,12 @@ class Streams:
         ranges: TimestepRanges,
         budget: Budget,
         learning: Learning,
+        full_of: Sequence[int],
     ):
         self.backbone, self.blocks, self.store, self.ranges, self.budget = backbone, blocks, store, ranges, budget
         self.batch_size, self.full_precision_inputs = learning.batch_size, learning.full_precision_inputs
         self.device = next(backbone.parameters()).device
+        self.full_of = full_of
         self.full: Stream = {}
         self.quantized: Stream = {}
 
@@ -51,16 +56,17 @@ class Streams:
                 stream.pop(name).close()
 
     def outputs(self, stream: Stream, number: int, until: str, title: str, bar: Bar) -> Outputs:
-        """The output of the module `until`, of block `number` or after it, for every sample."""
-        outputs = None
-        kind = "full precision" if stream is self.full else "quantized"
+        """The output of the module `until`, of block `number` or after it, for every sample of the stream."""
+        outputs, samples, kind = None, range(len(self.store.samples)), "quantized"
+        if stream is self.full:
+            samples, kind = self.full_of, "full precision"
         with torch.no_grad():
-            for batch in self.batches(range(len(self.store.samples)), f"{title}: {kind}", bar):
+            for batch in self.batches(samples, f"{title}: {kind}", bar):
                 output = self.run(stream, number, until, batch)
                 if not all(leaf.isfinite().all() for _, leaf in flatten(output)[1] if leaf.is_floating_point()):
                     self._blame(stream, number, until, batch)
                 if outputs is None:
-                    outputs = Outputs(len(self.store.samples), first_sample(output, len(batch)), self.budget)
+                    outputs = Outputs(samples, first_sample(output, len(batch)), self.budget)
                 outputs.write(batch, output)
         return outputs
 

@@ -29,7 +29,9 @@ class CalibrationStore:
         self._folder, self._skeletons = folder, index.skeletons
         self._places = [(shard, stored) for shard in index.shards for stored in shard.samples]
         self.samples = [stored.sample for _, stored in self._places]
-        self._file = functools.cache(lambda name: safe_open(folder / name, framework="pt"))
+        file = functools.cache(lambda name: safe_open(folder / name, framework="pt"))
+        # Views of mapped files: they take no memory to keep, and time to make.
+        self._tensor = functools.cache(lambda shard, name: file(shard).get_tensor(str(name)))
 
     @classmethod
     def open(cls, folder: Path) -> "CalibrationStore":
@@ -73,6 +75,3 @@ class CalibrationStore:
         if not all(torch.equal(first, other) for other in others):
             raise UserError("these samples cannot share a batch: a tensor that all rows share differs between them")
         return first.clone()
-
-    def _tensor(self, shard: str, name: int) -> Tensor:
-        return self._file(shard).get_tensor(str(name))

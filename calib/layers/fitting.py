@@ -93,9 +93,8 @@ def seen_by_output(error: Tensor, factors: Sequence[gptq.Factor]) -> Tensor:
     Its squared norm is the squared error of the outputs, as `gptq.solve` returns it.
     """
     parts, first = [], 0
-    for order, upper in factors:
-        block = error[:, first : first + len(order)][:, order].to(upper.dtype)
-        parts.append(torch.linalg.solve_triangular(upper, block, upper=True, left=False))  # H = (U^T U)^-1
+    for order, root in factors:
+        parts.append(error[:, first : first + len(order)][:, order].to(root.dtype) @ root)
         first += len(order)
     return torch.cat(parts, dim=1)
 

@@ -22,6 +22,9 @@ from dmquant.transforms import fit_of
 LARGEST = (
     8192  # columns of a layer whose moments are kept in full if nothing demands it; beyond, those inside its groups
 )
+STRIP = (
+    128  # columns of a block of moments: with narrower ones matrix products slow down, wider ones waste more of them
+)
 POSITIONS = 256  # tokens or pixels taken of a row of the batch
 
 
@@ -29,8 +32,9 @@ class Moments:
     """Sums of x x^T over inputs (tokens, columns), in full or in blocks along the diagonal; float32.
 
     `sums` (blocks, size, size) are in the order of the columns of the weight's matrix form, with its split; the last
-    block is padded with zeros. `together` is the largest number of columns in a block, where moments are needed in
-    full. Without it moments serve scales and formats alone, and wide layers have a block for each group.
+    block is padded with zeros. They are symmetric: each STRIP rows are added up from the diagonal on, and what lies
+    below is copied once it is asked for. `together` is the largest number of columns in a block, where moments are
+    needed in full. Without it moments serve scales and formats alone, and wide layers have a block for each group.
     """
 
     def __init__(self, shape: tuple[int, ...], spec: WeightSpec, device: torch.device, together: int | None = None):
@@ -54,14 +58,27 @@ class Moments:
     def add(self, x: Tensor) -> None:
         """Count the inputs `x` (tokens, columns), any dtype, in the order of the matrix form without a split."""
         x = x.float() if self.order is None else x[:, self.order].float()
-        blocks = F.pad(x, (0, -self.columns % self.size)).view(len(x), -1, self.size).transpose(0, 1)
-        self.sums.baddbmm_(blocks.transpose(1, 2), blocks)
+        if self.size <= STRIP:
+            blocks = F.pad(x, (0, -self.columns % self.size)).view(len(x), -1, self.size).transpose(0, 1)
+            self.sums.baddbmm_(blocks.transpose(1, 2), blocks)
+        else:
+            for sums, block in zip(self.sums, x.split(self.size, 1), strict=True):
+                for first in range(0, block.shape[1], STRIP):
+                    right, last = block[:, first:], first + STRIP
+                    sums[first:last, first : block.shape[1]].addmm_(right[:, :STRIP].T, right)
         self.tokens += len(x)
 
     def blocks(self) -> list[Tensor]:
         """The sums of one block of columns after another, each (its columns, its columns), without padding."""
+        self._mirror()
         widths = [min(self.size, self.columns - first) for first in range(0, self.columns, self.size)]
         return [sums[:width, :width] for sums, width in zip(self.sums, widths, strict=True)]
+
+    def _mirror(self) -> None:
+        """Copy what was added up above the diagonal to below it."""
+        for last in range(STRIP, self.size, STRIP):
+            strip = slice(last - STRIP, last)
+            self.sums[:, last:, strip] = self.sums[:, strip, last:].transpose(1, 2)
 
     def factors(self, options: gptq.Options) -> list[gptq.Factor]:
         """`gptq.factorize` of the blocks, once for the same options; nothing may be added any more."""
@@ -73,6 +90,7 @@ class Moments:
         """Mean moments within the groups of a weight of this shape, (groups, n, n) float32, padded with 0."""
         numbers = torch.arange(1, self.columns + 1, device=self.sums.device).view(1, -1)
         groups = to_groups(numbers, spec.granularity, spec.segments(shape)).squeeze(0)
+        self._mirror()
         sums = self.sums / max(self.tokens, 1)
         if spec.split is None and groups.shape == sums.shape[:2]:
             return sums
@@ -83,6 +101,7 @@ class Moments:
 
     def output_error(self, error: Tensor) -> float:
         """Mean squared error of the output, summed over rows, for a weight's error in matrix form (rows, columns)."""
+        self._mirror()
         parts = F.pad(error, (0, -self.columns % self.size)).view(len(error), -1, self.size).transpose(0, 1)
         return float((torch.bmm(parts, self.sums) * parts).sum() / max(self.tokens, 1))
 
@@ -137,14 +156,15 @@ def columns_of(layer: nn.Linear | nn.Conv2d, x: Tensor) -> Tensor:
 def _patches(layer: nn.Conv2d, x: Tensor) -> Tensor:
     """The inputs under the kernel at some output positions: (positions, kernel height * width * channels)."""
     (down, right), (high, wide) = layer.stride, layer.kernel_size
-    padded = F.pad(x, (layer.padding[1],) * 2 + (layer.padding[0],) * 2)
+    padded = F.pad(x, (layer.padding[1],) * 2 + (layer.padding[0],) * 2).movedim(1, -1).contiguous()
     rows = torch.arange(high, device=x.device) * layer.dilation[0]
     columns = torch.arange(wide, device=x.device) * layer.dilation[1]
-    height = (padded.shape[-2] - (high - 1) * layer.dilation[0] - 1) // down + 1
-    width = (padded.shape[-1] - (wide - 1) * layer.dilation[1] - 1) // right + 1
+    height = (padded.shape[1] - (high - 1) * layer.dilation[0] - 1) // down + 1
+    width = (padded.shape[2] - (wide - 1) * layer.dilation[1] - 1) // right + 1
     chosen = some_of(height * width, POSITIONS, x.device).view(-1, 1, 1)
-    patches = padded[:, :, chosen // width * down + rows.view(-1, 1), chosen % width * right + columns]
-    return patches.movedim(1, -1).flatten(0, 1).flatten(1)
+    places = (chosen // width * down + rows.view(-1, 1)) * padded.shape[2] + chosen % width * right + columns
+    patches = padded.flatten(1, 2).index_select(1, places.flatten())  # whole pixels, channel by channel
+    return patches.view(len(x) * len(chosen), -1)
 
 
 def some_of(count: int, most: int, device: torch.device) -> Tensor:

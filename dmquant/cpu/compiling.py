@@ -41,13 +41,14 @@ def library(name: str) -> ctypes.CDLL | None:
     They are compiled once for a machine, compiler and source, into the folder of caches.
     """
     if (compiler := _compiler()) is None or (made := _made(name)) is None:
-        return _without(name, missing_compiler() or "there is no home folder to keep it in")
+        return _note(f"nothing is compiled here, for want of {missing_compiler() or 'a home folder to keep it in'}")
     try:
         if not made.exists():
             _compile(compiler, _source(name), made)
         return ctypes.CDLL(str(made))
     except (OSError, subprocess.SubprocessError) as error:
-        return _without(name, (getattr(error, "stderr", None) or str(error)).strip().splitlines()[0])
+        said = (getattr(error, "stderr", None) or str(error)).strip().splitlines()[0]
+        return _note(f"{name}.cpp is not compiled here: {said}")
 
 
 def is_compiled(name: str) -> bool:
@@ -64,7 +65,7 @@ def _made(name: str) -> Path | None:
     """Where the library of this source, compiler and machine is kept; None without a compiler or a place to keep it."""
     if (compiler := _compiler()) is None or (folder := caches.folder()) is None:
         return None
-    about = (_source(name).read_text(encoding="utf-8"), compiler, _version(compiler), *FLAGS, *_processor())
+    about = (_source(name).read_text(encoding="utf-8"), compiler, _version(compiler), *FLAGS, *processor())
     return folder / "compiled" / f"{name}-{hashlib.sha256(repr(about).encode()).hexdigest()[:16]}.so"
 
 
@@ -78,8 +79,9 @@ def _compile(compiler: str, source: Path, made: Path) -> None:
         os.replace(result, made)
 
 
-def _without(name: str, reason: str) -> None:
-    logging.getLogger("dmquant").warning(f"{name} is not compiled here, and slower code does its work: {reason}")
+@functools.cache  # once a process
+def _note(what: str) -> None:
+    logging.getLogger("dmquant").warning(f"{what}; slower code does the work")
 
 
 @functools.cache
@@ -97,7 +99,7 @@ def _version(compiler: str) -> str:
     return subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=LONGEST).stdout
 
 
-def _processor() -> tuple[str, ...]:
+def processor() -> tuple[str, ...]:
     """What `-march=native` depends on: another machine may share the folder of caches."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()

@@ -103,67 +103,130 @@ template <class T> float absmax(const T* x, int64_t count) {
     return as_float(largest);
 }
 
+// Scales of rows of `columns` numbers, `rows_of_scale` rows sharing one, and the rows' codes.
 template <class T>
-void tokens(const T* x, int64_t rows, int64_t columns, const Format& f, const float* given, float* scales, uint8_t* codes,
-            int64_t pitch, int threads) {
+void tokens(const T* x, int64_t rows, int64_t columns, int64_t x_pitch, const Format& f, int64_t rows_of_scale, float* scales,
+            bool fits, uint8_t* codes, int64_t pitch, int threads) {
+    const int64_t count = rows / rows_of_scale;
+    if (fits && rows_of_scale > 1)
+#pragma omp parallel for num_threads(threads) schedule(static)
+        for (int64_t one = 0; one < count; ++one) {
+            uint32_t largest = 0;
+            for (int64_t row = one * rows_of_scale; row < (one + 1) * rows_of_scale; ++row)
+                largest = std::max(largest, as_bits(absmax(x + row * x_pitch, columns)));
+            scales[one] = scale_of(as_float(largest), f);
+        }
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t row = 0; row < rows; ++row) {
-        const T* from = x + row * columns;
-        scales[row] = given ? given[row] : scale_of(absmax(from, columns), f);
+        const T* from = x + row * x_pitch;
+        float& scale = scales[row / rows_of_scale];
+        if (fits && rows_of_scale == 1) scale = scale_of(absmax(from, columns), f);
         uint8_t* to = codes + row * pitch;
-        round_row(from, columns, scales[row], f, to);
+        round_row(from, columns, scale, f, to);
         std::memset(to + columns, f.zero, pitch - columns);
     }
 }
 
-struct Image {
-    int64_t channels, height, width, padding_y, padding_x, pitch;  // pitch: bytes of a pixel's codes
-    int64_t stride_channel, stride_y, stride_x;
+struct Images {
+    int64_t count, channels, height, width;
+    int64_t stride_image, stride_channel, stride_y, stride_x;  // in elements
+    int64_t kernel_y, kernel_x, step_y, step_x, padding_y, padding_x, dilation_y, dilation_x;
+    int64_t out_height, out_width;
+    int64_t pitch() const { return (channels + 3) / 4 * 4; }  // bytes of a pixel's codes
+    int64_t line() const { return (width + 2 * padding_x) * pitch(); }
+    int64_t high() const { return height + 2 * padding_y; }
 };
 
-// One line of an image to codes, channels last, within its padding.
+constexpr int64_t TOGETHER = 64;  // channels that are turned to lie last at once
+
+// From planes[channel][pixel] to bytes that lie `pitch` apart for pixels, side by side for channels.
+void turn(const uint8_t* planes, int64_t plane, int64_t channels, int64_t pixels, uint8_t* to, int64_t pitch) {
+    int64_t pixel = 0;
+#if defined(__AVX2__)
+    for (; channels % 16 == 0 && pixel + 16 <= pixels; pixel += 16)
+        for (int64_t c = 0; c < channels; c += 16) {
+            __m128i rows[16], turned[16];
+            for (int i = 0; i < 16; ++i)
+                rows[i] = _mm_loadu_si128(reinterpret_cast<const __m128i*>(planes + (c + i) * plane + pixel));
+            for (int stage = 0; stage < 4; ++stage) {  // each interleaves the bytes of rows that are eight apart
+                for (int i = 0; i < 8; ++i) {
+                    turned[2 * i] = _mm_unpacklo_epi8(rows[i], rows[i + 8]);
+                    turned[2 * i + 1] = _mm_unpackhi_epi8(rows[i], rows[i + 8]);
+                }
+                for (int i = 0; i < 16; ++i) rows[i] = turned[i];
+            }
+            for (int i = 0; i < 16; ++i)
+                _mm_storeu_si128(reinterpret_cast<__m128i*>(to + (pixel + i) * pitch + c), rows[i]);
+        }
+#endif
+    for (; pixel < pixels; ++pixel)
+        for (int64_t c = 0; c < channels; ++c) to[pixel * pitch + c] = planes[c * plane + pixel];
+}
+
+// Some channels of an image whose pixels lie side by side, to codes within their padding; `scratch`: a byte each.
 template <class T>
-void image_line(const T* x, const Image& m, float scale, const Format& f, uint8_t* to, uint8_t* scratch) {
-    std::memset(to, f.zero, (m.width + 2 * m.padding_x) * m.pitch);
-    to += m.padding_x * m.pitch;
-    if (m.stride_channel == 1) {
-        for (int64_t column = 0; column < m.width; ++column)
-            round_row(x + column * m.stride_x, m.channels, scale, f, to + column * m.pitch);
-        return;
-    }
-    constexpr int64_t TOGETHER = 64;
-    for (int64_t first = 0; first < m.channels; first += TOGETHER) {
-        const int64_t some = std::min(TOGETHER, m.channels - first);
-        for (int64_t c = 0; c < some; ++c)
-            round_row(x + (first + c) * m.stride_channel, m.width, scale, f, scratch + c * m.width);
-        for (int64_t column = 0; column < m.width; ++column)
-            for (int64_t c = 0; c < some; ++c) to[column * m.pitch + first + c] = scratch[c * m.width + column];
-    }
+void planes_of_image(const T* x, const Images& m, int64_t channels, float scale, const Format& f, uint8_t* to, uint8_t* scratch) {
+    const int64_t plane = m.height * m.width;
+    if (m.stride_channel == plane) round_row(x, channels * plane, scale, f, scratch);
+    else for (int64_t c = 0; c < channels; ++c) round_row(x + c * m.stride_channel, plane, scale, f, scratch + c * plane);
+    for (int64_t y = 0; y < m.height; ++y)
+        turn(scratch + y * m.width, plane, channels, m.width, to + y * m.line(), m.pitch());
+}
+
+// One line of an image whose channels lie side by side, to codes.
+template <class T> void line_of_image(const T* x, const Images& m, float scale, const Format& f, uint8_t* to) {
+    if (m.channels == m.pitch() && m.stride_x == m.channels) return round_row(x, m.width * m.channels, scale, f, to);
+    for (int64_t column = 0; column < m.width; ++column)
+        round_row(x + column * m.stride_x, m.channels, scale, f, to + column * m.pitch());
+}
+
+// The largest magnitude of a line of an image.
+template <class T> float line_absmax(const T* x, const Images& m) {
+    const bool last = m.stride_channel == 1;
+    const int64_t runs = last ? m.width : m.channels, stride = last ? m.stride_x : m.stride_channel;
+    uint32_t largest = 0;
+    for (int64_t run = 0; run < runs; ++run)
+        largest = std::max(largest, as_bits(absmax(x + run * stride, last ? m.channels : m.width)));
+    return as_float(largest);
 }
 
 template <class T>
-void images(const T* x, int64_t count, const Image& m, const Format& f, const float* given, float* scales, uint8_t* codes,
+void images(const T* x, const Images& m, const Format& f, int64_t images_of_scale, float* scales, bool fits, uint8_t* codes,
             int threads) {
-    const int64_t elements = m.channels * m.height * m.width, high = m.height + 2 * m.padding_y;
-    const int64_t line = (m.width + 2 * m.padding_x) * m.pitch;
-    constexpr int64_t PIECE = 1 << 16;
-    for (int64_t image = 0; image < count; ++image) {
-        if (given) { scales[image] = given[image]; continue; }
-        uint32_t largest = 0;
-#pragma omp parallel for num_threads(threads) reduction(max : largest)
-        for (int64_t first = 0; first < elements; first += PIECE)
-            largest = std::max(largest, as_bits(absmax(x + image * elements + first, std::min(PIECE, elements - first))));
-        scales[image] = scale_of(as_float(largest), f);
+    const int64_t lines = m.count * m.height;
+    if (fits) {
+        const auto of_lines = buffer<float>(lines);
+#pragma omp parallel for num_threads(threads) schedule(static)
+        for (int64_t one = 0; one < lines; ++one)
+            of_lines[one] = line_absmax(x + one / m.height * m.stride_image + one % m.height * m.stride_y, m);
+        const int64_t together = images_of_scale * m.height;
+        for (int64_t scale = 0; scale < m.count / images_of_scale; ++scale) {
+            uint32_t largest = 0;
+            for (int64_t one = scale * together; one < (scale + 1) * together; ++one)
+                largest = std::max(largest, as_bits(of_lines[one]));
+            scales[scale] = scale_of(as_float(largest), f);
+        }
     }
+    std::memset(codes, f.zero, m.count * m.high() * m.line());
+    uint8_t* inside = codes + m.padding_y * m.line() + m.padding_x * m.pitch();
+    if (m.stride_channel == 1) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+        for (int64_t one = 0; one < lines; ++one) {
+            const int64_t image = one / m.height, y = one % m.height;
+            line_of_image(x + image * m.stride_image + y * m.stride_y, m, scales[image / images_of_scale], f,
+                          inside + (image * m.high() + y) * m.line());
+        }
+        return;
+    }
+    const int64_t parts = (m.channels + TOGETHER - 1) / TOGETHER;
 #pragma omp parallel num_threads(threads)
     {
-        const auto scratch = buffer<uint8_t>(64 * m.width);
+        const auto scratch = buffer<uint8_t>(TOGETHER * m.height * m.width);
 #pragma omp for schedule(static)
-        for (int64_t one = 0; one < count * high; ++one) {
-            const int64_t image = one / high, y = one % high - m.padding_y;
-            uint8_t* to = codes + one * line;
-            if (y < 0 || y >= m.height) std::memset(to, f.zero, line);
-            else image_line(x + image * elements + y * m.stride_y, m, scales[image], f, to, scratch.get());
+        for (int64_t one = 0; one < m.count * parts; ++one) {
+            const int64_t image = one / parts, first = one % parts * TOGETHER;
+            planes_of_image(x + image * m.stride_image + first * m.stride_channel, m, std::min(TOGETHER, m.channels - first),
+                            scales[image / images_of_scale], f, inside + image * m.high() * m.line() + first, scratch.get());
         }
     }
 }
@@ -383,35 +446,53 @@ const Tile* tiles(int level, int64_t together) {
     return portable;
 }
 
-struct Ends {  // what becomes of the sums
-    int32_t zero;
-    const float *of_outputs, *of_rows;
-    int64_t rows_of_scale;  // consecutive rows that share a scale
-    const float* bias;
-    int64_t pitch;
-    int32_t adds;
+// A layer: its weight, in two halves where the input is a concatenation of two, and what becomes of the sums.
+struct Plan {
+    Format format;
+    int32_t level, halves;
+    int64_t together;  // sums of pairs of products that fit 16 bits
+    Weights weights[2];
+    const int8_t* panels[2];  // expanded weights, or null
+    const int32_t* sums[2];
+    const float* of_outputs[2];
+    const void* bias;
+    int32_t bias_is_bfloat16;
 };
+
+// The sums of a run of outputs to results: off with the zeros, times both scales, plus the bias or what is there already.
+template <class T>
+inline void finish_row(const int32_t* sums, int64_t some, const int32_t* of_weights, int32_t zero, const float* of_outputs,
+                       float scale, const float* added, T* to) {
+    if (added)
+        for (int64_t n = 0; n < some; ++n) store(float(sums[n] - zero * of_weights[n]) * of_outputs[n] * scale + added[n], to[n]);
+    else
+        for (int64_t n = 0; n < some; ++n) store(float(sums[n] - zero * of_weights[n]) * of_outputs[n] * scale, to[n]);
+}
 
 template <class T>
 void finish(const int32_t* sums, int64_t wide, int rows, int64_t row, int64_t first, int64_t some, const int32_t* of_weights,
-            const Ends& e, T* out) {
+            const Plan& plan, int half, const float* scales, int64_t rows_of_scale, const float* bias, const float* added,
+            T* out) {
+    const int64_t pitch = plan.weights[0].outputs;
+    const float* of_outputs = plan.of_outputs[half] + first;
     for (int r = 0; r < rows; ++r) {
-        T* to = out + (row + r) * e.pitch + first;
-        const float scale = e.of_rows[(row + r) / e.rows_of_scale];
-        for (int64_t n = 0; n < some; ++n) {
-            float y = float(sums[r * wide + n] - e.zero * of_weights[n]) * e.of_outputs[first + n] * scale;
-            if (e.bias) y += e.bias[first + n];
-            if (e.adds) y += load(to[n]);
-            store(y, to[n]);
-        }
+        const float scale = scales[(row + r) / rows_of_scale];
+        const float* more = added ? added + (row + r) * pitch + first : bias ? bias + first : nullptr;
+        T* to = out + (row + r) * pitch + first;
+        // A length that the compiler knows makes a loop without ends.
+        if (some == 64) finish_row(sums + r * wide, 64, of_weights, plan.format.zero, of_outputs, scale, more, to);
+        else if (some == 16) finish_row(sums + r * wide, 16, of_weights, plan.format.zero, of_outputs, scale, more, to);
+        else finish_row(sums + r * wide, some, of_weights, plan.format.zero, of_outputs, scale, more, to);
     }
 }
 
 template <class T>
-void product(int level, const Inputs& a, int64_t rows, const Weights& w, const int8_t* expanded, const int32_t* expanded_sums,
-             int64_t together, const Ends& e, T* out, int threads) {
-    const int64_t wide = wide_of(level), panels = (w.outputs + wide - 1) / wide, bytes = w.quads() * wide * 4;
-    const Tile* tile = tiles(level, together);
+void product(const Plan& plan, int half, const Inputs& a, int64_t rows, const float* scales, int64_t rows_of_scale,
+             const float* bias, const float* added, T* out, int threads) {
+    const Weights& w = plan.weights[half];
+    const int8_t* expanded = plan.panels[half];
+    const int64_t wide = wide_of(plan.level), panels = (w.outputs + wide - 1) / wide, bytes = w.quads() * wide * 4;
+    const Tile* tile = tiles(plan.level, plan.together);
     // Enough pieces for all threads; a piece expands its panel anew, so none is smaller than it must be.
     int64_t pieces = panels >= threads ? 1 : std::min((threads + panels - 1) / panels, (rows + 63) / 64);
     pieces = std::max<int64_t>(pieces, 1);
@@ -426,17 +507,82 @@ void product(int level, const Inputs& a, int64_t rows, const Weights& w, const i
                 const int64_t first = p * wide, some = std::min(wide, w.outputs - first);
                 if (!expanded) expand_panel(w, first, wide, panel.get(), of_weights.get(), row_of.get());
                 const int8_t* now = expanded ? expanded + p * bytes : panel.get();
-                const int32_t* their_sums = expanded ? expanded_sums + first : of_weights.get();
+                const int32_t* their_sums = expanded ? plan.sums[half] + first : of_weights.get();
                 const int64_t last = std::min(rows, (piece + 1) * of_piece);
                 for (int64_t row = piece * of_piece; row < last; row += MOST_ROWS) {
                     const int many = int(std::min<int64_t>(MOST_ROWS, last - row));
                     const uint8_t* begins[MOST_ROWS];
                     for (int r = 0; r < many; ++r) begins[r] = a.begin(row + r);
                     tile[many - 1](begins, a.segments, now, w.segments, w.padded() / 4, sums.get());
-                    finish(sums.get(), wide, many, row, first, some, their_sums, e, out);
+                    finish(sums.get(), wide, many, row, first, some, their_sums, plan, half, scales, rows_of_scale, bias, added, out);
                 }
             }
     }
+}
+
+// Both halves one after the other, summed in float32; `rounds(half, first channel, codes, scales)` makes the codes of one.
+template <class T, class Rounds>
+void halves(const Plan& plan, const Inputs& shape, int64_t rows, int64_t code_bytes, const float* given, int64_t scale_count,
+            T* out, int threads, Rounds rounds) {
+    const auto codes = buffer<uint8_t>(code_bytes);
+    const auto scales = buffer<float>(scale_count);
+    const auto partial = buffer<float>(plan.halves == 2 ? rows * plan.weights[0].outputs : 0);
+    const auto wide_bias = buffer<float>(plan.bias_is_bfloat16 ? plan.weights[0].outputs : 0);
+    const float* bias = static_cast<const float*>(plan.bias);
+    if (plan.bias_is_bfloat16) {
+        for (int64_t n = 0; n < plan.weights[0].outputs; ++n) wide_bias[n] = load(static_cast<const uint16_t*>(plan.bias)[n]);
+        bias = wide_bias.get();
+    }
+    int64_t channel = 0;
+    for (int half = 0; half < plan.halves; ++half) {
+        if (given) std::copy(given, given + scale_count, scales.get());
+        Inputs a = shape;
+        a.codes = codes.get();
+        rounds(half, channel, a, scales.get());
+        const int64_t rows_of_scale = rows / scale_count;
+        const float* added = half ? partial.get() : nullptr;
+        if (half + 1 < plan.halves)
+            product(plan, half, a, rows, scales.get(), rows_of_scale, bias, added, partial.get(), threads);
+        else product(plan, half, a, rows, scales.get(), rows_of_scale, bias, added, out, threads);
+        channel += plan.weights[half].columns;
+    }
+}
+
+int fewer(int threads, int64_t products) {  // a thread is worth starting for a tenth of a millisecond's work
+    return int(std::max<int64_t>(1, std::min<int64_t>(threads, products >> 23)));
+}
+
+template <class T>
+void run(const Plan& plan, const T* x, int64_t rows, int64_t channels, int64_t rows_of_scale, const float* given, T* out,
+         int threads) {
+    threads = fewer(threads, rows * plan.weights[0].outputs * channels);
+    const int64_t scale_count = rows / rows_of_scale, zero = 0;
+    Inputs shape{nullptr, 0, 0, 0, 1, 1, &zero};
+    halves(plan, shape, rows, rows * (channels + 3) / 4 * 4 + 4 * rows, given, scale_count, out, threads,
+           [&](int half, int64_t first, Inputs& a, float* scales) {
+               a.image_pitch = plan.weights[half].padded();
+               tokens(x + first, rows, plan.weights[half].columns, channels, plan.format, rows_of_scale, scales, !given,
+                      const_cast<uint8_t*>(a.codes), a.image_pitch, threads);
+           });
+}
+
+template <class T>
+void run(const Plan& plan, const T* x, const Images& m, int64_t images_of_scale, const float* given, T* out, int threads) {
+    const int64_t rows = m.count * m.out_height * m.out_width;
+    threads = fewer(threads, rows * plan.weights[0].outputs * m.channels * m.kernel_y * m.kernel_x);
+    const auto segments = buffer<int64_t>(m.kernel_y * m.kernel_x);
+    halves(plan, Inputs{}, rows, m.count * m.high() * m.line(), given, m.count / images_of_scale, out, threads,
+           [&](int half, int64_t first, Inputs& a, float* scales) {
+               Images one = m;
+               one.channels = plan.weights[half].columns;
+               const int64_t line = one.line(), pixel = one.pitch();
+               for (int64_t y = 0; y < m.kernel_y; ++y)
+                   for (int64_t i = 0; i < m.kernel_x; ++i)
+                       segments[y * m.kernel_x + i] = y * m.dilation_y * line + i * m.dilation_x * pixel;
+               a = Inputs{a.codes, one.high() * line, m.step_y * line, m.step_x * pixel, m.out_height, m.out_width, segments.get()};
+               images(x + first * m.stride_channel, one, plan.format, images_of_scale, scales, !given,
+                      const_cast<uint8_t*>(a.codes), threads);
+           });
 }
 
 }  // namespace
@@ -458,29 +604,28 @@ int best_level() {
 
 int64_t panel_width(int level) { return wide_of(level); }
 
-void round_tokens(const void* x, int is_bfloat16, int64_t rows, int64_t columns, const Format* format, const float* given,
-                  float* scales, uint8_t* codes, int64_t pitch, int threads) {
-    if (is_bfloat16) tokens(static_cast<const uint16_t*>(x), rows, columns, *format, given, scales, codes, pitch, threads);
-    else tokens(static_cast<const float*>(x), rows, columns, *format, given, scales, codes, pitch, threads);
+void expand(const Plan* plan, int half, int8_t* panels, int32_t* sums) {
+    const Weights& w = plan->weights[half];
+    const int64_t wide = wide_of(plan->level), bytes = w.quads() * wide * 4;
+    const auto row = buffer<int8_t>(LANES * w.quads() * 4);
+    for (int64_t first = 0; first < w.outputs; first += wide)
+        expand_panel(w, first, wide, panels + first / wide * bytes, sums + first, row.get());
 }
 
-void round_images(const void* x, int is_bfloat16, int64_t count, const Image* image, const Format* format, const float* given,
-                  float* scales, uint8_t* codes, int threads) {
-    if (is_bfloat16) images(static_cast<const uint16_t*>(x), count, *image, *format, given, scales, codes, threads);
-    else images(static_cast<const float*>(x), count, *image, *format, given, scales, codes, threads);
+// x (rows, channels) to out (rows, outputs), both float32 or both bfloat16.
+void run_tokens(const Plan* plan, const void* x, int is_bfloat16, int64_t rows, int64_t channels, int64_t rows_of_scale,
+                const float* given, void* out, int threads) {
+    if (is_bfloat16)
+        run(*plan, static_cast<const uint16_t*>(x), rows, channels, rows_of_scale, given, static_cast<uint16_t*>(out), threads);
+    else run(*plan, static_cast<const float*>(x), rows, channels, rows_of_scale, given, static_cast<float*>(out), threads);
 }
 
-void expand(int level, const Weights* weights, int8_t* panels, int32_t* sums) {
-    const int64_t wide = wide_of(level), bytes = weights->quads() * wide * 4;
-    const auto row = buffer<int8_t>(LANES * weights->quads() * 4);
-    for (int64_t first = 0; first < weights->outputs; first += wide)
-        expand_panel(*weights, first, wide, panels + first / wide * bytes, sums + first, row.get());
-}
-
-void multiply(int level, const Inputs* inputs, int64_t rows, const Weights* weights, const int8_t* panels, const int32_t* sums,
-              int64_t together, const Ends* ends, void* out, int is_bfloat16, int threads) {
-    if (is_bfloat16) product(level, *inputs, rows, *weights, panels, sums, together, *ends, static_cast<uint16_t*>(out), threads);
-    else product(level, *inputs, rows, *weights, panels, sums, together, *ends, static_cast<float*>(out), threads);
+// x (count, channels, height, width), of the strides given, to out (count, out_height, out_width, outputs).
+void run_images(const Plan* plan, const void* x, int is_bfloat16, const Images* images, int64_t images_of_scale,
+                const float* given, void* out, int threads) {
+    if (is_bfloat16)
+        run(*plan, static_cast<const uint16_t*>(x), *images, images_of_scale, given, static_cast<uint16_t*>(out), threads);
+    else run(*plan, static_cast<const float*>(x), *images, images_of_scale, given, static_cast<float*>(out), threads);
 }
 
 }

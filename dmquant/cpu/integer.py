@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from dmquant.activations import ActivationSpec, static_scale
 from dmquant.cpu import products
 from dmquant.cpu.compiling import missing_compiler
-from dmquant.cpu.products import Codes, Operand, Places
+from dmquant.cpu.products import Plan, Weight
 from dmquant.formats import Format, get_format
 from dmquant.kernels import weights_kept
+from dmquant.kernels.chosen import PREFIX
 from dmquant.kernels.reference import Reference
 from dmquant.operands import integer_weight, unit_of
-from dmquant.scaling import fit_absmax
 
 
 class Integer(Reference):
@@ -40,6 +40,8 @@ class Integer(Reference):
             return f"it runs on the CPU, not on {device}"
         if reason := _input_refused(layer.activations) or _shape_refused(layer):
             return reason
+        if layer.qweight.is_meta:  # while it is calibrated
+            return "its weight is not decided yet"
         try:
             largest = integer_weight(layer).largest
         except ValueError as error:
@@ -48,20 +50,19 @@ class Integer(Reference):
         if products.compiled() and largest > (most := products.largest_weight(fmt, products.level())):
             level = products.LEVELS[products.level()]
             return f"integers up to {largest} times inputs in {fmt.name}: {level} is exact up to {most}"
+        dtype = torch.bfloat16 if layer.dtype == torch.bfloat16 else torch.float32
+        if products.compiled() and (faster := products.slower(dtype)):
+            return f"products in {faster} are faster on this processor"
         return None
 
     def prepare(self, layer: nn.Module) -> dict[str, Tensor]:
         weight = integer_weight(layer)
-        made = {
-            "tables": weight.tables(),
-            "factors": weight.factors,
-            "outputs": weight.scale * unit_of(layer.activations.fmt),
-            "largest": torch.tensor(weight.largest),
-        }
+        outputs = weight.scale * unit_of(layer.activations.fmt)
+        made = {"tables": weight.tables(), "factors": weight.factors, "outputs": outputs}
         if weights_kept() == "speed":
-            halves = _halves(layer.qweight, made["tables"], made["factors"], weight.largest, _about(layer))
-            for index, half in enumerate(halves):
-                made[f"panels{index}"], made[f"sums{index}"] = half.expanded()
+            plan = _plan(layer.qweight, *made.values(), [], None, layer.activations.fmt, _about(layer))
+            for half, (panels, sums) in enumerate(plan.expanded()):
+                made[f"panels{half}"], made[f"sums{half}"] = panels, sums
         return made
 
     def linear(self, x: Tensor, layer: nn.Module) -> Tensor:
@@ -117,20 +118,27 @@ def _is_single(kernel: Sequence[int], geometry: Sequence[int]) -> bool:
 
 
 def _about(layer: nn.Module) -> list[int]:
-    """What `_halves` needs to know of a weight: bits, size of a group, split, shape."""
+    """What a plan needs to know besides tensors: the size of a group, split, shape."""
     spec = layer.weight_spec
-    return [spec.fmt.bits, spec.granularity.size or products.WHOLE, spec.split or 0, *layer.weight_shape]
+    return [spec.granularity.size or products.WHOLE, spec.split or 0, *layer.weight_shape]
 
 
-def _halves(qweight: Tensor, tables: Tensor, factors: Tensor, largest: int, about: Sequence[int]) -> list[Operand]:
-    """The weight as an operand, or those of the two halves of the input's channels."""
-    bits, size, split, _, channels, *kernel = about
-    positions, halves, byte, group = math.prod(kernel), [], 0, 0
-    for part in (split, channels - split) if split else (channels,):
-        codes, of_groups = (qweight[:, byte:], factors[:, group:]) if byte else (qweight, factors)
-        halves.append(Operand(codes, bits, tables, of_groups, size, positions, part, largest))
-        byte, group = byte + part * positions * bits // 8, group + -(-part * positions // size)
-    return halves
+def _plan(
+    packed: Tensor,
+    tables: Tensor,
+    factors: Tensor,
+    outputs: Tensor,
+    kept: Sequence[Tensor],
+    bias: Tensor | None,
+    fmt: Format,
+    about: Sequence[int],
+) -> Plan:
+    size, split, _, channels, *kernel = about
+    parts = (split, channels - split) if split else (channels,)
+    if bias is not None and bias.dtype not in (torch.float32, torch.bfloat16):
+        bias = bias.float()
+    weight = Weight(packed, tables, factors, outputs, bias, fmt, size, parts, math.prod(kernel))
+    return Plan(weight, tuple(zip(kept[::2], kept[1::2], strict=True)))
 
 
 def _run(x: Tensor, layer: nn.Module, geometry: Sequence[int]) -> Tensor:
@@ -138,22 +146,61 @@ def _run(x: Tensor, layer: nn.Module, geometry: Sequence[int]) -> Tensor:
     if spec.ranges is not None:
         fitted = layer.input_scale.view(torch.float32)
         given = static_scale(fitted, layer.timestep_ranges, x, layer.channel_dim).flatten()
-    kept = [buffer for name, buffer in layer._buffers.items() if name.startswith(("kernel_panels", "kernel_sums"))]
-    multiply = torch.ops.dmquant.integer_product if torch.compiler.is_compiling() else _multiply
-    return multiply(
-        *(x, layer.qweight, layer.kernel_tables, layer.kernel_factors, layer.kernel_outputs, layer.kernel_largest),
-        *(kept, layer.bias, given, spec.fmt.name, spec.granularity.kind, _about(layer), list(geometry)),
-    )
+    kind = spec.granularity.kind
+    if torch.compiler.is_compiling():
+        made = _made(layer), layer.bias, given, spec.fmt.name, kind, _about(layer), list(geometry)
+        return torch.ops.dmquant.integer_product(x, layer.qweight, *made)
+    return _multiply(_plan_of(layer), x, kind, given, layer.weight_shape[2:], geometry)
+
+
+def _made(layer: nn.Module) -> list[Tensor]:
+    """What `prepare` made, in its order."""
+    return [buffer for name, buffer in layer._buffers.items() if name.startswith(PREFIX)]
+
+
+def _plan_of(layer: nn.Module) -> Plan:
+    """The layer's plan, made anew where a tensor that it reads has been put in the place of another."""
+    bias = layer.bias
+    now = layer.qweight.data_ptr(), layer.kernel_factors.data_ptr(), None if bias is None else bias.data_ptr()
+    plan = layer.kernel_plan
+    if plan is None or plan[0] != now or (bias is not None and bias.dtype == torch.float16):
+        tables, factors, outputs, *kept = _made(layer)
+        made = _plan(layer.qweight, tables, factors, outputs, kept, bias, layer.activations.fmt, _about(layer))
+        layer.kernel_plan = plan = now, made
+    return plan[1]
 
 
 def _multiply(
+    plan: Plan, x: Tensor, kind: str, given: Tensor | None, kernel: Sequence[int], geometry: Sequence[int]
+) -> Tensor:
+    """The output of a Linear, or with `geometry` (stride, padding, dilation) of a Conv2d, in the dtype of `x`.
+
+    `kind` is the granularity of the input's scales, and `given` are static ones.
+    """
+    wide = x.float() if x.dtype == torch.float16 else x
+    single = not geometry or _is_single(kernel, geometry)
+    if not single:
+        if not wide.is_contiguous(memory_format=torch.channels_last):
+            wide = wide.contiguous()
+        count = len(given) if given is not None else 1 if kind == "tensor" else len(wide)
+        out = plan.run_images(wide, kernel, geometry, len(wide) // count, given).to(x.dtype)
+        return out.contiguous() if x.is_contiguous() else out
+    tokens = wide.movedim(1, -1) if geometry else wide
+    rows = tokens.reshape(-1, tokens.shape[-1]).contiguous()
+    together = 1
+    if given is not None or kind != "token":
+        together = len(rows) // (len(given) if given is not None else 1 if kind == "tensor" else len(x))
+    out = plan.run(rows, together, given).view(*tokens.shape[:-1], -1).to(x.dtype)
+    if not geometry:
+        return out
+    return out.movedim(-1, 1).contiguous() if x.is_contiguous() else out.movedim(-1, 1)
+
+
+@torch.library.custom_op("dmquant::integer_product", mutates_args=())
+def _integer_product(
     x: Tensor,
-    qweight: Tensor,
-    tables: Tensor,
-    factors: Tensor,
-    outputs: Tensor,
-    largest: Tensor,
-    kept: list[Tensor],
+    packed: Tensor,
+    made: list[Tensor],
     bias: Tensor | None,
     given: Tensor | None,
     fmt: str,
@@ -161,90 +208,16 @@ def _multiply(
     about: list[int],
     geometry: list[int],
 ) -> Tensor:
-    """The output of a Linear, or with `geometry` (stride, padding, dilation) of a Conv2d, in the dtype of `x`."""
-    halves, rounded_to = _halves(qweight, tables, factors, largest.item(), about), get_format(fmt)
-    wide = x if x.dtype != torch.float16 else x.float()
-    images = geometry and not _is_single(about[5:], geometry)
-    if geometry and not images:
-        wide = wide.movedim(1, -1)
-    shape = _output_shape(wide, about, geometry if images else ())
-    single = len(halves) == 1
-    out = torch.empty(shape, dtype=wide.dtype if single else torch.float32)
-    matrix = out.view(-1, shape[-1])
-    bias = None if bias is None else bias.detach().float()
-    first = 0
-    for index, half in enumerate(halves):
-        channels = wide if single else wide.narrow(1 if images else -1, first, half.columns)
-        if images:
-            codes, places = _of_images(channels, rounded_to, kind, given, about[5:], geometry)
-        else:
-            codes = _of_tokens(channels, rounded_to, kind, given)
-            places = Places(codes.codes.shape[1])
-        expanded = (kept[2 * index], kept[2 * index + 1]) if kept else None
-        of_outputs = outputs[index]
-        products.multiply(codes, places, half, of_outputs, None if index else bias, matrix, expanded, adds=index > 0)
-        first += half.columns
-    out = out.to(x.dtype)
-    return out.movedim(-1, 1) if geometry else out
+    tables, factors, outputs, *kept = made
+    plan = _plan(packed, tables, factors, outputs, kept, bias, get_format(fmt), about)
+    return _multiply(plan, x, kind, given, about[4:], geometry)
 
 
-def _of_tokens(x: Tensor, fmt: Format, kind: str, given: Tensor | None) -> Codes:
-    """Codes of `x` (rows of the batch, ..., channels), a token each; `given` are static scales."""
-    tokens = x.reshape(-1, x.shape[-1]).contiguous()
-    if given is None and kind != "token":
-        given = _scales(x, fmt, kind)
-    if given is not None:
-        given = given.repeat_interleave(len(tokens) // len(given))
-    return products.round_tokens(tokens, fmt, given)
-
-
-def _of_images(
-    x: Tensor, fmt: Format, kind: str, given: Tensor | None, kernel: Sequence[int], geometry: Sequence[int]
-) -> tuple[Codes, Places]:
-    """Codes of `x` (batch, channels, height, width) within their padding, and where each output pixel's lie."""
-    down, right, *padding, step_down, step_right = geometry
-    if not x.is_contiguous(memory_format=torch.channels_last):
-        x = x.contiguous()
-    if given is None and kind == "tensor":
-        given = _scales(x, fmt, kind)
-    if given is not None:
-        given = given.repeat_interleave(len(x) // len(given))
-    codes = products.round_images(x, fmt, padding, given)
-    _, high, wide, pixel = codes.codes.shape
-    line = wide * pixel
-    segments = [y * step_down * line + i * step_right * pixel for y in range(kernel[0]) for i in range(kernel[1])]
-    height, width = _output_size(x.shape[2:], kernel, geometry)
-    return codes, Places(high * line, down * line, right * pixel, height, width, tuple(segments))
-
-
-def _scales(x: Tensor, fmt: Format, kind: str) -> Tensor:
-    """Online scales, float32, of each row of the batch, or one of all of `x`."""
-    return fit_absmax(x.reshape(len(x) if kind == "image" else 1, 1, -1).float(), fmt, "fp32").decode().flatten()
-
-
-def _output_size(size: Sequence[int], kernel: Sequence[int], geometry: Sequence[int]) -> tuple[int, int]:
-    high, wide = (
-        (size[i] + 2 * geometry[2 + i] - geometry[4 + i] * (kernel[i] - 1) - 1) // geometry[i] + 1 for i in (0, 1)
-    )
-    return high, wide
-
-
-def _output_shape(x: Tensor, about: Sequence[int], geometry: Sequence[int]) -> tuple[int, ...]:
-    """Shape of the output, outputs last, of tokens (..., channels), or with `geometry` of images."""
-    if geometry:
-        return len(x), *_output_size(x.shape[2:], about[5:], geometry), about[3]
-    return *x.shape[:-1], about[3]
-
-
-integer_product = torch.library.custom_op("dmquant::integer_product", _multiply, mutates_args=())
-
-
-@integer_product.register_fake
-def _like_output(x, qweight, tables, factors, outputs, largest, kept, bias, given, fmt, kind, about, geometry):
-    pixels = bool(geometry) and _is_single(about[5:], geometry)
-    shape = _output_shape(x.movedim(1, -1) if pixels else x, about, () if pixels else geometry)
-    out = x.new_empty(shape)
-    return out.movedim(-1, 1) if geometry else out
+@_integer_product.register_fake
+def _like_output(x, packed, made, bias, given, fmt, kind, about, geometry):
+    if not geometry:
+        return x.new_empty(*x.shape[:-1], about[2])
+    return x.new_empty(len(x), *products.output_size(x.shape[2:], about[4:], geometry), about[2]).movedim(-1, 1)
 
 
 KERNEL = Integer()

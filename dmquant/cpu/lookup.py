@@ -8,14 +8,14 @@ import functools
 from collections import Counter
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dmquant import activations, qtensor
 from dmquant.activations import ActivationSpec, half_by_half
+from dmquant.cpu import solving
 from dmquant.cpu.compiling import missing_to_compile
 from dmquant.formats import FloatFormat, Format
 from dmquant.grids import ScaledGrid
-from dmquant.kernels.reference import Reference
 from dmquant.qtensor import WeightSpec
 from dmquant.scaling import from_matrix
 
@@ -111,6 +111,8 @@ def fake_quantize(x: Tensor, spec: ActivationSpec, dim: int, scale: Tensor | Non
         return activations.fake_quantize(x, spec, dim, scale)
     if spec.split is not None:  # so that one compiled loop serves every split
         return half_by_half(fake_quantize, x, spec, dim)
+    if not torch.compiler.is_compiling() and (done := solving.fake_quantize(x, spec, dim)) is not None:
+        return done
     if not torch.compiler.is_compiling() and _worth_compiling(x, spec):
         spec, tokens = _to_compile(spec), x.movedim(dim, -1)
         if spec.scale_by_row or not tokens.is_contiguous():
@@ -118,18 +120,3 @@ def fake_quantize(x: Tensor, spec: ActivationSpec, dim: int, scale: Tensor | Non
         matrix = tokens.flatten(0, -2)  # torch.compile gives up after eight variants: spare it the number of dimensions
         return _compiled_fake_quantize()(matrix, spec, -1).view(tokens.shape).movedim(-1, dim)
     return activations.fake_quantize(x, spec, dim)
-
-
-class Cpu(Reference):
-    """The reference's product of weights that are looked up and inputs that are rounded in a compiled loop."""
-
-    name, cost = "cpu", 50
-    description = "looks weights up two bytes at a time, compiles the rounding of large inputs"
-    dequantize = staticmethod(dequantize)
-    fake_quantize = staticmethod(fake_quantize)
-
-    def refuses(self, layer: nn.Module, device: torch.device) -> str | None:
-        return None if device.type == "cpu" else f"it runs on the CPU, not on {device}"
-
-
-KERNEL = Cpu()

@@ -1,18 +1,19 @@
-"""The functions of integer.cpp on tensors, and the instructions that they may use.
-
-Inputs become bytes, code + zero; weights stay packed, or lie as panels of bytes; sums of products are exact int32.
-"""
+"""integer.cpp from Python: plans of layers, which products run by, and the instructions that they may use."""
 
 import ctypes
 import functools
+import math
 import os
-from ctypes import c_float, c_int32, c_int64, c_void_p
+from collections.abc import Sequence
+from ctypes import c_float, c_int, c_int32, c_int64, c_void_p
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from dmquant.cpu.compiling import library
+from dmquant.cpu.fast_dtype import SHAPE, fast_dtype, product_in
+from dmquant.cpu.measured import best_times, ratio
 from dmquant.errors import check_choice
 from dmquant.formats import FloatFormat, Format, get_format
 from dmquant.operands import INT8, unit_of
@@ -20,64 +21,56 @@ from dmquant.stores import LARGEST
 
 VARIABLE = "DMQUANT_MAX_CPU_ISA"
 LEVELS = ("portable", "avx2", "avx_vnni", "avx512_vnni")  # as in integer.cpp
-QUAD = 4  # bytes that one instruction multiplies by as many
-_INT16 = (1 << 15) - 1
 WIDEST = (1 << 31) // (256 * 128) - 1  # columns up to which no sum leaves 32 bits, whatever the operands
 WHOLE = 1 << 40  # the size of a group that is all of a row
+_INT16 = (1 << 15) - 1
+SLOWER = 1.2  # of a product in floating point, beside which weights must be expanded and inputs rounded
+_QUAD = 4  # bytes that one instruction multiplies by as many
 
 
-class _Format(ctypes.Structure):
-    _fields_ = (
-        ("is_float", c_int32),
-        ("mantissa", c_int32),
-        ("lowest", c_float),
-        ("highest", c_float),
-        ("largest", c_float),
-        ("most", c_float),
-        ("unit", c_float),
-        ("zero", c_int32),
-    )
+def _struct(name: str, **fields: type) -> type[ctypes.Structure]:
+    return type(name, (ctypes.Structure,), {"_fields_": tuple(fields.items())})
 
 
-class _Image(ctypes.Structure):
-    _fields_ = tuple(
-        (name, c_int64)
-        for name in (
-            *("channels", "height", "width", "padding_y", "padding_x", "pitch"),
-            *("stride_channel", "stride_y", "stride_x"),
-        )
-    )
-
-
-class _Weights(ctypes.Structure):
-    _fields_ = (
-        ("packed", c_void_p),
-        ("packed_pitch", c_int64),
-        ("bits", c_int64),
-        ("tables", c_void_p),
-        ("factors", c_void_p),
-        *((name, c_int64) for name in ("groups", "size", "outputs", "segments", "columns")),
-    )
-
-
-class _Inputs(ctypes.Structure):
-    _fields_ = (
-        ("codes", c_void_p),
-        *((name, c_int64) for name in ("image_pitch", "y_pitch", "x_pitch", "height", "width")),
-        ("segments", c_void_p),
-    )
-
-
-class _Ends(ctypes.Structure):
-    _fields_ = (
-        ("zero", c_int32),
-        ("of_outputs", c_void_p),
-        ("of_rows", c_void_p),
-        ("rows_of_scale", c_int64),
-        ("bias", c_void_p),
-        ("pitch", c_int64),
-        ("adds", c_int32),
-    )
+_Format = _struct(
+    "_Format",
+    is_float=c_int32,
+    mantissa=c_int32,
+    lowest=c_float,
+    highest=c_float,
+    largest=c_float,
+    most=c_float,
+    unit=c_float,
+    zero=c_int32,
+)
+_Weights = _struct(
+    "_Weights",
+    packed=c_void_p,
+    packed_pitch=c_int64,
+    bits=c_int64,
+    tables=c_void_p,
+    factors=c_void_p,
+    **dict.fromkeys(("groups", "size", "outputs", "segments", "columns"), c_int64),
+)
+_Plan = _struct(
+    "_Plan",
+    format=_Format,
+    level=c_int32,
+    halves=c_int32,
+    together=c_int64,
+    weights=_Weights * 2,
+    panels=c_void_p * 2,
+    sums=c_void_p * 2,
+    of_outputs=c_void_p * 2,
+    bias=c_void_p,
+    bias_is_bfloat16=c_int32,
+)
+_Images = _struct(
+    "_Images",
+    **dict.fromkeys(("count", "channels", "height", "width", "image", "channel", "y", "x"), c_int64),
+    **dict.fromkeys(("kernel_y", "kernel_x", "step_y", "step_x", "padding_y", "padding_x"), c_int64),
+    **dict.fromkeys(("dilation_y", "dilation_x", "out_height", "out_width"), c_int64),
+)
 
 
 @functools.cache
@@ -86,6 +79,10 @@ def compiled() -> ctypes.CDLL | None:
     functions = library("integer")
     if functions is not None:
         functions.panel_width.restype = c_int64
+        functions.expand.argtypes = c_void_p, c_int, c_void_p, c_void_p
+        counts = c_int64, c_int64, c_int64
+        functions.run_tokens.argtypes = c_void_p, c_void_p, c_int, *counts, c_void_p, c_void_p, c_int
+        functions.run_images.argtypes = c_void_p, c_void_p, c_int, c_void_p, c_int64, c_void_p, c_void_p, c_int
     return functions
 
 
@@ -96,18 +93,19 @@ def level() -> int:
 
 
 @functools.lru_cache(maxsize=64)
-def zero_of(fmt: Format) -> int:
-    """The byte of a zero among the codes of a format of inputs."""
-    return round(-min(fmt.values.min().item(), -fmt.max) / unit_of(fmt))
-
-
-@functools.lru_cache(maxsize=64)
 def _format(fmt: Format) -> _Format:
-    unit, zero = unit_of(fmt), zero_of(fmt)
+    unit = unit_of(fmt)
+    zero = round(-min(fmt.values.min().item(), -fmt.max) / unit)
     if isinstance(fmt, FloatFormat):
         binades = 2.0**fmt.min_exponent, 2.0**fmt.max_exponent
         return _Format(1, fmt.mantissa, *binades, fmt.max, LARGEST / fmt.max, 1 / unit, zero)
     return _Format(0, 0, fmt.min, fmt.max, fmt.max, LARGEST / fmt.max, 1 / unit, zero)
+
+
+def _pairs(fmt: Format, largest: int) -> int:
+    """The number of sums of two products of inputs in `fmt` and integers up to `largest` that fit 16 bits."""
+    byte = _format(fmt).zero + round(fmt.max / unit_of(fmt))
+    return _INT16 // (2 * byte * max(1, largest))
 
 
 def largest_weight(fmt: Format, at: int) -> int:
@@ -115,190 +113,136 @@ def largest_weight(fmt: Format, at: int) -> int:
 
     Without VNNI pairs of products are summed in 16 bits, where more would saturate.
     """
-    if LEVELS[at] != "avx2":
-        return INT8 + 1
-    return _INT16 // (2 * _largest_byte(fmt))
-
-
-def _largest_byte(fmt: Format) -> int:
-    return zero_of(fmt) + round(fmt.max / unit_of(fmt))
+    return _pairs(fmt, 1) if LEVELS[at] == "avx2" else INT8 + 1
 
 
 @dataclass(frozen=True)
-class Codes:
-    """Inputs as bytes: uint8 codes, one after another, with the float32 scales that they were rounded by."""
+class Weight:
+    """Packed integer weights, as `operands.IntegerWeight`, with what else turns sums of products into outputs.
 
-    codes: Tensor
-    scales: Tensor
-    fmt: Format
-
-
-def round_tokens(x: Tensor, fmt: Format, given: Tensor | None = None) -> Codes:
-    """Codes (rows, columns up to a multiple of QUAD) of `x` (rows, columns), contiguous float32 or bfloat16.
-
-    Each row has a scale, (rows,) float32: the one `given`, or as `scaling.fit_absmax` fits it. Codes are those of
-    `fmt.round(x / scale)` bit for bit; those of NaN are arbitrary, and its row's scale is NaN.
-    """
-    rows, columns = x.shape
-    pitch = -(-columns // QUAD) * QUAD
-    codes, scales = x.new_empty((rows, pitch), dtype=torch.uint8), x.new_empty(rows, dtype=torch.float32)
-    compiled().round_tokens(
-        *_start(x),
-        c_int64(rows),
-        c_int64(columns),
-        ctypes.byref(_format(fmt)),
-        _pointer(given),
-        _pointer(scales),
-        _pointer(codes),
-        c_int64(pitch),
-        torch.get_num_threads(),
-    )
-    return Codes(codes, scales, fmt)
-
-
-def round_images(x: Tensor, fmt: Format, padding: tuple[int, int], given: Tensor | None = None) -> Codes:
-    """Codes (batch, height, width, channels up to a multiple of QUAD) of `x` (batch, channels, height, width).
-
-    Height and width have the `padding`, in codes of zero, on both sides. `x` is dense, in either memory format, float32
-    or bfloat16; an image has one scale, (batch,) float32, as in `round_tokens`.
-    """
-    count, channels, height, width = x.shape
-    pitch = -(-channels // QUAD) * QUAD
-    padded = count, height + 2 * padding[0], width + 2 * padding[1], pitch
-    codes, scales = x.new_empty(padded, dtype=torch.uint8), x.new_empty(count, dtype=torch.float32)
-    image = _Image(channels, height, width, *padding, pitch, *x.stride()[1:])
-    compiled().round_images(
-        *_start(x),
-        c_int64(count),
-        ctypes.byref(image),
-        ctypes.byref(_format(fmt)),
-        _pointer(given),
-        _pointer(scales),
-        _pointer(codes),
-        torch.get_num_threads(),
-    )
-    return Codes(codes, scales, fmt)
-
-
-@dataclass(frozen=True)
-class Operand:
-    """Packed integer weights and their place in rows of codes; the tensors must live as long as it is used.
-
-    Row o has `segments` runs of `columns` columns, each and each group of `size` columns has a factor.
+    The product reads these tensors where they lie: all contiguous, and to be left alone as long as it is used.
     """
 
     packed: Tensor
-    """uint8 (outputs, bytes), a view whose rows begin with the operand's first code."""
-    bits: int
+    """uint8 (outputs, bytes)."""
     tables: Tensor
     """int8 (factors, 2^bits): the integer of a code times 0, 1, 2, ..."""
     factors: Tensor
-    """uint8 (outputs, groups), a view whose rows begin with the operand's first group; rows lie `stride(0)` apart."""
+    """uint8 (outputs, groups)."""
+    of_outputs: Tensor
+    """float32 (halves, outputs): what a sum is multiplied by, besides the scale of the input."""
+    bias: Tensor | None
+    """float32 or bfloat16 (outputs,)."""
+    fmt: Format
+    """The inputs' format."""
     size: int
-    segments: int
-    columns: int
-    largest: int
-    """The largest magnitude of an integer."""
+    """Columns of a group."""
+    parts: Sequence[int]
+    """Input channels of the halves."""
+    positions: int
+    """Positions of the kernel."""
 
-    def _as_struct(self) -> _Weights:
-        return _Weights(
-            self.packed.data_ptr(),
-            self.packed.stride(0),
-            self.bits,
-            self.tables.data_ptr(),
-            self.factors.data_ptr(),
-            self.factors.stride(0),
-            self.size,
-            len(self.packed),
-            self.segments,
-            self.columns,
+
+class Plan:
+    """How a weight is multiplied at the level in use; `panels` are its expanded form, in place of the packed one."""
+
+    def __init__(self, weight: Weight, panels: Sequence[tuple[Tensor, Tensor]] = ()):
+        self.weight, self.panels, bits = weight, panels, round(math.log2(weight.tables.shape[1]))
+        largest = int(weight.tables[-1].to(torch.int32).abs().max())
+        self._plan = plan = _Plan(_format(weight.fmt), level(), len(weight.parts), _pairs(weight.fmt, largest))
+        byte, group = 0, 0
+        for half, part in enumerate(weight.parts):
+            plan.weights[half] = _Weights(
+                *(weight.packed.data_ptr() + byte, weight.packed.shape[1], bits),
+                *(weight.tables.data_ptr(), weight.factors.data_ptr() + group, weight.factors.shape[1], weight.size),
+                *(len(weight.packed), weight.positions, part),
+            )
+            plan.of_outputs[half] = weight.of_outputs[half].data_ptr()
+            byte += part * weight.positions * bits // 8
+            group += math.ceil(part * weight.positions / weight.size)
+        for half, (bytes_, sums) in enumerate(panels):
+            plan.panels[half], plan.sums[half] = bytes_.data_ptr(), sums.data_ptr()
+        if weight.bias is not None:
+            plan.bias, plan.bias_is_bfloat16 = weight.bias.data_ptr(), weight.bias.dtype == torch.bfloat16
+        self._at = ctypes.addressof(plan)
+
+    def expanded(self) -> list[tuple[Tensor, Tensor]]:
+        """The panels of bytes of each half, int8, and the sums of each output's integers, int32."""
+        wide, made = compiled().panel_width(self._plan.level), []
+        outputs = math.ceil(len(self.weight.packed) / wide) * wide
+        for half, part in enumerate(self.weight.parts):
+            quads = self.weight.positions * math.ceil(part / _QUAD)
+            panels, sums = (
+                torch.empty(outputs * quads * _QUAD, dtype=torch.int8),
+                torch.empty(outputs, dtype=torch.int32),
+            )
+            compiled().expand(self._at, half, panels.data_ptr(), sums.data_ptr())
+            made.append((panels, sums))
+        return made
+
+    def run(self, x: Tensor, rows_of_scale: int = 1, given: Tensor | None = None) -> Tensor:
+        """The product (rows, outputs) of `x` (rows, channels), contiguous float32 or bfloat16, in its dtype.
+
+        So many consecutive rows share a scale: `given`, float32, or as `scaling.fit_absmax` fits it. Codes are those
+        of `fmt.round(x / scale)`, sums are exact int32, and the rest is float32, rounded once to the dtype of `x`.
+        """
+        rows, channels = x.shape
+        out = x.new_empty(rows, len(self.weight.packed))
+        compiled().run_tokens(
+            *(self._at, x.data_ptr(), x.dtype == torch.bfloat16, rows, channels, rows_of_scale),
+            *(None if given is None else given.data_ptr(), out.data_ptr(), torch.get_num_threads()),
         )
+        return out
 
-    def expanded(self) -> tuple[Tensor, Tensor]:
-        """Panels of bytes for the level in use, int8 (bytes,), and the sums of each output's integers, int32."""
-        at = level()
-        wide = compiled().panel_width(at)
-        outputs = -(-len(self.packed) // wide) * wide
-        quads = self.segments * -(-self.columns // QUAD)
-        panels = torch.empty(outputs * quads * QUAD, dtype=torch.int8)
-        sums = torch.empty(outputs, dtype=torch.int32)
-        compiled().expand(at, ctypes.byref(self._as_struct()), _pointer(panels), _pointer(sums))
-        return panels, sums
+    def run_images(
+        self,
+        x: Tensor,
+        kernel: Sequence[int],
+        geometry: Sequence[int],
+        images_of_scale: int = 1,
+        given: Tensor | None = None,
+    ) -> Tensor:
+        """The convolution of `x` (batch, channels, height, width), dense in either memory format, by a kernel's size.
+
+        `geometry` is stride, padding and dilation, two each. The output is in the memory format channels last; the rest
+        is as in `run`.
+        """
+        size = output_size(x.shape[2:], kernel, geometry)
+        out = x.new_empty(len(x), *size, len(self.weight.packed))
+        images = _Images(*x.shape, *x.stride(), *kernel, *geometry, *size)
+        compiled().run_images(
+            *(self._at, x.data_ptr(), x.dtype == torch.bfloat16, ctypes.addressof(images), images_of_scale),
+            *(None if given is None else given.data_ptr(), out.data_ptr(), torch.get_num_threads()),
+        )
+        return out.movedim(-1, 1)
 
 
-@dataclass(frozen=True)
-class Places:
-    """Where the inputs of output rows lie among codes, in bytes. A row is a pixel (y, x) of an image's output.
+def output_size(size: Sequence[int], kernel: Sequence[int], geometry: Sequence[int]) -> tuple[int, int]:
+    """Height and width of a convolution's output."""
+    return tuple(
+        (size[i] + 2 * geometry[2 + i] - geometry[4 + i] * (kernel[i] - 1) - 1) // geometry[i] + 1 for i in (0, 1)
+    )
 
-    Its inputs begin at image * `image` + y * `y` + x * `x`, and each of its runs of columns at one of `segments` more.
+
+@functools.cache
+def slower(dtype: torch.dtype) -> str | None:
+    """A product in floating point that takes less time here than one of integers, for inputs of `dtype`; None without.
+
+    Some processors have units for bfloat16 that are faster than what integer.cpp knows.
     """
+    (tokens, inputs, outputs), fmt = SHAPE, get_format("int8")
+    draw = torch.Generator().manual_seed(0)
+    packed = torch.randint(0, 256, (outputs, inputs // 2), dtype=torch.uint8, generator=draw)
+    tables = torch.stack([torch.zeros(16), torch.arange(-8, 8)]).to(torch.int8)
+    factors, scale = torch.ones(outputs, inputs // 16, dtype=torch.uint8), torch.ones(1, outputs)
+    plan = Plan(Weight(packed, tables, factors, scale, None, fmt, 16, (inputs,), 1))
+    x, floats = torch.randn(tokens, inputs, generator=draw).to(dtype), fast_dtype(dtype)
 
-    image: int
-    y: int = 0
-    x: int = 0
-    height: int = 1
-    width: int = 1
-    segments: tuple[int, ...] = (0,)
+    def measure() -> float:
+        taken = best_times({"integer": lambda: plan.run(x), "float": product_in(floats)})
+        return taken["integer"] / taken["float"]
 
-
-def multiply(
-    x: Codes,
-    places: Places,
-    weight: Operand,
-    of_outputs: Tensor,
-    bias: Tensor | None,
-    out: Tensor,
-    expanded: tuple[Tensor, Tensor] | None = None,
-    adds: bool = False,
-) -> None:
-    """Write to `out` (rows, outputs), contiguous float32 or bfloat16: sums of products times both scales, plus bias.
-
-    The sum is an exact int32, everything after it float32, rounded once to the dtype of `out`. `of_outputs` and `bias`
-    are float32 (outputs,). Consecutive rows share the scales of `x`, equally many each. With `adds`, the result is
-    added to `out`.
-    """
-    rows, at = len(out), level()
-    ends = _Ends(
-        zero_of(x.fmt),
-        of_outputs.data_ptr(),
-        x.scales.data_ptr(),
-        max(1, rows // len(x.scales)),
-        None if bias is None else bias.data_ptr(),
-        out.stride(0),
-        adds,
-    )
-    together = _INT16 // max(1, 2 * _largest_byte(x.fmt) * weight.largest)
-    at_segments = _segments(places.segments)
-    inputs = _Inputs(
-        *(x.codes.data_ptr(), places.image, places.y, places.x, places.height, places.width),
-        ctypes.addressof(at_segments),
-    )
-    panels, sums = expanded or (None, None)
-    compiled().multiply(
-        at,
-        ctypes.byref(inputs),
-        c_int64(rows),
-        ctypes.byref(weight._as_struct()),
-        _pointer(panels),
-        _pointer(sums),
-        c_int64(together),
-        ctypes.byref(ends),
-        *_start(out),
-        torch.get_num_threads(),
-    )
-
-
-@functools.lru_cache(maxsize=64)
-def _segments(offsets: tuple[int, ...]) -> ctypes.Array:
-    return (c_int64 * len(offsets))(*offsets)
-
-
-def _pointer(tensor: Tensor | None) -> c_void_p:
-    return c_void_p(None if tensor is None else tensor.data_ptr())
-
-
-def _start(x: Tensor) -> tuple[c_void_p, int]:
-    return _pointer(x), int(x.dtype == torch.bfloat16)
+    return f"{floats}".removeprefix("torch.") if ratio(f"integer / {dtype}", measure) > SLOWER else None
 
 
 @functools.cache
@@ -311,26 +255,17 @@ def wrong(at: int) -> str | None:
     generator = torch.Generator().manual_seed(0)
     for name in ("int8", "fp6_e2m3"):
         fmt = get_format(name)
-        most = min(largest_weight(fmt, at), INT8)
-        signs = torch.randint(0, 2, (rows, columns), generator=generator) * 2 - 1
-        codes = round_tokens(torch.where(torch.arange(rows).view(-1, 1) % 2 == 0, 1.0, signs.float()), fmt)
+        most, unit = min(largest_weight(fmt, at), INT8), unit_of(fmt)
+        x = torch.randint(0, 2, (rows, columns), generator=generator) * 2 * fmt.max - fmt.max
+        x[0], x[1] = fmt.max, -fmt.max
         packed = torch.randint(0, 2, (outputs, columns), generator=generator).to(torch.uint8)
         packed[0], packed[1] = 0, 1
         values = torch.zeros(256, dtype=torch.int32)
         values[:2] = torch.tensor([most, -most])
-        tables = torch.stack([0 * values, values]).to(torch.int8)
-        factors = torch.ones(outputs, 1, dtype=torch.uint8)
-        weight = Operand(packed, 8, tables, factors, WHOLE, 1, columns, most)
-        out = torch.empty(rows, outputs)
-        multiply(
-            Codes(codes.codes, torch.ones(rows), fmt),
-            Places(codes.codes.shape[1]),
-            weight,
-            torch.ones(outputs),
-            None,
-            out,
-        )
-        exact = (codes.codes[:, :columns].long() - zero_of(fmt)) @ values[packed.long()].long().T
-        if not torch.equal(out.double(), exact.float().double()):
+        tables, factors = torch.stack([0 * values, values]).to(torch.int8), torch.ones(outputs, 1, dtype=torch.uint8)
+        scale = torch.full((1, outputs), unit)
+        plan = Plan(Weight(packed, tables, factors, scale, None, fmt, WHOLE, (columns,), 1))
+        exact = (x / unit).long() @ values[packed.long()].long().T
+        if not torch.equal(plan.run(x, given=torch.ones(rows)), exact.float() * unit):
             return f"exact sums: those of this processor, in {LEVELS[at]}, are not"
     return None

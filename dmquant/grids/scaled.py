@@ -54,11 +54,11 @@ class ScaledGrid(Grid):
         return self._unscaled(self.spec.fmt.step(self._scaled))
 
     def round_column(self, values: Tensor, column: int) -> Tensor:
-        scale = self._scale_of_columns[column]
+        scale = self.scale_of_columns[column]
         return self.spec.fmt.round(values / scale) * scale
 
     @cached_property
-    def _scale_of_columns(self) -> Tensor:
+    def scale_of_columns(self) -> Tensor:
         """The scale of every weight, (columns, rows)."""
         groups = to_groups(torch.empty_like(self.weight), self.spec.granularity, self.segments)
         scale = self.scale.unsqueeze(-1).expand_as(groups)

@@ -102,7 +102,9 @@ def _prepared(layer: nn.Module, device: torch.device) -> Reference:
 
 
 def _make_weights(layer: nn.Module, name: str, device: torch.device) -> None:
+    choice = layer.kernel_choice
     layer.drop_kernel_weights()
+    layer.kernel_choice = choice
     with torch.no_grad():
         for part, tensor in KERNELS[name].prepare(layer).items():
             layer.register_buffer(f"{PREFIX}{part}", tensor, persistent=False)

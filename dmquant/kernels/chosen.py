@@ -19,12 +19,14 @@ class Chosen(nn.Module):
     """The kernel's name, and what it was chosen for: a device, and the kernel that was forced, if any."""
     kernel_weights_of: tuple[str, torch.device, str] | None = None
     """The kernel that made weights of its own here, as buffers `kernel_<name>`, where, and how they are kept."""
+    kernel_plan: Any = None
+    """What the kernel keeps besides tensors, made from them."""
 
     def drop_kernel_weights(self) -> None:
         """Forget the kernel and its weights; the next call chooses one, which makes its weights from the codes then."""
         for name in [name for name in self._buffers if name.startswith(PREFIX)]:
             delattr(self, name)
-        self.kernel_choice = self.kernel_weights_of = None
+        self.kernel_choice = self.kernel_weights_of = self.kernel_plan = None
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in CODES and self.kernel_choice:
@@ -32,7 +34,7 @@ class Chosen(nn.Module):
         super().__setattr__(name, value)
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("kernel_choice", "kernel_weights_of")
+        own = ("kernel_choice", "kernel_weights_of", "kernel_plan")
         state = {name: value for name, value in self.__dict__.items() if name not in own}
         buffers = {name: buffer for name, buffer in self._buffers.items() if not name.startswith(PREFIX)}
         passing = {name for name in self._non_persistent_buffers_set if not name.startswith(PREFIX)}

@@ -6,6 +6,7 @@ refined by coordinate descent: Behdin et al., "QuantEase: Optimization-based Qua
 arXiv 2309.01885, section 3.
 """
 
+import importlib
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
@@ -21,6 +22,7 @@ LEARNS = False
 NEEDS_MOMENTS = True
 BLOCK = 128  # columns between two updates of all that are left
 TRIES = 8  # dampings to try, each ten times the one before
+FASTER = "dmquant.cpu.solving"  # `round_in_turn` on a CPU; by name alone, since it stands above
 
 
 class Options(BaseModel, extra="forbid"):
@@ -37,14 +39,14 @@ class Options(BaseModel, extra="forbid"):
 
 
 class Factor(NamedTuple):
-    """The order of one block of n columns, and the upper Cholesky factor U of its inverse moments in that order.
+    """The order of one block of n columns, and the upper triangular root R of its damped moments in that order.
 
-    U^T U = H^-1: U_ii^2 is the variance of column i given the columns after it; an error there costs its square over
-    U_ii^2. `order` (n,) int64 counts from the block's first column; `upper` is (n, n).
+    H = R R^T: R_ii^2 is the variance of input i given those after it, and what an error there costs once the columns
+    after it have made up for it. `order` (n,) int64 counts from the block's first column; `root` is (n, n).
     """
 
     order: Tensor
-    upper: Tensor
+    root: Tensor
 
 
 def start(grid: Grid, options: Options, moments: Sequence[Tensor]) -> Fixed:
@@ -84,54 +86,67 @@ def _factorize(moments: Tensor, options: Options) -> Factor:
         order = diagonal.argsort(descending=True, stable=True)
     damping = _damping(moments, options)
     for attempt, dtype in enumerate((moments.dtype, *(torch.float64,) * TRIES)):
-        damped = moments[order[:, None], order].to(dtype)
+        damped = moments[order.flip(0)[:, None], order.flip(0)].to(dtype)  # backwards: its factor is a root R, flipped
         dead = damped.diagonal() == 0
         damped.diagonal().masked_fill_(dead, damping).add_(damping * 10 ** max(attempt - 1, 0))
         lower, failed = torch.linalg.cholesky_ex(damped)
-        del damped
-        if failed:
-            continue
-        inverse = torch.cholesky_inverse(lower)
-        del lower
-        upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
-        if not failed and torch.isfinite(upper.diagonal()).all():
-            return Factor(order, upper.to(moments.dtype))
+        if not failed and torch.isfinite(lower.diagonal()).all():
+            return Factor(order, lower.flip(0, 1).to(moments.dtype))
     raise UserError("the second moments of a layer's inputs are not positive definite: raise rounding.damping")
 
 
-def solve(grid: Grid, factors: Sequence[Factor]) -> tuple[Tensor, float]:
-    """GPTQ (arXiv 2210.17323, algorithm 1): values of the grid, (rows, columns) float32, and their error.
+def solve(grid: Grid, factors: Sequence[Factor]) -> tuple[Tensor, Tensor]:
+    """GPTQ (arXiv 2210.17323, algorithm 1): values of the grid, (rows, columns) float32, and errors (rows,) float64.
 
-    The error is tr((W - Q) (H + damping) (W - Q)^T), with H zero between blocks of columns.
+    The error of a row is (w - q) (H + damping) (w - q)^T, with H zero between blocks of columns.
     """
-    values, error, first = torch.empty_like(grid.weight), 0.0, 0
+    values, first = torch.empty_like(grid.weight), 0
+    errors = torch.zeros(len(values), dtype=torch.float64, device=values.device)
     for factor in factors:
         last = first + len(factor.order)
         values[:, first:last], of_block = _solve(grid, factor, first, last)
-        error, first = error + of_block, last
-    return values, error
+        errors, first = errors + of_block, last
+    return values, errors
 
 
-def _solve(grid: Grid, factor: Factor, start: int, stop: int) -> tuple[Tensor, float]:
-    """Values (rows, n) of the n columns from `start` to `stop`, and their error."""
-    order, upper = factor
-    left = grid.weight[:, start:stop].T[order].to(upper.dtype)  # columns first: each is contiguous
-    values = torch.empty_like(left, dtype=torch.float32)
-    errors, error = torch.empty_like(left[:BLOCK]), torch.zeros((), dtype=torch.float64, device=left.device)
-    columns = (order + start).tolist()
+def _solve(grid: Grid, factor: Factor, start: int, stop: int) -> tuple[Tensor, Tensor]:
+    """Values (rows, n) of the n columns from `start` to `stop`, and their errors (rows,).
+
+    With e = w - q, a row's error is |e R|^2, of which column i adds (sum over j <= i of e_j R_ji)^2: least where q_i is
+    nearest to w_i + sum over j < i of e_j R_ji / R_ii. That is what the published updates move the weight to.
+    """
+    order, root = factor
+    exact = grid.weight[:, start:stop].T[order].to(root.dtype)  # columns first: each is contiguous
+    lost, diagonal, columns = torch.empty_like(exact), root.diagonal()[:, None], (order + start).tolist()
+    errors = torch.zeros(exact.shape[1], dtype=torch.float64, device=exact.device)
     for first in range(0, len(columns), BLOCK):
-        block = left[first : first + BLOCK]
-        last, made = first + len(block), errors[: len(block)]
-        inside = upper[first:last, first:last]
-        for index, column in enumerate(block):
-            values[first + index] = grid.round_column(column.float(), columns[first + index])
-            made[index] = (column - values[first + index]) / inside[index, index]
-            block[index + 1 :].addr_(inside[index, index + 1 :], made[index], alpha=-1)
-        left[last:].addmm_(upper[first:last, last:].T, made, alpha=-1)
-        error += made.double().square().sum()
-    unsorted = torch.empty_like(values)
-    unsorted[order] = values
-    return unsorted.T, error.item()
+        block = slice(first, min(first + BLOCK, len(columns)))
+        wanted = exact[block] + (root[:first, block].T @ lost[:first]) / diagonal[block]
+        values = round_in_turn(grid, columns[block], wanted, root[block, block] / diagonal[block].T, exact[block])
+        errors += ((wanted - values) * diagonal[block]).square().sum(0, dtype=torch.float64)
+        torch.sub(exact[block], values, out=lost[block])
+        exact[block] = values
+    unsorted = torch.empty_like(exact, dtype=torch.float32)
+    unsorted[order] = exact.float()
+    return unsorted.T, errors
+
+
+def round_in_turn(grid: Grid, columns: Sequence[int], wanted: Tensor, coupling: Tensor, before: Tensor) -> Tensor:
+    """Values of the grid for the numbered `columns` one after another, (columns, rows) in the dtype of `wanted`.
+
+    Each takes the value nearest to what it wants, and moves what column j after it wants by (before - value) times
+    `coupling` (columns, columns) at [it, j]. `wanted` and `before` are (columns, rows); the first ends as what each
+    column wanted in its turn.
+    """
+    if wanted.device.type == "cpu":
+        done = importlib.import_module(FASTER).round_in_turn(grid, columns, wanted, coupling, before)
+        if done is not None:
+            return done
+    values = torch.empty_like(wanted)
+    for index, column in enumerate(columns):
+        values[index] = grid.round_column(wanted[index].float(), column)
+        wanted[index + 1 :].addr_(coupling[index, index + 1 :], before[index] - values[index])
+    return values
 
 
 def descend(grid: Grid, moments: Sequence[Tensor], options: Options, values: Tensor) -> Tensor:
@@ -151,22 +166,20 @@ def descend(grid: Grid, moments: Sequence[Tensor], options: Options, values: Ten
 def _descend(grid: Grid, moments: Tensor, damping: Tensor, sweeps: int, values: Tensor, start: int) -> None:
     """Change the `values` (rows, columns) of one block of columns, from column `start` of the grid, in place."""
     now = values.T.to(moments.dtype).contiguous()  # columns first: each is contiguous
-    target = grid.weight[:, start : start + len(now)].T.to(moments.dtype)
+    lost = grid.weight[:, start : start + len(now)].T.to(moments.dtype) - now
+    costs = (moments.diagonal() + damping)[:, None]
     for _ in range(sweeps):
-        slope, changed = torch.addmm(damping * (target - now), moments, target - now), False
+        changed = False
         for first in range(0, len(now), BLOCK):
-            block, last = slice(first, first + BLOCK), min(first + BLOCK, len(now))
-            inside = moments[block, block].clone()
-            inside.diagonal().add_(damping)
-            moved = torch.zeros_like(now[block])
-            for index, column in enumerate(now[block]):
-                best = column + slope[first + index] / inside[index, index]
-                moved[index] = grid.round_column(best.float(), start + first + index) - column
-                slope[block].addr_(inside[index], moved[index], alpha=-1)
-                column += moved[index]
-            slope[:first].addmm_(moments[:first, block], moved, alpha=-1)
-            slope[last:].addmm_(moments[last:, block], moved, alpha=-1)
+            block = slice(first, min(first + BLOCK, len(now)))
+            slope = torch.addmm(damping * lost[block], moments[block], lost)
+            columns = range(start + block.start, start + block.stop)
+            coupling = moments[block, block] / costs[block].T
+            best = round_in_turn(grid, columns, now[block] + slope / costs[block], coupling, now[block])
+            moved = best - now[block]
             changed |= bool(moved.any())
+            lost[block] -= moved
+            now[block] = best
         if not changed:
             break
     values.copy_(now.T)

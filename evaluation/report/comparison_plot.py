@@ -34,12 +34,13 @@ OUTSIDE_AXES = 1.2  # inches of the height that title and axis labels take
 
 
 def draw_comparison(report: Report, out: Path, metric: str | None = None) -> bool:
-    """Draw a metric with its 95 % intervals against bits a weight, and against latent MSE, and write the PNG to `out`.
+    """Draw a metric with its 95 % intervals against bits a weight, time and latent MSE, and write the PNG to `out`.
 
     Without `metric` it is the first of METRICS that any recipe has: PSNR if that was computed.
-    Better is higher up; a line joins the Pareto front: the recipes than which none of fewer or equal bits is better.
-    Recipes without the metric are left out, and so is the second panel where fewer than two recipes have a latent MSE
-    (above 0: the axis is logarithmic) and where it is the metric itself. Returns whether there was anything to draw;
+    Better is higher up; a line joins the Pareto front: the recipes than which none of fewer or equal bits, or of less
+    or equal time, is better. Recipes without the metric are left out, and so is the panel of time where no recipe was
+    timed beside full precision, and that of latent MSE where fewer than two recipes have one (above 0: the axis is
+    logarithmic) and where it is the metric itself. Returns whether there was anything to draw;
     where not, an older picture of ours at `out` is removed.
     """
     metric = metric or _first_metric(report)
@@ -52,17 +53,26 @@ def draw_comparison(report: Report, out: Path, metric: str | None = None) -> boo
     values = [one.value for one in measured]
     bits = [recipe.bits_per_weight for recipe in recipes.values()]
     latents = [_value(recipe, "latent_mse") or None for recipe in recipes.values()]
+    times = [recipe.relative_time for recipe in recipes.values()]
     costs = [("bits a weight in all (equal ones side by side)", "linear", _side_by_side(bits))]
+    fronts = [bits]
+    if any(times):
+        costs.append(("time an image, full precision being 1", "linear", times))
+        fronts.append(times)
     if metric != "latent_mse" and sum(latent is not None for latent in latents) > 1:
         costs.append(("latent MSE (less is better)", "log", latents))
     height = max(HEIGHT, OUTSIDE_AXES + LABEL_HEIGHT * len(recipes))
     figure, axes = panels(len(costs), len(costs) * PANEL_WIDTH + LABEL_WIDTH, height, values)
     for axis, (title, scale, xs) in zip(axes, costs, strict=True):
         _panel(axis, title, scale, xs, measured)
-    front = pareto_front(bits, [kind.sign * value for value in values])
-    xs = costs[0][2]
-    line = {"color": FRONT, "linewidth": 1.2, "zorder": 1, "drawstyle": "steps-post"}
-    axes[0].plot([xs[i] for i in front], [values[i] for i in front], **line)
+    line = {"color": FRONT, "linewidth": 1.2, "zorder": 1}
+    for axis, cost, (_, _, xs) in zip(axes, fronts, costs, strict=False):
+        known = [index for index, one in enumerate(cost) if one is not None]
+        front = pareto_front([cost[i] for i in known], [kind.sign * values[i] for i in known])
+        steps = [(xs[known[i]], values[known[i]]) for i in front]
+        axis.plot(*zip(*steps, strict=True), drawstyle="steps-post", **line)
+    if any(times):
+        axes[1].axvline(1.0, linestyle=":", **line)
     if max(bits) - min(bits) < SAME_BITS:  # what keeps the points apart is no scale
         axes[0].set_xticks([bits[0]], [f"{bits[0]:.2f}"])
     better_upwards(axes[0], kind, measured[0].backbone and measured[0].backbone.name)

@@ -101,7 +101,10 @@ def backbone_text(backbone: Backbone | None) -> str:
     return "" if backbone is None else f"{backbone.name}, sha256 {backbone.sha256[:12]}"
 
 
-FACTS_HEADER = ("", "weights", "activations", "bits per weight", "size on disk", "compression", "peak memory", "time")
+FACTS_HEADER = (
+    *("", "weights", "activations", "bits per weight", "size on disk", "compression"),
+    *("time an image", "peak memory", "time"),
+)
 
 
 def facts(report: Report) -> list[tuple[str, ...]]:
@@ -144,6 +147,7 @@ def _reference_facts(reference: Reference) -> tuple[str, ...]:
         "",
         f"{size_text(reference.size_bytes)} in 16 bit",
         "1.00×",
+        "1.00×",
         *_cost(reference),
     )
 
@@ -156,8 +160,14 @@ def _recipe_facts(name: str, recipe: RecipeResult, reference: Reference) -> tupl
         f"{recipe.bits_per_weight:.2f}",
         size_text(recipe.size_bytes),
         f"{reference.size_bytes / recipe.size_bytes:.2f}×",
+        time_an_image(recipe),
         *_cost(recipe),
     )
+
+
+def time_an_image(recipe: RecipeResult) -> str:
+    """Times full precision's, or "" where that was not measured."""
+    return "" if recipe.relative_time is None else f"{recipe.relative_time:.2f}×"
 
 
 def _cost(measured: Measured) -> tuple[str, str]:

@@ -33,6 +33,7 @@ from dmquant.pipelines.runs.defaults import SWEEP_BITS, SWEEP_TECHNIQUES
 
 @command(
     "dmquant run emoji-pixart --w fp4 --a fp6",
+    "dmquant run emoji-pixart --for speed",
     "dmquant run pixart-sigma --w fp4 --a fp6 --num-prompts 256 --device cuda",
     "dmquant run ./my-pipeline --recipe my.yaml --prompts prompts.txt --real photos/ --out runs/mine",
 )

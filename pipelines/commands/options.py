@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from dmquant.pipelines.runs.defaults import DEFAULT_RECIPE
+from dmquant.pipelines.runs.defaults import DEFAULT_RECIPE, PURPOSES
 
 Model = Annotated[
     str,
@@ -28,10 +28,21 @@ Family = Annotated[
     ),
 ]
 Recipe = Annotated[
-    str,
+    str | None,
     typer.Option(
         metavar="NAME|FILE",
-        help="How to quantize: a name (see: dmquant recipes) or a YAML file.",
+        help=f"How to quantize: a name (see: dmquant recipes) or a YAML file.  [default: {DEFAULT_RECIPE}]",
+        rich_help_panel="Quantization",
+    ),
+]
+Purpose = Annotated[
+    str | None,
+    typer.Option(
+        "--for",
+        metavar="|".join(PURPOSES),
+        help="In place of --recipe, what matters most: "
+        + ", ".join(f"{purpose} takes {recipe}" for purpose, recipe in PURPOSES.items())
+        + ".",
         rich_help_panel="Quantization",
     ),
 ]
@@ -269,7 +280,7 @@ KeepImages = Annotated[
 ]
 
 _MODEL = {"family": (Family, None)}
-_RECIPE = {"recipe": (Recipe, DEFAULT_RECIPE)}
+_RECIPE = {"recipe": (Recipe, None), "purpose": (Purpose, None)}
 _CALIBRATION = {
     "calibration_prompts": (CalibrationPrompts, None),
     "calibration_data": (CalibrationData, None),

@@ -12,6 +12,7 @@ from dmquant.evaluation.report.wording import (
     metric_title,
     metric_titles,
     shown_metrics,
+    time_an_image,
     variants,
 )
 from dmquant.evaluation.result import Metric, Report
@@ -47,11 +48,13 @@ def comparison_tables(report: Report) -> list[Table]:
     for (_, weights, activations, bits, *_), variant in zip(facts(report), variants(report).values(), strict=True):
         formats.append(f"{weights}\n{activations}")
         sizes.append(f"{bits}\n{size_text(variant.size_bytes)}")
-    seconds = (variant.seconds.get("quantize") for variant in variants(report).values())
+    seconds = [variant.seconds.get("quantize") for variant in variants(report).values()]
+    took = ["" if one is None else time_text(one) for one in seconds]
+    takes = ["1.00×", *map(time_an_image, report.recipes.values())]
     made = {
         "weights\nactivations": formats,
         "bits\nsize": sizes,
-        "quantizing\ntook": ["" if took is None else time_text(took) for took in seconds],
+        "quantizing took\nan image takes": [f"{made}\n{image}" for made, image in zip(took, takes, strict=True)],
     }
     titles, shown = metric_titles(report), shown_metrics(report)
     scores = {

@@ -1,4 +1,18 @@
-"""Defaults of the commands. Imports nothing, so that help texts can name it."""
+"""Defaults of the commands. Imports nothing heavy, so that help texts can name it."""
+
+from dmquant.errors import UsageError, check_choice
 
 DEFAULT_RECIPE = "default"
+PURPOSES = {"speed": "fast", "quality": "default-lowrank", "size": "small"}
+"""Recipes by what matters most, as `--for` names it."""
 SWEEP_BITS, SWEEP_TECHNIQUES = "3-8", "rtn"
+
+
+def named_recipe(recipe: str | None, purpose: str | None) -> str:
+    """The recipe that was named, by itself or by what it is for; UsageError where it was named twice."""
+    if purpose is None:
+        return recipe or DEFAULT_RECIPE
+    source = PURPOSES[check_choice("purpose", purpose, PURPOSES)]
+    if recipe is not None:
+        raise UsageError(f"--for {purpose} is --recipe {source}: leave out --recipe {recipe}, or --for")
+    return source

@@ -52,5 +52,10 @@ def remainder(layer: QuantLinear | QuantConv2d) -> str | None:
 
 
 def kernels_used(module: nn.Module) -> dict[str, int]:
-    """The number of quantized layers of `module` by kernel: the one that ran a layer last, or else would run it."""
-    return dict(Counter(layer.kernel for layer in module.modules() if isinstance(layer, (QuantLinear, QuantConv2d))))
+    """The number of quantized layers of `module` by kernel: the one that ran a layer last, or else would run it.
+
+    A kernel that keeps weights wider than they are packed is named with "(speed)".
+    """
+    layers = [layer for layer in module.modules() if isinstance(layer, (QuantLinear, QuantConv2d))]
+    kept = [" (speed)" if (layer.kernel_weights_of or ("",))[-1] == "speed" else "" for layer in layers]
+    return dict(Counter(f"{layer.kernel}{how}" for layer, how in zip(layers, kept, strict=True)))

@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import os
 import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 FP, QUANTIZED = "fp", "quantized"
+SESSION = uuid.uuid4().hex[:12]
+"""This process: times of images compare with those of the same session, when the machine was as busy."""
 TITLES = {FP: "full-precision images", QUANTIZED: "quantized images"}
 
 
@@ -110,15 +113,16 @@ def _refuse_others(folder: Path, requests: Sequence[ImageRequest]) -> None:
 
 
 class _Facts:
-    """Notes of a run on the images of one side, which survive a stop: seconds, NaN, memory, kernels."""
+    """Notes of a run on the images of one side, which survive a stop: seconds, process, NaN, memory, kernels."""
 
     def __init__(self, folder: RunFolder, side: str, requests: Sequence[ImageRequest]):
         self.folder = folder
         self.seconds, self.not_finite, self.of_all = f"seconds_{side}", f"not_finite_{side}", f"measured_{side}"
+        self.sessions = f"sessions_{side}"
         self._earlier = folder.record(f"images_{side}") or {}
         self._noted: set[str] = set()
         keys = {request.key for request in requests}
-        for kind in (self.seconds, self.not_finite):
+        for kind in (self.seconds, self.sessions, self.not_finite):
             known = folder.notes(kind)
             if not known.keys() <= keys:  # facts on images that nobody asks for any more
                 folder.note(kind, {key: fact for key, fact in known.items() if key in keys})
@@ -131,6 +135,7 @@ class _Facts:
         new = dict(itertools.takewhile(lambda item: item[0] not in self._noted, newest_first))
         self._noted |= new.keys()
         self.folder.add_notes(self.seconds, new)
+        self.folder.add_notes(self.sessions, dict.fromkeys(new, SESSION))
         known = self.folder.notes(self.not_finite)
         bad = {key: key in generated.not_finite for key in new}
         if changed := {key: value for key, value in bad.items() if value != known.get(key, False)}:

@@ -1,6 +1,7 @@
 """The report of a run, built from what its folder remembers."""
 
 import contextlib
+import statistics
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -138,6 +139,7 @@ def _result(
             **_seconds(side, "quantized"),
             "score": scores["seconds"],
         },
+        relative_time=_relative_time(folder, side),
         peak_memory_bytes=_peak(side, "quantized"),
         metrics=_metrics(scores["metrics"], listed, _values(side)),
         settings=_recipe_settings(side, recipe),
@@ -168,6 +170,27 @@ def _seconds(folder: RunFolder, side: str) -> dict[str, float]:
     seconds = folder.notes(f"seconds_{side}")
     known = len(seconds) >= folder.record(f"images_{side}").get("images", 0)
     return {"generate": sum(seconds.values())} if seconds and known else {}
+
+
+def _relative_time(folder: RunFolder, side: RunFolder) -> float | None:
+    """The median seconds of a quantized image over full precision's, of images that one process made of both sides.
+
+    None where there are none: in between, the machine may have become faster or slower.
+    """
+    sides = [_seconds_by_session(folder, "fp"), _seconds_by_session(side, "quantized")]
+    together = max(sides[0].keys() & sides[1].keys(), key=lambda session: len(sides[1][session]), default=None)
+    if together is None:
+        return None
+    full, quantized = (statistics.median(one[together]) for one in sides)
+    return quantized / full
+
+
+def _seconds_by_session(folder: RunFolder, side: str) -> dict[str, list[float]]:
+    seconds, found = folder.notes(f"seconds_{side}"), {}
+    for key, session in folder.notes(f"sessions_{side}").items():
+        if key in seconds:
+            found.setdefault(session, []).append(seconds[key])
+    return found
 
 
 def _peak(folder: RunFolder, side: str) -> int | None:

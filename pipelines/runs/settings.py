@@ -33,7 +33,7 @@ from dmquant.pipelines.models.registry import (
 )
 from dmquant.pipelines.prompts.lists import PromptSet, load_prompts, read_prompts
 from dmquant.pipelines.runs.bounds import check_image_size, check_numbers, parse_size
-from dmquant.pipelines.runs.defaults import DEFAULT_RECIPE
+from dmquant.pipelines.runs.defaults import named_recipe
 from dmquant.recipe import Recipe
 from dmquant.settings import format_name
 
@@ -48,7 +48,8 @@ class Options:
 
     model: str
     family: str | None = None
-    recipe: str = DEFAULT_RECIPE
+    recipe: str | None = None
+    purpose: str | None = None
     w: str | None = None
     a: str | None = None
     calibration_prompts: str | None = None
@@ -209,7 +210,7 @@ def resolve(options: Options) -> Settings:
     """
     check_numbers(options)
     model = resolve_model(options.model, options.family)
-    recipe = _recipe(model, options.recipe, options.w, options.a)
+    recipe = _recipe(model, named_recipe(options.recipe, options.purpose), options.w, options.a)
     metrics = resolve_metrics(options.metrics, options.real, own_clip=model.clip is not None)
     if options.clip and set(metrics) & set(needing("clip")):
         _check_clip(options.clip)

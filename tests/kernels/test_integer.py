@@ -9,14 +9,13 @@ from hypothesis import strategies as st
 from torch import nn
 
 from dmquant import kernels
-from dmquant.activations import ActivationSpec
+from dmquant.activations import ActivationSpec, fake_quantize
 from dmquant.cpu import compiling, products
 from dmquant.errors import UsageError
 from dmquant.formats import get_format
 from dmquant.layers import quantize_layer
 from dmquant.operands import unit_of
 from dmquant.qtensor import WeightSpec
-from dmquant.scaling import fit_absmax
 
 needs_compiler = pytest.mark.skipif(compiling.missing_compiler() is not None, reason="no C++ compiler")
 CPU = torch.device("cpu")
@@ -50,32 +49,32 @@ def close(y, expected, dtype):
     return bool(((y.double() - expected).abs() <= bound).all())
 
 
+def plan_of(packed, values, fmt, of_outputs):
+    """A plan of codes of 8 bits, with one group an output."""
+    tables = torch.stack([0 * values, values]).to(torch.int8)
+    factors = torch.ones(len(packed), 1, dtype=torch.uint8)
+    columns = packed.shape[1]
+    return products.Plan(products.Weight(packed, tables, factors, of_outputs, None, fmt, columns, (columns,), 1))
+
+
 @needs_compiler
 @pytest.mark.parametrize("level", levels())
 @pytest.mark.parametrize(("inputs", "weights"), [("int8", 64), ("fp6_e2m3", 127)])
 def test_sums_are_those_of_exact_arithmetic(level, inputs, weights, monkeypatch):
-    """Twelve million operands, a third of them the largest, against float64, which holds such sums exactly."""
+    """Six million operands, a third of them the largest, against float64, which holds such sums exactly."""
     monkeypatch.setenv(products.VARIABLE, level)
     fmt, generator = get_format(inputs), torch.Generator().manual_seed(0)
-    rows, outputs, columns = 607, 610, 5003
-    byte = products.zero_of(fmt) + round(fmt.max / unit_of(fmt))
+    rows, outputs, columns, unit = 607, 610, 5003, unit_of(fmt)
     weights = min(weights, products.largest_weight(fmt, products.level()))
-    codes = torch.zeros(rows, columns + 1, dtype=torch.uint8)
-    codes[:, :columns] = torch.randint(0, byte + 1, (rows, columns), generator=generator)
-    codes[: rows // 3, :columns] = byte
+    x = fmt.values[torch.randint(0, len(fmt.values), (rows, columns), generator=generator)]
+    x[: rows // 6], x[rows // 6 : rows // 3] = fmt.values[-1], fmt.values[0]
     packed = torch.randint(0, 256, (outputs, columns), dtype=torch.uint8, generator=generator)
-    packed[: outputs // 3] = 255
-    packed[outputs // 3 : outputs // 2] = 0
+    packed[: outputs // 3], packed[outputs // 3 : outputs // 2] = 255, 0
     values = torch.linspace(-weights, weights, 256).round().to(torch.int32)
-    tables = torch.stack([0 * values, values]).to(torch.int8)
-    factors = torch.ones(outputs, 1, dtype=torch.uint8)
-    weight = products.Operand(packed, 8, tables, factors, products.WHOLE, 1, columns, weights)
-    inputs, places = products.Codes(codes, torch.ones(rows), fmt), products.Places(columns + 1)
-    expected = (codes[:, :columns].double() - products.zero_of(fmt)) @ values[packed.long()].double().T
-    for expanded in (None, weight.expanded()):
-        out = torch.empty(rows, outputs)
-        products.multiply(inputs, places, weight, torch.ones(outputs), None, out, expanded)
-        assert torch.equal(out, expected.float())
+    plan = plan_of(packed, values, fmt, torch.full((1, outputs), unit))
+    expected = ((x.double() / unit) @ values[packed.long()].double().T).float() * unit
+    for one in (plan, products.Plan(plan.weight, plan.expanded())):
+        assert torch.equal(one.run(x, given=torch.ones(rows)), expected)
 
 
 @needs_compiler
@@ -85,20 +84,25 @@ def test_sums_are_those_of_exact_arithmetic(level, inputs, weights, monkeypatch)
     seed=st.integers(0, 2**32 - 1),
     exponent=st.integers(-124, 126),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    granularity=st.sampled_from(["token", "image", "tensor"]),
 )
-def test_codes_are_the_reference_bit_for_bit(name, seed, exponent, dtype):
-    """At all sizes of numbers, with halves of steps, zeros, infinities and tokens of nothing else among them."""
-    fmt, generator = get_format(name), torch.Generator().manual_seed(seed)
+def test_inputs_are_rounded_as_the_reference_does_bit_for_bit(name, seed, exponent, dtype, granularity):
+    """At all sizes of numbers, with halves of steps, zeros, infinities and tokens of nothing else among them.
+
+    The weight is the identity, so the rounded input comes out.
+    """
+    spec, generator = ActivationSpec.parse(name, granularity), torch.Generator().manual_seed(seed)
     x = torch.randn(9, 133, generator=generator) * 2.0**exponent
     x[1] = torch.randint(-64, 65, (133,), generator=generator) / 16 * 2.0**exponent
-    x[2, ::2], x[3], x[4, 5] = 0, 0, torch.inf
+    x[2, ::2], x[3] = 0, 0
+    if granularity == "token":
+        x[4, 5] = torch.inf
     x = x.to(dtype)
-    scales = fit_absmax(x.float().unsqueeze(1), fmt, "fp32").decode().flatten()
-    made = products.round_tokens(x, fmt)
-    assert torch.equal(made.scales, scales)
-    integers = fmt.round(x.float() / scales.unsqueeze(1)) / unit_of(fmt)
-    assert torch.equal(made.codes[:, :133].float() - products.zero_of(fmt), integers)
-    assert (made.codes[:, 133:] == products.zero_of(fmt)).all()
+    unit, one = unit_of(spec.fmt), torch.zeros(256, dtype=torch.int32)
+    one[1] = 1
+    plan = plan_of(torch.eye(133).to(torch.uint8), one, spec.fmt, torch.full((1, 133), unit))
+    together = {"token": 1, "image": 1, "tensor": 9}[granularity]
+    assert torch.equal(plan.run(x, together), fake_quantize(x, spec))
 
 
 @needs_compiler
@@ -260,10 +264,10 @@ def test_weights_that_would_saturate_are_refused_where_they_do(monkeypatch):
 
 
 def test_without_a_compiler_the_next_kernel_runs_after_one_note(monkeypatch, caplog):
-    for cached in (compiling.library, products.compiled):
+    memories = compiling.library, compiling.missing_compiler, compiling._made, compiling._note, products.compiled
+    for cached in memories:
         cached.cache_clear()
     monkeypatch.setattr(compiling, "_compiler", lambda: None)
-    compiling.missing_compiler.cache_clear()
     try:
         with caplog.at_level(logging.WARNING):
             first, second = layer_of(nn.Linear(64, 8)), layer_of(nn.Linear(64, 8))
@@ -273,5 +277,5 @@ def test_without_a_compiler_the_next_kernel_runs_after_one_note(monkeypatch, cap
         with kernels.forced("integer"), pytest.raises(UsageError, match="a C\\+\\+ compiler: install g\\+\\+ or clang"):
             first(torch.randn(2, 64))
     finally:
-        for cached in (compiling.library, products.compiled, compiling.missing_compiler):
+        for cached in memories:
             cached.cache_clear()

@@ -134,7 +134,7 @@ def test_the_environment_variable_forces_a_kernel(toy, monkeypatch):
 def test_a_forced_kernel_that_cannot_run_a_layer_says_why(toy):
     with kernels.forced("unpacked"), pytest.raises(UsageError, match="groups do not divide the input channels"):
         layer_of("group:24")(X)
-    with pytest.raises(UsageError, match=r"known: unpacked, integer, cpu, reference"), kernels.forced("tpu"):
+    with pytest.raises(UsageError, match=r"known: unpacked, .*integer, .*cpu, .*reference"), kernels.forced("tpu"):
         pass
     toy.lacks = "no such unit in this machine"
     with kernels.forced("unpacked"), pytest.raises(UsageError, match="no such unit"):

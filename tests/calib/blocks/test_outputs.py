@@ -30,7 +30,7 @@ def one_of(output, samples):
 
 def filled(dtype, budget, batches=((4, 0, 6), (1, 5), (3, 2))):
     first = output_of(dtype, len(batches[0]), 0)
-    outputs = Outputs(COUNT, one_of(first, len(batches[0])), budget)
+    outputs = Outputs(range(COUNT), one_of(first, len(batches[0])), budget)
     for seed, batch in enumerate(batches):
         outputs.write(batch, output_of(dtype, len(batch), seed))
     return outputs
@@ -73,7 +73,7 @@ def test_a_batch_reads_as_it_was_written_in_any_order(total, tmp_path):
 @pytest.mark.parametrize("total", [0, PLENTY])
 def test_nan_payloads_and_signed_zeros_survive(total, tmp_path):
     odd = torch.tensor([0x7FC12345, -1, -0x80000000, 0x7F800000], dtype=torch.int32).view(torch.float32)
-    outputs = Outputs(2, odd.view(1, 4), Budget(total, tmp_path))
+    outputs = Outputs(range(2), odd.view(1, 4), Budget(total, tmp_path))
     outputs.write([1, 0], torch.stack([odd, odd.flip(0)]))
     assert is_same(outputs.read([0, 1], CPU), torch.stack([odd.flip(0), odd]))
 
@@ -107,7 +107,7 @@ def test_no_files_are_left_open_or_closed(tmp_path):
 
 
 def test_what_was_never_written_to_disk_is_not_read_as_zeros(tmp_path):
-    outputs = Outputs(COUNT, torch.zeros(1, 4), Budget(0, tmp_path))
+    outputs = Outputs(range(COUNT), torch.zeros(1, 4), Budget(0, tmp_path))
     outputs.write([0], torch.ones(1, 4))
     with pytest.raises(UserError, match="shorter than it was written"):
         outputs.read([5], CPU)

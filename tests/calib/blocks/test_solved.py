@@ -1,5 +1,7 @@
 """Roundings that are solved by second moments, not learned: what the engine collects for them and what it keeps."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -7,11 +9,13 @@ from torch import nn
 from dmquant.calib.blocks import decide
 from dmquant.calib.blocks.budget import FITTED, SOLVING, Held, check_budget, passes
 from dmquant.calib.blocks.learn import UnitData, learn
+from dmquant.calib.blocks.outputs import Outputs
 from dmquant.calib.blocks.units import Block
 from dmquant.calib.layers import moments
 from dmquant.calib.layers.learner import Learner
 from dmquant.calib.layers.moments import Moments, alike, fit_grid, moments_for
 from dmquant.convert import LayerPlan
+from dmquant.errors import UserError
 from dmquant.layers import QUANTIZED
 from dmquant.qtensor import WeightSpec
 from dmquant.recipe import Learning
@@ -106,6 +110,43 @@ def test_of_the_solved_roundings_and_nearest_those_better_on_held_out_data_are_k
     assert done.solved == better
     assert done.error == (0 if better else done.nearest_error)
     assert (done.best_step, done.undecided) == (0, 0.0)
+
+
+@pytest.mark.parametrize(("method", "share"), [("gptq", "held out"), ("adaround", "all")])
+def test_full_precision_is_carried_for_what_it_is_needed_for(pixart, tmp_path, monkeypatch, method, share):
+    read, write = set(), Outputs.write
+
+    def counted(outputs, indices, output):
+        read.update(indices if len(outputs._places) < len(pixart[2]) or share == "all" else ())
+        write(outputs, indices, output)
+
+    monkeypatch.setattr(Outputs, "write", counted)
+    calibrated(pixart, recipe_of(**GPTQ | {"rounding": method, "scale": "mse"}), tmp_path)
+    held_out = {index for index, sample in enumerate(pixart[2].samples) if sample.held_out}
+    assert read == (held_out if share == "held out" else set(range(len(pixart[2]))))
+
+
+def test_inputs_that_are_not_finite_are_blamed_on_their_layer(pixart, tmp_path):
+    """In samples to learn from, which are not carried in full precision."""
+    backbone, blocks, store = copy.deepcopy(pixart[0]), *pixart[1:]
+    learning = next(index for index, sample in enumerate(store.samples) if not sample.held_out)
+    batch = store.batch
+
+    class Damaged:
+        def __getattr__(self, name):
+            return getattr(store, name)
+
+        def __len__(self):
+            return len(store)
+
+        def batch(self, indices, device="cpu"):
+            args, kwargs = batch(indices, device)
+            if learning in indices and len(indices) > 1:
+                kwargs["hidden_states"] = kwargs["hidden_states"] * float("nan")
+            return args, kwargs
+
+    with pytest.raises(UserError, match=r"the input of layer transformer_blocks\.0\.attn1\.to_q holds NaN or infinity"):
+        calibrated((backbone, blocks, Damaged()), recipe_of(**GPTQ), tmp_path)
 
 
 def test_every_row_of_a_batch_weighs_the_same():

@@ -61,6 +61,23 @@ def test_the_error_of_a_weight_is_that_of_the_outputs():
     assert moments_of(x, spec_of()).output_error(error) == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.parametrize("together", [None, 40, 23])
+@pytest.mark.parametrize("strip", [1, 7, 16, 39])
+def test_moments_added_up_strip_by_strip_are_whole(strip, together, monkeypatch):
+    monkeypatch.setattr(module, "STRIP", strip)
+    x, collected = correlated(), Moments((1, 40), spec_of(granularity="group:1"), CPU, together)
+    first = 0
+    for part in x.chunk(3):
+        collected.add(part)
+        collected.blocks()  # may be asked for in between
+    for block in collected.blocks():
+        own = x[:, first : first + len(block)].double()
+        assert torch.allclose(block.double(), own.T @ own, rtol=1e-4, atol=1e-3)
+        assert torch.equal(block, block.T)
+        first += len(block)
+    assert first == 40
+
+
 def test_of_wide_layers_only_moments_inside_groups_are_kept(monkeypatch):
     x, error = correlated(), 0.1 * weight()
     whole = moments_of(x, spec_of())

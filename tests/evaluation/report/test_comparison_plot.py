@@ -12,12 +12,18 @@ from dmquant.evaluation.report.comparison_plot import STEP, _looks, _side_by_sid
 from dmquant.evaluation.result import Metric, RecipeResult, Reference, Report
 
 
-def report(*metrics):
+def report(*metrics, times=()):
+    times = itertools.chain(times, itertools.repeat(None))
     recipes = {
         f"recipe {index}": RecipeResult(
-            weights="fp4_e2m1", activations="none", bits_per_weight=4.25, size_bytes=4, metrics=given
+            weights="fp4_e2m1",
+            activations="none",
+            bits_per_weight=4.25,
+            size_bytes=4,
+            metrics=given,
+            relative_time=time,
         )
-        for index, given in enumerate(metrics)
+        for index, (given, time) in enumerate(zip(metrics, times, strict=False))
     }
     return Report(model="m", reference=Reference(dtype="bf16", size_bytes=16), recipes=recipes, prompts=[])
 
@@ -35,6 +41,14 @@ def test_a_second_panel_where_there_are_latents_to_compare(tmp_path):
     assert draw_comparison(report({"psnr": PSNR}, {"psnr": Metric(28.0, images=1), "latent_mse": LATENT}), one)
     assert draw_comparison(report(*[{"psnr": PSNR, "latent_mse": LATENT}] * 3), two)
     assert width(two) > 1.5 * width(one)
+
+
+def test_a_panel_of_time_where_any_recipe_was_timed_beside_full_precision(tmp_path):
+    untimed, timed = tmp_path / "untimed.png", tmp_path / "timed.png"
+    metrics = [{"psnr": PSNR}, {"psnr": Metric(28.0, images=8)}]
+    assert draw_comparison(report(*metrics), untimed)
+    assert draw_comparison(report(*metrics, times=[None, 0.7]), timed)
+    assert width(timed) > 1.5 * width(untimed)
 
 
 @pytest.mark.parametrize("metrics", [{}, {"psnr": Metric.not_computed("no images")}])

@@ -15,7 +15,8 @@ from PIL import Image
 from dmquant.pipelines.commands import app as cli
 from dmquant.pipelines.runs import settings
 from dmquant.pipelines.runs.bounds import parse_size
-from dmquant.pipelines.runs.defaults import DEFAULT_RECIPE
+from dmquant.pipelines.runs.defaults import DEFAULT_RECIPE, PURPOSES, named_recipe
+from dmquant.recipe import recipe_names
 from tests.tiny import tiny_dit, tiny_pixart, tiny_sd
 
 COMMANDS = [command.callback.__name__ for command in cli.app.registered_commands]
@@ -92,6 +93,8 @@ WRONG_USAGE = {
     "unknown weight format": (["MODEL", "--w", "fp44"], "did you mean 'fp4'?"),
     "unknown activation format": (["MODEL", "--a", "e2m3"], "unknown format"),
     "unknown recipe": (["MODEL", "--recipe", "rtm"], "did you mean 'rtn'?"),
+    "unknown purpose": (["MODEL", "--for", "sped"], "did you mean 'speed'?"),
+    "recipe and purpose": (["MODEL", "--for", "speed", "--recipe", "rtn"], "leave out --recipe rtn, or --for"),
     "unknown metric": (["MODEL", "--metrics", "psnr,sim"], "did you mean 'ssim'?"),
     "unknown CLIP model": (["MODEL", "--metrics", "clip_score", "--clip", "ViT-B-33"], "unknown CLIP model 'ViT-B-33'"),
     "a long name for a CLIP model": (["MODEL", "--metrics", "clip_score", "--clip", "x" * 300], "unknown CLIP model"),
@@ -212,6 +215,11 @@ def test_the_recipes_say_whether_they_need_data_and_how_they_round(capsys):
         *("rtn", "data-free", "nearest", "fp4_e2m1", "fp6_e2m3", "group:64")
     ]
     assert f"--recipe is {DEFAULT_RECIPE}" in out
+
+
+@pytest.mark.parametrize("purpose", PURPOSES)
+def test_what_a_recipe_is_for_names_one_that_there_is(purpose):
+    assert named_recipe(None, purpose) in recipe_names()
 
 
 @pytest.mark.parametrize("command", ["run", "quantize"])

@@ -3,7 +3,7 @@ import shutil
 import huggingface_hub
 import pytest
 
-from dmquant.cpu import compiling, lookup
+from dmquant.cpu import compiling, floating
 from dmquant.pipelines.commands import doctor
 from dmquant.pipelines.models import hub
 from dmquant.pipelines.models.registry import registered_models
@@ -23,7 +23,7 @@ def test_every_model_library_and_weight_has_its_line(checks):
 
 def test_every_kernel_has_its_line_and_what_it_lacks(checks, monkeypatch):
     assert (checks["kernel cpu"].status, checks["kernel reference"].status) == ("ok", "ok")
-    monkeypatch.setattr(lookup.Cpu, "missing", lambda self: "no CPU: buy one")
+    monkeypatch.setattr(floating.Cpu, "missing", lambda self: "no CPU: buy one")
     found = {check.name: check for check in doctor._kernels()}["kernel cpu"]
     assert (found.status, found.detail, found.remedy) == ("missing", "no CPU", "buy one")
 

@@ -92,3 +92,17 @@ def test_a_record_that_no_run_writes_is_one_line_that_names_the_run(tmp_path, se
     with pytest.raises(UserError, match=f"{tmp_path / 'run'} are damaged .*--overwrite") as caught:
         build_report(folder, settings)
     assert len(str(caught.value).splitlines()) == 1
+
+
+def test_times_are_compared_where_one_process_made_images_of_both_sides(settings, tmp_path):
+    folder = finished(tmp_path / "run")
+
+    def timed(seconds_fp, seconds_quantized, sessions_fp, sessions_quantized):
+        for kind, facts in {key: value for key, value in locals().items() if key != "folder"}.items():
+            folder.note(kind, dict(enumerate(facts)))
+        return build_report(folder, settings).recipes["rtn"].relative_time
+
+    assert timed([2.0] * 3, [9.0, 1.5, 1.5], ["a"] * 3, ["a"] * 3) == 0.75, "the first one compiles"
+    assert timed([2.0, 2.0], [1.5, 1.5], ["a", "a"], ["b", "b"]) is None
+    assert timed([2.0, 8.0], [1.0, 1.0, 30.0], ["a", "b"], ["a", "a", "b"]) == 0.5
+    assert timed([], [], [], []) is None

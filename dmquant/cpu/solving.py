@@ -1,0 +1,107 @@
+"""Calibration on a CPU: what is no matrix product of GPTQ, of the search of scales, and of the rounding of inputs.
+
+Compiled code with the results of the eager one, but for the order of some sums.
+"""
+
+import ctypes
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from dmquant.activations import ActivationSpec, online_scale
+from dmquant.cpu.compiling import library
+from dmquant.formats import FloatFormat, Format, IntFormat
+from dmquant.grids import Grid, ScaledGrid
+from dmquant.stores import LARGEST
+
+_WORTH_A_THREAD = 1 << 17  # elements; below, starting a thread takes longer than it saves
+LANES = 16  # elements of a vector of solve.cpp
+_ONLINE = {torch.float32: "round_online", torch.bfloat16: "round_online_bf16"}
+
+
+class _Format(ctypes.Structure):
+    """`Format` of solve.cpp."""
+
+    _fields_ = (
+        ("floating", ctypes.c_int32), ("mantissa", ctypes.c_int32),
+        ("min_exponent", ctypes.c_int32), ("max_exponent", ctypes.c_int32),
+        ("min", ctypes.c_float), ("max", ctypes.c_float),
+    )  # fmt: skip
+
+    @classmethod
+    def of(cls, fmt: Format) -> "_Format | None":
+        """None for a format whose values follow no rule."""
+        if isinstance(fmt, FloatFormat):
+            return cls(1, fmt.mantissa, fmt.min_exponent, fmt.max_exponent, -fmt.max, fmt.max)
+        return cls(0, 0, 0, 0, fmt.min, fmt.max) if isinstance(fmt, IntFormat) else None
+
+
+def round_in_turn(
+    grid: Grid, columns: Sequence[int], wanted: Tensor, coupling: Tensor, before: Tensor
+) -> Tensor | None:
+    """As `gptq.round_in_turn`, same shapes; None for what the compiled code does not take."""
+    fmt, tensors = _Format.of(grid.spec.fmt), (wanted, coupling, before)
+    if not isinstance(grid, ScaledGrid) or fmt is None or any(each.dtype != torch.float32 for each in tensors):
+        return None
+    if not (wanted.is_contiguous() and before.is_contiguous()) or (compiled := library("solve")) is None:
+        return None
+    values, scales = torch.empty_like(wanted), grid.scale_of_columns[list(columns)]
+    coupling, size = coupling.contiguous(), wanted.numel()
+    _call(compiled.round_in_turn, fmt, size, *wanted.shape, scales, coupling, before, wanted, values)
+    return values
+
+
+def search_weighted(groups: Tensor, fmt: Format, scales: Tensor, weights: Tensor) -> Tensor | None:
+    """Which scale of each group has the least squared error, its elements counting by weight: int64 (powers, rows, n).
+
+    `groups` is float32 (rows, n, size), `scales` float32 (tried, rows, n), fewer than 256, and `weights` float32
+    (powers, n, size), all on the CPU. Of several alike the first. None for what the compiled code does not take.
+    """
+    known = _Format.of(fmt)
+    if known is None or (compiled := library("solve")) is None:
+        return None
+    (rows, count, size), tried, powers = groups.shape, len(scales), len(weights)
+    chosen = torch.empty(powers, rows, count, dtype=torch.uint8)
+    tensors = (groups.contiguous(), scales.contiguous(), weights.contiguous(), chosen)
+    _call(compiled.search_weighted, known, groups.numel() * tried, rows, count, size, tried, powers, *tensors)
+    return chosen.long()
+
+
+def fake_quantize(x: Tensor, spec: ActivationSpec, dim: int) -> Tensor | None:
+    """As `activations.fake_quantize` of online scales without a split, bit for bit; None for what is not compiled."""
+    fmt, tokens = _Format.of(spec.fmt), x.movedim(dim, -1)
+    size = spec.granularity.size or tokens.shape[-1]
+    if fmt is None or spec.granularity.kind not in ("token", "group") or size % LANES or tokens.shape[-1] % size:
+        return None
+    if type(x) not in (Tensor, nn.Parameter) or x.is_meta or (torch.is_grad_enabled() and x.requires_grad):
+        return None
+    if not x.numel() or (compiled := library("solve")) is None:
+        return None
+    if spec.store == "fp32" and x.dtype in _ONLINE:
+        exact = tokens.contiguous()
+        count, rounded = x.numel() // size, torch.empty_like(exact)
+        largest = ctypes.c_float(LARGEST / spec.fmt.max)
+        _call(getattr(compiled, _ONLINE[x.dtype]), fmt, x.numel(), exact, count, size, largest, rounded)
+        return rounded.movedim(-1, dim)
+    exact = tokens.float().contiguous()
+    runs = exact.view(-1, tokens.shape[-1] // size, size)
+    largest, rounded = runs.new_empty(runs.shape[:2]), torch.empty_like(exact)
+    _call(compiled.magnitudes, None, runs.numel(), runs, largest.numel(), size, largest)
+    scales = online_scale(largest.unsqueeze(-1), 1 if dim % x.ndim == 0 else len(x), spec).contiguous()
+    _call(compiled.round_runs, fmt, runs.numel(), runs, largest.numel(), size, scales, rounded)
+    return rounded.movedim(-1, dim).to(x.dtype)
+
+
+def _call(
+    function: "ctypes._CFuncPtr", fmt: _Format | None, size: int, *arguments: int | ctypes.c_float | Tensor
+) -> None:
+    """Call with a format, if any, as many threads as torch uses where that pays for `size` elements, and arguments."""
+    threads = ctypes.c_int(min(torch.get_num_threads(), 1 + size // _WORTH_A_THREAD))
+    function(*((threads,) if fmt is None else (ctypes.byref(fmt), threads)), *map(_passed, arguments))
+
+
+def _passed(argument: int | ctypes.c_float | Tensor) -> "ctypes._SimpleCData":
+    if isinstance(argument, Tensor):
+        return ctypes.c_void_p(argument.data_ptr())
+    return ctypes.c_int64(argument) if isinstance(argument, int) else argument
