@@ -31,16 +31,16 @@ def main() -> None:
     options = parser.parse_args()
     measured = json.loads(options.measured.read_text())
     base = FLOAT32 if measured["base"] == "float32" else BFLOAT16
-    figure, axes = pyplot.subplots(1, len(PANELS), figsize=(13, 5.2), sharey=True)
+    titles = [line["layer"] for line in measured["results"]["torch"]]
+    panels = [title for start in PANELS for title in titles if title.startswith(start)]
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(4.4 * len(panels), 5.2), sharey=True, squeeze=False)
     names = [way.name for way in WAYS if isinstance(measured["results"].get(way.process), list)]
-    for panel, start in zip(axes, PANELS, strict=True):
-        title = start
+    for panel, title in zip(axes[0], panels, strict=True):
         for at, way in enumerate(way for way in WAYS if way.name in names):
-            lines = [line for line in measured["results"][way.process] if line["layer"].startswith(start)]
-            if not lines or way.name not in lines[0]["seconds"]:
+            seconds = next((one["seconds"] for one in measured["results"][way.process] if one["layer"] == title), {})
+            if way.name not in seconds:
                 panel.text(0.03, at, "not measured", va="center", fontsize=7, color="#777777")
                 continue
-            title, seconds = lines[0]["layer"], lines[0]["seconds"]
             low, middle, high = quartiles(a / b for a, b in zip(seconds[way.name], seconds[base], strict=True))
             panel.barh(at, min(middle, LONGEST), color=COLOURS.get(way.process, OTHERS), height=0.7)
             if middle <= LONGEST:
@@ -51,8 +51,8 @@ def main() -> None:
         panel.set_xlim(0, LONGEST + 0.4)
         panel.set_xlabel(f"time / {base}", fontsize=8)
         panel.spines[["top", "right"]].set_visible(False)
-    axes[0].set_yticks(range(len(names)), names, fontsize=8)
-    axes[0].invert_yaxis()
+    axes[0][0].set_yticks(range(len(names)), names, fontsize=8)
+    axes[0][0].invert_yaxis()
     figure.tight_layout()
     options.picture.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(options.picture, dpi=110)
