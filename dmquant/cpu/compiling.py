@@ -11,11 +11,13 @@ import sysconfig
 import tempfile
 from pathlib import Path
 
+import filelock
+
 from dmquant.host import caches
 
 # No -ffast-math, and no multiplication fused with an addition: results are those of the eager code, bit for bit.
 FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-std=c++17", "-fopenmp", "-shared", "-fPIC")
-LONGEST = 120  # seconds that a compiler may take
+LONGEST = 300  # seconds that a compiler may take
 
 
 @functools.cache
@@ -70,13 +72,16 @@ def _made(name: str) -> Path | None:
 
 
 def _compile(compiler: str, source: Path, made: Path) -> None:
-    """Compile beside `made` and move there, so that another process finds all of it or nothing."""
+    """Compile beside `made` and move there: another process waits, and finds all of it or nothing."""
     made.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=made.parent, prefix=".making-") as scratch:
-        result = Path(scratch, made.name)
-        command = [compiler, *FLAGS, str(source), "-o", str(result)]
-        subprocess.run(command, check=True, capture_output=True, text=True, timeout=LONGEST, cwd=scratch)
-        os.replace(result, made)
+    with filelock.FileLock(made.with_suffix(".lock"), timeout=LONGEST):
+        if made.exists():
+            return
+        with tempfile.TemporaryDirectory(dir=made.parent, prefix=".making-") as scratch:
+            result = Path(scratch, made.name)
+            command = [compiler, *FLAGS, str(source), "-o", str(result)]
+            subprocess.run(command, check=True, capture_output=True, text=True, timeout=LONGEST, cwd=scratch)
+            os.replace(result, made)
 
 
 @functools.cache  # once a process

@@ -47,7 +47,7 @@ def on_device_of(x: Tensor) -> contextlib.AbstractContextManager:
 
 def operator(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function, as an operator where a graph is captured; by itself where none is, which takes less time."""
-    whole = torch.library.custom_op(f"dmquant::{function.__name__}", function, mutates_args=())
+    whole = torch.library.custom_op(f"dmquant::cuda_{function.__name__}", function, mutates_args=())
 
     @functools.wraps(function)
     def call(*args: Any) -> Any:

@@ -98,8 +98,8 @@ class Product(Reference):
         rows = max(self.FEWEST, self.padded(len(matrix)))
         padding = (0, self.padded(matrix.shape[1]) - matrix.shape[1], 0, rows - len(matrix))
         matrix = F.pad(matrix, padding) if any(padding) else matrix
-        if mixes_tokens(layer):  # one scale for all tokens of an image
-            token = token.view(len(pixels), -1)[:, :1].expand(-1, height * width).flatten()
+        if mixes_tokens(layer):  # one scale for all tokens of an image, or NaN where one of them is
+            token = token.view(len(pixels), -1).amax(1).repeat_interleave(height * width)
         y = self.multiply(matrix.view(self.dtype), token, layer, x.dtype)
         y = y.view(batch, height, width, -1).movedim(-1, 1)
         return y if x.ndim == 4 else y.squeeze(0)

@@ -48,7 +48,8 @@ def layer_of(float_layer, weights="fp4", granularity="group:16", store="pow2:2",
     spec, activations = WeightSpec.parse(weights, granularity, "absmax", store), None
     if inputs is not None:
         activations = ActivationSpec.parse(inputs, of, **more)
-    scale = None if activations is None or activations.ranges is None else torch.tensor([[0.3], [0.5]])
+    static = activations is not None and activations.ranges is not None
+    scale = torch.tensor([[0.3], [0.5]])[: activations.ranges] if static else None
     return quantize_layer(float_layer, spec, activations, input_scale=scale).requires_grad_(False)
 
 
@@ -221,6 +222,11 @@ def test_nan_and_infinity_stay_in_their_token(here):
         assert y[1].isnan().all()
         assert not y[2].isnan().any()
         assert torch.equal(y[[0, 3]], layer(x[[0, 3]]))
+        x = torch.randn(2, 8, 4, 4)
+        x[1, 2, 3, 3] = torch.nan
+        y = layer_of(nn.Conv2d(8, 8, 3), of="tensor", scale="static:1")(x)
+        assert y[0].isfinite().all()
+        assert y[1].isnan().any()
 
 
 @pytest.mark.parametrize("kernel", ["cuda-int8", "cuda-fp8", "cuda"])

@@ -26,7 +26,7 @@ def anew(monkeypatch):
     """Nothing is known yet of this machine, this process and what they can do."""
     monkeypatch.setattr(quantizing, "_seen", 0)
     cached = [compiling.library, compiling._made, compiling._compiler, compiling.missing_compiler]
-    cached += [quantizing._functions, quantizing._checked_width]
+    cached += [compiling._note, quantizing._functions, quantizing._checked_width]
     for function in cached:
         function.cache_clear()
     yield
@@ -113,9 +113,8 @@ def test_without_a_compiler_one_note_says_so_and_codes_are_the_same(anew, monkey
     weight, spec = torch.randn(20, 64), WeightSpec.parse("fp4", scale="mse")
     with caplog.at_level(logging.WARNING, "dmquant"):
         first, again = quantize(weight, spec), quantize(weight, spec)
-    assert [record.getMessage() for record in caplog.records] == [
-        "quantize is not compiled here, and slower code does its work: a C++ compiler: install g++ or clang"
-    ]
+    assert len(caplog.records) == 1
+    assert "a C++ compiler: install g++ or clang; slower code does the work" in caplog.text
     assert torch.equal(first.codes, qtensor.fit_and_round(weight, spec, weight.shape)[0])
     assert torch.equal(first.codes, again.codes)
 

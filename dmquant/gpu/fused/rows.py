@@ -9,7 +9,7 @@ from dmquant.formats import Format, IntFormat
 from dmquant.gpu.fused.rounding import rounded
 from dmquant.stores import LARGEST, SMALLEST
 
-_TILE, _THREADS_WARP = 1 << 11, 32
+_TILE, _WARP = 1 << 11, 32
 
 
 @triton.jit
@@ -89,5 +89,5 @@ def _launch(
         HIGHEST_BINADE=1.0 if integer else 2.0**fmt.max_exponent,
         ANCHOR=1.5 * 2.0 ** (23 if integer else 23 - fmt.mantissa),
         LOW=fmt.min if integer else -fmt.max, HIGH=fmt.max, UNIT=unit, TINY=SMALLEST, LIMIT=LARGEST / fmt.max,
-        BLOCK_R=height, BLOCK_C=width, num_warps=min(16, max(1, height * width // (16 * _THREADS_WARP))),
+        BLOCK_R=height, BLOCK_C=width, num_warps=min(16, max(1, height * width // (16 * _WARP))),
     )  # fmt: skip
