@@ -28,7 +28,7 @@ def dequantize_(module: nn.Module) -> None:
 def _become_float_(layer: nn.Module) -> None:
     layer.drop_kernel_weights()
     weight, bias, gone = layer.float_weight().to(layer.dtype), layer.bias, {*_STORED, *layer.part_names}
-    for name in (*_OWN, *gone, "bias", "kernel_choice", "kernel_weights_of"):
+    for name in (*_OWN, *gone, "bias", "kernel_choice", "kernel_weights_of", "kernel_plan"):
         vars(layer).pop(name, None)
     others = {name: one for name, one in layer._parameters.items() if name not in {*gone, "bias"}}
     layer.__class__ = _FLOAT[type(layer)]
