@@ -76,8 +76,8 @@ class Integer(Reference):
 
 
 def _takes(x: Tensor) -> bool:
-    """Whether this call is for integers: no gradient goes through it, and it has tokens in a common dtype."""
-    fits = x.dtype in (torch.float32, torch.bfloat16, torch.float16) and x.numel() > 0
+    """Whether this call is for integers: no gradient goes through it, and it has rows of tokens in a common dtype."""
+    fits = x.dtype in (torch.float32, torch.bfloat16, torch.float16) and x.numel() > 0 and x.ndim > 1
     return fits and not (torch.is_grad_enabled() and x.requires_grad) and not torch.is_autocast_enabled("cpu")
 
 

@@ -209,6 +209,10 @@ def test_calls_that_a_gradient_goes_through_or_that_have_no_tokens_are_the_refer
     layer(x).sum().backward()
     assert x.grad is not None
     assert layer(torch.empty(0, 64)).shape == (0, 8)
+    vector, by_image = torch.randn(64), layer_of(nn.Linear(64, 8), of="image")  # which has no rows
+    with kernels.forced("reference"):
+        expected = by_image(vector)
+    assert torch.equal(by_image(vector), expected)
 
 
 @needs_compiler
