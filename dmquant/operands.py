@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from dmquant.formats import FloatFormat, Format, IntFormat
 from dmquant.grids import ScaledGrid
@@ -55,6 +56,8 @@ class IntegerWeight:
 def integer_weight(layer: nn.Module) -> IntegerWeight:
     """The integers of a quantized layer's weight; ValueError, which says why, where it has no such form in int8."""
     spec, scales = layer.weight_spec, layer.scales
+    if isinstance(scales.stored, FakeTensor):
+        raise ValueError("its codes cannot be read while torch.export captures it")
     unit = unit_of(spec.fmt) if spec.grid_type is ScaledGrid else None
     if unit is None:
         kind = spec.fmt.name if spec.grid_type is ScaledGrid else "tables"

@@ -13,11 +13,14 @@ from pathlib import Path
 
 import filelock
 
+from dmquant.errors import UserError
 from dmquant.host import caches
+from dmquant.host.files import sha256, write_text
 
 # No -ffast-math, and no multiplication fused with an addition: results are those of the eager code, bit for bit.
 FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-std=c++17", "-fopenmp", "-shared", "-fPIC")
 LONGEST = 300  # seconds that a compiler may take
+_hung: set[str] = set()  # compilers that took longer, which are not asked again
 
 
 @functools.cache
@@ -44,18 +47,24 @@ def library(name: str) -> ctypes.CDLL | None:
     """
     if (compiler := _compiler()) is None or (made := _made(name)) is None:
         return _note(f"nothing is compiled here, for want of {missing_compiler() or 'a home folder to keep it in'}")
+    if compiler in _hung:
+        return None
     try:
-        if not made.exists():
+        if not _is_whole(made):
             _compile(compiler, _source(name), made)
         return ctypes.CDLL(str(made))
-    except (OSError, subprocess.SubprocessError) as error:
+    except (OSError, UserError, NotImplementedError, subprocess.SubprocessError) as error:
+        if isinstance(error, subprocess.TimeoutExpired):
+            _hung.add(compiler)
+        if (why := getattr(error, "strerror", None)) or isinstance(error, NotImplementedError):
+            return _note(f"nothing is compiled here, since {made.parent} cannot be used: {why or error}")
         said = (getattr(error, "stderr", None) or str(error)).strip().splitlines()[0]
         return _note(f"{name}.cpp is not compiled here: {said}")
 
 
 def is_compiled(name: str) -> bool:
     """Whether `library` has no compiling to do."""
-    return (made := _made(name)) is not None and made.exists()
+    return (made := _made(name)) is not None and _is_whole(made)
 
 
 def _source(name: str) -> Path:
@@ -75,13 +84,27 @@ def _compile(compiler: str, source: Path, made: Path) -> None:
     """Compile beside `made` and move there: another process waits, and finds all of it or nothing."""
     made.parent.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(made.with_suffix(".lock"), timeout=LONGEST):
-        if made.exists():
+        if _is_whole(made):
             return
         with tempfile.TemporaryDirectory(dir=made.parent, prefix=".making-") as scratch:
             result = Path(scratch, made.name)
             command = [compiler, *FLAGS, str(source), "-o", str(result)]
             subprocess.run(command, check=True, capture_output=True, text=True, timeout=LONGEST, cwd=scratch)
+            write_text(_seal(made), sha256(result))
             os.replace(result, made)
+
+
+def _seal(made: Path) -> Path:
+    """Where the hash of a library is kept: one that lost its end to a crash of the machine would end the process."""
+    return made.with_suffix(".sha256")
+
+
+def _is_whole(made: Path) -> bool:
+    """Whether a library is there and what the compiler made."""
+    try:
+        return sha256(made) == _seal(made).read_text(encoding="ascii")
+    except (OSError, UserError, ValueError):
+        return False
 
 
 @functools.cache  # once a process

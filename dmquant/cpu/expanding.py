@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dmquant.cpu import lookup
+from dmquant.cpu.addresses import is_plain
 from dmquant.cpu.compiling import library
 from dmquant.formats import Format, get_format
 from dmquant.grids import ScaledGrid
@@ -58,8 +59,7 @@ def _group_size(spec: WeightSpec, shape: tuple[int, ...]) -> int | None:
 
 def _expand(codes: Tensor, scale: Tensor, spec: WeightSpec, shape: tuple[int, ...], matrix: Tensor) -> bool:
     """Fill `matrix` (rows, columns) with the weights in its dtype; whether there is code that can."""
-    plain = type(codes) in (Tensor, nn.Parameter) and codes.device.type == "cpu"  # not one of a tracer's, say
-    if not plain or spec.grid_type is not ScaledGrid:
+    if not is_plain(codes) or codes.device.type != "cpu" or spec.grid_type is not ScaledGrid:
         return False
     table, group, function = _table(spec.fmt), _group_size(spec, shape), _compiled(matrix.dtype)
     if table is None or group is None or function is None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from dmquant.activations import ActivationSpec, static_scale
 from dmquant.cpu import products
+from dmquant.cpu.addresses import is_plain
 from dmquant.cpu.compiling import missing_compiler
 from dmquant.cpu.products import Plan, Weight
 from dmquant.formats import Format, get_format
@@ -76,9 +77,10 @@ class Integer(Reference):
 
 
 def _takes(x: Tensor) -> bool:
-    """Whether this call is for integers: no gradient goes through it, and it has tokens in a common dtype."""
-    fits = x.dtype in (torch.float32, torch.bfloat16, torch.float16) and x.numel() > 0
-    return fits and not (torch.is_grad_enabled() and x.requires_grad) and not torch.is_autocast_enabled("cpu")
+    """Whether this call is for integers: no gradient goes through it, and it has rows of tokens in a common dtype."""
+    fits = x.dtype in (torch.float32, torch.bfloat16, torch.float16) and x.numel() > 0 and x.ndim > 1
+    fits = fits and not (torch.is_grad_enabled() and x.requires_grad) and not torch.is_autocast_enabled("cpu")
+    return fits and (torch.compiler.is_compiling() or is_plain(x))
 
 
 def _input_refused(spec: ActivationSpec | None) -> str | None:

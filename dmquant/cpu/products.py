@@ -88,8 +88,12 @@ def compiled() -> ctypes.CDLL | None:
 
 def level() -> int:
     """The index in LEVELS of the instructions in use: the best of this machine, up to DMQUANT_MAX_CPU_ISA."""
-    most = check_choice(VARIABLE, os.environ.get(VARIABLE) or LEVELS[-1], LEVELS)
-    return min(LEVELS.index(most), compiled().best_level())
+    return min(LEVELS.index(allowed()), compiled().best_level())
+
+
+def allowed() -> str:
+    """The best of LEVELS that DMQUANT_MAX_CPU_ISA leaves; UsageError for another word."""
+    return check_choice(VARIABLE, os.environ.get(VARIABLE) or LEVELS[-1], LEVELS)
 
 
 @functools.lru_cache(maxsize=64)

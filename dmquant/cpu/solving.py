@@ -7,9 +7,10 @@ import ctypes
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dmquant.activations import ActivationSpec, online_scale
+from dmquant.cpu.addresses import is_plain
 from dmquant.cpu.compiling import library
 from dmquant.formats import FloatFormat, Format, IntFormat
 from dmquant.grids import Grid, ScaledGrid
@@ -74,7 +75,7 @@ def fake_quantize(x: Tensor, spec: ActivationSpec, dim: int) -> Tensor | None:
     size = spec.granularity.size or tokens.shape[-1]
     if fmt is None or spec.granularity.kind not in ("token", "group") or size % LANES or tokens.shape[-1] % size:
         return None
-    if type(x) not in (Tensor, nn.Parameter) or x.is_meta or (torch.is_grad_enabled() and x.requires_grad):
+    if not is_plain(x) or x.is_meta or (torch.is_grad_enabled() and x.requires_grad):
         return None
     if not x.numel() or (compiled := library("solve")) is None:
         return None

@@ -13,5 +13,5 @@ VARIABLE = "DMQUANT_CACHE"
 def folder() -> Path | None:
     """The folder of caches, which need not exist; None where there is no home to have one in."""
     with contextlib.suppress(RuntimeError):
-        return Path(os.environ.get(VARIABLE) or Path.home() / ".cache" / "dmquant")
+        return Path(os.environ.get(VARIABLE) or Path.home() / ".cache" / "dmquant").absolute()
     return None

@@ -1,10 +1,13 @@
 """Bounds of the numbers that a command is given: what no use needs is refused before anything is allocated for it."""
 
 import math
+import os
 import re
 from typing import Any
 
-from dmquant.errors import UsageError
+from dmquant import kernels
+from dmquant.cpu import products
+from dmquant.errors import UsageError, check_choice
 
 BOUNDS = {
     "num_prompts": 1_000_000,
@@ -47,3 +50,11 @@ def parse_size(text: str, option: str) -> int:
         raise UsageError(f"{option} '{text[:40]}' is not a size: write it as 8GB, 512MB or 1.5GiB")
     prefix = match[2].lower()
     return int(float(match[1]) * (1024 if prefix.endswith("i") else 1000) ** (_POWERS.index(prefix[0]) + 1))
+
+
+def check_environment() -> None:
+    """Raises UsageError for a word that kernels do not know in a variable that layers read after calibration."""
+    if kernel := os.environ.get(kernels.VARIABLE):
+        check_choice("kernel", kernel, kernels.names())
+    kernels.weights_kept()
+    products.allowed()

@@ -1,7 +1,6 @@
 """From what was typed to what a run needs: every name looked up and every value checked before any work begins."""
 
 import importlib.metadata
-import os
 import platform
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,11 +10,10 @@ import torch
 from torch import nn
 
 import dmquant
-from dmquant import kernels
 from dmquant.calib.blocks.codes import meaning_of
 from dmquant.cpu.compiling import missing_to_compile
 from dmquant.diffusers.families import GENERIC, Family
-from dmquant.errors import UsageError, UserError, check_choice
+from dmquant.errors import UsageError, UserError
 from dmquant.evaluation.generate import ImageRequest, batch_size_for, image_requests
 from dmquant.evaluation.images import any_images
 from dmquant.evaluation.metrics.registry import METRICS, all_names, check_names, default_names, needing
@@ -32,7 +30,7 @@ from dmquant.pipelines.models.registry import (
     resolve_model,
 )
 from dmquant.pipelines.prompts.lists import PromptSet, load_prompts, read_prompts
-from dmquant.pipelines.runs.bounds import check_image_size, check_numbers, parse_size
+from dmquant.pipelines.runs.bounds import check_environment, check_image_size, check_numbers, parse_size
 from dmquant.pipelines.runs.defaults import named_recipe
 from dmquant.recipe import Recipe
 from dmquant.settings import format_name
@@ -217,8 +215,7 @@ def resolve(options: Options) -> Settings:
     device = resolve_device(options.device)
     if options.offload and device == "cpu":
         raise UsageError("--offload is for a GPU; with --device cpu all parts are in host memory anyway: leave it out")
-    if kernel := os.environ.get(kernels.VARIABLE):
-        check_choice("kernel", kernel, kernels.names())
+    check_environment()
     dtype_name = options.dtype or model.dtype
     resolve_dtype(dtype_name, device)
     _check_taken(options, model)

@@ -209,6 +209,29 @@ def test_calls_that_a_gradient_goes_through_or_that_have_no_tokens_are_the_refer
     layer(x).sum().backward()
     assert x.grad is not None
     assert layer(torch.empty(0, 64)).shape == (0, 8)
+    vector, by_image = torch.randn(64), layer_of(nn.Linear(64, 8), of="image")  # which has no rows
+    with kernels.forced("reference"):
+        expected = by_image(vector)
+    assert torch.equal(by_image(vector), expected)
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("weights", "granularity", "store"), [("int4", "group:16", "int"), ("fp4", "group:24", "e4m3")]
+)
+def test_traces_and_transforms_are_given_operations_that_they_see(weights, granularity, store):
+    """What is computed by address alone would be missing in a trace: its outputs would be memory never written."""
+    layer, x = layer_of(nn.Linear(48, 8), weights, granularity, store, "int8", "token"), torch.randn(5, 48)
+    layer(x)
+    with kernels.forced("reference"):
+        expected, batched = layer(x), layer(x.expand(3, 5, 48))
+    assert torch.equal(torch.vmap(layer)(x.expand(3, 5, 48)), batched)
+    value, slope = torch.func.jvp(layer, (x,), (x,))
+    assert torch.equal(value, expected)
+    assert slope.abs().max() > 0
+    assert torch.allclose(torch.export.export(layer, (x,)).module()(x), expected, atol=1e-5)
+    with pytest.raises(RuntimeError, match="We don't have an op for aten"):  # and not numbers of no meaning
+        torch.jit.trace(layer, (x,))
 
 
 @needs_compiler

@@ -136,11 +136,19 @@ def test_wrong_usage_is_one_line_exits_with_2_and_writes_nothing(capsys, model, 
     assert {path.name for path in tmp_path.iterdir()} == RECIPES.keys()
 
 
-@pytest.mark.parametrize("command", ["run", "generate", "quantize", "compare"])
-def test_an_unknown_kernel_is_said_before_any_work(capsys, model, monkeypatch, command):
-    monkeypatch.setenv("DMQUANT_KERNEL", "refrence")
+@pytest.mark.parametrize(
+    ("command", "variable", "word"),
+    [
+        ("run", "KERNEL", "reference"),
+        ("generate", "KERNEL", "reference"),
+        ("quantize", "WEIGHTS", "memory"),
+        ("compare", "MAX_CPU_ISA", "portable"),
+    ],
+)
+def test_an_unknown_word_for_kernels_is_said_before_any_work(capsys, model, monkeypatch, command, variable, word):
+    monkeypatch.setenv(f"DMQUANT_{variable}", word[:-1])
     recipes = ["--recipes", "rtn"] if command == "compare" else []
-    _fails(dmquant(capsys, command, model, *recipes, "--out", "made"), 2, "did you mean 'reference'?")
+    _fails(dmquant(capsys, command, model, *recipes, "--out", "made"), 2, f"did you mean '{word}'?")
     assert not Path("made").exists()
 
 
