@@ -177,9 +177,9 @@ def _plan_of(layer: nn.Module) -> Plan:
 def _multiply(
     plan: Plan, x: Tensor, kind: str, given: Tensor | None, kernel: Sequence[int], geometry: Sequence[int]
 ) -> Tensor:
-    """The output of a Linear, or with `geometry` (stride, padding, dilation) of a Conv2d in channels last; dtype of `x`.
+    """The output of a Linear, or with `geometry` (stride, padding, dilation) of a Conv2d, which is channels last.
 
-    `kind` is the granularity of the input's scales, and `given` are static ones.
+    Its dtype is that of `x`; `kind` is the granularity of the input's scales, and `given` are static ones.
     """
     wide = x.float() if x.dtype == torch.float16 else x
     single = not geometry or _is_single(kernel, geometry)
