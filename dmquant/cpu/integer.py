@@ -151,8 +151,10 @@ def _run(x: Tensor, layer: nn.Module, geometry: Sequence[int]) -> Tensor:
     kind = spec.granularity.kind
     if torch.compiler.is_compiling():
         made = _made(layer), layer.bias, given, spec.fmt.name, kind, _about(layer), list(geometry)
-        return torch.ops.dmquant.integer_product(x, layer.qweight, *made)
-    return _multiply(_plan_of(layer), x, kind, given, layer.weight_shape[2:], geometry)
+        out = torch.ops.dmquant.integer_product(x, layer.qweight, *made)
+    else:
+        out = _multiply(_plan_of(layer), x, kind, given, layer.weight_shape[2:], geometry)
+    return out.contiguous() if geometry and x.is_contiguous() else out
 
 
 def _made(layer: nn.Module) -> list[Tensor]:
@@ -175,7 +177,7 @@ def _plan_of(layer: nn.Module) -> Plan:
 def _multiply(
     plan: Plan, x: Tensor, kind: str, given: Tensor | None, kernel: Sequence[int], geometry: Sequence[int]
 ) -> Tensor:
-    """The output of a Linear, or with `geometry` (stride, padding, dilation) of a Conv2d, in the dtype of `x`.
+    """The output of a Linear, or with `geometry` (stride, padding, dilation) of a Conv2d in channels last; dtype of `x`.
 
     `kind` is the granularity of the input's scales, and `given` are static ones.
     """
@@ -185,17 +187,14 @@ def _multiply(
         if not wide.is_contiguous(memory_format=torch.channels_last):
             wide = wide.contiguous()
         count = len(given) if given is not None else 1 if kind == "tensor" else len(wide)
-        out = plan.run_images(wide, kernel, geometry, len(wide) // count, given).to(x.dtype)
-        return out.contiguous() if x.is_contiguous() else out
+        return plan.run_images(wide, kernel, geometry, len(wide) // count, given).to(x.dtype)
     tokens = wide.movedim(1, -1) if geometry else wide
     rows = tokens.reshape(-1, tokens.shape[-1]).contiguous()
     together = 1
     if given is not None or kind != "token":
         together = len(rows) // (len(given) if given is not None else 1 if kind == "tensor" else len(x))
     out = plan.run(rows, together, given).view(*tokens.shape[:-1], -1).to(x.dtype)
-    if not geometry:
-        return out
-    return out.movedim(-1, 1).contiguous() if x.is_contiguous() else out.movedim(-1, 1)
+    return out.movedim(-1, 1) if geometry else out
 
 
 @torch.library.custom_op("dmquant::integer_product", mutates_args=())

@@ -10,7 +10,7 @@ from torch import nn
 
 from dmquant import kernels
 from dmquant.activations import ActivationSpec, fake_quantize
-from dmquant.cpu import compiling, products
+from dmquant.cpu import compiling, integer, products
 from dmquant.errors import UsageError
 from dmquant.formats import get_format
 from dmquant.layers import quantize_layer
@@ -216,6 +216,7 @@ def test_calls_that_a_gradient_goes_through_or_that_have_no_tokens_are_the_refer
 
 
 @needs_compiler
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize(
     ("weights", "granularity", "store"), [("int4", "group:16", "int"), ("fp4", "group:24", "e4m3")]
 )
@@ -253,6 +254,19 @@ def test_it_compiles_into_one_graph():
         assert torch.equal(y, eager)
         assert torch.equal(again, eager)
         assert y.stride() == eager.stride()
+
+
+@needs_compiler
+@pytest.mark.parametrize("kernel", [1, 3])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_a_graph_is_told_the_strides_that_outputs_have(kernel, memory_format):
+    """Inductor's code ends with an error where they differ."""
+    layer = layer_of(nn.Conv2d(4, 6, kernel), "fp4", "channel", "fp32", "fp6", "image")
+    x = torch.randn(2, 4, 7, 7).to(memory_format=memory_format)
+    assert layer(x).is_contiguous(memory_format=memory_format)
+    operands = layer.qweight, integer._made(layer), layer.bias, None, "fp6_e2m3", "image", integer._about(layer)
+    geometry = [*layer.stride, *layer.padding, *layer.dilation]
+    torch.library.opcheck(torch.ops.dmquant.integer_product, (x, *operands, geometry), test_utils="test_faketensor")
 
 
 @pytest.mark.parametrize(
