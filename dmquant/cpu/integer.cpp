@@ -250,14 +250,16 @@ void expand_row(const Weights& w, int64_t output, int8_t* to) {
 #if defined(__AVX2__)
     if (w.bits == 4 && w.size % 16 == 0) {
         const __m128i low = _mm_set1_epi8(15);
+        int64_t group = 0, inside = 0;
         for (; column + 32 <= columns; column += 32) {
             const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + column / 2));
             const __m128i even = _mm_and_si128(bytes, low), odd = _mm_and_si128(_mm_srli_epi16(bytes, 4), low);
             const __m128i halves[2] = {_mm_unpacklo_epi8(even, odd), _mm_unpackhi_epi8(even, odd)};
             for (int half = 0; half < 2; ++half) {
-                const int8_t* table = w.tables + factors[(column + 16 * half) / w.size] * entries;
+                const int8_t* table = w.tables + factors[group] * entries;
                 const __m128i values = _mm_shuffle_epi8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table)), halves[half]);
                 _mm_storeu_si128(reinterpret_cast<__m128i*>(to + column + 16 * half), values);
+                if ((inside += 16) == w.size) { inside = 0; ++group; }
             }
         }
     }
@@ -272,6 +274,36 @@ void expand_row(const Weights& w, int64_t output, int8_t* to) {
 }
 
 constexpr int64_t LANES = 16;  // outputs that share a cache line of a panel
+
+// The quads of LANES rows side by side: rows[lane][quad] to lines[quad][lane], lines `wide` quads apart.
+void interleave(const int8_t* rows, int64_t pitch, int64_t quads, int64_t wide, int8_t* lines) {
+    int64_t quad = 0;
+#if defined(__AVX2__)
+    for (; quad + 8 <= quads; quad += 8)
+        for (int64_t lane = 0; lane < LANES; lane += 8) {
+            __m256i r[8], t[8];
+            for (int i = 0; i < 8; ++i)
+                r[i] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(rows + (lane + i) * pitch + quad * 4));
+            for (int i = 0; i < 8; i += 2) {
+                t[i] = _mm256_unpacklo_epi32(r[i], r[i + 1]);
+                t[i + 1] = _mm256_unpackhi_epi32(r[i], r[i + 1]);
+            }
+            for (int i = 0; i < 8; i += 4)
+                for (int j = 0; j < 2; ++j) {
+                    r[i + 2 * j] = _mm256_unpacklo_epi64(t[i + j], t[i + 2 + j]);
+                    r[i + 2 * j + 1] = _mm256_unpackhi_epi64(t[i + j], t[i + 2 + j]);
+                }
+            for (int i = 0; i < 4; ++i) {
+                t[i] = _mm256_permute2x128_si256(r[i], r[i + 4], 0x20);
+                t[i + 4] = _mm256_permute2x128_si256(r[i], r[i + 4], 0x31);
+            }
+            for (int i = 0; i < 8; ++i)
+                _mm256_storeu_si256(reinterpret_cast<__m256i*>(lines + (quad + i) * wide * 4 + lane * 4), t[i]);
+        }
+#endif
+    for (; quad < quads; ++quad)
+        for (int64_t n = 0; n < LANES; ++n) std::memcpy(lines + (quad * wide + n) * 4, rows + n * pitch + quad * 4, 4);
+}
 
 // `wide` outputs from `first` on as a panel, and the sum of each one's weights; `rows` is room for LANES rows of columns.
 void expand_panel(const Weights& w, int64_t first, int64_t wide, int8_t* panel, int32_t* sums, int8_t* rows) {
@@ -290,13 +322,12 @@ void expand_panel(const Weights& w, int64_t first, int64_t wide, int8_t* panel, 
                     std::memset(row + segment * padded + w.columns, 0, padded - w.columns);
                 }
             }
-            int32_t sum = 0;
-            for (int64_t c = 0; c < pitch; ++c) sum += row[c];
-            sums[lane + n] = sum;
         }
-        for (int64_t quad = 0; quad < w.quads(); ++quad) {
-            int8_t* line = panel + (quad * wide + lane) * 4;
-            for (int64_t n = 0; n < LANES; ++n) std::memcpy(line + n * 4, rows + n * pitch + quad * 4, 4);
+        interleave(rows, pitch, w.quads(), wide, panel + lane * 4);
+        for (int64_t n = 0; n < LANES; ++n) {
+            int32_t sum = 0;
+            for (int64_t c = 0; c < pitch; ++c) sum += rows[n * pitch + c];
+            sums[lane + n] = sum;
         }
     }
 }

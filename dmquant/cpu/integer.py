@@ -151,10 +151,8 @@ def _run(x: Tensor, layer: nn.Module, geometry: Sequence[int]) -> Tensor:
     kind = spec.granularity.kind
     if torch.compiler.is_compiling():
         made = _made(layer), layer.bias, given, spec.fmt.name, kind, _about(layer), list(geometry)
-        out = torch.ops.dmquant.integer_product(x, layer.qweight, *made)
-    else:
-        out = _multiply(_plan_of(layer), x, kind, given, layer.weight_shape[2:], geometry)
-    return out.contiguous() if geometry and x.is_contiguous() else out
+        return torch.ops.dmquant.integer_product(x, layer.qweight, *made)
+    return _multiply(_plan_of(layer), x, kind, given, layer.weight_shape[2:], geometry)
 
 
 def _made(layer: nn.Module) -> list[Tensor]:
