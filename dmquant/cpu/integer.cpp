@@ -3,6 +3,9 @@
 // Inputs are rounded to unsigned bytes, code + zero. Weights are bytes too, code times the factor of its group; a panel
 // of them lies as [columns / 4][WIDE outputs][4], the four bytes that one instruction multiplies by four of an
 // input. Sums are int32; zero times the sum of an output's weights is taken off afterwards.
+#if defined(__AVX512F__) && defined(__GNUC__) && !defined(__clang__)
+#pragma GCC target("prefer-vector-width=512")  // rounding takes half the time
+#endif
 #include <algorithm>
 #include <cmath>
 #include <cstdint>

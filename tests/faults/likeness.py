@@ -1,8 +1,9 @@
 """Whether two run folders are the same: every file by its SHA-256, less what no two runs have in common.
 
 Not compared are: the log, which has times of day and a line more for every attempt; seconds and peak memory, where they
-are above 0; hashes and sizes of files that hold such; the hash that a JSON file has of itself; the times and the order
-in the manifest of our files. Of the manifest it counts which of the files that are there it knows as they are.
+are above 0; the time of an image over full precision's, known only where one process made both, and the plot with it;
+hashes and sizes of files that hold such; the hash that a JSON file has of itself; times and order in the manifest of
+our files. Of the manifest it counts which of the files that are there it knows as they are.
 """
 
 import csv
@@ -12,13 +13,18 @@ import re
 from pathlib import Path
 from typing import Any
 
-UNLIKE = ("log.txt", "lock")
+UNLIKE = ("log.txt", "lock", "compare.png")
+OF_PROCESSES = re.compile(r"sessions_\w+|relative_time")
+"""Keys of JSON that are not compared."""
 MEASURED = re.compile(r"seconds(_\w+)?|peak_memory_bytes")
 """Keys of JSON, and columns of CSV: numbers above 0 there, or anywhere below, are not compared."""
 TEXTS = (
     (re.compile(r"\b(quantize|generate|score) [\d.,]+ (s|min|h)\b"), r"\1 TIME"),
     (re.compile(r"(?<=\| )[\d.,]+ (s|min|h)(?= \|)"), "TIME"),
     (re.compile(r"\b[\d.,]+ (MB|GB)\b"), "MEMORY"),
+    (re.compile(r"\b\d+\.\d\d×"), ""),
+    (re.compile(r" +"), " "),
+    (re.compile(r"data:image/\w+;base64,[\w+/=]+"), "PICTURE"),  # most are files as well
 )
 """What is not compared in the text of Markdown and HTML: the time of a stage, and sizes as large as a process."""
 OF_ITSELF = ("sha256", "record_sha256")
@@ -79,6 +85,7 @@ def _without_measurements(value: Any, unlike: dict[str, str], below: bool = Fals
         return {
             key: _without_measurements(one, unlike, below or bool(MEASURED.fullmatch(key)))
             for key, one in value.items()
+            if not OF_PROCESSES.fullmatch(key)
         } | kept
     if isinstance(value, list):
         return [_without_measurements(one, unlike, below) for one in value]
