@@ -123,10 +123,12 @@ def _compiler() -> str | None:
         return None
 
 
+@functools.cache
 def _version(compiler: str) -> str:
     return subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=LONGEST).stdout
 
 
+@functools.cache
 def processor() -> tuple[str, ...]:
     """What `-march=native` depends on: another machine may share the folder of caches."""
     try:

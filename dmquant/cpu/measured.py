@@ -20,13 +20,13 @@ TURNS = 5
 
 def ratio(name: str, measure: Callable[[], float]) -> float:
     """What `measure` gave on this machine, under a name of its own: as remembered, or measured now."""
-    known = _remembered().get(name)
+    known = caches.known(_file()).get(name)
     if isinstance(known, float):
         return known
     measured = measure()
     if file := _file():
         with contextlib.suppress(UserError):  # then the next process measures again
-            write_text(file, json.dumps(_remembered() | {name: measured}))
+            write_text(file, json.dumps(caches.known(file) | {name: measured}))
     return measured
 
 
@@ -56,12 +56,3 @@ def _file() -> Path | None:
     key = hashlib.sha256(repr(about).encode()).hexdigest()[:16]
     folder = caches.folder()
     return folder and folder / "ratios" / f"{key}.json"
-
-
-def _remembered() -> dict[str, float]:
-    file = _file()
-    try:
-        known = json.loads(file.read_text(encoding="utf-8")) if file else {}
-    except (OSError, ValueError):
-        return {}
-    return known if isinstance(known, dict) else {}

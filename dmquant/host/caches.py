@@ -4,8 +4,10 @@ It may be removed at any time.
 """
 
 import contextlib
+import json
 import os
 from pathlib import Path
+from typing import Any
 
 VARIABLE = "DMQUANT_CACHE"
 
@@ -15,3 +17,12 @@ def folder() -> Path | None:
     with contextlib.suppress(RuntimeError):
         return Path(os.environ.get(VARIABLE) or Path.home() / ".cache" / "dmquant").absolute()
     return None
+
+
+def known(file: Path | None) -> dict[str, Any]:
+    """The object in a JSON file of a cache; empty where there is none, or it is damaged."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8")) if file else {}
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}

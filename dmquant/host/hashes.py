@@ -49,20 +49,10 @@ def _file() -> Path | None:
     return folder and folder / "hashes.json"
 
 
-def _known() -> dict[str, list]:
-    """The stored records by path: size, time of change in nanoseconds, inode and SHA-256."""
-    file = _file()
-    try:
-        known = json.loads(file.read_text(encoding="utf-8")) if file else {}
-    except (OSError, ValueError):
-        return {}
-    return known if isinstance(known, dict) else {}
-
-
 def _remembered(place: str, stat: os.stat_result) -> str | None:
     if stat.st_size < LARGE:
         return None
-    match _known().get(place):
+    match caches.known(_file()).get(place):
         case [stat.st_size, stat.st_mtime_ns, stat.st_ino, str(digest)]:
             return digest
     return None
@@ -70,7 +60,7 @@ def _remembered(place: str, stat: os.stat_result) -> str | None:
 
 def _remember(place: str, stat: os.stat_result, digest: str) -> None:
     """Add to the file; where that cannot be, the next command hashes again."""
-    known = _known()
+    known = caches.known(_file())
     known.pop(place, None)
     known[place] = [stat.st_size, stat.st_mtime_ns, stat.st_ino, digest]
     if file := _file():

@@ -12,7 +12,6 @@ from dmquant.evaluation.report.wording import (
     metric_title,
     metric_titles,
     shown_metrics,
-    time_an_image,
     variants,
 )
 from dmquant.evaluation.result import Metric, Report
@@ -44,17 +43,17 @@ def comparison_tables(report: Report) -> list[Table]:
     Metrics that do not fit beside the first ones have tables of their own.
     """
     names = {"": list(variants(report))}
-    formats, sizes = [], []
-    for (_, weights, activations, bits, *_), variant in zip(facts(report), variants(report).values(), strict=True):
+    formats, sizes, times = [], [], []
+    for row, variant in zip(facts(report), variants(report).values(), strict=True):
+        _, weights, activations, bits, _, _, image, *_ = row
         formats.append(f"{weights}\n{activations}")
         sizes.append(f"{bits}\n{size_text(variant.size_bytes)}")
-    seconds = [variant.seconds.get("quantize") for variant in variants(report).values()]
-    took = ["" if one is None else time_text(one) for one in seconds]
-    takes = ["1.00×", *map(time_an_image, report.recipes.values())]
+        seconds = variant.seconds.get("quantize")
+        times.append(f"{'' if seconds is None else time_text(seconds)}\n{image}")
     made = {
         "weights\nactivations": formats,
         "bits\nsize": sizes,
-        "quantizing took\nan image takes": [f"{made}\n{image}" for made, image in zip(took, takes, strict=True)],
+        "quantizing took\nan image takes": times,
     }
     titles, shown = metric_titles(report), shown_metrics(report)
     scores = {
