@@ -106,13 +106,14 @@ def run_trial(task: Task) -> dict[str, Any] | Failure:
     quiet_libraries()
     console = _Logging()
     try:
-        with (
-            owned.joined(task.sweep),
-            claim(task.folder, task.settings.model.name) as folder,
-            console.logging_to(task.folder / runfolder.LOG),
-            _traceback_in(console),
-        ):
-            record = _do(task, folder, console)
+        with owned.joined(task.sweep):
+            with (
+                claim(task.folder, task.settings.model.name) as folder,
+                console.logging_to(task.folder / runfolder.LOG),
+                _traceback_in(console),
+            ):
+                record = _do(task, folder, console)
+            # Only now are all files in the folder known to be ours, which whoever tidies up after a kill goes by.
             write_text(task.record, json.dumps(sealed_json(record), indent=1) + "\n")
         task.tidy()
     except UserError as error:

@@ -13,7 +13,7 @@ from PIL import Image
 
 from dmquant.errors import UserError
 from dmquant.pipelines.commands import stages
-from dmquant.pipelines.runs import image_stage, model_stage, sides
+from dmquant.pipelines.runs import image_stage, model_stage, runfolder, sides
 from dmquant.pipelines.runs.settings import Options, resolve_all
 from dmquant.pipelines.sweep import engines
 from dmquant.pipelines.sweep import sweep as sweep_module
@@ -323,6 +323,22 @@ def test_a_killed_sweep_goes_on_and_ends_as_one_that_was_not(options, finished, 
     assert kept.items() <= when_written(out).items()
     assert numbers(out) == numbers(finished)
     assert {path.name for path in (out / "trials").iterdir()} == {f"{name}.json" for name in NAMES}
+
+
+def test_a_trial_is_done_only_when_all_its_files_are_known(options, tmp_path, monkeypatch):
+    note = runfolder._note_log
+
+    def killed(ours):
+        if ours.root.parent.name == "trials":
+            raise KeyboardInterrupt
+        note(ours)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runfolder, "_note_log", killed)
+        with pytest.raises(KeyboardInterrupt):
+            sweep(options, tmp_path / "run", formats="int8")
+    sweep(options, tmp_path / "run", formats="int8")
+    assert {path.name for path in (tmp_path / "run" / "trials").iterdir()} == {"rtn-int8-int8.json"}
 
 
 def test_after_every_trial_the_time_to_go_is_told(options, again, capsys):
