@@ -122,7 +122,7 @@ def inspect(folder: Path, layers: bool) -> None:
     Raises UserError for a folder that holds no pipeline, or one that is not whole.
     """
     quiet_libraries()
-    folder = _model_folder(folder)
+    folder = model_folder(folder)
     pipeline = folders.pipeline_class(folder)
     folders.check_whole(folder)
     check_models(folder)
@@ -159,7 +159,7 @@ def verify(folder: Path) -> None:
 
     Raises UserError where there are such files, and for a folder without checksums.json.
     """
-    folder = _model_folder(folder)
+    folder = model_folder(folder)
     if not (folder / checksums.NAME).exists():
         raise UserError(
             f"{folder} has no {checksums.NAME} to verify it by: dmquant after 0.2 writes it when it saves a model; "
@@ -178,7 +178,7 @@ def verify(folder: Path) -> None:
     console.say(f"{folder} is what was saved: {len(files)} files, {tensors} tensors")
 
 
-def _model_folder(folder: Path) -> Path:
+def model_folder(folder: Path) -> Path:
     """The pipeline folder that is meant: itself, or the model of a run."""
     if (folder / runfolder.RECIPES).is_dir():
         raise UserError(f"{folder} compares several models: name one, {folder / runfolder.RECIPES}/NAME/model")

@@ -13,6 +13,7 @@ from dmquant.pipelines.commands.options import (
     Prompts,
     Real,
 )
+from dmquant.pipelines.runs.defaults import EXPORTS
 
 FullPrecisionImages = Annotated[Path, typer.Argument(metavar="FP_DIR", help="Images at full precision, 00000.png ...")]
 QuantizedImages = Annotated[Path, typer.Argument(metavar="Q_DIR", help="Images of the quantized model, same names.")]
@@ -111,6 +112,33 @@ def inspect(
         listing.verify(folder)
     else:
         listing.inspect(folder, layers)
+
+
+@command(
+    "dmquant export runs/emoji-pixart-default --to torchao",
+    "dmquant export runs/emoji-pixart-default/model --to comfyui --out emoji-pixart.safetensors",
+)
+def export(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that dmquant saved, or a run folder.")],
+    to: Annotated[str, typer.Option(metavar="FORMAT", help=f"The engine's format: {', '.join(EXPORTS)}.")],
+    *,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE|DIR",
+            help="Where it goes. Default: NAME-FORMAT in the current folder.",
+            rich_help_panel="Output",
+            show_default=False,
+        ),
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace what is there.", rich_help_panel="Output")
+    ] = False,
+) -> None:
+    """Write a quantized model in the format of another engine, without loss wherever the format can hold it."""
+    from dmquant.pipelines.commands import exporting
+
+    exporting.export(folder, to, out, overwrite)
 
 
 @command("dmquant models")

@@ -5,6 +5,8 @@ from dmquant.errors import UsageError, check_choice
 DEFAULT_RECIPE = "default"
 PURPOSES = {"speed": "fast", "quality": "default-lowrank", "size": "small"}
 """Recipes by what matters most, as `--for` names it."""
+EXPORTS = ("bfl", "comfyui", "compressed-tensors", "gguf", "modelopt", "nunchaku-lite", "torchao")
+"""Formats of other engines that can be written (dmquant.exchange.formats)."""
 SWEEP_BITS, SWEEP_TECHNIQUES = "3-8", "rtn"
 
 

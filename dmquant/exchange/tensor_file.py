@@ -1,0 +1,94 @@
+"""Write a safetensors file tensor by tensor: its header comes first, and one tensor is in memory at a time.
+
+The library's own `save_file` holds all tensors of a file at once.
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dmquant.errors import UserError
+from dmquant.host.files import replacing
+from dmquant.host.units import size_text
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+"""Names of dtypes in the headers of safetensors files."""
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+class Entry(NamedTuple):
+    """A tensor to be written: what its header says, and how it is made when its turn comes."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    make: Callable[[], Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        return self.dtype.itemsize * torch.Size(self.shape).numel()
+
+
+def stored(name: str, tensor: Tensor) -> Entry:
+    """An entry of a small tensor that is there already."""
+    return Entry(name, tensor.dtype, tuple(tensor.shape), lambda: tensor)
+
+
+def write(
+    path: Path,
+    entries: Sequence[Entry],
+    metadata: Mapping[str, str],
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> None:
+    """Write the file, whole or not at all; `progress` is told of bytes written and bytes in all.
+
+    Raises UserError where the disk lacks the room, before anything is made, and where it refuses; ValueError for two
+    entries of one name, or one whose tensor is not what it says.
+    """
+    ordered = sorted(entries, key=lambda entry: (-entry.dtype.itemsize, entry.name))  # so that each is aligned
+    if len({entry.name for entry in ordered}) < len(ordered):
+        raise ValueError("two tensors of a file have the same name")
+    header, end = {"__metadata__": {"format": "pt", **metadata}}, 0
+    for entry in ordered:
+        begin, end = end, end + entry.nbytes
+        header[entry.name] = {"dtype": _NAMES[entry.dtype], "shape": list(entry.shape), "data_offsets": [begin, end]}
+    _check_room(path, end)
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        done = 0
+        for entry in ordered:
+            tensor = entry.make()
+            if tensor.dtype != entry.dtype or tuple(tensor.shape) != entry.shape:
+                raise ValueError(
+                    f"{entry.name} is {tensor.dtype} {tuple(tensor.shape)}, not {entry.dtype} {entry.shape}"
+                )
+            file.write(memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy()))
+            done += entry.nbytes
+            progress(done, end)
+
+
+def _check_room(path: Path, nbytes: int) -> None:
+    place = next(folder for folder in path.absolute().parents if folder.exists())
+    if (free := shutil.disk_usage(place).free) < nbytes:
+        raise UserError(f"{path} takes {size_text(nbytes)}, and its disk has {size_text(free)} left: make room")
