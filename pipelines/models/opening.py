@@ -5,7 +5,7 @@ from pathlib import Path
 
 from safetensors import safe_open
 
-from dmquant.diffusers.families import COMPONENTS
+from dmquant.diffusers.families.generic import COMPONENTS
 from dmquant.diffusers.quantizer import QuantConfig, QuantMethod, empty_layers_
 from dmquant.errors import UserError
 from dmquant.exchange.formats import formats
