@@ -24,6 +24,7 @@ from dmquant.pipelines.models.saving import listed
 from dmquant.pipelines.prompts.lists import load_prompts
 from dmquant.pipelines.runs import runfolder
 from dmquant.pipelines.runs.closing_tables import closing_table, comparison_tables, metrics_table
+from dmquant.pipelines.runs.file_recipe import FileRecipe
 from dmquant.pipelines.runs.image_stage import claim_images, make_images
 from dmquant.pipelines.runs.model_stage import load_quantized, load_source, make_model_together
 from dmquant.pipelines.runs.run import Run, saved_settings
@@ -107,6 +108,8 @@ def quantize(settings: Settings, out: Path, overwrite: bool) -> None:
     What calibration has done so far is kept beside it until the pipeline is written, so that a command that was
     killed continues there when it is given again.
     """
+    if isinstance(settings.recipe, FileRecipe):
+        raise UsageError("a file that is quantized already is no recipe to quantize with: `dmquant run` measures it")
     quiet_libraries()
     everyone, console = processes.current(), Console()
     _refuse_own_place(out)
