@@ -12,7 +12,9 @@ from dmquant.pipelines.models.opening import find, open_foreign, open_source
 from dmquant.recipe import Recipe
 from tests.tiny import tiny_pixart, tiny_sd
 
-LOWRANK = Recipe.load("svd").with_settings(granularity="group:16", store="e4m3")
+LOWRANK = Recipe.load("rtn").with_settings(
+    transforms=[{"method": "lowrank", "rank": 4}], granularity="group:16", store="e4m3"
+)
 
 
 @pytest.mark.parametrize(("build", "recipe"), [(tiny_pixart, LOWRANK), (tiny_sd, Recipe.load("rtn"))])
