@@ -27,7 +27,10 @@ class Target:
 
     def rows(self, parts: Sequence[Tensor]) -> Tensor:
         """The original's rows from those of its sources, each (rows, ...) of one dtype that can be concatenated."""
-        rows = parts[0] if len(parts) == 1 else torch.cat(list(parts))
+        return self.in_order(parts[0] if len(parts) == 1 else torch.cat(list(parts)))
+
+    def in_order(self, rows: Tensor) -> Tensor:
+        """The original's rows from those of all sources, one after another; same shape and dtype."""
         return torch.cat(rows.chunk(2)[::-1]) if self.swapped else rows
 
 
@@ -145,6 +148,9 @@ _RESNET = {
 }
 
 
+_IN_LEVEL = re.compile(r"(down|up)_blocks\.(\d+)\.(resnets|attentions|(?:down|up)samplers)\.(\d+)\.(.+)")
+
+
 def _look_up(table: Mapping[str, str], name: str) -> str | None:
     return table.get(name) or table.get(name.rpartition(".")[0])
 
@@ -177,7 +183,7 @@ def _sd3(name: str, config: Mapping[str, Any]) -> str | None:
 
 
 def _unet(name: str, config: Mapping[str, Any]) -> str | None:
-    """Levels of resnets, each with a transformer beside it or not, are one list of blocks on the way down and one up."""
+    """Levels of resnets, each with a transformer beside it or none, are one list of blocks on the way down, one up."""
     layers = config["layers_per_block"]
     if not isinstance(layers, int):
         return None
