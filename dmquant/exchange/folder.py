@@ -69,8 +69,7 @@ def write(source: Source, out: Path, target: Folder, progress: Callable[[int, in
                 (new / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(path, new / name)
                 progress(written := written + path.stat().st_size, total)
-            config = json_file.read_object(source.folder / source.component / CONFIG)
-            config.pop("quantization_config", None)
+            config = {name: value for name, value in source.config.items() if not name.startswith("_")}
             if target.quantization is not None:
                 config["quantization_config"] = dict(target.quantization)
             (backbone / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

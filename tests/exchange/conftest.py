@@ -1,22 +1,24 @@
+"""Models that dmquant saved, shared by the tests of all formats."""
+
 import pytest
 
-from dmquant.pipelines.api import quantize_pipeline
-from dmquant.pipelines.models.opening import open_source
-from dmquant.recipe import Recipe
-from tests.tiny import tiny_pixart, tiny_sd
+from dmquant import quantize_pipeline
+from dmquant.diffusers.quantizer import save_pipeline
+from tests.tiny import tiny_pixart
 
 
 @pytest.fixture(scope="session")
 def saved(tmp_path_factory):
-    """`saved(weights="nvfp4", unet=True, ...)`: a tiny pipeline quantized by a recipe of these settings, opened."""
+    """A function that gives the folder of a tiny pipeline quantized by a recipe without data; each is made once."""
     made = {}
 
-    def save(unet=False, **settings):
-        key = repr((unet, sorted(settings.items())))
+    def make(recipe, build=tiny_pixart, **options):
+        key = (recipe.to_dict().__repr__(), build.__name__, repr(options))
         if key not in made:
+            pipeline = build(**options)
+            quantize_pipeline(pipeline, recipe)
             made[key] = tmp_path_factory.mktemp("saved") / "model"
-            pipeline = tiny_sd() if unet else tiny_pixart(width=64)
-            quantize_pipeline(pipeline, Recipe(name="tried", **settings), out=made[key])
-        return open_source(made[key])
+            save_pipeline(pipeline, made[key])
+        return made[key]
 
-    return save
+    return make

@@ -9,8 +9,17 @@ from diffusers import DiffusionPipeline
 from dmquant.errors import UserError
 from dmquant.exchange import folder, tensor_file
 from dmquant.host import checksums
+from dmquant.pipelines.models.opening import open_source
+from dmquant.recipe import Recipe
 
 CODE = "pipe = load('here')"
+
+
+@pytest.fixture(scope="module")
+def source(saved):
+    folder = saved(Recipe(name="blocks", weights="nvfp4"))
+    checksums.write(folder)
+    return open_source(folder)
 
 
 def nothing(done, total):
@@ -37,9 +46,9 @@ def weight(source, name):
 
 
 @pytest.mark.parametrize("shard", [1 << 40, 20_000])
-def test_diffusers_loads_what_was_written(saved, tmp_path, monkeypatch, shard):
+def test_diffusers_loads_what_was_written(source, tmp_path, monkeypatch, shard):
     monkeypatch.setattr(folder, "SHARD", shard)
-    source, told = saved(weights="nvfp4"), []
+    told = []
     folder.write(source, tmp_path / "out", in_full_precision(source), lambda *seen: told.append(seen))
     files = list((tmp_path / "out" / "transformer").glob("*.safetensors"))
     assert (len(files) > 1) == (shard < 1 << 40)
@@ -50,8 +59,7 @@ def test_diffusers_loads_what_was_written(saved, tmp_path, monkeypatch, shard):
     assert sorted(told) == told
 
 
-def test_other_parts_are_copied_and_what_is_ours_is_not(saved, tmp_path):
-    source = saved(weights="nvfp4")
+def test_other_parts_are_copied_and_what_is_ours_is_not(source, tmp_path):
     folder.write(source, tmp_path / "out", in_full_precision(source, quantization={"quant_method": "x"}), nothing)
     for path in source.folder.rglob("*"):
         copy = tmp_path / "out" / path.relative_to(source.folder)
@@ -65,8 +73,8 @@ def test_other_parts_are_copied_and_what_is_ours_is_not(saved, tmp_path):
     assert list(tmp_path.iterdir()) == [tmp_path / "out"]
 
 
-def test_a_later_export_replaces_its_own_files_and_keeps_the_users(saved, tmp_path):
-    source, out = saved(weights="nvfp4"), tmp_path / "out"
+def test_a_later_export_replaces_its_own_files_and_keeps_the_users(source, tmp_path):
+    out = tmp_path / "out"
     folder.write(source, out, in_full_precision(source), nothing)
     (out / "notes.txt").write_text("mine")
     (out / "model_index.json").write_text("changed")
@@ -79,8 +87,8 @@ def test_a_later_export_replaces_its_own_files_and_keeps_the_users(saved, tmp_pa
     assert [path.name for path in out.rglob("*.replaced*")] == ["model_index.json.replaced"]
 
 
-def test_where_it_fails_nothing_is_left_and_the_old_one_stays(saved, tmp_path):
-    source, out = saved(weights="nvfp4"), tmp_path / "out"
+def test_where_it_fails_nothing_is_left_and_the_old_one_stays(source, tmp_path):
+    out = tmp_path / "out"
     folder.write(source, out, in_full_precision(source), nothing)
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
 
@@ -94,8 +102,7 @@ def test_where_it_fails_nothing_is_left_and_the_old_one_stays(saved, tmp_path):
     assert list(tmp_path.iterdir()) == [out]
 
 
-def test_a_disk_without_room_is_named_before_anything_is_made(saved, tmp_path):
-    source = saved(weights="nvfp4")
+def test_a_disk_without_room_is_named_before_anything_is_made(source, tmp_path):
     huge = tensor_file.Entry("huge", torch.float32, (1 << 50,), lambda: pytest.fail("made"))
     with pytest.raises(UserError, match=r"has .* left: make room"):
         folder.write(source, tmp_path / "out", in_full_precision(source, entries=[huge]), nothing)
@@ -103,14 +110,13 @@ def test_a_disk_without_room_is_named_before_anything_is_made(saved, tmp_path):
 
 
 @pytest.mark.parametrize("place", [".", "inside", ".."])
-def test_model_and_export_cannot_lie_in_one_another(saved, place):
-    source = saved(weights="nvfp4")
+def test_model_and_export_cannot_lie_in_one_another(source, place):
     with pytest.raises(UserError, match="lie in one another"):
         folder.write(source, source.folder / place, in_full_precision(source), nothing)
 
 
-def test_a_file_is_not_replaced_by_a_folder(saved, tmp_path):
+def test_a_file_is_not_replaced_by_a_folder(source, tmp_path):
     (tmp_path / "out").write_text("mine")
     with pytest.raises(UserError, match="is a file"):
-        folder.write(saved(weights="nvfp4"), tmp_path / "out", in_full_precision(saved(weights="nvfp4")), nothing)
+        folder.write(source, tmp_path / "out", in_full_precision(source), nothing)
     assert (tmp_path / "out").read_text() == "mine"
