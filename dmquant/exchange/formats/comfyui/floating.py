@@ -7,7 +7,15 @@ from torch import Tensor
 
 from dmquant.activations import ActivationSpec
 from dmquant.exchange.formats.comfyui.computing import Steps
-from dmquant.exchange.formats.comfyui.layout import Group, Layout, Opened, decoded, of_engine, swapped_nibbles
+from dmquant.exchange.formats.comfyui.layout import (
+    Group,
+    Layout,
+    Opened,
+    decoded,
+    of_engine,
+    split_within,
+    swapped_nibbles,
+)
 from dmquant.exchange.interfaces import ForeignLayer
 from dmquant.exchange.tensor_file import Entry
 from dmquant.gpu.blocked import from_blocked, to_blocked
@@ -37,16 +45,16 @@ class Blocks(Layout):
 
     def misfit(self, shape: tuple[int, int], spec: WeightSpec) -> str | None:
         if shape[1] % self.block:
-            return f"its {shape[1]} inputs are no multiple of {self.block}"
-        if spec.split and spec.split % self.block:
-            return f"its blocks of {self.block} start anew at input {spec.split} (split), and ComfyUI's do not"
-        return None
+            return f"has {shape[1]} inputs, no multiple of {self.block}"
+        return split_within(spec, self.block)
 
     def scales(self, group: Group, dtype: torch.dtype) -> Entry:
         """The entry of the blocks' scales."""
         rows, columns = group.shape
         shape = _tiled(rows, columns // self.block)
-        return group.entry("weight_scale", dtype, shape, lambda: to_blocked(group.rows("scale")).view(dtype).view(shape))
+        return group.entry(
+            "weight_scale", dtype, shape, lambda: to_blocked(group.rows("scale")).view(dtype).view(shape)
+        )
 
     def opened_scales(self, layer: Opened, rows: int, columns: int, dtype: str) -> None:
         """Check the shape of the blocks' scales for a weight (rows, columns)."""
@@ -63,7 +71,7 @@ class Nvfp4(Blocks):
 
     name, packed, transforms = "nvfp4", True, frozenset({"smooth"})
     spec = WeightSpec.parse("nvfp4")
-    inputs = (of_engine("nvfp4"), of_engine("nvfp4", scale="static:1"))
+    inputs = (of_engine("nvfp4"), of_engine("nvfp4"))
 
     def entries(self, group: Group) -> list[Entry]:
         rows, columns = group.shape
@@ -88,8 +96,10 @@ class Nvfp4(Blocks):
         return entries
 
     def open(self, layer: Opened) -> ForeignLayer:
-        rows, half = layer.shape("weight", "U8")
+        rows, half = layer.matrix("weight", "U8")
         columns = 2 * half
+        if columns % self.block:
+            raise layer.unfit("weight", (rows, half))
         self.opened_scales(layer, rows, columns, "F8_E4M3")
         layer.expect("weight_scale_2", [(), (1,)], "F32")
 
@@ -126,7 +136,9 @@ class Mxfp8(Blocks):
         return [codes, self.scales(group, torch.uint8)]
 
     def open(self, layer: Opened) -> ForeignLayer:
-        rows, columns = layer.shape("weight", "F8_E4M3")
+        rows, columns = layer.matrix("weight", "F8_E4M3")
+        if columns % self.block:
+            raise layer.unfit("weight", (rows, columns))
         self.opened_scales(layer, rows, columns, "F8_E8M0")
 
         def read() -> Tensor:
@@ -148,7 +160,7 @@ class Float8(Layout):
         return spec.fmt == self.spec.fmt and spec.granularity == self.spec.granularity
 
     def misfit(self, shape: tuple[int, int], spec: WeightSpec) -> str | None:
-        return f"its inputs before and after {spec.split} have scales of their own (split)" if spec.split else None
+        return split_within(spec, shape[1])
 
     def entries(self, group: Group) -> list[Entry]:
         group.shared("scale", "scales of the whole tensor")
@@ -159,7 +171,7 @@ class Float8(Layout):
         return [codes, group.scalar("weight_scale", scale), *group.static_scale()]
 
     def open(self, layer: Opened) -> ForeignLayer:
-        shape = layer.shape("weight", {torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2"}[self.dtype])
+        shape = layer.matrix("weight", {torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2"}[self.dtype])
         layer.expect("weight_scale", [(), (1,)], "F32")
 
         def read() -> Tensor:

@@ -6,12 +6,14 @@ from torch import Tensor
 from dmquant.activations import ActivationSpec
 from dmquant.errors import UserError
 from dmquant.exchange.formats.comfyui.computing import Steps
-from dmquant.exchange.formats.comfyui.layout import Group, Layout, Opened, decoded, of_engine
+from dmquant.exchange.formats.comfyui.layout import Group, Layout, Opened, decoded, of_engine, split_within
 from dmquant.exchange.interfaces import ForeignLayer
 from dmquant.exchange.tensor_file import Entry
 from dmquant.qtensor import WeightSpec
 
 FLOATS = "F32", "F16", "BF16"
+TILES = "kitchen_tile_packed_w4a4"
+"""The layout in which outputs lie in tiles of 128."""
 
 
 class Int8(Layout):
@@ -25,7 +27,7 @@ class Int8(Layout):
         return spec.fmt == self.spec.fmt and spec.granularity.kind in ("tensor", "channel")
 
     def misfit(self, shape: tuple[int, int], spec: WeightSpec) -> str | None:
-        return f"its inputs before and after {spec.split} have scales of their own (split)" if spec.split else None
+        return split_within(spec, shape[1])
 
     def entries(self, group: Group) -> list[Entry]:
         rows, _ = group.shape
@@ -39,7 +41,7 @@ class Int8(Layout):
         return [layer.scales.decode().expand(layer.weight_shape[0], 1) for layer in filled]
 
     def open(self, layer: Opened) -> ForeignLayer:
-        rows, columns = layer.shape("weight", "I8")
+        rows, columns = layer.matrix("weight", "I8")
         layer.expect("weight_scale", [(), (1,), (rows,), (rows, 1)], "F32")
 
         def read() -> Tensor:
@@ -58,6 +60,8 @@ class SvdQuant(Layout):
     name, packed, transforms = "svdquant_w4a4", True, frozenset({"lowrank"})
     group_size = 64
     spec = WeightSpec.parse("int4", "group:64", store="bf16")
+    exact = WeightSpec.parse("int4", "group:64", store="fp32")
+    """As read: scales may be of any floating dtype."""
     inputs = (of_engine("int4", "group:64"),)
     float_product = False
 
@@ -67,10 +71,8 @@ class SvdQuant(Layout):
 
     def misfit(self, shape: tuple[int, int], spec: WeightSpec) -> str | None:
         if shape[1] % self.group_size:
-            return f"its {shape[1]} inputs are no multiple of {self.group_size}"
-        if spec.split and spec.split % self.group_size:
-            return f"its groups of {self.group_size} start anew at input {spec.split} (split), and ComfyUI's do not"
-        return None
+            return f"has {shape[1]} inputs, no multiple of {self.group_size}"
+        return split_within(spec, self.group_size)
 
     def entries(self, group: Group) -> list[Entry]:
         (rows, columns), bf16 = group.shape, torch.bfloat16
@@ -105,7 +107,7 @@ class SvdQuant(Layout):
         groups = columns // self.group_size
         layer.expect("weight_scale", [(rows // 128, groups, 128) if tiled else (groups, rows)], *FLOATS)
         layer.expect("smooth_factor", [(columns,)], *FLOATS)
-        _, rank = layer.shape("proj_down", *FLOATS)
+        rank = layer.shape("proj_down", *FLOATS)[-1]
         layer.expect("proj_down", [(columns, rank)], *FLOATS)
         layer.expect("proj_up", [(rows // 128, rank, 128) if tiled else (rows, rank)], *FLOATS)
 
@@ -132,20 +134,14 @@ class SvdQuant(Layout):
         parts = "weight", "weight_scale", "smooth_factor", "proj_down", "proj_up"
         return layer.layer((rows, columns), parts, weight, self.inputs[0], steps=steps)
 
-    exact = WeightSpec.parse("int4", "group:64", store="fp32")
-    """The weights as read: scales may be of any floating dtype."""
-
     def _natural_shape(self, layer: Opened) -> tuple[int, int]:
-        shape = layer.shape("weight", "I8")
-        if len(shape) != 2 or shape[1] * 2 % self.group_size:
+        shape = layer.matrix("weight", "I8")
+        if shape[1] * 2 % self.group_size:
             raise layer.unfit("weight", shape)
         return shape[0], 2 * shape[1]
 
     def _tiled_shape(self, layer: Opened) -> tuple[int, int]:
         shape = layer.shape("weight", "I8")
-        if len(shape) != 4 or shape[2:] != (32, 4 * self.group_size // 2):
+        if len(shape) != 4 or shape[2:] != (32, 2 * self.group_size) or 0 in shape:
             raise layer.unfit("weight", shape)
         return 128 * shape[0], self.group_size * shape[1]
-
-
-TILES = "kitchen_tile_packed_w4a4"

@@ -20,7 +20,7 @@ from dmquant.layers import QuantLinear
 from dmquant.qtensor import QuantizedTensor, WeightSpec
 from dmquant.scaling import Scales
 
-RECIPE = "use the recipe that --for comfyui takes"
+RECIPE = "quantize with --for comfyui"
 FLOAT_PRODUCT = "full_precision_matrix_mult"
 """In a layer's settings: its weight is decoded, and its input is not rounded."""
 
@@ -103,13 +103,24 @@ class Opened:
             )
         return header.shape
 
+    def unfit(self, part: str, shape: tuple[int, ...]) -> UserError:
+        """The error of a tensor whose shape the format does not have."""
+        return UserError(
+            f"{self.found.path}: {self.name}.{part} has the shape {list(shape)}, which {self.format} does not have: "
+            "the layer is mislabelled, or in another layout"
+        )
+
+    def matrix(self, part: str, *dtypes: str) -> tuple[int, int]:
+        """`shape`, and UserError for one that is no matrix."""
+        shape = self.shape(part, *dtypes)
+        if len(shape) != 2 or 0 in shape:
+            raise self.unfit(part, shape)
+        return shape
+
     def expect(self, part: str, shapes: Sequence[tuple[int, ...]], *dtypes: str) -> tuple[int, ...]:
         """`shape`, and UserError for one that is none of these."""
         if (shape := self.shape(part, *dtypes)) not in shapes:
-            raise UserError(
-                f"{self.found.path}: {self.name}.{part} has the shape {shape}, and {self.format} takes "
-                f"{' or '.join(map(str, shapes))} beside its weight: the layer is mislabelled, or in another layout"
-            )
+            raise self.unfit(part, shape)
         return shape
 
     def has(self, part: str) -> bool:
@@ -188,7 +199,7 @@ class Layout(ABC):
         """Whether weights of this specification are weights of this format."""
 
     def misfit(self, shape: tuple[int, int], spec: WeightSpec) -> str | None:
-        """Why a weight of this shape, (out, in), does not fit; None where it does."""
+        """Why a layer with a weight of this shape, (out, in), does not fit, as of "it"; None where it does."""
         return None
 
     @abstractmethod
@@ -202,6 +213,11 @@ class Layout(ABC):
     @abstractmethod
     def open(self, layer: Opened) -> ForeignLayer:
         """The layer of a file; UserError for tensors that are not of this format."""
+
+
+def split_within(spec: WeightSpec, size: int) -> str | None:
+    """Why a layer whose scales start anew where its input is split has no plain groups of this size; None: it has."""
+    return f"has scales that start anew at input {spec.split} (split)" if (spec.split or 0) % size else None
 
 
 def of_engine(format: str, granularity: str = "token", scale: str = "online") -> ActivationSpec:
