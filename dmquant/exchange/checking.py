@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from torch import nn
 
 from dmquant.errors import UserError
-from dmquant.exchange.applying import Place, float_layer, output_error, weight_error
+from dmquant.exchange.applying import Place, float_weight, weight_error
 from dmquant.exchange.dialects import Reading, readings
 from dmquant.exchange.interfaces import Foreign
 
@@ -34,13 +34,11 @@ def check(foreign: Foreign, found: Sequence[Place], backbone: nn.Module, model: 
     sample, path = found[step // 2 :: step] if step else [], foreign.found.path
     as_named, others = [], []
     for place in sample:
-        layer, plain = place.layer, float_layer(place, backbone)
-        if layer.build is not None:
-            as_named.append(output_error(plain, layer.build(plain), layer))
-            continue
-        as_named.append(weight_error(layer.weight(), plain.weight))
-        ways = readings(foreign.found, layer.name, layer.shape)
-        others.append({way: weight_error(decode(), plain.weight) for way, decode in ways.items()})
+        layer, exact = place.layer, float_weight(place, backbone)
+        as_named.append(weight_error(place.weight(), exact))
+        ways = {} if layer.build is not None else readings(foreign.found, layer.name, layer.shape)
+        in_order = place.target.in_order
+        others.append({way: weight_error(in_order(decode()), exact) for way, decode in ways.items()})
     error = statistics.median(as_named) if as_named else 0.0
     best, fitting = _best(others)
     if best is not None and fitting < min(UNRELATED, error / CLEARLY):

@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 
-import torch
 from safetensors import safe_open
 from torch import nn
 
@@ -82,7 +81,7 @@ def _own_layer(source: Source, name: str, layer: nn.Module) -> ForeignLayer:
         layer.weight_spec.fmt.name,
         layer.weight_shape,
         sum(header.end - header.begin for header in map(source.header, parts)),
-        lambda: source.layer(name).dequantize(torch.float32),
+        lambda: source.layer(name).float_weight(),
         layer.activations,
         build=build,
     )
@@ -91,10 +90,20 @@ def _own_layer(source: Source, name: str, layer: nn.Module) -> ForeignLayer:
 OWN = ForeignFormat("dmquant", "dmquant's own folder", _is_own, _read_own)
 
 
+def is_full_precision(found: Found) -> bool:
+    """Whether files hold nothing but floating point of 16 bits and more, and whole numbers of 64."""
+    return "quantization_config" not in found.config and {each.dtype for each in found.tensors.values()} <= _WIDE
+
+
+_WIDE = {"F64", "F32", "F16", "BF16", "I64"}
+
+
 def open_foreign(path: Path) -> Foreign:
     """Open quantized files in the format that they are recognised to be in; UserError where there is none."""
     found = find(path)
     matching = [one for one in (OWN, *formats().values()) if one.recognises(found)]
+    if not matching and is_full_precision(found):
+        raise UserError(f"{path} is in full precision: give what is quantized")
     if not matching:
         dtypes = sorted({tensor.dtype for tensor in found.tensors.values()})
         raise UserError(
