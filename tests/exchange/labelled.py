@@ -11,7 +11,7 @@ import torch
 from dmquant.activations import ActivationSpec
 from dmquant.exchange import tensor_file
 from dmquant.exchange.dialects import Reading, readings
-from dmquant.exchange.interfaces import Foreign, ForeignFormat, ForeignLayer
+from dmquant.exchange.interfaces import Exported, Foreign, ForeignFormat, ForeignLayer
 from dmquant.gpu.blocked import to_blocked
 from dmquant.qtensor import quantize_tensor
 
@@ -46,6 +46,25 @@ def write(path, backbone, names, *, way=OWN, activations="none", label="labelled
     return path
 
 
+def export(source, path, progress):
+    """Write what dmquant quantized in NVFP4, exactly."""
+    entries = [tensor_file.stored(name, source.tensor(name)) for name in source.rest]
+    for name, empty in source.layers.items():
+        layer, rows = source.layer(name), empty.weight_shape[0]
+        made = (
+            layer.qweight,
+            layer.scale.view(torch.float8_e4m3fn).view(rows, -1),
+            layer.scale_base.view(torch.float32),
+        )
+        made = (*made[:2], made[2].reshape(()))
+        entries += [tensor_file.stored(f"{name}.{part}", one.detach()) for part, one in zip(PARTS, made, strict=True)]
+        if layer.bias is not None:
+            entries.append(tensor_file.stored(f"{name}.bias", layer.bias.detach()))
+    about = {"layers": list(source.layers), "activations": "none"}
+    tensor_file.write(path, entries, {"labelled": json.dumps(about)}, progress)
+    return Exported(path, {"nvfp4": len(source.layers)}, exact=True, notes=("its names are diffusers'",))
+
+
 def recognises(found):
     return "labelled" in found.metadata
 
@@ -75,7 +94,7 @@ def read(found):
     return Foreign(FORMAT, found, dict(zip(("nibbles", "block scales", "scales"), OWN, strict=True)), layers, rest)
 
 
-FORMAT = ForeignFormat("labelled", "labelled NVFP4, for tests", recognises, read)
+FORMAT = ForeignFormat("labelled", "labelled NVFP4, for tests", recognises, read, export)
 
 
 def all_readings(found, name, shape):

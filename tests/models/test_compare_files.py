@@ -122,6 +122,13 @@ def test_a_file_alone_is_a_run(given, compared, tmp_path):
     stages.report(tmp_path / "run")
 
 
+def test_images_are_made_with_a_file_as_the_backbone(given, compared, tmp_path):
+    folder, _, options = given
+    settings = resolve(run_settings.replace(options, recipe=f"file:{folder / 'other.safetensors'}", metrics=None))
+    stages.generate(settings, tmp_path / "images", False)
+    assert images(tmp_path / "images") == images(compared / "recipes" / "other" / "images" / "quantized")
+
+
 def test_a_wrong_dialect_fails_alone_and_in_one_line(given, tmp_path, capsys):
     _, backbone, options = given
     path = labelled.write(tmp_path / "turned.safetensors", backbone, LAYERS, way=DIALECTS[4])
