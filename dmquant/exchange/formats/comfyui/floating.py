@@ -154,7 +154,9 @@ class Float8(Layout):
     def __init__(self, name: str, fmt: str, dtype: torch.dtype):
         self.name, self.dtype = name, dtype
         self.spec = WeightSpec.parse(fmt, "tensor", store="fp32")
-        self.inputs = (of_engine("fp8", "tensor", "static:1"),) if fmt == "fp8_e4m3" else ()
+        known = fmt == "fp8_e4m3"  # of E5M2 with E5M2 no kernel has products: kitchen decodes both
+        of_input = of_engine if known else ActivationSpec.parse
+        self.inputs = (of_input(fmt, "tensor", scale="static:1"),)
 
     def holds(self, spec: WeightSpec) -> bool:
         return spec.fmt == self.spec.fmt and spec.granularity == self.spec.granularity

@@ -2,6 +2,8 @@
 
 import fnmatch
 import json
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -14,9 +16,10 @@ from dmquant.exchange.formats.comfyui.layout import FLOAT_PRODUCT, RECIPE, Group
 from dmquant.exchange.formats.comfyui.layouts import LAYOUTS, layout_of
 from dmquant.exchange.interfaces import Exported, Progress
 from dmquant.exchange.keys import Target
-from dmquant.exchange.layers import counted, described
+from dmquant.exchange.layers import described
 from dmquant.exchange.source import Source
 from dmquant.exchange.tensor_file import DTYPES, Entry
+from dmquant.layers import QUANTIZED
 from dmquant.qtensor import WeightSpec
 
 UNPACKED = {
@@ -62,7 +65,7 @@ def export(source: Source, path: Path, progress: Progress) -> Exported:
             entries += [*layout.entries(group), _settings(layout, group)]
     tensor_file.write(path, entries, {}, progress)
     note = f"tensors keep the names of diffusers' {class_name}, since ComfyUI's own are not known here"
-    return Exported(path, counted(source, kinds), True, () if targets else (note,))
+    return Exported(path, _counted(source, kinds), True, () if targets else (note,))
 
 
 def _check(source: Source, name: str, unpacked: str | None) -> None:
@@ -113,3 +116,9 @@ def _settings(layout: Layout, group: Group) -> Entry:
         settings[FLOAT_PRODUCT] = True
     text = json.dumps(settings, separators=(",", ":")).encode()
     return tensor_file.stored(f"{group.name}.comfy_quant", torch.tensor(list(text), dtype=torch.uint8))
+
+
+def _counted(source: Source, kinds: Sequence[str]) -> dict[str, int]:
+    """The numbers of layers by format, those that stay in high precision included."""
+    high = sum(type(module) in QUANTIZED for module in source.backbone.modules())
+    return {**Counter(kinds), **({"high precision": high} if high else {})}
