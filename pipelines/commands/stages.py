@@ -170,7 +170,8 @@ def _keep_apart(source: Path, out: Path) -> None:
 def generate(settings: Settings, out: Path, overwrite: bool) -> None:
     """Make one image a prompt in the folder `out`, with a model at full precision or one that dmquant quantized.
 
-    With a file in the place of the recipe, the full-precision model has that as its backbone. Images of ours that are there are kept; with `overwrite` those of other settings are replaced or removed.
+    With a file in the place of the recipe, the full-precision model has that as its backbone. Images of ours that are
+    there are kept; with `overwrite` those of other settings are replaced or removed.
     """
     quiet_libraries()
     if out.is_file():
