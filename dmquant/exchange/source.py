@@ -35,8 +35,8 @@ class Source:
 
     @property
     def config(self) -> Mapping[str, Any]:
-        """The backbone's configuration as diffusers has it."""
-        return self.backbone.config
+        """The content of the backbone's config.json in full precision."""
+        return {"_class_name": type(self.backbone).__name__, **self.backbone.config}
 
     def header(self, name: str) -> weight_file.Tensor:
         """Dtype and shape of a tensor by its name in the files."""
