@@ -55,6 +55,13 @@ def _offset(scale: Tensor, levels: Tensor) -> Tensor:
     return torch.cat([_half_bytes(scale), _nibbles(levels + 8)], -1)
 
 
+def _offset_5(scale: Tensor, levels: Tensor) -> Tensor:
+    codes = (levels + 16).to(torch.uint8)
+    places = torch.arange(8, dtype=torch.uint8)
+    fifths = ((codes >> 4).unflatten(-1, (4, 8)) << places).sum(-1, dtype=torch.uint8)
+    return torch.cat([_half_bytes(scale), fifths, _nibbles(codes & 15)], -1)
+
+
 def _signed(scale: Tensor, levels: Tensor) -> Tensor:
     return torch.cat([_half_bytes(scale), levels.to(torch.int8).view(torch.uint8)], -1)
 
@@ -90,6 +97,7 @@ def _k_bytes(found: KBlocks, top: int) -> Tensor:
 
 
 Q4_0 = BlockType("Q4_0", 2, 32, 18, _fitted(Symmetric(whole(-8, 7), (-8, 7)), _offset), _offset, (-8, 7))
+Q5_0 = BlockType("Q5_0", 6, 32, 22, _fitted(Symmetric(whole(-16, 15), (-16, 15)), _offset_5), _offset_5, (-16, 15))
 Q8_0 = BlockType("Q8_0", 8, 32, 34, _fitted(Symmetric(whole(-127, 127), (127,), (1.0,)), _signed), _signed, (-128, 127))
 IQ4_NL = BlockType(
     "IQ4_NL", 20, 32, 18, _fitted(Symmetric(of_halves(IQ4_NL_LEVELS.values), (-127, 113)), _looked_up), _looked_up, (-127, 113)
@@ -97,5 +105,5 @@ IQ4_NL = BlockType(
 Q4_K = BlockType("Q4_K", 12, 256, 144, _k_quants(15))
 Q5_K = BlockType("Q5_K", 13, 256, 176, _k_quants(31))
 
-WRITTEN = {one.name.lower(): one for one in (Q4_0, IQ4_NL, Q4_K, Q5_K, Q8_0)}
+WRITTEN = {one.name.lower(): one for one in (Q4_0, IQ4_NL, Q4_K, Q5_0, Q5_K, Q8_0)}
 """By the names of the command line."""

@@ -77,7 +77,8 @@ def export(source: Source, out: Path, progress: Progress, kind: str | None = Non
                 progress(done := done + one.nbytes, total)
         finally:
             writer.close()
-    formats = Counter(one.kind.lower() if one.kind in maker.kinds else "high precision" for one in tensors)
+    weights = [one for one in tensors if one.name.endswith(".weight") and len(one.shape) > 1]
+    formats = Counter(one.kind.lower() if one.kind in maker.kinds else "high precision" for one in weights)
     exact = not (maker.lost or maker.activations or maker.halved)
     return Exported(out, dict(formats), exact, tuple(_notes(source, maker, named)))
 
@@ -117,9 +118,8 @@ class _Maker:
         self.lost: list[str] = []
         """Layers that were quantized again."""
         self.halved: list[str] = []
-        """Layers that went to F16, which may round."""
+        """Weights that F16 rounds."""
         self.activations = any(layer.activations is not None for layer in source.layers.values())
-        self.weighed = self.unweighed = 0
 
     def tensor(self, target: Target) -> Tensors:
         """What becomes of the sources of `target`: one type for all of its rows."""
@@ -149,14 +149,13 @@ class _Maker:
         columns, bits = layer.in_features, layer.weight_spec.fmt.bits
         if self.wanted is not None:
             wanted = WRITTEN[self.wanted]
-            fallback = blocks.Q8_0 if wanted.bits > 5 else blocks.IQ4_NL
-            candidates = [wanted, fallback]
-        elif (held := holder(layer)) is not None and held.bits < bits + 2:
+            candidates = [wanted, blocks.Q5_0 if wanted is blocks.Q5_K else blocks.IQ4_NL]
+        elif (held := holder(layer)) is not None and held.bits <= max(bits + 2, blocks.Q4_0.bits):
             candidates = [held]
         elif bits < 5:
             candidates = [blocks.Q4_K, blocks.IQ4_NL]
         else:
-            candidates = [blocks.Q5_K, blocks.Q8_0] if bits == 5 else [blocks.Q8_0]
+            candidates = [blocks.Q5_K, blocks.Q5_0] if bits == 5 else [blocks.Q8_0]
         return next((one for one in candidates if columns % one.size == 0), None)
 
     def _quantized(self, target: Target, layers: Sequence[str], kind: BlockType) -> Tensor:
@@ -170,12 +169,11 @@ class _Maker:
         return blocks.quantize(layer.float_weight(), self._cost(name, layer), kind)
 
     def _cost(self, name: str, layer: QuantLinear) -> Tensor:
-        known = self.source.importance.get(name)
-        if known is None:
-            self.unweighed += 1
+        importance = self.source.importance
+        known = None if importance is None else importance.mean_squares.get(name)
+        if known is None or not known.any():
             return torch.ones(layer.in_features)
-        self.weighed += 1
-        return known.clamp(min=float(known.mean()) * RARE) if known.any() else torch.ones_like(known)
+        return known.clamp(min=float(known.mean()) * RARE)
 
     def _plain_kind(self, target: Target, shape: tuple[int, ...]) -> str:
         """F32 for what has one dimension; 16 bits for the rest, where readers take them."""
@@ -194,12 +192,13 @@ class _Maker:
     def _plain(self, target: Target, dtype: torch.dtype) -> Tensor:
         rows = target.rows([self._float(name) for name in target.sources])
         made = rows.to(dtype).contiguous()
+        if not torch.equal(made.float(), rows):
+            self.halved.append(target.name)
         return made.view(torch.uint8) if dtype == torch.bfloat16 else made
 
     def _float(self, name: str) -> Tensor:
         layer, _, parameter = name.rpartition(".")
         if layer in self.source.layers and parameter == "weight":
-            self.halved.append(layer)
             return self.source.layer(layer).float_weight()
         return self.source.tensor(name).float()
 
@@ -209,7 +208,7 @@ def holder(layer: QuantLinear) -> BlockType | None:
     spec, size = layer.weight_spec, layer.weight_spec.granularity.size
     if layer.transforms or spec.split is not None or spec.store in TABLES or layer.in_features % 32 or (size or 32) % 32:
         return None
-    return next((kind for kind in (blocks.Q4_0, blocks.IQ4_NL, blocks.Q8_0) if _step(spec.fmt, kind) is not None), None)
+    return next((kind for kind in (blocks.Q4_0, blocks.IQ4_NL, blocks.Q5_0, blocks.Q8_0) if _step(spec.fmt, kind) is not None), None)
 
 
 def _step(fmt: Format, kind: BlockType) -> float | None:
@@ -229,16 +228,16 @@ def exactly(layer: QuantLinear, kind: BlockType) -> Tensor | None:
     rows, columns = layer.weight_shape
     if step is None:
         return None
+    levels = (spec.fmt.decode(unpack(layer.qweight, spec.fmt.bits, columns)) / step).unflatten(1, (-1, kind.size))
     scale = (layer.scales.decode() * step).expand(rows, -1)
-    if not torch.equal(scale.half().float(), scale):
-        return None
-    levels = spec.fmt.decode(unpack(layer.qweight, spec.fmt.bits, columns)) / step
-    scale = scale.repeat_interleave(-(-(spec.granularity.size or columns) // kind.size), 1)[:, : columns // kind.size]
-    return kind.exact(scale.unsqueeze(-1), levels.unflatten(1, (-1, kind.size))).flatten(1)
+    scale = scale.repeat_interleave(-(-(spec.granularity.size or columns) // kind.size), 1)[:, : levels.shape[1]]
+    scale = torch.where(levels.any(-1), scale, 0.0)  # blocks of zeros have the smallest scale of all
+    return kind.exact(scale.unsqueeze(-1), levels).flatten(1) if torch.equal(scale.half().float(), scale) else None
 
 
 def _metadata(source: Source, kind: str | None) -> dict[str, str]:
-    weighed = f"mean squares of inputs over {source.importance_calls} calls" if source.importance else "none"
+    known = source.importance
+    weighed = "none" if known is None else f"mean squares of the inputs of {known.calls} calls"
     return {
         "general.name": source.folder.resolve().name,
         "dmquant.version": __version__,
@@ -254,15 +253,15 @@ def _notes(source: Source, maker: _Maker, named: bool) -> Iterator[str]:
         yield f"the original names of a {name} are not known: tensors have those of diffusers, and ComfyUI may refuse them"
     if maker.lost:
         weights = (
-            "each channel's error weighed by calibration data"
-            if maker.weighed
-            else "every channel's error alike, as there is no calibration data: name some with --calibration-data"
+            "the error of each input channel weighed by calibration data"
+            if maker.source.importance
+            else "all errors alike, as there is no calibration data: name a run folder, or --calibration-data"
         )
         yield (
             f"{len(maker.lost)} layers were quantized again, {weights}; dmquant run MODEL --for gguf makes what Q4_0 "
             "and IQ4_NL hold as it is"
         )
     if maker.halved:
-        yield f"{len(maker.halved)} layers, convolutions among them, are in F16: diffusers multiplies no quantized ones"
+        yield f"F16 rounds the weights of {len(maker.halved)} quantized layers that are no Linear or have no blocks of 32"
     if maker.activations:
         yield "inputs are not rounded there: images differ from dmquant's, and are nearer to full precision"

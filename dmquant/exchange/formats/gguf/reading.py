@@ -1,7 +1,6 @@
 """Reading GGUF: which tensors are quantized, and their weights."""
 
 import functools
-import math
 from collections import Counter
 
 import torch
@@ -47,7 +46,7 @@ def decoded(found: Found, tensor: weight_file.Tensor) -> Tensor:
     gguf = library("reading GGUF")
     data = read(found.files[0], tensor).view(-1, gguf.GGML_QUANT_SIZES[NUMBERS[tensor.dtype]][1])
     values = gguf.dequantize(data.numpy(), gguf.GGMLQuantizationType(NUMBERS[tensor.dtype]))
-    return torch.from_numpy(values).view(tensor.shape) if math.prod(tensor.shape) else torch.empty(tensor.shape)
+    return torch.from_numpy(values).view(tensor.shape)
 
 
 def library(what: str):
