@@ -73,7 +73,8 @@ class ForeignLayer:
     nbytes: int
     """Bytes of codes, scales, tables and branches, without the bias."""
     weight: Callable[[], Tensor]
-    """Reads and decodes the weight that multiplies the rounded input, float32 of `shape`."""
+    """Reads and decodes the weight, float32 of `shape`: what multiplies the rounded input; or, with `build`, the
+    weight of the float layer that all of it stands for."""
     activations: ActivationSpec | None = None
     """How the engine's kernel rounds the input; None where it does not."""
     input_scale: Callable[[], Tensor] | None = None

@@ -192,7 +192,9 @@ def _mx(source: Source, name: str, layer: QuantLinear, block: str) -> Layout:
         "kernel_preference": AUTO,
         "scaling_mode": inputs["scaling_mode"],
     }
-    return Layout(f"{block} x {block}", "MXTensor", attributes, parts, versioned("MXDynamicActivationMXWeightConfig", **options))
+    return Layout(
+        f"{block} x {block}", "MXTensor", attributes, parts, versioned("MXDynamicActivationMXWeightConfig", **options)
+    )
 
 
 def _float8(source: Source, name: str, layer: QuantLinear) -> Layout:
