@@ -4,7 +4,7 @@ import contextlib
 import os
 from pathlib import Path
 
-from dmquant.errors import UserError
+from dmquant.errors import UsageError, UserError
 from dmquant.evaluation.png import is_picture
 from dmquant.evaluation.report.image_grid import draw_grid
 from dmquant.exchange import folder as export_folder
@@ -15,6 +15,7 @@ from dmquant.host.console import Console, quiet_libraries
 from dmquant.host.files import write_text
 from dmquant.host.units import size_text
 from dmquant.pipelines.commands.listing import model_folder
+from dmquant.pipelines.models.importance import data_of, importance_of
 from dmquant.pipelines.models.opening import open_foreign, open_source
 from dmquant.pipelines.runs.evidence import Evidence, evidence_of
 from dmquant.pipelines.runs.evidence_card import MARK, evidence_card
@@ -22,8 +23,11 @@ from dmquant.pipelines.runs.evidence_card import MARK, evidence_card
 PAIRS = 8  # in the picture of the card
 
 
-def export(folder: Path, to: str, out: Path | None, overwrite: bool) -> None:
-    """Write the quantized model in `folder`, or of a run, in the format `to`; by default in the current folder."""
+def export(folder: Path, to: str, out: Path | None, overwrite: bool, calibration_data: Path | None = None) -> None:
+    """Write the quantized model in `folder`, or of a run, in the format `to`; by default in the current folder.
+
+    A format that weighs errors takes them from `calibration_data`, by default the run's.
+    """
     quiet_libraries()
     console, target = Console(), writable(to)
     model = model_folder(folder)
@@ -35,6 +39,10 @@ def export(folder: Path, to: str, out: Path | None, overwrite: bool) -> None:
     if not target.folder:
         _refuse_strangers(card, picture)
     source = open_source(model)
+    if target.weighs_errors:
+        source.importance = importance_of(source, calibration_data or data_of(folder), console)
+    elif calibration_data is not None:
+        raise UsageError(f"{target.name} is written without calibration data: leave out --calibration-data")
     with console.bar(f"export to {target.name}") as bar:
         written = target.export(source, out, bar)
     layers = ", ".join(f"{count} layers in {name}" for name, count in written.formats.items())

@@ -144,11 +144,19 @@ def export(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace what is there.", rich_help_panel="Output")
     ] = False,
+    calibration_data: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Calibration data that weighs the errors of what is quantized again. Default: the run's.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Write a quantized model in the format of another engine, without loss wherever the format can hold it."""
     from dmquant.pipelines.commands import exporting
 
-    exporting.export(folder, to, out, overwrite)
+    exporting.export(folder, to, out, overwrite, calibration_data)
 
 
 @command("dmquant models")

@@ -1,5 +1,6 @@
 """Open models for other engines: a folder that dmquant saved, or files that other tools wrote. Reads no weights."""
 
+import functools
 import json
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from dmquant.diffusers.quantizer import QuantConfig, QuantMethod, empty_layers_
 from dmquant.diffusers.timesteps import share_timesteps
 from dmquant.errors import UserError
 from dmquant.exchange.formats import formats
+from dmquant.exchange.formats.gguf import header as gguf
 from dmquant.exchange.interfaces import Foreign, ForeignFormat, ForeignLayer, Found
 from dmquant.exchange.source import Source
 from dmquant.host import json_file, weight_file
@@ -40,6 +42,9 @@ def _source(part: Path) -> Source:
 
 def find(path: Path) -> Found:
     """The headers and the configuration of a weight file, of a component's folder, or of a pipeline's backbone."""
+    if path.is_file() and gguf.is_gguf(path):
+        tensors, metadata = gguf.header(path)
+        return Found(path, (path,), tensors, metadata, load=functools.partial(gguf.read, path))
     if path.is_dir() and (path / folders.INDEX).is_file():
         path = next((path / name for name in COMPONENTS if (path / name).is_dir()), path)
     files = [path] if not path.is_dir() else weight_files(path) or sorted(path.glob("*.safetensors"))
