@@ -8,8 +8,8 @@ from dmquant.exchange.formats import writable
 from dmquant.host.console import Console, quiet_libraries
 from dmquant.host.units import size_text
 from dmquant.pipelines.commands.listing import model_folder
-from dmquant.pipelines.models.importance import data_of, importance_of
 from dmquant.pipelines.models.opening import open_source
+from dmquant.pipelines.runs.importance import data_of, importance_of
 
 
 def export(folder: Path, to: str, out: Path | None, overwrite: bool, calibration_data: Path | None = None) -> None:
