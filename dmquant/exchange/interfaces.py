@@ -108,8 +108,8 @@ class ForeignFormat:
     """Whether files are in this format, by names, dtypes, shapes, metadata and configuration alone."""
     read: Callable[[Found], Foreign]
     """Open it; UserError for layouts that are mixed up or unknown. Reads no weights."""
-    export: Callable[..., Exported] | None = None
-    """(Source, Path, Progress): write a model there, whole or not at all; UserError naming the layer, the reason and the recipe to use."""
+    export: Callable[[Source, Path, Progress], Exported] | None = None
+    """Write a model there, whole or not at all; UserError naming the layer, the reason and the recipe to use."""
     folder: bool = False
     """Whether an export is a folder instead of a file."""
     suffix: str = ".safetensors"

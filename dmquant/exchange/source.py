@@ -28,7 +28,8 @@ class Importance:
 class Source:
     """The backbone of a pipeline folder: the model on the meta device, with empty quantized layers, and its files.
 
-    `importance` is there where calibration data is at hand and the export asks for it. `component` is the backbone's name in the pipeline folder `folder`.
+    `component` is the backbone's name in the pipeline folder `folder`. `importance` is there where an export asks
+    for it and calibration data is at hand.
     """
 
     def __init__(self, backbone: nn.Module, recipe: Recipe, files: Sequence[Path], folder: Path, component: str):

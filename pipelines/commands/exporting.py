@@ -15,10 +15,10 @@ from dmquant.host.console import Console, quiet_libraries
 from dmquant.host.files import write_text
 from dmquant.host.units import size_text
 from dmquant.pipelines.commands.listing import model_folder
-from dmquant.pipelines.models.importance import data_of, importance_of
 from dmquant.pipelines.models.opening import open_foreign, open_source
 from dmquant.pipelines.runs.evidence import Evidence, evidence_of
 from dmquant.pipelines.runs.evidence_card import MARK, evidence_card
+from dmquant.pipelines.runs.importance import data_of, importance_of
 
 PAIRS = 8  # in the picture of the card
 

@@ -18,7 +18,7 @@ def formats() -> Mapping[str, ForeignFormat]:
 
 
 def writable(name: str) -> ForeignFormat:
-    """The format of this name, or of a name and a variant as in `gguf:q5_k`, that can be written; UsageError if none."""
+    """The writable format of a name, or of a name and a variant as in `gguf:q5_k`; UsageError where there is none."""
     name, colon, variant = name.partition(":")
     one = formats()[check_choice("format", name, [one.name for one in formats().values() if one.export])]
     if not colon:

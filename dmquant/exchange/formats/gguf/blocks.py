@@ -96,18 +96,13 @@ def _k_bytes(found: KBlocks, top: int) -> Tensor:
     return torch.cat([*factors, *whole, *fifths, fours], -1)
 
 
-Q4_0 = BlockType("Q4_0", 2, 32, 18, _fitted(Symmetric(whole(-8, 7), (-8, 7)), _offset), _offset, (-8, 7))
-Q5_0 = BlockType("Q5_0", 6, 32, 22, _fitted(Symmetric(whole(-16, 15), (-16, 15)), _offset_5), _offset_5, (-16, 15))
-Q8_0 = BlockType("Q8_0", 8, 32, 34, _fitted(Symmetric(whole(-127, 127), (127,), (1.0,)), _signed), _signed, (-128, 127))
-IQ4_NL = BlockType(
-    "IQ4_NL",
-    20,
-    32,
-    18,
-    _fitted(Symmetric(of_halves(IQ4_NL_LEVELS.values), (-127, 113)), _looked_up),
-    _looked_up,
-    (-127, 113),
-)
+_FOUR, _FIVE, _EIGHT = whole(-8, 7), whole(-16, 15), whole(-127, 127)
+_DENSER = of_halves(IQ4_NL_LEVELS.values)
+
+Q4_0 = BlockType("Q4_0", 2, 32, 18, _fitted(Symmetric(_FOUR, (-8, 7)), _offset), _offset, (-8, 7))
+Q5_0 = BlockType("Q5_0", 6, 32, 22, _fitted(Symmetric(_FIVE, (-16, 15)), _offset_5), _offset_5, (-16, 15))
+Q8_0 = BlockType("Q8_0", 8, 32, 34, _fitted(Symmetric(_EIGHT, (127,), (1.0,)), _signed), _signed, (-128, 127))
+IQ4_NL = BlockType("IQ4_NL", 20, 32, 18, _fitted(Symmetric(_DENSER, (-127, 113)), _looked_up), _looked_up)
 Q4_K = BlockType("Q4_K", 12, 256, 144, _k_quants(15))
 Q5_K = BlockType("Q5_K", 13, 256, 176, _k_quants(31))
 

@@ -1,4 +1,4 @@
-"""Writing GGUF: layers as they are where a type of GGUF holds their grid, else quantized again at the least output error.
+"""Writing GGUF: layers as they are where a type of GGUF holds their grid, else quantized again.
 
 Names are those that models were first published with, where they are known, as the readers of such files expect.
 Linear layers are quantized, and convolutions go to F16: diffusers multiplies no quantized ones.
@@ -33,7 +33,7 @@ LONGEST = 127  # characters of a name, which ggml's readers cut
 RARE = 1e-3  # of the mean: what an error of a channel costs at least, also where calibration saw nothing
 PLAIN = {"F32": (torch.float32, "F32"), "BF16": (torch.bfloat16, "BF16"), "F16": (torch.float16, "F16")}
 UNNAMED = "diffusers"
-REFUSED = ("FluxTransformer2DModel", "SD3Transformer2DModel")
+HOLDERS = (blocks.Q4_0, blocks.IQ4_NL, blocks.Q5_0, blocks.Q8_0)
 
 
 class Tensors(NamedTuple):
@@ -163,11 +163,8 @@ class _Maker:
 
     def _layer(self, name: str, kind: BlockType) -> Tensor:
         layer = self.source.layer(name)
-        if (
-            (held := holder(layer)) is not None
-            and kind in (held, blocks.Q8_0)
-            and (data := exactly(layer, kind)) is not None
-        ):
+        data = exactly(layer, kind) if holder(layer) is not None else None
+        if data is not None:
             return data
         self.lost.append(name)
         return blocks.quantize(layer.float_weight(), self._cost(name, layer), kind)
@@ -210,18 +207,11 @@ class _Maker:
 def holder(layer: QuantLinear) -> BlockType | None:
     """The type whose levels are a layer's codes, each scale being for whole blocks of 32; None where there is none."""
     spec, size = layer.weight_spec, layer.weight_spec.granularity.size
-    if (
-        layer.transforms
-        or spec.split is not None
-        or spec.store in TABLES
-        or layer.in_features % 32
-        or (size or 32) % 32
-    ):
+    parts = spec.segments(layer.weight_shape)
+    alone = len(parts) == 1 or (size is not None and parts[0] % size == 0)  # else a half has scales of its own
+    if layer.transforms or spec.store in TABLES or layer.in_features % 32 or (size or 32) % 32 or not alone:
         return None
-    return next(
-        (kind for kind in (blocks.Q4_0, blocks.IQ4_NL, blocks.Q5_0, blocks.Q8_0) if _step(spec.fmt, kind) is not None),
-        None,
-    )
+    return next((kind for kind in HOLDERS if _step(spec.fmt, kind) is not None), None)
 
 
 def _step(fmt: Format, kind: BlockType) -> float | None:
@@ -263,7 +253,7 @@ def _metadata(source: Source, kind: str | None) -> dict[str, str]:
 def _notes(source: Source, maker: _Maker, named: bool) -> Iterator[str]:
     name = type(source.backbone).__name__
     if not named:
-        yield f"the original names of a {name} are not known: tensors have those of diffusers, and ComfyUI may refuse them"
+        yield f"the original names of a {name} are not known: tensors have diffusers', which ComfyUI may refuse"
     if maker.lost:
         weights = (
             "the error of each input channel weighed by calibration data"
@@ -275,6 +265,6 @@ def _notes(source: Source, maker: _Maker, named: bool) -> Iterator[str]:
             "and IQ4_NL hold as it is"
         )
     if maker.halved:
-        yield f"F16 rounds the weights of {len(maker.halved)} quantized layers that are no Linear or have no blocks of 32"
+        yield f"F16 rounds the weights of {len(maker.halved)} layers that are no Linear or have no blocks of 32"
     if maker.activations:
         yield "inputs are not rounded there: images differ from dmquant's, and are nearer to full precision"

@@ -51,7 +51,7 @@ def whole(low: int, high: int) -> Round:
 
 
 def of_halves(levels: Tensor) -> Round:
-    """Rounding to the nearest of whole levels, ascending: the midpoints are whole numbers of halves, so is the place."""
+    """Rounding to the nearest of whole levels, ascending; all midpoints are whole numbers of halves."""
     low, high = (int(level) for level in levels[[0, -1]])
     nearest = torch.bucketize(torch.arange(2 * low, 2 * high + 1) / 2, (levels[1:] + levels[:-1]) / 2, right=True)
     table = levels[nearest]
