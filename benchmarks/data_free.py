@@ -6,8 +6,8 @@
 Weights alone: the layers that the recipe rtn quantizes get the values that each way's codes mean, scales and minima
 counted; everything else stays. Other libraries quantize by their own code, GGUF's formats by llama.cpp in rows of 256
 weights, as SD's are stored in such files. The weight error is the squared error over the squared weight, the mean over
-layers; PSNR is that of images before they are rounded to 8 bits, the mean over images. Every row is kept in OUT: what is
-there is not done again. Without --peers the others are left out.
+layers; PSNR is that of images before they are rounded to 8 bits, the mean over images. Rows are
+kept in OUT: what is there is not done again. Without --peers the others are left out.
 """
 
 import argparse
@@ -35,7 +35,7 @@ PACKAGES = (
     "bitsandbytes==0.50.2", "gguf==0.19.0", "hqq==0.2.8.post1", "termcolor==3.3.0", "torchao==0.18.0",
     "xllamacpp==2026.10.11549",
 )  # fmt: skip
-HEADER = ("weights", "bits a weight", "weight error", "PSNR, dB", "by images, ±", "dB over the first")
+HEADER = ("weights", "bits a weight", "weight error", "PSNR, dB", "standard error", "dB over the first")
 SUPER = 256  # weights of a row of GGUF
 Decoded = tuple[Tensor, float]
 

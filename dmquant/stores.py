@@ -45,7 +45,7 @@ class Store:
     """Scales are these multiples of the base, ascending and stored as they are, and the base is searched too."""
 
     def tried(self, fmt: Format, *further: float) -> tuple[float, ...]:
-        """Absmax and its multiples, those of `search` and `further`; of both signs where that differs for the format."""
+        """Absmax and its multiples by `search` and `further`; of both signs where that differs for the format."""
         multiples, values = (1.0, *self.search, *further), fmt.values
         mirrored = self.signed and values[0] != -values[-1]
         return (*multiples, *(-each for each in multiples)) if mirrored else multiples
@@ -90,25 +90,23 @@ def _encode_pow2(amplitude: Tensor, fmt: Format, base: Tensor | None) -> Tensor:
     return (exponent.clamp(-OCTAVES_BELOW, 127) + 127).to(torch.uint8)
 
 
-def _power_above(largest: Tensor, fmt: Format) -> Tensor:
-    """Powers of two that are times E3M4's largest value no less than a scale; so all scales have five digits."""
-    wanted = _plain(largest / 31, fmt)
-    exponent = floor_exponent(wanted)
-    return power_of_two(exponent + (wanted > power_of_two(exponent)))
-
-
-def _multiples_in(minifloat: str, fit_base: Callable[[Tensor, Format], Tensor], signed: bool = False) -> Store:
-    """Multiples, of 8 bits in this float format, of one base for the tensor."""
-    small = get_format(minifloat)
+def _minifloat(name: str, signed: bool = False) -> Store:
+    """Multiples, of 8 bits in the float format of this name, of one base for the tensor."""
+    small = get_format(name)
 
     def encode(amplitude: Tensor, fmt: Format, base: Tensor | None) -> Tensor:
         ratio = amplitude / fmt.max / base
         return small.encode(ratio.abs().clamp(min=small.min_positive).copysign(ratio))
 
-    def decode(stored: Tensor, base: Tensor | None) -> Tensor:
-        return base * small.decode(stored)
-
-    return Store(torch.uint8, encode, decode, FINE_SEARCH, signed, base_of="tensor", fit_base=fit_base)
+    return Store(
+        torch.uint8,
+        encode,
+        lambda stored, base: base * small.decode(stored),
+        FINE_SEARCH,
+        signed,
+        base_of="tensor",
+        fit_base=lambda largest, fmt: _plain(largest / small.max, fmt),
+    )
 
 
 def _whole(fmt: Format) -> tuple[int, ...]:
@@ -156,8 +154,8 @@ STORES = {
     "bf16": Store(torch.bfloat16, lambda *args: _plain(*args).bfloat16(), _as_float, FINE_SEARCH),
     "e8m0": Store(torch.uint8, _encode_e8m0, _octaves, OCTAVE_SEARCH),
     "pow2": Store(torch.uint8, _encode_pow2, _octaves, OCTAVE_SEARCH, base_of="row", fit_base=_plain),
-    "e4m3": _multiples_in("fp8_e4m3", lambda largest, fmt: _plain(largest / 448, fmt)),
-    "e3m4": _multiples_in("fp8_e3m4", _power_above, signed=True),
+    "e4m3": _minifloat("fp8_e4m3"),
+    "e3m4": _minifloat("fp8_e3m4", signed=True),
     "int": _multiples(_whole),
     "pow2:1": _multiples(lambda fmt: (1, 2)),
     "pow2:2": _multiples(lambda fmt: (1, 2, 4)),
