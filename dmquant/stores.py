@@ -47,7 +47,7 @@ class Store:
     def tried(self, fmt: Format, *further: float) -> tuple[float, ...]:
         """Absmax and its multiples by `search` and `further`; of both signs where that differs for the format."""
         multiples, values = (1.0, *self.search, *further), fmt.values
-        mirrored = self.signed and values[0] != -values[-1]
+        mirrored = self.signed and not torch.equal(values, -values.flip(0))
         return (*multiples, *(-each for each in multiples)) if mirrored else multiples
 
     def base(self, amplitude: Tensor, fmt: Format) -> Tensor | None:

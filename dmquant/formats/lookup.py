@@ -99,7 +99,7 @@ NF4 = LookupFormat("lut4", (
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 ))
 
-# Integers fitted to normal numbers in groups of 16 and of 32 whose scales have either sign (store e3m4). The ends are as
-# unequal as those of ggml's IQ4_NL, which has no zero.
+# Integers fitted to normal numbers in groups of 16 and of 32 whose scales have either sign (store: e3m4). The ends are
+# as unequal as those of ggml's IQ4_NL, which has no zero.
 NL4 = LookupFormat("nl4", (-127, -103, -81, -63, -48, -34, -21, -10, 0, 12, 24, 37, 51, 66, 84, 109))
 # fmt: on

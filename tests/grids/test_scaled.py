@@ -31,5 +31,7 @@ def test_a_grid_and_the_codes_on_it_agree(rows, channels, kernel, format, granul
     assert torch.equal(QuantizedTensor.of(grid, grid.nearest).dequantize(), quantized.dequantize())  # 0 has two codes
     lower, upper = grid.neighbours
     assert ((grid.nearest == lower) | (grid.nearest == upper)).all()
+    assert (lower <= upper).all()
+    assert (grid.step >= upper - lower).logical_or(torch.isclose(grid.step, upper - lower)).all()
     column = seed % matrix.shape[1]
     assert torch.equal(grid.round_column(matrix[:, column], column), grid.nearest[:, column])
