@@ -71,7 +71,7 @@ class Bench:
     def __init__(self, out: Path, images: int, model: str = MODEL, prompts: str = PROMPTS):
         quiet_libraries()
         self.out, self.console = out, Console()
-        self.options = Options(model=model, recipe="rtn", prompts=prompts, num_prompts=images, device="cpu")
+        self.options = Options(model=model, recipe="rtn64", prompts=prompts, num_prompts=images, device="cpu")
         self.settings = resolve(self.options)
         self.pipeline = load_full_precision(self.settings.model, self.settings.dtype, self.settings.device)
         self.full = getattr(self.pipeline, self.settings.family.component).requires_grad_(False)

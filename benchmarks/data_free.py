@@ -1,7 +1,7 @@
 """Weights quantized without data, at equal bits, beside other libraries' formats: one markdown table a model.
 
     python benchmarks/data_free.py --install PEERS       # other libraries, each into its folder
-    python benchmarks/data_free.py --peers PEERS [--models emoji-pixart,emoji-sd] [--ways rtn,NF4] [--images 32]
+    python benchmarks/data_free.py --peers PEERS [--models emoji-pixart,emoji-sd] [--ways NL4,NF4] [--images 32]
 
 Weights alone: the layers that the recipe rtn quantizes get the values that each way's codes mean, scales and minima
 counted; everything else stays. Other libraries quantize by their own code, GGUF's formats by llama.cpp in rows of 256
