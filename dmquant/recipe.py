@@ -64,6 +64,8 @@ class Known:
     """Globs of layers that stay in high precision, and why."""
     splits: Mapping[str, int] = field(default_factory=dict)
     """Layers whose input is a concatenation, with the channels of its first part."""
+    joint: tuple[tuple[str, ...], ...] = ()
+    """Layers of one input that other engines have as one, so that they share what a whole tensor has one of."""
 
 
 class Recipe(Settings):

@@ -64,6 +64,17 @@ def write(
     Raises UserError where the disk lacks the room, before anything is made, and where it refuses; ValueError for two
     entries of one name, or one whose tensor is not what it says.
     """
+    total = sum(entry.nbytes for entry in entries)
+    check_room(path, total)
+    with replacing(path) as temporary:
+        fill(temporary, entries, metadata, lambda done: progress(done, total))
+
+
+def fill(path: Path, entries: Sequence[Entry], metadata: Mapping[str, str], progress: Callable[[int], None]) -> None:
+    """Write the file there and then, for a folder that is whole or not at all; `progress` is told of bytes written.
+
+    Raises ValueError for two entries of one name, or one whose tensor is not what it says; OSError as the disk.
+    """
     ordered = sorted(entries, key=lambda entry: (-entry.dtype.itemsize, entry.name))  # so that each is aligned
     if len({entry.name for entry in ordered}) < len(ordered):
         raise ValueError("two tensors of a file have the same name")
@@ -71,10 +82,9 @@ def write(
     for entry in ordered:
         begin, end = end, end + entry.nbytes
         header[entry.name] = {"dtype": _NAMES[entry.dtype], "shape": list(entry.shape), "data_offsets": [begin, end]}
-    _check_room(path, end)
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    with replacing(path) as temporary, temporary.open("wb") as file:
+    with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         done = 0
         for entry in ordered:
@@ -85,10 +95,11 @@ def write(
                 )
             file.write(memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy()))
             done += entry.nbytes
-            progress(done, end)
+            progress(done)
 
 
-def _check_room(path: Path, nbytes: int) -> None:
+def check_room(path: Path, nbytes: int) -> None:
+    """UserError where the disk of `path` has not `nbytes` left."""
     place = next(folder for folder in path.absolute().parents if folder.exists())
     if (free := shutil.disk_usage(place).free) < nbytes:
         raise UserError(f"{path} takes {size_text(nbytes)}, and its disk has {size_text(free)} left: make room")
