@@ -112,7 +112,7 @@ def _fit_and_round(matrix: Tensor, spec: WeightSpec, shape: tuple[int, ...], wid
     amplitudes, parts = amplitude.data_ptr(), _parts(rows, columns)
     side_by_side(lambda part: functions.amplitudes(job, part.start, part.stop, amplitudes), parts, matrix.device)
     check_finite(amplitude)
-    base = store.base(amplitude, fmt)
+    base = spec.base(amplitude)
     multiples = torch.tensor((1.0, *(store.search if spec.scale == "mse" else ())), dtype=torch.float32)
     codes = torch.empty(rows, job.bytes, dtype=torch.uint8)
     stored = torch.empty(spec.scale_shape(shape), dtype=store.dtype)

@@ -174,6 +174,13 @@ def _list(folder: Path, name: str) -> None:
     (folder / LIST).write_text(text + "\n", encoding="utf-8")
 
 
+def rewritten(folder: Path, names: Sequence[str]) -> None:
+    """Enter files into the list of an export that were added to it, or written anew."""
+    content = json_file.read_object(folder / LIST)
+    content["files"] |= {name: _stamp(folder / name) for name in names}
+    (folder / LIST).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
 def _stamp(path: Path) -> list[int]:
     status = path.stat()
     return [status.st_size, status.st_mtime_ns]

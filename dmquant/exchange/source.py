@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,26 @@ from dmquant.layers import QUANTIZED, QuantConv2d, QuantLinear
 from dmquant.recipe import Recipe
 
 
+@dataclass(frozen=True)
+class Importance:
+    """What an error of each input channel costs, as calibration data tells."""
+
+    mean_squares: Mapping[str, Tensor]
+    """Of the channels of a layer's input, (channels,) float32, by the layer's name."""
+    calls: int
+    """Calls of the backbone that they were measured on."""
+
+
 class Source:
     """The backbone of a pipeline folder: the model on the meta device, with empty quantized layers, and its files.
 
-    `component` is the backbone's name in the pipeline folder `folder`.
+    `component` is the backbone's name in the pipeline folder `folder`. `importance` is there where an export asks
+    for it and calibration data is at hand.
     """
 
     def __init__(self, backbone: nn.Module, recipe: Recipe, files: Sequence[Path], folder: Path, component: str):
         self.backbone, self.recipe, self.folder, self.component = backbone, recipe, folder, component
+        self.importance: Importance | None = None
         self._headers = {path: weight_file.header(path) for path in files}
         self._file_of = {name: path for path, header in self._headers.items() for name in header}
         kinds = tuple(QUANTIZED.values())

@@ -1,0 +1,63 @@
+"""ComfyUI's files by comfy-kitchen, the library that decodes and multiplies them in ComfyUI, on the CPU.
+
+Layers are loaded as `_load_quantized_module` of ComfyUI's comfy/ops.py loads them. The package is installed apart from
+what the other tests need, see .ci/run.
+"""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+kitchen = pytest.importorskip("comfy_kitchen", reason="installed apart from what the other tests need, see .ci/run")
+
+from comfy_kitchen.tensor import (
+    QuantizedTensor,
+    TensorCoreFP8Layout,
+    TensorCoreMXFP8Layout,
+    TensorCoreNVFP4Layout,
+    TensorWiseINT8Layout,
+)
+
+from dmquant.exchange.formats.comfyui import FORMAT
+from dmquant.exchange.keys import Target, original
+from dmquant.pipelines.models.opening import open_source
+from tests.exchange.test_comfyui import MODELS, mixed
+
+STORED = {
+    "float8_e4m3fn": (TensorCoreFP8Layout, torch.float8_e4m3fn, {"scale": ("weight_scale", None)}),
+    "float8_e5m2": (TensorCoreFP8Layout, torch.float8_e5m2, {"scale": ("weight_scale", None)}),
+    "nvfp4": (
+        TensorCoreNVFP4Layout,
+        torch.uint8,
+        {"scale": ("weight_scale_2", None), "block_scale": ("weight_scale", torch.float8_e4m3fn)},
+    ),
+    "mxfp8": (TensorCoreMXFP8Layout, torch.float8_e4m3fn, {"scale": ("weight_scale", torch.float8_e8m0fnu)}),
+    "int8_tensorwise": (TensorWiseINT8Layout, torch.int8, {"scale": ("weight_scale", None)}),
+}
+
+
+def kitchen_weight(state, name, shape):
+    settings = json.loads(state[f"{name}.comfy_quant"].numpy().tobytes())
+    layout, dtype, parts = STORED[settings["format"]]
+    weight = state[f"{name}.weight"]
+    assert weight.dtype == dtype
+    tensors = {each: state[f"{name}.{part}"] for each, (part, _) in parts.items()}
+    tensors = {each: tensor if (to := parts[each][1]) is None else tensor.view(to) for each, tensor in tensors.items()}
+    params = layout.Params(**tensors, orig_dtype=torch.float32, orig_shape=shape)
+    return QuantizedTensor(weight, layout.__name__, params)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_kitchen_decodes_what_dmquant_computes_with(saved, tmp_path, model):
+    source = open_source(saved(mixed(MODELS[model]), MODELS[model]))
+    FORMAT.export(source, tmp_path / "out.safetensors", lambda done, total: None)
+    state = load_file(tmp_path / "out.safetensors")
+    names = [f"{name}.weight" for name in source.layers]
+    class_name = type(source.backbone).__name__
+    for target in original(class_name, source.config, names) or [Target(name, (name,)) for name in names]:
+        layers = [source.layer(name.removesuffix(".weight")) for name in target.sources]
+        ours = target.rows([layer.float_weight() for layer in layers])
+        theirs = kitchen_weight(state, target.name.removesuffix(".weight"), tuple(ours.shape))
+        assert torch.equal(theirs.dequantize(), ours)
