@@ -85,7 +85,7 @@ def counted(source: Source, kinds: Iterable[str]) -> dict[str, int]:
 
 def inputs(format: str, engine: str, scale: str = "online", granularity: str = "token") -> ActivationSpec:
     """Inputs in a format, rounded as an engine does."""
-    return ActivationSpec.parse(format, granularity, scale=scale)
+    return ActivationSpec.parse(format, granularity, scale=scale, engine=engine)
 
 
 def kind_of(activations: ActivationSpec | None) -> str | None:
@@ -106,8 +106,7 @@ def kind_of(activations: ActivationSpec | None) -> str | None:
 
 def engine_of(activations: ActivationSpec | None) -> str | None:
     """The engine whose rounding of inputs was emulated, None where it is dmquant's own."""
-    engine = getattr(activations, "engine", None)
-    return engine and engine.name
+    return activations and activations.engine and activations.engine.name
 
 
 def input_notes(source: Source, engine: str) -> tuple[str, ...]:
