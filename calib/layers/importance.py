@@ -19,7 +19,7 @@ def mean_squares(
     device: str | torch.device,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[dict[str, Tensor], int]:
-    """Mean square of each channel of the inputs of the Linear `layers`, (channels,) float32 by name, over how many calls.
+    """Mean square of each channel of the inputs of Linear `layers`, (channels,) float32 by name, and of how many calls.
 
     Each row of a call counts alike whatever its size (`alike`), as for second moments. A layer that no call reached
     is left out. `backbone` is on `device`; `progress` is told of calls done of how many.
