@@ -19,6 +19,7 @@ from dmquant.evaluation.metrics.registry import METRICS, all_names, check_names,
 from dmquant.evaluation.networks import CLIP
 from dmquant.host.files import fingerprint
 from dmquant.host.names import readable
+from dmquant.models import completed
 from dmquant.pipelines.models.loading import resolve_device, resolve_dtype
 from dmquant.pipelines.models.registry import (
     EMBEDDED,
@@ -141,7 +142,7 @@ class Settings:
 
     def recipe_for(self, backbone: nn.Module) -> Recipe:
         """The recipe with all rules written out for a backbone of the family, whatever its class is called."""
-        return self.recipe.for_model(self.family.known(backbone))
+        return completed(self.recipe, backbone, self.family.known(backbone))
 
     def model_key(self, weights: str) -> str:
         """Fingerprint of all that the quantized model computes with, `weights` being that of the full-precision ones.
