@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from dmquant.activations import ActivationSpec
 from dmquant.errors import UserError
+from dmquant.exchange.source import Source
 from dmquant.host import weight_file
 from dmquant.qtensor import WeightSpec
 
