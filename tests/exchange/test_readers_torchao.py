@@ -37,7 +37,7 @@ folder, out = sys.argv[1:]
 pipe = DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
 pipe.set_progress_bar_config(disable=True)
 assert not any(name.startswith("dmquant") for name in sys.modules)
-kinds = {{type(module.weight.data).__name__ for module in pipe.transformer.modules() if hasattr(module, "to_q")}}
+assert type(pipe.transformer.transformer_blocks[0].attn1.to_q.weight.data).__name__ == "NVFP4Tensor"
 image = pipe("a red apple", num_inference_steps=3, generator=torch.Generator().manual_seed(0), output_type="pt",
              height=32, width=32, **{PIXART_CALL!r}).images
 save_file({{"image": image}}, out)
