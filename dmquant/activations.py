@@ -84,6 +84,11 @@ class ActivationSpec:
         by_row = STORES[self.store].base_of == "tensor" and self.granularity.kind != "tensor"
         return by_row or self.granularity.kind == "image"
 
+    @property
+    def refused(self) -> str | None:
+        """Why no kernel but the reference's arithmetic fits these scales; None where others can."""
+        return None if self.engine is None else f"its inputs are rounded as {self.engine.name} rounds them"
+
     def segments(self, channels: int) -> tuple[int, ...]:
         """Channels of the parts of a token that share no scale."""
         return (channels,) if self.split is None else (self.split, channels - self.split)

@@ -1,4 +1,4 @@
-"""diffusers' own `bfl` quantizer on what is written for it: weights bit for bit, images of an UNet by from_single_file."""
+"""diffusers' own `bfl` quantizer on what is written for it: weights bit for bit, images by from_single_file."""
 
 import pytest
 import torch
