@@ -11,10 +11,7 @@ from torch import Tensor, nn
 from dmquant.activations import ActivationSpec
 from dmquant.errors import UserError
 from dmquant.exchange.source import Source
-<<<<<<< HEAD
-=======
 from dmquant.exchange.tensor_file import Reader
->>>>>>> main
 from dmquant.host import weight_file
 from dmquant.qtensor import WeightSpec
 

@@ -1,8 +1,4 @@
-<<<<<<< HEAD
 """Written for torchao, ModelOpt, bfl and compressed-tensors and read back by ourselves; what cannot be, in a line."""
-=======
-"""What is written for torchao, ModelOpt, bfl and compressed-tensors, read back by ourselves; refusals in a line."""
->>>>>>> main
 
 import json
 
