@@ -146,6 +146,12 @@ def test_layers_of_another_class_or_shape_are_refused(target, layer, says):
     assert says in formats()[target].refuses(layer, spec, None)
 
 
+def test_torchao_asks_for_whole_tiles_where_inputs_are_rounded():
+    layer, spec, refuses = nn.Linear(32, 24), WeightSpec.parse("nvfp4"), formats()["torchao"].refuses
+    assert refuses(layer, spec, None) is None
+    assert "24 outputs" in refuses(layer, spec, ActivationSpec.parse("nvfp4"))
+
+
 @pytest.mark.parametrize("target", TAKEN)
 def test_a_transform_without_a_place_is_named(saved, tmp_path, target):
     settings = {"weights": "fp8_e4m3", "activations": "fp8_e4m3", **ROW}
