@@ -1,4 +1,4 @@
-"""What is written for torchao, ModelOpt, bfl and compressed-tensors, read back by ourselves; refusals in a line."""
+"""Written for torchao, ModelOpt, bfl and compressed-tensors and read back by ourselves; what cannot be, in a line."""
 
 import json
 
@@ -144,6 +144,12 @@ def test_layers_of_another_class_or_shape_are_refused(target, layer, says):
         assert formats()[target].refuses(nn.Linear(40, 32), rows, None) is None
         return
     assert says in formats()[target].refuses(layer, spec, None)
+
+
+def test_torchao_asks_for_whole_tiles_where_inputs_are_rounded():
+    layer, spec, refuses = nn.Linear(32, 24), WeightSpec.parse("nvfp4"), formats()["torchao"].refuses
+    assert refuses(layer, spec, None) is None
+    assert "24 outputs" in refuses(layer, spec, ActivationSpec.parse("nvfp4"))
 
 
 @pytest.mark.parametrize("target", TAKEN)
