@@ -1,5 +1,6 @@
 """ComfyUI's files: what is written is read back bit for bit, and what is no such file is refused in a line."""
 
+import functools
 import json
 
 import pytest
@@ -12,6 +13,7 @@ from dmquant.exchange.formats.comfyui import FORMAT
 from dmquant.exchange.keys import Target, original
 from dmquant.pipelines.models.opening import open_foreign, open_source
 from dmquant.recipe import Recipe
+from tests.calib.runs import calibrated, captured, recipe_of, saved_and_loaded
 from tests.tiny import TINY, tiny_pixart, tiny_sd
 
 FORMATS = {
@@ -21,6 +23,26 @@ FORMATS = {
     "float8_e5m2": {"weights": "fp8_e5m2", "granularity": "tensor", "store": "fp32"},
     "int8_tensorwise": {"weights": "int8", "granularity": "channel", "store": "fp32"},
 }
+WIDE = functools.partial(tiny_pixart, width=64)
+WIDE.__name__ = "wide_pixart"
+ROTATED = [{"method": "rotate", "size": 16, "order": "regular"}]
+BEYOND = {
+    "int8_tensorwise": FORMATS["int8_tensorwise"] | {"transforms": ROTATED},
+    "asym_w4a8_int8": {
+        "weights": "lut4_gaussian",
+        "granularity": "group:16",
+        "store": "levels",
+        "scale": "mse",
+        "transforms": ROTATED,
+    },
+    "svdquant_w4a4": {
+        "weights": "int4",
+        "activations": "int4",
+        "activation_granularity": "group:64",
+        "transforms": [{"method": "lowrank", "rank": 4, "iterations": 0}],
+    },
+}
+"""Formats with transforms beside the weights."""
 MODELS = {"pixart": tiny_pixart, "sd15": tiny_sd, "sdxl": TINY["sdxl"].build, "sd3": TINY["sd3"].build}
 WIDTH = "*down_blocks.*.attentions.0.transformer_blocks.0.attn2.to_k"
 
@@ -57,6 +79,52 @@ def test_a_model_is_read_back_as_it_was_saved(saved, tmp_path, model):
         read = foreign.layers[target.name.removesuffix(".weight")]
         assert torch.equal(read.weight(), target.rows([layer.float_weight() for layer in layers]))
         assert read.activations is None
+
+
+@pytest.mark.parametrize("format", BEYOND)
+def test_layers_with_transforms_are_read_back_and_compute_alike(saved, tmp_path, format):
+    recipe = Recipe.load("rtn").with_settings(**{"activations": "none"} | BEYOND[format])
+    source = open_source(saved(recipe, WIDE))
+    exported(source, tmp_path / "out.safetensors")
+    foreign = open_foreign(tmp_path / "out.safetensors")
+    assert foreign.layers.keys() == source.layers.keys()
+    for name, read in foreign.layers.items():
+        layer = source.layer(name)
+        assert read.format == format
+        assert torch.allclose(read.weight(), layer.float_weight(), atol=1e-6)
+        assert read.activations == layer.activations
+        like = torch.nn.Linear(*reversed(read.shape), bias=layer.bias is not None)
+        if layer.bias is not None:
+            like.bias = torch.nn.Parameter(layer.bias.float())
+        x = torch.randn(7, read.shape[1])
+        with torch.no_grad():
+            assert torch.allclose(
+                read.build(like)(x), layer(x).float(), atol=2e-2 if format == "svdquant_w4a4" else 1e-5
+            )
+
+
+@pytest.mark.parametrize(("model", "method"), [("pixart-sigma", "smooth"), ("sd3", None)])
+def test_calibrated_models_are_exported_with_shared_bases_and_factors_of_smoothing(tmp_path, model, method):
+    case = captured(model, tmp_path / "store")
+    settings = {"weights": "nvfp4", "scale": "lean", "rounding": "gptq", "activations": "none"}
+    transforms = [{"method": method, "fold": False, "alpha": [0.5]}] if method else []
+    recipe = recipe_of([{"match": "*embed*", "keep": True}], **settings, transforms=transforms)
+    backbone, done = calibrated(case, recipe, tmp_path / "work")
+    saved_and_loaded(model, backbone, done.recipe, tmp_path / "saved")
+    source = open_source(tmp_path / "saved")
+    exported(source, tmp_path / "out.safetensors")
+    state, foreign = load_file(tmp_path / "out.safetensors"), open_foreign(tmp_path / "out.safetensors")
+    names = [f"{name}.weight" for name in source.layers]
+    targets = original(type(backbone).__name__, source.config, names) or [Target(name, (name,)) for name in names]
+    for target in targets:
+        layers = [source.layer(name.removesuffix(".weight")) for name in target.sources]
+        name = target.name.removesuffix(".weight")
+        assert torch.equal(foreign.layers[name].weight(), target.rows([layer.float_weight() for layer in layers]))
+        assert (f"{name}.pre_quant_scale" in state) == bool(layers[0].transforms)
+    if method:
+        assert any(layer.transforms for layer in source.layers.values())
+    else:
+        assert len(targets) < len(names)
 
 
 LAYER = "transformer_blocks.0.attn1.to_q"

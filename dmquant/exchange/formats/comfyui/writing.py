@@ -19,7 +19,7 @@ from dmquant.exchange.keys import Target
 from dmquant.exchange.layers import described
 from dmquant.exchange.source import Source
 from dmquant.exchange.tensor_file import DTYPES, Entry
-from dmquant.layers import QUANTIZED
+from dmquant.layers import QUANTIZED, QuantLinear
 from dmquant.qtensor import WeightSpec
 
 MEASURED = {
@@ -81,9 +81,8 @@ def _check(source: Source, name: str, measured: bool) -> None:
     why = refuses(layer, layer.weight_spec, layer.activations)
     layout = layout_of(layer.weight_spec)
     if why is None:
-        others = [str(one) for one in layer.transforms if one.name not in layout.transforms]
-        why = others and f"has the transform {others[0]}, for which {layout.name} has no place"
-    if not why and measured and layout.packed:
+        why = layout.unfit_transforms(layer.transforms)
+    if why is None and measured and layout.packed:
         why = "tells ComfyUI how wide the model is, which two codes a byte would halve"
     if why:
         raise UserError(f"ComfyUI cannot take {name}: it {why}; {RECIPE}")
@@ -95,12 +94,18 @@ def _group(source: Source, target: Target) -> Group | None:
     if not any(layers):
         return None
     group = Group(target.name.removesuffix(".weight"), source, target)
-    alike = all(layers) and len({(one.weight_spec, one.activations, len(one.transforms)) for one in layers}) == 1
+    alike = all(layers) and len({_kind(one) for one in layers}) == 1
     if not alike:
         raise UserError(
             f"ComfyUI has {', '.join(group.names)} as one layer, but they are quantized differently; {RECIPE}"
         )
     return group
+
+
+def _kind(layer: QuantLinear) -> tuple:
+    """What layers that are one in ComfyUI have in common."""
+    transforms = tuple((one.name, repr(one.options)) for one in layer.transforms)
+    return layer.weight_spec, layer.activations, transforms, layer.weight_shape[1]
 
 
 def _plain(source: Source, target: Target) -> Entry:
