@@ -202,11 +202,15 @@ def test_formats_are_read_from_the_header_and_in_the_layout_before_too(file, tmp
 @pytest.mark.parametrize(
     ("settings", "build", "message"),
     [
-        ({"weights": "fp6"}, tiny_pixart, "it is in fp6_e2m3 with bf16 scales a group:64, which is none of nvfp4"),
+        ({"weights": "fp6"}, tiny_pixart, "it is in fp6_e2m3 with e3m4 scales a group:32, which is none of nvfp4"),
         ({"weights": "nvfp4"}, tiny_sd, "is a Conv2d, and linear layers alone are taken; quantize with --for comfyui"),
         ({"weights": "nvfp4", "activations": "fp6"}, tiny_pixart, "it rounds its input to fp6_e2m3/token, and nvfp4"),
         ({"weights": "nvfp4", "transforms": ["rotate"]}, tiny_pixart, "has the transform rotate"),
-        ({"weights": "int4", "granularity": "group:64"}, tiny_pixart, "has 32 inputs, no multiple of 64"),
+        (
+            {"weights": "int4", "granularity": "group:64", "store": "bf16"},
+            tiny_pixart,
+            "has 32 inputs, no multiple of 64",
+        ),
     ],
 )
 def test_layers_that_comfyui_cannot_take_are_named(saved, tmp_path, settings, build, message):

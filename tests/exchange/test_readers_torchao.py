@@ -87,7 +87,9 @@ def test_images_of_plain_diffusers_are_ours(written, tmp_path):
         pipe.set_progress_bar_config(disable=True)
         size = {"height": 32, "width": 32}
         seed = torch.Generator().manual_seed(0)
-        ours = pipe("a red apple", num_inference_steps=3, generator=seed, output_type="pt", **size, **PIXART_CALL).images
+        ours = pipe(
+            "a red apple", num_inference_steps=3, generator=seed, output_type="pt", **size, **PIXART_CALL
+        ).images
     assert torch.equal(load_file(tmp_path / "image.safetensors")["image"], ours)
 
 

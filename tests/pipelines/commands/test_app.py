@@ -220,7 +220,7 @@ def test_the_recipes_say_whether_they_need_data_and_how_they_round(capsys):
     out = dmquant(capsys, "recipes")[1]
     row = next(line for line in out.splitlines() if line.startswith("│ rtn "))
     assert [cell.strip() for cell in row.split("│")[1:7]] == [
-        *("rtn", "data-free", "nearest", "fp4_e2m1", "fp6_e2m3", "group:64")
+        *("rtn", "data-free", "nearest", "nl4", "fp6_e2m3", "group:32")
     ]
     assert f"--recipe is {DEFAULT_RECIPE}" in out
 
