@@ -1,4 +1,4 @@
-"""What is written for torchao, ModelOpt, bfl and compressed-tensors, read back by ourselves; what cannot be, in a line."""
+"""What is written for torchao, ModelOpt, bfl and compressed-tensors, read back by ourselves; refusals in a line."""
 
 import json
 
@@ -213,7 +213,7 @@ class TestDamaged:
         [("torchao", "_weight_qdata"), ("modelopt", "weight_scale_2"), ("compressed-tensors", "weight_packed")],
     )
     def test_a_part_that_is_missing(self, broken, target, tensor):
-        with pytest.raises(UserError, match="lacks the tensor|is U8|no scale|is F8"):
+        with pytest.raises(UserError, match=r"lacks the tensor|is U8|no scale|is F8"):
             open_foreign(broken(target, "nvfp4", lambda tensors, _: tensors.pop(f"{self.LAYER}.{tensor}")))
 
     def test_a_header_that_names_what_torchao_does_not(self, broken):

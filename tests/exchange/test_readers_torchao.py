@@ -96,7 +96,7 @@ def test_images_of_plain_diffusers_are_ours(written, tmp_path):
 @pytest.mark.parametrize("name", ["fp8 x fp8", "int8 x int8"])
 def test_its_products_are_those_of_inputs_rounded_as_told(written, name):
     """In float32: what the reader multiplies, on a CPU, is what is emulated of it."""
-    source, foreign = written(name)
+    _, foreign = written(name)
     module = "transformer_blocks.0.ff.net.0.proj"
     (file,) = foreign.found.files
     part = {key: tensor for key, tensor in load_file(file).items() if key.startswith(f"{module}._weight")}
