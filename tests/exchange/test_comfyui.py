@@ -38,6 +38,8 @@ BEYOND = {
     "svdquant_w4a4": {
         "engine": "comfyui",
         "weights": "int4",
+        "granularity": "group:64",
+        "store": "bf16",
         "activations": "int4",
         "activation_granularity": "group:64",
         "transforms": [{"method": "lowrank", "rank": 4, "iterations": 0}],
