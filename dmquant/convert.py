@@ -58,7 +58,8 @@ def plan(module: nn.Module, recipe: Recipe) -> list[LayerPlan]:
             raise UsageError(f"{f'layer {name}' if name else type(module).__name__} {reason}")
     plans = []
     layers = layers_in(module)
-    for name, settings in completed(recipe, module).settings_by_layer(layers).items():
+    recipe = completed(recipe, module)
+    for name, settings in recipe.settings_by_layer(layers).items():
         if settings is None:
             continue
         layer = layers[name]
@@ -71,7 +72,7 @@ def plan(module: nn.Module, recipe: Recipe) -> list[LayerPlan]:
             if granularity == "product":
                 granularity = "token" if math.prod(layer.weight.shape[2:]) == 1 else "image"
             activations = ActivationSpec.parse(
-                settings.activations, granularity, scale=settings.activation_scale, split=split
+                settings.activations, granularity, scale=settings.activation_scale, split=split, engine=recipe.engine
             )
         candidates = tuple(map(get_format, settings.candidates or ()))
         of_input = tuple(map(get_format, settings.activation_candidates or ())) if activations else ()

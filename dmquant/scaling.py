@@ -192,7 +192,7 @@ def search(
     if kind.factors:
         return _search_base(groups, fmt, fit_absmax(groups, fmt, store, base), measure)
     base = kind.base(amplitude, fmt) if base is None else base
-    multiples = amplitude.new_tensor((1, *kind.search, *further)).view(-1, 1, 1)
+    multiples = amplitude.new_tensor(kind.tried(fmt, *further)).view(-1, 1, 1)
     tried = kind.encode(amplitude * multiples, fmt, base)
     errors = (measure(_rounding_error(groups, scale, fmt)) for scale in kind.decode(tried, base))
     chosen, least = tried[0], next(errors)

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from dmquant.cpu.solving import search_weighted
 from dmquant.formats import Format
-from dmquant.grids import Grid, ScaledGrid, TableGrid
+from dmquant.grids import Grid, LevelGrid, ScaledGrid, TableGrid
 from dmquant.grids.kmeans import fit_table
+from dmquant.grids.levels import fit_levels
 from dmquant.qtensor import WeightSpec
 from dmquant.rounding.gptq import Factor, solve
 from dmquant.scaling import Scales, absmax, fit_absmax, search, to_groups
@@ -114,7 +115,7 @@ def fit_weighted(groups: Tensor, fmt: Format, store: str, weights: Tensor, base:
     kind, absolute = STORES[store], fit_absmax(groups, fmt, store, base)
     further = (0.125,) if kind.search == OCTAVE_SEARCH else (0.3, 0.35, 0.4, 0.45, 0.5, 0.55)
     if not kind.factors and groups.device.type == "cpu":
-        multiples = torch.tensor((1, *kind.search, *further)).view(-1, 1, 1)
+        multiples = torch.tensor(kind.tried(fmt, *further)).view(-1, 1, 1)
         tried = kind.encode(absmax(groups) * multiples, fmt, absolute.base)
         chosen = search_weighted(groups, fmt, kind.decode(tried, absolute.base), weights)
         if chosen is not None:
@@ -125,8 +126,12 @@ def fit_weighted(groups: Tensor, fmt: Format, store: str, weights: Tensor, base:
     ]
 
 
+def _levels(matrix: Tensor, spec: WeightSpec, segments: tuple[int, ...], weights: Sequence[Tensor]) -> list[Scales]:
+    return fit_levels(matrix, spec, None, weights)
+
+
 def _tables(matrix: Tensor, spec: WeightSpec, segments: tuple[int, ...], weights: Sequence[Tensor]) -> list[Scales]:
     return [fit_table(matrix, each) for each in weights]
 
 
-WEIGHTED = {ScaledGrid: weighted_scales, TableGrid: _tables}
+WEIGHTED = {ScaledGrid: weighted_scales, TableGrid: _tables, LevelGrid: _levels}

@@ -42,6 +42,8 @@ class Folder:
     """Lines of Python that load the folder, for the model card."""
     metadata: Mapping[str, str] = field(default_factory=dict)
     """`__metadata__` of the weight files."""
+    in_one_file: bool = False
+    """Whether the backbone has to be one file, whatever its size."""
 
 
 def write(source: Source, out: Path, target: Folder, progress: Callable[[int, int], None]) -> None:
@@ -61,7 +63,7 @@ def write(source: Source, out: Path, target: Folder, progress: Callable[[int, in
         try:
             backbone = new / source.component
             backbone.mkdir(parents=True)
-            for name, entries in _shards(target.entries, backbone):
+            for name, entries in _shards(target, backbone):
                 told = functools.partial(_tell, progress, written, total)
                 tensor_file.fill(backbone / name, entries, target.metadata, told)
                 written += sum(entry.nbytes for entry in entries)
@@ -69,7 +71,8 @@ def write(source: Source, out: Path, target: Folder, progress: Callable[[int, in
                 (new / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(path, new / name)
                 progress(written := written + path.stat().st_size, total)
-            config = {name: value for name, value in source.config.items() if not name.startswith("_")}
+            config = json_file.read_object(source.folder / source.component / CONFIG)
+            config.pop("quantization_config", None)
             if target.quantization is not None:
                 config["quantization_config"] = dict(target.quantization)
             (backbone / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -127,12 +130,12 @@ def _others(source: Source) -> Iterator[tuple[str, Path]]:
                 yield path.relative_to(source.folder).as_posix(), path
 
 
-def _shards(entries: Sequence[Entry], folder: Path) -> Iterator[tuple[str, Sequence[Entry]]]:
+def _shards(target: Folder, folder: Path) -> Iterator[tuple[str, Sequence[Entry]]]:
     """The files by name with their tensors; of several, an index is written into `folder` as diffusers reads it."""
     shards: list[list[Entry]] = [[]]
     size = 0
-    for entry in entries:
-        if shards[-1] and size + entry.nbytes > SHARD:
+    for entry in target.entries:
+        if shards[-1] and size + entry.nbytes > SHARD and not target.in_one_file:
             shards.append([])
             size = 0
         shards[-1].append(entry)
@@ -142,7 +145,7 @@ def _shards(entries: Sequence[Entry], folder: Path) -> Iterator[tuple[str, Seque
         return
     names = [f"{WEIGHTS}-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]
     places = {entry.name: name for name, shard in zip(names, shards, strict=True) for entry in shard}
-    index = {"metadata": {"total_size": sum(entry.nbytes for entry in entries)}, "weight_map": places}
+    index = {"metadata": {"total_size": sum(entry.nbytes for entry in target.entries)}, "weight_map": places}
     (folder / f"{WEIGHTS}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     yield from zip(names, shards, strict=True)
 
@@ -169,6 +172,13 @@ def _list(folder: Path, name: str) -> None:
     files = {path.relative_to(folder).as_posix(): _stamp(path) for path in sorted(folder.rglob("*")) if path.is_file()}
     text = json.dumps({"dmquant": __version__, "format": name, "files": files}, indent=1)
     (folder / LIST).write_text(text + "\n", encoding="utf-8")
+
+
+def rewritten(folder: Path, names: Sequence[str]) -> None:
+    """Enter files into the list of an export that were added to it, or written anew."""
+    content = json_file.read_object(folder / LIST)
+    content["files"] |= {name: _stamp(folder / name) for name in names}
+    (folder / LIST).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def _stamp(path: Path) -> list[int]:

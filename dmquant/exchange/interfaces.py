@@ -1,16 +1,17 @@
 """What a format of another engine is: how it is written, recognised and read, and which layers its engine takes."""
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from dmquant.activations import ActivationSpec
 from dmquant.errors import UserError
 from dmquant.exchange.source import Source
+from dmquant.exchange.tensor_file import Reader
 from dmquant.host import weight_file
 from dmquant.qtensor import WeightSpec
 
@@ -53,11 +54,13 @@ class Found:
         """A tensor as stored, read now; UserError for a name that is not there."""
         if self.load is not None and name in self.tensors:
             return self.load(self.tensors[name])
-        for file in self.files if self.load is None else ():
-            with safe_open(file, framework="pt") as opened:
-                if name in opened.keys():  # noqa: SIM118  (it is no dictionary)
-                    return opened.get_tensor(name)
+        if self.load is None and name in self._reader:
+            return self._reader.tensor(name)
         raise UserError(f"{self.path} lacks the tensor '{name}': get that file again")
+
+    @functools.cached_property
+    def _reader(self) -> Reader:
+        return Reader(self.files)
 
 
 @dataclass(frozen=True)

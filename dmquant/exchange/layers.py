@@ -1,13 +1,16 @@
 """What the exporters ask of quantized layers: the name of a block format, why a layer cannot go, tensors as bytes."""
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from dmquant.activations import ActivationSpec
 from dmquant.errors import UserError
 from dmquant.exchange.source import Source
 from dmquant.exchange.tensor_file import DTYPES, Entry
+from dmquant.layers import QUANTIZED
 from dmquant.qtensor import WeightSpec
 from dmquant.scaling import BLOCK_FORMATS
 
@@ -67,3 +70,50 @@ def bytes_of(source: Source, name: str, dtype: torch.dtype) -> Callable[[], Tens
 def float_scale(source: Source, name: str) -> Callable[[], Tensor]:
     """Reads and decodes the scales of a quantized layer, float32 (scale rows, scale columns)."""
     return lambda: source.layer(name).scales.decode()
+
+
+def high_precision(source: Source) -> list[str]:
+    """The linear layers and convolutions that are not quantized."""
+    return [name for name, module in source.backbone.named_modules() if type(module) in QUANTIZED]
+
+
+def counted(source: Source, kinds: Iterable[str]) -> dict[str, int]:
+    """The numbers of layers by kind, those that stay in high precision included."""
+    high = len(high_precision(source))
+    return {**Counter(kinds), **({HIGH: high} if high else {})}
+
+
+def inputs(format: str, engine: str, scale: str = "online", granularity: str = "token") -> ActivationSpec:
+    """Inputs in a format, rounded as an engine does."""
+    return ActivationSpec.parse(format, granularity, scale=scale, engine=engine)
+
+
+def kind_of(activations: ActivationSpec | None) -> str | None:
+    """Inputs by a short name: `nvfp4`, `static nvfp4`, `mxfp8`, `fp8_e4m3 a token`, `static fp8_e4m3 a tensor`, ...
+
+    None where they are not rounded. Static scales that tell timesteps apart, or halves of the input, are named so.
+    """
+    if activations is None:
+        return None
+    given = (activations.fmt.name, str(activations.granularity), activations.store)
+    block = next((name for name, block in BLOCK_FORMATS.items() if block == given), None)
+    static = {None: "", 1: "static "}.get(activations.ranges, f"static:{activations.ranges} ")
+    split = " in two halves" if activations.split is not None else ""
+    plain = f"{activations.fmt.name} a {activations.granularity}"
+    store = "" if activations.store == "fp32" else f" in {activations.store}"
+    return static + (block or plain + store) + split
+
+
+def engine_of(activations: ActivationSpec | None) -> str | None:
+    """The engine whose rounding of inputs was emulated, None where it is dmquant's own."""
+    return activations and activations.engine and activations.engine.name
+
+
+def input_notes(source: Source, engine: str) -> tuple[str, ...]:
+    """What to say where inputs were not rounded as the engine does when the model was calibrated and scored."""
+    rounded = [layer.activations for layer in source.layers.values() if layer.activations is not None]
+    if all(engine_of(one) == engine for one in rounded):
+        return ()
+    return (
+        f"inputs were scored as dmquant rounds them, which {engine} does by its own rule: --for {engine} scores that",
+    )

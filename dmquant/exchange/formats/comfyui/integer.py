@@ -1,5 +1,7 @@
 """INT8 and SVDQuant's INT4 as comfy-kitchen stores them (0.2.40, tensor/int8.py, svdquant_w4a4.py)."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -7,9 +9,11 @@ from dmquant.activations import ActivationSpec
 from dmquant.errors import UserError
 from dmquant.exchange.formats.comfyui.computing import Steps
 from dmquant.exchange.formats.comfyui.layout import Group, Layout, Opened, decoded, of_engine, split_within
+from dmquant.exchange.formats.comfyui.rotated import of_blocks, rotated
 from dmquant.exchange.interfaces import ForeignLayer
 from dmquant.exchange.tensor_file import Entry
 from dmquant.qtensor import WeightSpec
+from dmquant.transforms import Storage
 
 FLOATS = "F32", "F16", "BF16"
 TILES = "kitchen_tile_packed_w4a4"
@@ -19,7 +23,7 @@ TILES = "kitchen_tile_packed_w4a4"
 class Int8(Layout):
     """Signed bytes, and a scale for each output or for all."""
 
-    name = "int8_tensorwise"
+    name, transforms = "int8_tensorwise", frozenset({"rotate"})
     spec = WeightSpec.parse("int8", "channel", store="fp32")
     inputs = (of_engine("int8", "token"),)
 
@@ -36,6 +40,16 @@ class Int8(Layout):
             group.entry("weight_scale", torch.float32, (rows, 1), lambda: group.target.rows(self._scales(group))),
         ]
 
+    def settings(self, group: Group) -> dict[str, Any]:
+        size = of_blocks(group.first.transforms)
+        return {"convrot": True, "convrot_groupsize": size} if size else {}
+
+    def unfit_transforms(self, transforms: tuple[Storage, ...]) -> str | None:
+        other = transforms and not of_blocks(transforms)
+        return super().unfit_transforms(transforms) or (
+            f"has the transform {transforms[0]}, not ComfyUI's" if other else None
+        )
+
     def _scales(self, group: Group) -> list[Tensor]:
         filled = (group.source.layer(name) for name in group.names)
         return [layer.scales.decode().expand(layer.weight_shape[0], 1) for layer in filled]
@@ -48,7 +62,8 @@ class Int8(Layout):
             scales = layer.tensor("weight_scale").reshape(-1, 1).expand(rows, 1)
             return decoded(layer.tensor("weight").view(torch.uint8), scales, None, self.spec)
 
-        return layer.layer((rows, columns), ("weight", "weight_scale"), read, self.inputs[0])
+        turned = rotated(layer, columns, read) if layer.settings.get("convrot") else {"weight": read}
+        return layer.layer((rows, columns), ("weight", "weight_scale"), activations=self.inputs[0], **turned)
 
 
 class SvdQuant(Layout):

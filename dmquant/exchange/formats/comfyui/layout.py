@@ -19,6 +19,7 @@ from dmquant.host import weight_file
 from dmquant.layers import QuantLinear
 from dmquant.qtensor import QuantizedTensor, WeightSpec
 from dmquant.scaling import Scales
+from dmquant.transforms import Storage
 
 RECIPE = "quantize with --for comfyui"
 FLOAT_PRODUCT = "full_precision_matrix_mult"
@@ -201,6 +202,11 @@ class Layout(ABC):
     def misfit(self, shape: tuple[int, int], spec: WeightSpec) -> str | None:
         """Why a layer with a weight of this shape, (out, in), does not fit, as of "it"; None where it does."""
         return None
+
+    def unfit_transforms(self, transforms: tuple[Storage, ...]) -> str | None:
+        """Why a layer with these transforms does not fit, as of "it"; None where it does."""
+        other = next((one for one in transforms if one.name not in self.transforms), None)
+        return other and f"has the transform {other}, for which {self.name} has no place"
 
     @abstractmethod
     def entries(self, group: Group) -> list[Entry]:

@@ -5,6 +5,7 @@ import torch
 from dmquant.exchange.formats.comfyui.floating import Float8, Mxfp8, Nvfp4
 from dmquant.exchange.formats.comfyui.integer import Int8, SvdQuant
 from dmquant.exchange.formats.comfyui.layout import Layout
+from dmquant.exchange.formats.comfyui.rotated import Levels
 from dmquant.qtensor import WeightSpec
 
 _ALL = (
@@ -14,6 +15,7 @@ _ALL = (
     Float8("float8_e5m2", "fp8_e5m2", torch.float8_e5m2),
     Int8(),
     SvdQuant(),
+    Levels(),
 )
 LAYOUTS = {layout.name: layout for layout in _ALL}
 

@@ -100,7 +100,7 @@ def _as_new(found: Found, marker: str) -> tuple[Found, dict[str, Any]]:
     names = {f"{module}.{old}": f"{module}.{new}" for module in modules for new, old in _OLD_NAMES.items()}
     renamed = {names.get(name, name): tensor for name, tensor in found.tensors.items()}
     back = {new: old for old, new in names.items()}
-    new = Renamed(found.path, found.files, renamed, found.metadata, found.config, back)
+    new = Renamed(found.path, found.files, renamed, found.metadata, found.config, names=back)
     return new, dict.fromkeys(modules, settings)
 
 

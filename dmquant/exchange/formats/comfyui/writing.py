@@ -19,16 +19,16 @@ from dmquant.exchange.keys import Target
 from dmquant.exchange.layers import described
 from dmquant.exchange.source import Source
 from dmquant.exchange.tensor_file import DTYPES, Entry
-from dmquant.layers import QUANTIZED
+from dmquant.layers import QUANTIZED, QuantLinear
 from dmquant.qtensor import WeightSpec
 
-UNPACKED = {
-    "UNet2DConditionModel": "down_blocks.*.attentions.0.transformer_blocks.0.attn2.to_k",
-    "FluxTransformer2DModel": "*_embedder*",
-    "SD3Transformer2DModel": "*_embedder*",
+MEASURED = {
+    "UNet2DConditionModel": ("down_blocks.*.attn2.to_k", "add_embedding.linear_1"),
+    "FluxTransformer2DModel": ("x_embedder", "context_embedder", "time_text_embed.text_embedder.linear_1"),
+    "SD3Transformer2DModel": ("context_embedder", "time_text_embed.text_embedder.linear_1"),
 }
-"""Layers from whose stored shape ComfyUI tells how wide a model is (comfy/model_detection.py): two codes a byte would
-halve it."""
+"""Layers from whose stored shape ComfyUI tells a model's widths (comfy/model_detection.py), the first of each name: two
+codes a byte would halve it."""
 
 
 def refuses(layer: nn.Module, spec: WeightSpec, activations: ActivationSpec | None) -> str | None:
@@ -52,8 +52,9 @@ def export(source: Source, path: Path, progress: Progress) -> Exported:
     biases = [f"{name}.bias" for name, layer in source.layers.items() if layer.bias is not None]
     names = [*source.rest, *(f"{name}.weight" for name in source.layers), *biases]
     targets = keys.original(class_name, source.config, names)
+    measured = _measured(source, MEASURED[class_name]) if targets else set()
     for name in source.layers:
-        _check(source, name, targets and UNPACKED[class_name])
+        _check(source, name, name in measured)
     entries: list[Entry] = []
     kinds: list[str] = []
     for target in targets or [Target(name, (name,)) for name in names]:
@@ -68,16 +69,21 @@ def export(source: Source, path: Path, progress: Progress) -> Exported:
     return Exported(path, _counted(source, kinds), True, () if targets else (note,))
 
 
-def _check(source: Source, name: str, unpacked: str | None) -> None:
+def _measured(source: Source, globs: Sequence[str]) -> set[str]:
+    """The first layer that matches each of these."""
+    names = [name for name, _ in source.backbone.named_modules()]
+    return {matching[0] for glob in globs if (matching := fnmatch.filter(names, glob))}
+
+
+def _check(source: Source, name: str, measured: bool) -> None:
     """UserError, naming layer, reason and recipe, for a layer that ComfyUI cannot take."""
     layer = source.layers[name]
     why = refuses(layer, layer.weight_spec, layer.activations)
     layout = layout_of(layer.weight_spec)
     if why is None:
-        others = [str(one) for one in layer.transforms if one.name not in layout.transforms]
-        why = others and f"has the transform {others[0]}, for which {layout.name} has no place"
-    if not why and unpacked and layout.packed and fnmatch.fnmatch(name, unpacked):
-        why = "is read for the model's width, which two codes a byte would halve"
+        why = layout.unfit_transforms(layer.transforms)
+    if why is None and measured and layout.packed:
+        why = "tells ComfyUI how wide the model is, which two codes a byte would halve"
     if why:
         raise UserError(f"ComfyUI cannot take {name}: it {why}; {RECIPE}")
 
@@ -88,12 +94,18 @@ def _group(source: Source, target: Target) -> Group | None:
     if not any(layers):
         return None
     group = Group(target.name.removesuffix(".weight"), source, target)
-    alike = all(layers) and len({(one.weight_spec, one.activations, len(one.transforms)) for one in layers}) == 1
+    alike = all(layers) and len({_kind(one) for one in layers}) == 1
     if not alike:
         raise UserError(
             f"ComfyUI has {', '.join(group.names)} as one layer, but they are quantized differently; {RECIPE}"
         )
     return group
+
+
+def _kind(layer: QuantLinear) -> tuple:
+    """What layers that are one in ComfyUI have in common."""
+    transforms = tuple((one.name, repr(one.options)) for one in layer.transforms)
+    return layer.weight_spec, layer.activations, transforms, layer.weight_shape[1]
 
 
 def _plain(source: Source, target: Target) -> Entry:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dmquant.activations import ActivationSpec
-from dmquant.exchange.layers import block_format, bytes_of, check_class, described, float_scale
+from dmquant.exchange.layers import block_format, bytes_of, check_class, described, engine_of, float_scale, kind_of
 from dmquant.exchange.source import Source
 from dmquant.exchange.tensor_file import Entry
 from dmquant.formats import IntFormat
@@ -21,12 +21,12 @@ from dmquant.layers import QuantLinear
 from dmquant.operands import integer_weight
 from dmquant.packing import unpack
 from dmquant.qtensor import WeightSpec
+from dmquant.stores import get_store
 
 DTYPE = "bfloat16"
 """What weights decode to, unless `torch_dtype` says otherwise when they are loaded."""
 FLOAT8 = {"fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
 ELEMENTS = {"mxfp4": ("float4_e2m1fn_x2", torch.uint8), "mxfp8": ("float8_e4m3fn", torch.float8_e4m3fn)}
-ACTIVATIONS = {"nvfp4": "nvfp4", "mxfp4": "mxfp4", "mxfp8": "mxfp8"}
 
 
 @dataclass(frozen=True)
@@ -78,30 +78,22 @@ def refuses(layer: nn.Module, spec: WeightSpec, activations: ActivationSpec | No
             why = "has scales of their own for two halves of its input"
     else:
         why = f"has weights in {described(spec)}"
-    return why or _activations_refused(block, spec, activations)
+    if why is None and kind_of(activations) not in _inputs(block, spec):
+        given = kind_of(activations) or "16 bits"
+        return f"has inputs in {given}, by which torchao multiplies no weights in {described(spec)}"
+    return why
 
 
-def _activations_refused(block: str | None, spec: WeightSpec, activations: ActivationSpec | None) -> str | None:
-    if activations is None:
-        return "has MXFP4 weights, which are multiplied by MXFP4 inputs alone" if block == "mxfp4" else None
-    if activations.ranges is None and activations.split is None:
-        given = (activations.fmt.name, str(activations.granularity), activations.store)
-        if block in ("nvfp4", *ELEMENTS) and given == (spec.fmt.name, str(spec.granularity), spec.store):
-            return None
-        same = given[:2] == (spec.fmt.name, {"channel": "token"}.get(spec.granularity.kind, spec.granularity.kind))
-        if given[2] == "fp32" and same and spec.fmt.name == "fp8_e4m3":
-            return None
-        if given == ("int8", "token", "fp32") and _is_whole(spec):
-            return None
-    return f"has inputs in {activations}, which are not multiplied by weights in {described(spec)}"
-
-
-def _is_whole(spec: WeightSpec) -> bool:
-    """Whether weights are integers times a scale of their row, by the store of their scales."""
-    from dmquant.stores import get_store
-
-    whole = spec.granularity.kind == "channel" or bool(get_store(spec.store).factors)
-    return isinstance(spec.fmt, IntFormat) and whole and spec.split is None
+def _inputs(block: str | None, spec: WeightSpec) -> tuple[str | None, ...]:
+    """The inputs by which weights in these formats are multiplied; None for such as are not rounded."""
+    if block == "nvfp4":
+        return None, "nvfp4", "static nvfp4"
+    if block in ELEMENTS:
+        return ("mxfp4",) if block == "mxfp4" else (None, "mxfp8")
+    if spec.fmt.name == "fp8_e4m3" and spec.granularity.kind != "group":
+        return None, f"fp8_e4m3 a {'token' if spec.granularity.kind == 'channel' else 'tensor'}"
+    whole = spec.granularity.kind == "channel" or get_store(spec.store).factors
+    return (None, "int8 a token") if isinstance(spec.fmt, IntFormat) and whole and spec.split is None else (None,)
 
 
 def layout(source: Source, name: str) -> Layout:
@@ -120,32 +112,35 @@ def layout(source: Source, name: str) -> Layout:
 def _nvfp4(source: Source, name: str, layer: QuantLinear) -> Layout:
     """Block scales in the order of Blackwell's tensor cores where these multiply."""
     rows, columns = layer.weight_shape
-    dynamic = layer.activations is not None
+    rounded, dynamic = layer.activations is not None, not layer.is_static
     inputs = {
         "block_size": 16,
         "is_swizzled_scales": True,
         "use_triton_kernel": False,
-        "use_dynamic_per_tensor_scale": True,
+        "use_dynamic_per_tensor_scale": dynamic,
     }
     attributes = {
-        "is_swizzled_scales": dynamic,
+        "is_swizzled_scales": rounded,
         "use_triton_kernel": False,
-        "act_quant_kwargs": named("QuantizeTensorToNVFP4Kwargs", inputs) if dynamic else None,
+        "act_quant_kwargs": named("QuantizeTensorToNVFP4Kwargs", inputs) if rounded else None,
         "block_size": 16,
         "orig_dtype": named("torch.dtype", DTYPE),
     }
     base = bytes_of(source, f"{name}.scale_base", torch.float32)
-    parts = {
-        "per_tensor_scale": (torch.float32, (), lambda: base().reshape(())),
+    parts = {"per_tensor_scale": (torch.float32, (), lambda: base().reshape(()))}
+    if not dynamic:
+        fixed = bytes_of(source, f"{name}.input_scale", torch.float32)
+        parts["act_per_tensor_scale"] = (torch.float32, (), lambda: fixed().reshape(()))
+    parts |= {
         "qdata": (torch.uint8, (rows, columns // 2), lambda: source.tensor(f"{name}.qweight")),
-        "scale": _block_scales(source, name, layer, torch.float8_e4m3fn, dynamic),
+        "scale": _block_scales(source, name, layer, torch.float8_e4m3fn, rounded),
     }
-    if dynamic:
-        options = {"use_triton_kernel": False, "use_dynamic_per_tensor_scale": True, "step": None}
-        config = versioned("NVFP4DynamicActivationNVFP4WeightConfig", **options)
-    else:
+    if not rounded:
         config = versioned("NVFP4WeightOnlyConfig", use_dynamic_per_tensor_scale=True)
-    return Layout("nvfp4 x nvfp4" if dynamic else "nvfp4", "NVFP4Tensor", attributes, parts, config)
+        return Layout("nvfp4", "NVFP4Tensor", attributes, parts, config)
+    options = {"use_triton_kernel": False, "use_dynamic_per_tensor_scale": dynamic, "step": None}
+    config = versioned("NVFP4DynamicActivationNVFP4WeightConfig", **options)
+    return Layout(f"nvfp4 x {kind_of(layer.activations)}", "NVFP4Tensor", attributes, parts, config)
 
 
 def _block_scales(source: Source, name: str, layer: QuantLinear, dtype: torch.dtype, swizzled: bool):
@@ -159,13 +154,15 @@ def _block_scales(source: Source, name: str, layer: QuantLinear, dtype: torch.dt
 
 
 def _mx(source: Source, name: str, layer: QuantLinear, block: str) -> Layout:
-    """Inputs by the rule of the MX specification, as ours."""
+    """Inputs by torchao's own rule where that was emulated, by the MX specification's, as ours, where it was not."""
     element, stored = ELEMENTS[block]
     rows, columns = layer.weight_shape
     inputs = {
         "elem_dtype": named("torch.dtype", element),
         "block_size": 32,
-        "scaling_mode": named("ScaleCalculationMode", "FLOOR"),
+        "scaling_mode": named(
+            "ScaleCalculationMode", "RCEIL" if engine_of(layer.activations) == "torchao" else "FLOOR"
+        ),
         "kernel_preference": AUTO,
         "is_swizzled_scales": True,
     }
