@@ -163,7 +163,18 @@ STORES = {
 }
 
 TABLE = "table"  # in place of scales the values themselves: dmquant.grids.table
-TABLES = {TABLE: Store(torch.bfloat16, lambda tables, fmt, base: tables.bfloat16(), _as_float, search=())}
+LEVELS = "levels"  # scales of groups, and behind them that of the output: dmquant.grids.levels
+TABLES = {
+    TABLE: Store(torch.bfloat16, lambda tables, fmt, base: tables.bfloat16(), _as_float, search=()),
+    LEVELS: Store(
+        torch.uint8,
+        _encode_e4m3,
+        lambda stored, base: torch.cat([get_format("fp8_e4m3").decode(stored), base], 1),
+        FINE_SEARCH,
+        base_of="row",
+        fit_base=lambda largest, fmt: (largest / 127).clamp(min=SMALLEST),
+    ),
+}
 
 
 def get_store(name: str) -> Store:

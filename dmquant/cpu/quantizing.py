@@ -115,7 +115,7 @@ def _fit_and_round(matrix: Tensor, spec: WeightSpec, shape: tuple[int, ...], wid
     amplitudes, parts = amplitude.data_ptr(), _parts(rows, columns)
     side_by_side(lambda part: functions.amplitudes(job, part.start, part.stop, amplitudes), parts, matrix.device)
     check_finite(amplitude)
-    base = store.base(amplitude, fmt)
+    base = spec.base(amplitude)
     multiples = torch.tensor(store.tried(fmt) if spec.scale == "mse" else (1.0,))
     codes = torch.empty(rows, job.bytes, dtype=torch.uint8)
     stored = torch.empty(spec.scale_shape(shape), dtype=store.dtype)

@@ -98,8 +98,16 @@ NF4 = LookupFormat("lut4", (
     0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 ))
-
 # Integers fitted to normal numbers in groups of 16 and of 32 whose scales have either sign (store: e3m4). The ends are
 # as unequal as those of ggml's IQ4_NL, which has no zero.
 NL4 = LookupFormat("nl4", (-127, -103, -81, -63, -48, -34, -21, -10, 0, 12, 24, 37, 51, 66, 84, 109))
+# Of least error for values of a normal distribution in groups of 16, over the group's largest: comfy-kitchen's default.
+GAUSSIAN = LookupFormat("lut4_gaussian", (
+    -0.980602, -0.794529, -0.638165, -0.500986, -0.377321, -0.263187, -0.155210, -0.050720,
+    0.052541, 0.156985, 0.265284, 0.379533, 0.502636, 0.638953, 0.794876, 0.980671,
+))
+# ggml's kvalues_iq4nl (ggml-common.h): GGUF's type of 4.5 bits whose levels are denser near zero.
+IQ4_NL = LookupFormat("iq4_nl", (
+    -127.0, -104.0, -83.0, -65.0, -49.0, -35.0, -22.0, -10.0, 1.0, 13.0, 25.0, 38.0, 53.0, 69.0, 89.0, 113.0,
+))
 # fmt: on

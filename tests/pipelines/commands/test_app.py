@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from dmquant.pipelines.commands import app as cli
-from dmquant.pipelines.runs import settings
+from dmquant.pipelines.runs import file_recipe
 from dmquant.pipelines.runs.bounds import parse_size
 from dmquant.pipelines.runs.defaults import DEFAULT_RECIPE, PURPOSES, named_recipe
 from dmquant.recipe import recipe_names
@@ -364,7 +364,7 @@ def test_an_error_shows_no_escape_sequences_and_is_bounded(capsys, model):
 
 
 def test_a_recipe_that_compiles_needs_a_compiler(capsys, model, monkeypatch):
-    monkeypatch.setattr(settings, "missing_to_compile", lambda: "a C++ compiler: install g++ or clang")
+    monkeypatch.setattr(file_recipe, "missing_to_compile", lambda: "a C++ compiler: install g++ or clang")
     Path("mine.yaml").write_text("name: x\nrounding: adaround\nlearning: {compile: true}\n")
     _fails(dmquant(capsys, "run", model, "--recipe", "mine.yaml"), 1, "learning: compile, for which this machine lacks")
 
