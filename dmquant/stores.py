@@ -168,7 +168,7 @@ TABLES = {
     TABLE: Store(torch.bfloat16, lambda tables, fmt, base: tables.bfloat16(), _as_float, search=()),
     LEVELS: Store(
         torch.uint8,
-        _encode_e4m3,
+        STORES["e4m3"].encode,
         lambda stored, base: torch.cat([get_format("fp8_e4m3").decode(stored), base], 1),
         FINE_SEARCH,
         base_of="row",
