@@ -70,7 +70,12 @@ def plan(module: nn.Module, recipe: Recipe) -> list[LayerPlan]:
             if granularity == "product":
                 granularity = "token" if math.prod(layer.weight.shape[2:]) == 1 else "image"
             activations = ActivationSpec.parse(
-                settings.activations, granularity, scale=settings.activation_scale, split=split
+                settings.activations,
+                granularity,
+                scale=settings.activation_scale,
+                split=split,
+                rule=settings.activation_rule,
+                center=settings.activation_center,
             )
         candidates = tuple(map(get_format, settings.candidates or ()))
         of_input = tuple(map(get_format, settings.activation_candidates or ())) if activations else ()

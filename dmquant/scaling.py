@@ -227,5 +227,17 @@ def _rounding_error(groups: Tensor, scale: Tensor, fmt: Format) -> Tensor:
     return fmt.round(groups / scale).mul_(scale).sub_(groups)
 
 
+def fit_four_over_six(groups: Tensor, fmt: Format, store: str, base: Tensor | None = None) -> Scales:
+    """The largest magnitude becomes the largest value of the format or two thirds of it, 6 or 4 in FP4.
+
+    Whichever has the smaller squared error: Cook et al., "Four Over Six", arXiv 2512.02010. Shapes as `fit_absmax`.
+    """
+    six = fit_absmax(groups, fmt, store, base)
+    four = STORES[store].encode(absmax(groups) * 1.5, fmt, six.base)
+    lost = [_rounding_error(groups, Scales(one, six.base, store).decode(), fmt).square_() for one in (six.stored, four)]
+    return Scales(torch.where(lost[1].sum(-1) < lost[0].sum(-1), four, six.stored), six.base, store)
+
+
 RULES: dict[str, Callable[..., Scales]] = {"absmax": fit_absmax, "mse": fit_mse, "gradient": fit_gradient}
+ONLINE_RULES = {"absmax": fit_absmax, "four-over-six": fit_four_over_six, "mse": fit_mse}  # of activations
 DATA_RULES = ("hessian", "lean")  # fitted where calibration data is at hand

@@ -96,6 +96,8 @@ class NvFp4(Reference):
         for what, spec in (("weights", layer.weight_spec), ("inputs", layer.activations)):
             if spec is None or (spec.fmt, spec.granularity, spec.store, spec.split) != wanted:
                 return f"{what} are not in nvfp4: {FORMAT}, {GRANULARITY}, scales in {STORE}, no halves"
+        if layer.activations.refused:
+            return layer.activations.refused
         if layer.activations.ranges is not None or isinstance(layer, nn.Conv2d):
             return "it takes linear layers, with scales of inputs found online"
         if any(type(one).complete is not Storage.complete for one in layer.transforms):
