@@ -6,7 +6,6 @@ the first in high precision; here the others are not rotated, and the weights th
 """
 
 import math
-from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -24,7 +23,7 @@ class Options(BaseModel, extra="forbid"):
 
 
 class Subspace(Storage):
-    """The first of all transforms: it is given the layer's own input. All positions of a kernel share the directions."""
+    """The first of all transforms: given the layer's own input. The positions of a kernel share the directions."""
 
     name = "subspace"
     STAGE = 5
@@ -39,25 +38,22 @@ class Subspace(Storage):
         up = self.shape[0], self.rank * math.prod(self.shape[2:])
         return {"directions": Part((self.rank, self.shape[1]), torch.bfloat16), "up": Part(up, torch.bfloat16)}
 
-    def up(self, parts: Parts) -> Tensor:
-        """V as the weight of a layer whose input are the coordinates, (out, rank, ...)."""
-        return parts["up"].view(self.shape[0], self.rank, *self.shape[2:])
-
     def undo(self, weight: Tensor, parts: Parts) -> Tensor:
-        directions = parts["directions"].float()
-        missing = self.up(parts).float() - _along(weight, directions, 1)
-        return weight + _along(missing, directions.T, 1)
+        directions, up = parts["directions"].float(), self._up(parts).float()
+        return weight + _times(directions.T, up - _times(directions, weight, 1), 1)
 
     def input(self, x: Tensor, parts: Parts, dim: int) -> Tensor:
-        directions = parts["directions"].float()
-        return x - _along(_along(x.float(), directions, dim), directions.T, dim).to(x.dtype)
+        directions, exact = parts["directions"].float(), x.float()
+        return (exact - _times(directions.T, _times(directions, exact, dim), dim)).to(x.dtype)
 
     def add_to(self, y: Tensor, layer: nn.Module, x: Tensor, parts: Parts) -> Tensor:
-        coordinates, up = _along(x, parts["directions"].to(x.dtype), layer.channel_dim), self.up(parts).to(x.dtype)
-        if len(self.shape) == 2:
-            return y + (coordinates @ up.T).to(y.dtype)
-        convolved: Any = layer._conv_forward(coordinates, up, None)
-        return y + convolved.to(y.dtype)
+        kept, up = _times(parts["directions"].to(x.dtype), x, layer.channel_dim), self._up(parts).to(x.dtype)
+        convolve: Any = layer._conv_forward if up.ndim > 2 else torch.nn.functional.linear
+        return y + convolve(kept, up, None).to(y.dtype)
+
+    def _up(self, parts: Parts) -> Tensor:
+        """V as the weight of a layer, (out, rank, ...)."""
+        return parts["up"].view(self.shape[0], self.rank, *self.shape[2:])
 
     def added_products(self) -> int:
         return self.rank * (2 * self.shape[1] + self.shape[0] * math.prod(self.shape[2:]))
@@ -66,34 +62,21 @@ class Subspace(Storage):
         return f"subspace:{self.rank}"
 
 
-def _along(x: Tensor, matrix: Tensor, dim: int) -> Tensor:
-    """The matrix (n, channels) times the channels of `x` along `dim`; n channels in their place."""
+def _times(matrix: Tensor, x: Tensor, dim: int) -> Tensor:
+    """The matrix (n, channels) times the channels of `x`, which are along `dim`; n channels in their place."""
     return (x.movedim(dim, -1) @ matrix.T).movedim(-1, dim)
 
 
 class Principal(Fit):
-    """The eigenvectors of the largest eigenvalues of the second moments of the inputs, each row over its own RMS."""
+    """The eigenvectors of the largest eigenvalues of the inputs' second moments, each row of a batch over its RMS."""
 
     def candidates(self, storage: Subspace, weight: Tensor, statistics: InputStatistics | None) -> list[Parts]:
-        directions = weight.new_zeros(storage.rank, weight.shape[1])
-        if statistics is not None:
-            directions = principal(statistics.sample, storage.rank, 1 if weight.ndim > 2 else -1).to(weight.device)
-        directions = directions.bfloat16()
-        up = _along(weight, directions.float(), 1).flatten(1).bfloat16()
-        return [{"directions": directions, "up": up}]
-
-
-def principal(sample: Sequence[Tensor], rank: int, dim: int) -> Tensor:
-    """The first `rank` principal directions (rank, channels) float32 of inputs with their channels along `dim`."""
-
-    def tokens() -> Iterator[Tensor]:
-        for x in sample:
-            for row in x.float():
-                flat = row.movedim(dim - 1 if dim > 0 else -1, -1).reshape(-1, x.shape[dim])
-                yield flat / flat.square().mean().sqrt().clamp(min=1e-30)
-
-    moments = sum(flat.T @ flat for flat in tokens())
-    return torch.linalg.eigh(moments).eigenvectors[:, -rank:].T.flip(0)
+        moments = weight.new_zeros(weight.shape[1], weight.shape[1])
+        for row in [row.float() for x in statistics.sample for row in x] if statistics else []:
+            tokens = (row.flatten(1).T if weight.ndim > 2 else row.view(-1, row.shape[-1])).to(weight.device)
+            moments.addmm_(tokens.T, tokens, alpha=1 / float(tokens.square().mean().clamp(min=1e-30)))
+        directions = torch.linalg.eigh(moments).eigenvectors[:, -storage.rank :].T.bfloat16()
+        return [{"directions": directions, "up": _times(directions.float(), weight, 1).flatten(1).bfloat16()}]
 
 
 METHOD = Method(Options, Subspace, fit=lambda options: Principal(statistics=1))
