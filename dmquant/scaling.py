@@ -182,9 +182,15 @@ def fit_gradient(groups: Tensor, fmt: Format, store: str, base: Tensor | None = 
 
 
 def search(
-    groups: Tensor, fmt: Format, store: str, measure: Callable[[Tensor], Tensor], base: Tensor | None = None, further=()
+    groups: Tensor,
+    fmt: Format,
+    store: str,
+    measure: Callable[[Tensor], Tensor],
+    base: Tensor | None = None,
+    further=(),
+    multiples: tuple[float, ...] | None = None,
 ) -> Scales:
-    """The scale of least error among absmax, its multiples in the store's list, and `further` multiples, by group.
+    """The scale of least error among absmax, its `multiples`, by default the store's, and `further` ones, by group.
 
     Shapes as `fit_absmax`. `measure`: weight errors, shaped as `groups`, -> errors (scale rows, scale columns).
     """
@@ -192,7 +198,7 @@ def search(
     if kind.factors:
         return _search_base(groups, fmt, fit_absmax(groups, fmt, store, base), measure)
     base = kind.base(amplitude, fmt) if base is None else base
-    multiples = amplitude.new_tensor((1, *kind.search, *further)).view(-1, 1, 1)
+    multiples = amplitude.new_tensor((1, *(multiples or kind.search), *further)).view(-1, 1, 1)
     tried = kind.encode(amplitude * multiples, fmt, base)
     errors = (measure(_rounding_error(groups, scale, fmt)) for scale in kind.decode(tried, base))
     chosen, least = tried[0], next(errors)
@@ -227,17 +233,19 @@ def _rounding_error(groups: Tensor, scale: Tensor, fmt: Format) -> Tensor:
     return fmt.round(groups / scale).mul_(scale).sub_(groups)
 
 
-def fit_four_over_six(groups: Tensor, fmt: Format, store: str, base: Tensor | None = None) -> Scales:
-    """The largest magnitude becomes the largest value of the format or two thirds of it, 6 or 4 in FP4.
+def _of_least_error(*multiples: float) -> Callable[..., Scales]:
+    """A rule that tries these multiples of absmax beside itself; shapes as `fit_absmax`."""
 
-    Whichever has the smaller squared error: Cook et al., "Four Over Six", arXiv 2512.02010. Shapes as `fit_absmax`.
-    """
-    six = fit_absmax(groups, fmt, store, base)
-    four = STORES[store].encode(absmax(groups) * 1.5, fmt, six.base)
-    lost = [_rounding_error(groups, Scales(one, six.base, store).decode(), fmt).square_() for one in (six.stored, four)]
-    return Scales(torch.where(lost[1].sum(-1) < lost[0].sum(-1), four, six.stored), six.base, store)
+    def fit(groups: Tensor, fmt: Format, store: str, base: Tensor | None = None) -> Scales:
+        return search(groups, fmt, store, lambda error: error.square_().sum(-1), base, multiples=multiples)
+
+    return fit
 
 
 RULES: dict[str, Callable[..., Scales]] = {"absmax": fit_absmax, "mse": fit_mse, "gradient": fit_gradient}
-ONLINE_RULES = {"absmax": fit_absmax, "four-over-six": fit_four_over_six, "mse": fit_mse}  # of activations
+ONLINE_RULES: dict[str, Callable[..., Scales]] = {  # of activations
+    "absmax": fit_absmax,
+    "four-over-six": _of_least_error(1.5),  # FP4's largest value 6 or 4: Cook et al., arXiv 2512.02010
+    "mse": _of_least_error(0.8, 0.9, 1.1, 1.2, 1.3, 1.4, 1.5),  # twice as many lower the error by 2 % more
+}
 DATA_RULES = ("hessian", "lean")  # fitted where calibration data is at hand
