@@ -21,8 +21,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import torch
+
+matplotlib.use("Agg")
+
 from calibration import PROMPTS, Bench
+from matplotlib import pyplot
 from torch import Tensor, nn
 
 import dmquant
@@ -36,6 +41,7 @@ from dmquant.scaling import from_matrix, to_matrix
 
 BITS = 4.5  # of NVFP4: 4 and a scale of 8 for every 16
 BASIS = "default:fp4:nvfp4"
+OURS, OTHERS = "#1f6f8b", "#d9a441"
 Quantizer = Callable[[Tensor], Tensor]
 
 
@@ -84,7 +90,7 @@ class Rows(Bench):
         self.of = {"layers": layers, "prompts": self.settings.prompts, "dmquant": dmquant.__version__}
 
     def row(self, name: str, settings: Settings, kind: str) -> dict[str, Any]:
-        """A recipe's row, or that of a peer or of quantized inputs alone in its layers; from OUT where it is there."""
+        """The row of a recipe, a peer, a recipe's inputs alone (`floor`), or a kind of layer's (`share`); kept."""
         settings = replace(settings, recipe=settings.recipe.keeping(self.left))
         about = {
             "recipe": settings.recipe.to_dict(),
@@ -98,8 +104,8 @@ class Rows(Bench):
             else:
                 backbone, bits = self.copy(), BITS if kind == "peer" else None
                 quantizer = PEERS[name]() if kind == "peer" else None
-                for step in plan(backbone, settings.recipe_for(backbone)):
-                    if step.activations:
+                for step in self.steps(settings):
+                    if kind != "share" or kind_of(step.name) == name:
                         round_by_hooks(backbone.get_submodule(step.name), step, quantizer)
             own, (latents, images) = self._latents(backbone), self.full_precision
             psnr = -10 * (self._decode(own) - images).square().mean((1, 2, 3)).log10()
@@ -107,11 +113,21 @@ class Rows(Bench):
             write_text(path, json.dumps(found))
         return json.loads(path.read_text())
 
+    def steps(self, settings: Settings) -> list[LayerPlan]:
+        """The plans of the layers whose inputs a recipe quantizes."""
+        return [step for step in plan(self.full, settings.recipe_for(self.full)) if step.activations]
+
     @cached_property
     def full_precision(self) -> tuple[Tensor, Tensor]:
         """Final latents and images."""
         latents = self._latents(self.full)
         return latents, self._decode(latents)
+
+
+def kind_of(layer: str) -> str:
+    """Layers of one kind have names that differ in numbers, and in the block that they lie in, alone."""
+    parts = [part for part in layer.split(".") if not part.isdigit()]
+    return ".".join(part for part in parts if not part.endswith(("blocks", "block")))
 
 
 def round_by_hooks(layer: nn.Module, step: LayerPlan, quantizer: Quantizer | None) -> None:
@@ -148,6 +164,23 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def draw(tables: dict[str, dict[str, dict[str, Any]]], picture: Path) -> None:
+    """PSNR of every row with its interval, a panel a model."""
+    figure, panels = pyplot.subplots(1, len(tables), figsize=(5.6 * len(tables), 3.6), sharey=True, squeeze=False)
+    for panel, (title, rows) in zip(panels[0], tables.items(), strict=True):
+        for at, (name, row) in enumerate(rows.items()):
+            psnr, is_peer = torch.tensor(row["psnr"]), name.split(" ")[0] in PEERS
+            panel.barh(at, psnr.mean(), color=OTHERS if is_peer else OURS, height=0.7)
+            panel.plot(bootstrap_interval(psnr), [at, at], color="black", linewidth=1.2)
+            panel.text(psnr.mean() + 0.6, at, f"{psnr.mean():.1f}", va="center", fontsize=8)
+        panel.set(title=title, xlabel="PSNR to full precision, dB", xlim=(20, None))
+        panel.spines[["top", "right"]].set_visible(False)
+    panels[0][0].set_yticks(range(len(rows)), list(rows), fontsize=8)
+    panels[0][0].invert_yaxis()
+    figure.tight_layout()
+    figure.savefig(picture, dpi=110)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", default="emoji-pixart,emoji-sd", help="with commas")
@@ -155,15 +188,18 @@ def main() -> None:
     parser.add_argument("--floors", default=f"{BASIS},w4a4", help="recipes whose inputs alone are measured too")
     parser.add_argument("--peers", default="", help="folders of other libraries, with commas")
     parser.add_argument("--layers", choices=("all", "linear"), default="all")
+    parser.add_argument("--shares", action="store_true", help="also each kind of layer with its inputs alone in NVFP4")
+    parser.add_argument("--picture", type=Path, help="where to draw the tables")
     parser.add_argument("--images", type=int, default=32)
     parser.add_argument("--prompts", default=PROMPTS, help="what images are made of; default %(default)s")
     parser.add_argument("--out", type=Path, default=Path("runs/w4a4"))
     options = parser.parse_args()
     sys.path += [folder for folder in options.peers.split(",") if folder]  # after diffusers, which looks for torchao
+    tables: dict[str, dict[str, dict[str, Any]]] = {}
     for model in options.models.split(","):
         made = Rows(options.out.resolve() / model, options.images, model, options.prompts, options.layers)
         [basis] = resolve_all(made.options, BASIS).values()
-        rows = {}
+        rows = tables[model] = {}
         for name in PEERS if options.peers else ():
             rows[f"{name} {importlib.metadata.version(name)}"] = made.row(name, basis, "peer")
         for kind, recipes in (("floor", options.floors), ("recipe", options.recipes)):
@@ -171,6 +207,12 @@ def main() -> None:
                 rows[f"inputs of {name} alone" if kind == "floor" else name] = made.row(name, settings, kind)
         head = f"{model}, {options.layers} layers, {options.images} images of {options.prompts}"
         print(f"\n{head}\n\n{table(rows)}", flush=True)
+        if options.shares:
+            kinds = dict.fromkeys(kind_of(step.name) for step in made.steps(basis))
+            shares = {kind: made.row(kind, basis, "share") for kind in kinds}
+            print(f"\ninputs of one kind of layer alone\n\n{table(shares)}", flush=True)
+    if options.picture:
+        draw(tables, options.picture)
 
 
 if __name__ == "__main__":
