@@ -3,12 +3,14 @@
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dmquant.errors import UsageError, check_choice, unknown
 from dmquant.formats import Format, get_format
+from dmquant.registry import engine_of
 from dmquant.scaling import BLOCK_FORMATS, ONLINE_RULES, Granularity, absmax, from_groups, to_groups
 from dmquant.stores import STORES
 
@@ -27,7 +29,10 @@ class ActivationSpec:
     `tensor`: one for everything in the call, the batch included.
 
     Static, the timesteps 0..SCHEDULE are cut into `ranges` equal ranges with scales of their own, in float32.
-    `tensor`: one scale for all of an input. `channel`: one for each input channel.
+    `tensor`: one scale for all of an input. `channel`: one for each input channel. `group:N` in a store with a base for
+    the tensor: the base is static, and the scales of groups are found online, relative to it.
+
+    `engine` rounds in place of all this as the kernel of another engine does, bit for bit.
 
     `split`: the input is a concatenation; wherever a scale would cover channels before and after the first `split`,
     there are two. `rule`: how online scales are fitted. `center`: the mean of each channel over the tokens of a row, or
@@ -39,6 +44,7 @@ class ActivationSpec:
     store: str
     ranges: int | None = None
     split: int | None = None
+    engine: Any = None
     rule: str = PLAIN
     center: bool = False
 
@@ -50,11 +56,12 @@ class ActivationSpec:
         store: str = "fp32",
         scale: str = "online",
         split: int | None = None,
+        engine: str | None = None,
         rule: str = PLAIN,
         center: str = "none",
     ) -> "ActivationSpec":
         """Parse and check, or raise UsageError; `scale` is `online` or `static:R`. A block format such as `mxfp6`
-        brings its own granularity and store."""
+        brings its own granularity and store. `engine` is the name of one."""
         ranges = parse_ranges(scale)
         if block := BLOCK_FORMATS.get(format.lower()):
             format, granularity, store = block
@@ -65,19 +72,23 @@ class ActivationSpec:
             raise UsageError(
                 "granularity 'channel' is for weights: use token, group:N, image or tensor for activations"
             )
-        if ranges is not None and parsed.kind not in ("tensor", "channel"):
+        based = STORES[check_choice("scale storage", store, STORES)].base_of == "tensor" and parsed.kind == "group"
+        if ranges is not None and parsed.kind not in ("tensor", "channel") and not based:
             raise UsageError(
                 f"a static activation scale cannot be one per {parsed}, which is known only at run time: "
-                "use granularity tensor or channel, or online scales"
+                "use granularity tensor or channel, nvfp4, or online scales"
             )
         centered = check_choice("center of activations", center, CENTERS) != "none"
-        if ranges is not None and (centered or check_choice("activation rule", rule, ONLINE_RULES) != PLAIN):
-            raise UsageError(
-                "activation_rule and activation_center are for online scales: use activation_scale: online"
-            )
-        halves = None if parsed.kind == "channel" else split
-        checked = check_choice("scale storage", store, STORES)
-        return cls(get_format(format), parsed, checked, ranges, halves, rule, centered)
+        if (centered or check_choice("activation rule", rule, ONLINE_RULES) != PLAIN) and (ranges or engine):
+            raise UsageError("activation_rule and activation_center are for online scales that no engine rounds by")
+        halves = None if parsed.kind == "channel" or (based and ranges) else split
+        spec = cls(get_format(format), parsed, store, ranges, halves, None, rule, centered)
+        return spec if engine is None else engine_of(engine).taking(spec)
+
+    @property
+    def static_base(self) -> bool:
+        """Whether static scales are the base of scales of groups."""
+        return self.ranges is not None and self.granularity.kind == "group"
 
     @property
     def scale_by_row(self) -> bool:
@@ -88,6 +99,8 @@ class ActivationSpec:
     @property
     def refused(self) -> str | None:
         """Why no kernel but the reference's arithmetic fits these scales; None where others can."""
+        if self.engine is not None:
+            return f"its inputs are rounded as {self.engine.name} rounds them"
         if self.center:
             return "the mean of its inputs is not quantized"
         return None if self.rule == PLAIN else f"scales of its inputs are fitted by {self.rule}"
@@ -102,8 +115,9 @@ class ActivationSpec:
 
     def __str__(self) -> str:
         static = "" if self.ranges is None else f"/static:{self.ranges}"
+        engine = "" if self.engine is None else f"/{self.engine.name}"
         rule = "" if self.rule == PLAIN else f"/{self.rule}"
-        return f"{self.fmt.name}/{self.granularity}{static}{rule}{'/center' if self.center else ''}"
+        return f"{self.fmt.name}/{self.granularity}{static}{rule}{'/center' if self.center else ''}{engine}"
 
 
 def parse_ranges(text: str) -> int | None:
@@ -190,28 +204,32 @@ def fake_quantize(x: Tensor, spec: ActivationSpec, dim: int = -1, scale: Tensor 
     `tensor`. `scale`, for a static spec alone, is float32 and broadcasts to `x`. Scale, quotient and product are
     float32. NaN stays NaN; a token of zeros stays zero.
     """
+    if spec.engine is not None:
+        return spec.engine.fake_quantize(x, spec, dim, scale)
     if spec.center or (spec.split is not None and spec.ranges is None):
         return in_parts(fake_quantize, x, spec, dim)
     if spec.granularity.kind == "image":
         rows = (x if dim % x.ndim else x.unsqueeze(0)).flatten(1).unsqueeze(1).float()
         scale = ONLINE_RULES[spec.rule](rows, spec.fmt, spec.store).decode().view(-1, *(1,) * (x.ndim - 1))
-    if scale is not None:
+    if scale is not None and not spec.static_base:
         return spec.fmt.round(x.float() / scale).mul_(scale).to(x.dtype)
     channels_last = x.movedim(dim, -1)
     tokens = channels_last.reshape(-1, channels_last.shape[-1]).float()
     groups = to_groups(tokens, spec.granularity)
-    scale = online_scale(groups, 1 if dim % x.ndim == 0 else len(x), spec).unsqueeze(-1)
+    scale = online_scale(groups, 1 if dim % x.ndim == 0 else len(x), spec, scale).unsqueeze(-1)
     rounded = from_groups(spec.fmt.round(groups / scale).mul_(scale), spec.granularity, (tokens.shape[1],))
     return rounded.reshape(channels_last.shape).movedim(-1, dim).to(x.dtype)
 
 
-def online_scale(groups: Tensor, rows: int, spec: ActivationSpec) -> Tensor:
+def online_scale(groups: Tensor, rows: int, spec: ActivationSpec, base: Tensor | None = None) -> Tensor:
     """Scales of groups (tokens of all rows, groups of a token, elements), float32, without the last dimension.
 
-    The base of a store that has one for a tensor is fitted to each row, so that no row depends on the others.
+    The base of a store that has one for a tensor is fitted to each row, so that no row depends on the others; or it is
+    given, float32, one for each of equal parts of the tokens.
     """
-    base = None
-    if spec.scale_by_row:
+    if base is not None:
+        base = base.reshape(-1, 1).repeat_interleave(len(groups) // base.numel(), 0)
+    elif spec.scale_by_row:
         of_rows = absmax(groups).unflatten(0, (-1, max(1, len(groups) // max(1, rows))))
         base = STORES[spec.store].base(of_rows, spec.fmt).expand(-1, of_rows.shape[1], -1).flatten(0, 1)
     return ONLINE_RULES[spec.rule](groups, spec.fmt, spec.store, base).decode()

@@ -4,7 +4,7 @@ import importlib
 import logging
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
@@ -17,6 +17,7 @@ from dmquant.models import completed, known, record
 from dmquant.qtensor import FASTER, WeightSpec, check_finite
 from dmquant.recipe import Recipe, shipped_rules
 from dmquant.settings import NO_FORMAT
+from dmquant.stores import get_store
 from dmquant.transforms import Storage, create, fold_first_
 
 Progress = Callable[[int, int, str], None]
@@ -57,7 +58,8 @@ def plan(module: nn.Module, recipe: Recipe) -> list[LayerPlan]:
             raise UsageError(f"{f'layer {name}' if name else type(module).__name__} {reason}")
     plans = []
     layers = layers_in(module)
-    for name, settings in completed(recipe, module).settings_by_layer(layers).items():
+    recipe = completed(recipe, module)
+    for name, settings in recipe.settings_by_layer(layers).items():
         if settings is None:
             continue
         layer = layers[name]
@@ -76,6 +78,7 @@ def plan(module: nn.Module, recipe: Recipe) -> list[LayerPlan]:
                 split=split,
                 rule=settings.activation_rule,
                 center=settings.activation_center,
+                engine=recipe.engine,
             )
         candidates = tuple(map(get_format, settings.candidates or ()))
         of_input = tuple(map(get_format, settings.activation_candidates or ())) if activations else ()
@@ -97,6 +100,21 @@ def plan_without_data(module: nn.Module, recipe: Recipe) -> list[LayerPlan]:
     if not (plans := plan(module, recipe)):
         raise UsageError(f"recipe '{recipe.name}' quantizes none of the layers of {type(module).__name__}")
     return plans
+
+
+def sharing(module: nn.Module, plans: list[LayerPlan]) -> list[LayerPlan]:
+    """The plans, with the largest magnitude of all layers of a group that other engines have as one layer
+    (`Known.joint`) where these have one scale, or one base of scales, for the whole tensor: it becomes theirs."""
+    found = {step.name: step for step in plans}
+    for group in known(module).joint:
+        steps = [found[name] for name in group if name in found]
+        if {step.weights.granularity.kind for step in steps} != {"tensor"} and {
+            get_store(step.weights.store).base_of for step in steps
+        } != {"tensor"}:
+            continue
+        amplitude = max(module.get_submodule(step.name).weight.detach().abs().amax().item() for step in steps)
+        found |= {one.name: replace(one, weights=replace(one.weights, amplitude=amplitude)) for one in steps}
+    return list(found.values())
 
 
 def layers_in(module: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
@@ -128,7 +146,7 @@ def quantize_layers_(module: nn.Module, recipe: Recipe, progress: Progress | Non
     for step in plans:
         check_finite(module.get_submodule(step.name).weight, f"layer {step.name}: ")
     fold_first_(module, {step.name: step.transforms for step in plans})
-    reports = []
+    plans, reports = sharing(module, plans), []
     for done, step in enumerate(plans, start=1):
         layer = module.get_submodule(step.name)
         quantized = quantize_layer(layer, step.weights, step.activations, transforms=step.transforms)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from dmquant.errors import UserError
 from dmquant.recipe import Known, Recipe
+from dmquant.registry import engine_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -55,9 +56,19 @@ def known(model: "nn.Module") -> Known:
     return next((found for lookup in _lookups if (found := lookup(model)) is not None), Known(USUAL))
 
 
-def completed(recipe: Recipe, model: "nn.Module") -> Recipe:
-    """The recipe with its `keep: family` written out as rules for `model`, which need no lookup."""
-    return recipe.for_model(known(model)) if recipe.keep == "family" else recipe
+def completed(recipe: Recipe, model: "nn.Module", about: Known | None = None) -> Recipe:
+    """The recipe with its `keep: family` written out as rules for `model`, which need no lookup.
+
+    `about` is what is known of it, by default what a lookup finds. Where the recipe is for an engine, the layers that
+    it refuses are kept too.
+    """
+    if recipe.keep == "none":
+        return recipe
+    recipe = recipe.for_model(about or known(model))
+    refused = engine_of(recipe.engine).refused(recipe, model) if recipe.engine else {}
+    for reason, layers in refused.items():
+        recipe = recipe.keeping(layers, reason)
+    return recipe
 
 
 def record(model: "nn.Module", recipe: Recipe, layers: Collection[str]) -> None:

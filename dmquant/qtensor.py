@@ -4,7 +4,7 @@ import importlib
 import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
@@ -44,6 +44,8 @@ class WeightSpec:
     store: str
     split: int | None = None
     """The input is a concatenation: its first `split` channels and the others share no scale."""
+    amplitude: float | None = field(default=None, compare=False)
+    """Where other layers share the scale, or base, of the whole tensor: the largest magnitude in all of them."""
 
     @classmethod
     def parse(
@@ -90,6 +92,11 @@ class WeightSpec:
         It is one for both halves of a split weight, so that a kernel can apply it to the sum of their products.
         """
         return get_store(self.store).base_shape(self.scale_shape(shape))
+
+    def base(self, amplitude: Tensor) -> Tensor | None:
+        """The base for the largest magnitudes of groups, (rows, columns) float32; None where scales have none."""
+        largest = amplitude if self.amplitude is None else amplitude.clamp(min=self.amplitude)
+        return get_store(self.store).base(largest, self.fmt)
 
 
 @dataclass(frozen=True)
@@ -171,7 +178,7 @@ def fit_and_round(matrix: Tensor, spec: WeightSpec, shape: tuple[int, ...]) -> t
 
     amplitude = torch.cat(side_by_side(measure, parts, matrix.device))
     check_finite(amplitude)
-    base, grid = get_store(spec.store).base(amplitude, spec.fmt), spec.grid_type
+    base, grid = spec.base(amplitude), spec.grid_type
     side_by_side(quantize_part, parts, matrix.device)
     return codes, Scales(stored, base, spec.store)
 

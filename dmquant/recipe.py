@@ -12,6 +12,7 @@ from pydantic import BaseModel, Field, model_validator
 
 from dmquant.errors import UsageError, UserError, unknown
 from dmquant.matching import Matcher
+from dmquant.registry import engine_of
 from dmquant.settings import NO_FORMAT, ONLINE, Rounding, Rule, Settings, Transformation, format_name
 from dmquant.yaml_models import read_yaml, validated
 
@@ -63,6 +64,8 @@ class Known:
     """Globs of layers that stay in high precision, and why."""
     splits: Mapping[str, int] = field(default_factory=dict)
     """Layers whose input is a concatenation, with the channels of its first part."""
+    joint: tuple[tuple[str, ...], ...] = ()
+    """Layers of one input that other engines have as one, so that they share what a whole tensor has one of."""
 
 
 class Recipe(Settings):
@@ -72,6 +75,9 @@ class Recipe(Settings):
     description: str = ""
     keep: Literal["family", "none"] = "family"
     """`family`: the layers that the model's family keeps, and the splits that it has, before all rules of one's own."""
+    engine: str | None = None
+    """The engine that the model is for: inputs are rounded as its kernel rounds them, and with `keep: family` layers
+    that it cannot take stay in high precision."""
     weights: str = "fp4_e2m1"
     activations: str = NO_FORMAT
     granularity: str = "group:64"
@@ -99,6 +105,8 @@ class Recipe(Settings):
                 raise UsageError("scale: lean is fitted to the errors of rounding: gptq, and there is no other here")
             if merged.weights != NO_FORMAT and merged.weights not in BLOCK_FORMATS:
                 grid_type(merged.store).check(merged.weights, merged.granularity, merged.scale)
+            if self.engine and (merged.candidates or merged.activation_candidates):
+                raise UsageError("an engine runs the formats that are named: leave out candidates, or engine")
             if merged.store == "table" and merged.candidates:
                 raise UsageError("a table is no format to choose: leave out candidates, or store: table")
             merged.check_transforms()
@@ -142,8 +150,11 @@ class Recipe(Settings):
         return validated(cls, content, lambda place: f"{source}: ")
 
     def in_formats(self, w: str | None, a: str | None) -> "Recipe":
-        """A copy in other formats; None is the recipe's own. Replacing a format drops its candidates."""
+        """A copy in other formats; None is the recipe's own. Replacing a format drops its candidates; for an engine it
+        brings all settings with which the engine runs it, and UsageError lists the formats that it runs."""
         changed: dict[str, Any] = {}
+        if self.engine is not None and (w or a):
+            return self.with_settings(**engine_of(self.engine).settings(w, a))
         for name, key, candidates in ((w, "weights", "candidates"), (a, "activations", "activation_candidates")):
             if name is not None and format_name(name) != getattr(self, key):
                 changed |= {key: name, candidates: None}
@@ -157,12 +168,13 @@ class Recipe(Settings):
         """A copy with `keep: family` written out as rules for a model; a recipe without it stays as it is."""
         if self.keep == "none":
             return self
-        return self.with_settings(keep="none").keeping(known.keep).splitting(known.splits)
+        splits = {} if self.engine else known.splits  # no other engine has them
+        return self.with_settings(keep="none").keeping(known.keep).splitting(splits)
 
-    def keeping(self, globs: Iterable[str]) -> "Recipe":
+    def keeping(self, globs: Iterable[str], reason: str | None = None) -> "Recipe":
         """A copy that leaves the named layers in high precision unless one of its own rules says otherwise."""
-        globs = list(globs)
-        return self.with_settings(rules=[Rule(match=globs, keep=True), *self.rules]) if globs else self
+        rule = Rule(match=list(globs), keep=True, reason=reason)
+        return self.with_settings(rules=[rule, *self.rules]) if rule.match else self
 
     def splitting(self, channels: Mapping[str, int]) -> "Recipe":
         """A copy in which each of these layers has the given `split` unless one of its own rules says otherwise."""

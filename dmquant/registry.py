@@ -7,6 +7,8 @@ from typing import Any
 
 from dmquant.errors import UsageError, check_choice
 
+ENGINES = "dmquant.exchange.engines"  # what other engines run, and how they round; by name alone: it stands above
+
 
 class Registry:
     """The modules of `package`, but for those in `no_methods`, each imported when asked for, and what is registered.
@@ -36,3 +38,8 @@ class Registry:
         if name in self.names():
             raise UsageError(f"there is a {self.kind} '{name}' already: choose another name")
         self.registered[name] = entry
+
+
+def engine_of(name: str) -> Any:
+    """The engine of this name, an `Engine` of ENGINES; UsageError where there is none."""
+    return importlib.import_module(ENGINES).get(name)

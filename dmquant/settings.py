@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from pydantic import BaseModel, ValidationError, ValidationInfo, field_validator, model_validator
 
 from dmquant.errors import LONGEST, UsageError, check_choice
+from dmquant.registry import engine_of
 from dmquant.yaml_models import problem
 
 NO_FORMAT = "none"  # leave alone
@@ -52,6 +53,7 @@ def _checks() -> dict[str, Callable[[Any], Any]]:
     granularities = dict.fromkeys(("granularity", "activation_granularity"), lambda text: str(Granularity.parse(text)))
     return granularities | {
         "name": _recipe_name,
+        "engine": lambda name: engine_of(name).name,
         "weights": format_name,
         "activations": format_name,
         "candidates": _one_size,
@@ -172,3 +174,5 @@ class Rule(Settings):
 
     match: str | list[str]
     keep: bool | None = None
+    reason: str | None = None
+    """Why, for people."""

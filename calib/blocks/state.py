@@ -10,7 +10,7 @@ from dmquant.activations import TimestepRanges
 from dmquant.calib.data.store import CalibrationStore
 from dmquant.calib.layers.folding import without
 from dmquant.calib.layers.ranges import check_timesteps
-from dmquant.convert import LayerPlan, LayerReport, plan, relative_error
+from dmquant.convert import LayerPlan, LayerReport, plan, relative_error, sharing
 from dmquant.errors import UsageError
 from dmquant.formats import Format
 from dmquant.layers import QUANTIZED, QuantConv2d, QuantLinear, become_
@@ -83,7 +83,7 @@ class LayerState:
 
 def plans_to_calibrate(backbone: nn.Module, recipe: Recipe) -> list[LayerPlan]:
     """`plan`, with a UsageError where there are no layers, or where two places of the model share a weight."""
-    plans = plan(backbone, recipe)
+    plans = sharing(backbone, plan(backbone, recipe))
     if not plans:
         raise UsageError(f"recipe '{recipe.name}' quantizes none of the layers of {type(backbone).__name__}")
     uses = Counter(id(weight) for _, weight in backbone.named_parameters(remove_duplicate=False))

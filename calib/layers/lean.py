@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dmquant.cpu.solving import search_weighted
+from dmquant.exchange.levels import LevelGrid, fit_levels
 from dmquant.formats import Format
 from dmquant.grids import Grid, ScaledGrid, TableGrid
 from dmquant.grids.kmeans import fit_table
@@ -100,31 +101,37 @@ def weighted_scales(
     of_groups = torch.cat([to_groups(each.expand(rows, -1), spec.granularity, segments) for each in weights])
     of_groups = of_groups / of_groups.amax(-1, keepdim=True)  # in float64, so that no group's all become 0
     groups = to_groups(matrix, spec.granularity, segments)
-    return fit_weighted(groups, spec.fmt, spec.store, of_groups.float())
+    base = None if spec.amplitude is None else spec.base(absmax(groups))
+    return fit_weighted(groups, spec.fmt, spec.store, of_groups.float(), base)
 
 
-def fit_weighted(groups: Tensor, fmt: Format, store: str, weights: Tensor) -> list[Scales]:
+def fit_weighted(groups: Tensor, fmt: Format, store: str, weights: Tensor, base: Tensor | None = None) -> list[Scales]:
     """The multiple of absmax with the least squared weight error, every element counting by its weight.
 
     `groups` is (rows, scale columns, n) float32 and `weights` (weightings, scale columns, n) float32: a result for each
-    weighting. The weights of a few elements may exceed all others, so multiples that clip more are tried too.
+    weighting. `base` as in `fit_absmax`. The weights of a few elements may exceed all others, so multiples that clip
+    more are tried too.
     """
-    kind, absolute = STORES[store], fit_absmax(groups, fmt, store)
+    kind, absolute = STORES[store], fit_absmax(groups, fmt, store, base)
     further = (0.125,) if kind.search == OCTAVE_SEARCH else (0.3, 0.35, 0.4, 0.45, 0.5, 0.55)
     if not kind.factors and groups.device.type == "cpu":
-        multiples = torch.tensor((1, *kind.search, *further)).view(-1, 1, 1)
+        multiples = torch.tensor(kind.tried(fmt, *further)).view(-1, 1, 1)
         tried = kind.encode(absmax(groups) * multiples, fmt, absolute.base)
         chosen = search_weighted(groups, fmt, kind.decode(tried, absolute.base), weights)
         if chosen is not None:
             return [Scales(tried.gather(0, each.unsqueeze(0)).squeeze(0), absolute.base, store) for each in chosen]
     return [
-        search(groups, fmt, store, lambda error, each=each: error.square_().mul_(each).sum(-1), further=further)
+        search(groups, fmt, store, lambda error, each=each: error.square_().mul_(each).sum(-1), base, further)
         for each in weights
     ]
+
+
+def _levels(matrix: Tensor, spec: WeightSpec, segments: tuple[int, ...], weights: Sequence[Tensor]) -> list[Scales]:
+    return fit_levels(matrix, spec, None, weights)
 
 
 def _tables(matrix: Tensor, spec: WeightSpec, segments: tuple[int, ...], weights: Sequence[Tensor]) -> list[Scales]:
     return [fit_table(matrix, each) for each in weights]
 
 
-WEIGHTED = {ScaledGrid: weighted_scales, TableGrid: _tables}
+WEIGHTED = {ScaledGrid: weighted_scales, TableGrid: _tables, LevelGrid: _levels}

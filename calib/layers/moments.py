@@ -16,7 +16,7 @@ from dmquant.errors import UsageError
 from dmquant.grids import Grid
 from dmquant.qtensor import WeightSpec
 from dmquant.rounding import gptq
-from dmquant.scaling import DATA_RULES, from_matrix, to_groups, to_matrix
+from dmquant.scaling import DATA_RULES, absmax, from_matrix, to_groups, to_matrix
 from dmquant.transforms import fit_of
 
 LARGEST = (
@@ -196,11 +196,13 @@ def needs_moments(plan: LayerPlan) -> bool:
 def _fit(
     matrix: Tensor, spec: WeightSpec, shape: tuple[int, ...], moments: Moments | None, options: BaseModel | None
 ) -> Grid:
-    if spec.scale == "lean":
+    shared = spec.amplitude is not None and spec.granularity.kind == "tensor"
+    if spec.scale == "lean" and not shared:
         return fit_lean(matrix, spec, shape, moments.factors(options))
-    if spec.scale == "hessian":
+    if spec.scale == "hessian" and not shared:
         groups = to_groups(matrix, spec.granularity, spec.segments(shape))
-        scales = fit_hessian(groups, spec.fmt, spec.store, moments.inside_groups(spec, shape))
+        base = None if spec.amplitude is None else spec.base(absmax(groups))
+        scales = fit_hessian(groups, spec.fmt, spec.store, moments.inside_groups(spec, shape), base)
     else:
         scales = spec.grid_type.fit(matrix, spec, spec.segments(shape))
     return spec.grid_type(matrix, spec, scales, shape)

@@ -35,7 +35,8 @@ def observe_ranges(
     """Input scales of the layers with static specs, as `quantize_layer` takes them: float32, in their `scale_shape`.
 
     Runs the full-precision backbone over the samples that are not held out, `batch_size` at a time, on its own device.
-    The largest magnitude of a range becomes the largest value of the format. With `clip` and granularity `tensor`, a
+    The largest magnitude of a range becomes the largest value of the format (of a static base: its largest value under
+    the largest stored scale). With `clip` and granularity `tensor`, a
     multiple of the magnitude takes its place, the one of CLIPS with the least squared error. A range without samples
     takes the scales of the nearest range with some; a channel or half that was always zero takes the largest scale of
     its range.
@@ -120,6 +121,8 @@ class RangeObserver:
             amplitude = flat.view_as(amplitude)
         amplitude = amplitude[nearest_seen(self.seen)]
         amplitude = torch.where(amplitude > 0, amplitude, amplitude.amax(-1, keepdim=True))
+        if self.spec.static_base:
+            return STORES[self.spec.store].fit_base(amplitude, self.spec.fmt).to(self.device)
         return STORES["fp32"].encode(amplitude, self.spec.fmt, None).to(self.device)
 
 

@@ -107,7 +107,7 @@ def _worth_compiling(x: Tensor, spec: ActivationSpec) -> bool:
 
 def fake_quantize(x: Tensor, spec: ActivationSpec, dim: int, scale: Tensor | None = None) -> Tensor:
     """As `activations.fake_quantize`, bit for bit; same shape and dtype as `x`."""
-    if scale is not None:
+    if scale is not None or spec.engine is not None:
         return activations.fake_quantize(x, spec, dim, scale)
     if spec.center or spec.split is not None:  # so that one compiled loop serves every split
         return in_parts(fake_quantize, x, spec, dim)

@@ -1,16 +1,17 @@
 """What a format of another engine is: how it is written, recognised and read, and which layers its engine takes."""
 
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from dmquant.activations import ActivationSpec
 from dmquant.errors import UserError
 from dmquant.exchange.source import Source
+from dmquant.exchange.tensor_file import Reader
 from dmquant.host import weight_file
 from dmquant.qtensor import WeightSpec
 
@@ -46,14 +47,20 @@ class Found:
     """`__metadata__` of the files' headers."""
     config: Mapping[str, Any] = field(default_factory=dict)
     """config.json beside the files; empty for a single file."""
+    load: Callable[[weight_file.Tensor], Tensor] | None = None
+    """Reads a tensor of a file that is no safetensors file; None where all are."""
 
     def tensor(self, name: str) -> Tensor:
         """A tensor as stored, read now; UserError for a name that is not there."""
-        for file in self.files:
-            with safe_open(file, framework="pt") as opened:
-                if name in opened.keys():  # noqa: SIM118  (it is no dictionary)
-                    return opened.get_tensor(name)
+        if self.load is not None and name in self.tensors:
+            return self.load(self.tensors[name])
+        if self.load is None and name in self._reader:
+            return self._reader.tensor(name)
         raise UserError(f"{self.path} lacks the tensor '{name}': get that file again")
+
+    @functools.cached_property
+    def _reader(self) -> Reader:
+        return Reader(self.files)
 
 
 @dataclass(frozen=True)
@@ -69,7 +76,8 @@ class ForeignLayer:
     nbytes: int
     """Bytes of codes, scales, tables and branches, without the bias."""
     weight: Callable[[], Tensor]
-    """Reads and decodes the weight that multiplies the rounded input, float32 of `shape`."""
+    """Reads and decodes the weight, float32 of `shape`: what multiplies the rounded input; or, with `build`, the
+    weight of the float layer that all of it stands for."""
     activations: ActivationSpec | None = None
     """How the engine's kernel rounds the input; None where it does not."""
     input_scale: Callable[[], Tensor] | None = None
@@ -110,5 +118,9 @@ class ForeignFormat:
     """Whether an export is a folder instead of a file."""
     suffix: str = ".safetensors"
     """Of an exported file."""
+    variants: Sequence[str] = ()
+    """What may follow the name and a colon on the command line; `export` takes it as `kind`."""
+    weighs_errors: bool = False
+    """Whether an export weighs errors by calibration data (`Source.importance`)."""
     refuses: Callable[[nn.Module, WeightSpec, ActivationSpec | None], str | None] | None = None
     """Why the engine cannot take a layer (its shape, its class) in these formats; None where it can."""

@@ -2,35 +2,47 @@
 
 import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from dmquant.errors import UserError
+from dmquant.exchange.tensor_file import Reader
 from dmquant.host import weight_file
 from dmquant.layers import QUANTIZED, QuantConv2d, QuantLinear
 from dmquant.recipe import Recipe
 
 
+@dataclass(frozen=True)
+class Importance:
+    """What an error of each input channel costs, as calibration data tells."""
+
+    mean_squares: Mapping[str, Tensor]
+    """Of the channels of a layer's input, (channels,) float32, by the layer's name."""
+    calls: int
+    """Calls of the backbone that they were measured on."""
+
+
 class Source:
     """The backbone of a pipeline folder: the model on the meta device, with empty quantized layers, and its files.
 
-    `component` is the backbone's name in the pipeline folder `folder`.
+    `component` is the backbone's name in the pipeline folder `folder`. `importance` is there where an export asks
+    for it and calibration data is at hand.
     """
 
     def __init__(self, backbone: nn.Module, recipe: Recipe, files: Sequence[Path], folder: Path, component: str):
         self.backbone, self.recipe, self.folder, self.component = backbone, recipe, folder, component
-        self._headers = {path: weight_file.header(path) for path in files}
-        self._file_of = {name: path for path, header in self._headers.items() for name in header}
+        self.importance: Importance | None = None
+        self._reader = Reader(files)
         kinds = tuple(QUANTIZED.values())
         self.layers: Mapping[str, QuantLinear | QuantConv2d] = {
             name: layer for name, layer in backbone.named_modules() if isinstance(layer, kinds)
         }
         """The quantized layers by name: their shapes, `weight_spec`, `activations`, `transforms`; without values."""
         of_layers = {f"{name}.{part}" for name, layer in self.layers.items() for part in layer._parameters}
-        self.rest: tuple[str, ...] = tuple(name for name in self._file_of if name not in of_layers)
+        self.rest: tuple[str, ...] = tuple(name for name in self._reader if name not in of_layers)
         """Names of the tensors that belong to no quantized layer."""
 
     @property
@@ -40,14 +52,13 @@ class Source:
 
     def header(self, name: str) -> weight_file.Tensor:
         """Dtype and shape of a tensor by its name in the files."""
-        return self._headers[self._file_of[name]][name]
+        return self._reader.header(name)
 
     def tensor(self, name: str) -> Tensor:
         """A tensor as stored, read now; UserError where the files lack it."""
-        if name not in self._file_of:
+        if name not in self._reader:
             raise UserError(f"{self.folder} lacks the tensor '{name}': get that model again")
-        with safe_open(self._file_of[name], framework="pt") as file:
-            return file.get_tensor(name)
+        return self._reader.tensor(name)
 
     def layer(self, name: str) -> QuantLinear | QuantConv2d:
         """A quantized layer with its codes, scales, bias and tensors of transforms, read now."""

@@ -8,16 +8,17 @@ from dmquant.errors import UsageError, unknown
 from dmquant.formats.floating import FloatFormat
 from dmquant.formats.format import Format
 from dmquant.formats.integer import IntFormat
-from dmquant.formats.lookup import NF4, LookupFormat
+from dmquant.formats.lookup import GAUSSIAN, IQ4_NL, NF4, NL4, LookupFormat
 
 SHORT_NAMES = {"fp4": "fp4_e2m1", "fp6": "fp6_e2m3", "fp8": "fp8_e4m3"}
 
 _FLOAT_NAMES = ("fp4_e2m1", "fp4_e1m2", "fp4_e3m0", "fp6_e2m3", "fp6_e3m2", "fp8_e4m3", "fp8_e5m2", "fp8_e3m4")
+_TABLES = (NF4, NL4, IQ4_NL, GAUSSIAN)
 
 
 def known_formats() -> list[str]:
     """Names worth listing; `get_format` also knows every other fpN_eXmY with N = 1 + X + Y <= 8."""
-    return [*_FLOAT_NAMES, *(f"int{bits}" for bits in range(2, 9)), NF4.name]
+    return [*_FLOAT_NAMES, *(f"int{bits}" for bits in range(2, 9)), *(fmt.name for fmt in _TABLES)]
 
 
 def get_format(name: str) -> Format:
@@ -49,5 +50,5 @@ def _make_float(bits: int, exponent: int, mantissa: int) -> FloatFormat:
 _PATTERNS: dict[str, Callable[..., Format]] = {
     r"fp(\d{1,3})_e(\d{1,3})m(\d{1,3})": _make_float,
     r"int(\d{1,3})": IntFormat,
-    NF4.name: lambda: NF4,
+    **{fmt.name: lambda fmt=fmt: fmt for fmt in _TABLES},
 }

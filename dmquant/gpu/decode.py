@@ -18,7 +18,7 @@ from dmquant.stores import get_store
 
 def fake_quantize(x: Tensor, spec: ActivationSpec, dim: int, scale: Tensor | None = None) -> Tensor:
     """As `activations.fake_quantize`, bit for bit; same shape and dtype as `x`."""
-    if scale is not None:
+    if scale is not None or spec.engine is not None:
         return activations.fake_quantize(x, spec, dim, scale)
     if spec.center or spec.split is not None:
         return in_parts(fake_quantize, x, spec, dim)

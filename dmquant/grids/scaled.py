@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dmquant.grids.base import Grid, Spec
 from dmquant.packing import pack, unpack
-from dmquant.scaling import RULES, Scales, from_groups, to_groups
+from dmquant.scaling import RULES, Scales, absmax, fit_absmax, from_groups, to_groups
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,11 @@ class ScaledGrid(Grid):
 
     @staticmethod
     def fit(matrix: Tensor, spec: Spec, segments: tuple[int, ...], base: Tensor | None = None) -> Scales:
-        return RULES[spec.scale](to_groups(matrix, spec.granularity, segments), spec.fmt, spec.store, base)
+        groups = to_groups(matrix, spec.granularity, segments)
+        if spec.amplitude is not None and spec.granularity.kind == "tensor":  # by no search: other layers share it
+            return fit_absmax(absmax(groups).clamp(min=spec.amplitude).unsqueeze(-1), spec.fmt, spec.store)
+        base = spec.base(absmax(groups)) if base is None and spec.amplitude is not None else base
+        return RULES[spec.scale](groups, spec.fmt, spec.store, base)
 
     @staticmethod
     def encode(values: Tensor, scale: Tensor, spec: Spec, segments: tuple[int, ...]) -> Tensor:
@@ -46,12 +50,12 @@ class ScaledGrid(Grid):
 
     @cached_property
     def neighbours(self) -> tuple[Tensor, Tensor]:
-        lower, upper = self.spec.fmt.neighbours(self._scaled)
-        return self._unscaled(lower), self._unscaled(upper)
+        first, second = map(self._unscaled, self.spec.fmt.neighbours(self._scaled))
+        return torch.minimum(first, second), torch.maximum(first, second)  # a negative scale turns them around
 
     @cached_property
     def step(self) -> Tensor:
-        return self._unscaled(self.spec.fmt.step(self._scaled))
+        return self._unscaled(self.spec.fmt.step(self._scaled)).abs()
 
     def round_column(self, values: Tensor, column: int) -> Tensor:
         scale = self.scale_of_columns[column]

@@ -38,38 +38,54 @@ class TableGrid(Grid):
 
     @staticmethod
     def encode(values: Tensor, scale: Tensor, spec: Spec, segments: tuple[int, ...]) -> Tensor:
-        return pack(_nearest_entries(values, scale).to(torch.uint8), spec.fmt.bits)
+        return pack(nearest_entries(values, scale).to(torch.uint8), spec.fmt.bits)
 
     @staticmethod
     def decode(codes: Tensor, scale: Tensor, spec: Spec, segments: tuple[int, ...]) -> Tensor:
-        return _look_up(unpack(codes, spec.fmt.bits, sum(segments)), scale)
+        return look_up(unpack(codes, spec.fmt.bits, sum(segments)), scale)
 
     @cached_property
     def nearest(self) -> Tensor:
-        return _look_up(_nearest_entries(self.weight, self.scale), self.scale)
+        return self._entries(nearest_entries(self._rows, self.tables))
 
     @cached_property
     def neighbours(self) -> tuple[Tensor, Tensor]:
-        matrix = self.weight.contiguous()
-        lower = torch.searchsorted(self.scale, matrix, right=True).sub_(1).clamp_(min=0)
-        upper = torch.searchsorted(self.scale, matrix).clamp_(max=SIZE - 1)
-        return _look_up(lower, self.scale), _look_up(upper, self.scale)
+        lower = torch.searchsorted(self.tables, self._rows, right=True).sub_(1).clamp_(min=0)
+        upper = torch.searchsorted(self.tables, self._rows).clamp_(max=SIZE - 1)
+        return self._entries(lower), self._entries(upper)
 
     @cached_property
     def step(self) -> Tensor:
         """Distance of the two entries around each weight, (rows, columns); beyond an end, of the two entries there."""
-        upper = torch.searchsorted(self.scale, self.weight.contiguous(), right=True).clamp_(1, SIZE - 1)
-        return _look_up(upper, self.scale) - _look_up(upper - 1, self.scale)
+        upper = torch.searchsorted(self.tables, self._rows, right=True).clamp_(1, SIZE - 1)
+        return self._entries(upper) - self._entries(upper - 1)
 
     def round_column(self, values: Tensor, column: int) -> Tensor:
-        return _look_up(_nearest_entries(values.unsqueeze(1), self.scale), self.scale).squeeze(1)
+        tables = self.tables_of(column)
+        return look_up(nearest_entries(values.unsqueeze(1), tables), tables).squeeze(1)
+
+    @cached_property
+    def tables(self) -> Tensor:
+        """The tables (n, SIZE) of equal parts of the rows, one part after another."""
+        return self.scale
+
+    def tables_of(self, column: int) -> Tensor:
+        """The tables (rows, SIZE) of one column."""
+        return self.tables
+
+    @property
+    def _rows(self) -> Tensor:
+        return self.weight.reshape(len(self.tables), -1).contiguous()
+
+    def _entries(self, indices: Tensor) -> Tensor:
+        return look_up(indices, self.tables).view(self.weight.shape)
 
 
-def _nearest_entries(matrix: Tensor, tables: Tensor) -> Tensor:
+def nearest_entries(matrix: Tensor, tables: Tensor) -> Tensor:
     """Index of the entry nearest to each element of (rows, columns), among ascending `tables` (rows, SIZE); int64."""
     return torch.searchsorted(midpoints(tables), matrix.contiguous())
 
 
-def _look_up(indices: Tensor, tables: Tensor) -> Tensor:
+def look_up(indices: Tensor, tables: Tensor) -> Tensor:
     """The entries (rows, columns) that the indices (rows, columns) of each row stand for."""
     return tables.gather(1, indices.to(torch.int64))

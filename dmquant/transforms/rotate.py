@@ -5,6 +5,7 @@ Blocks keep the rotation inside the groups that share a scale.
 """
 
 import math
+from typing import Literal
 
 import torch
 from pydantic import BaseModel, Field, field_validator
@@ -19,6 +20,8 @@ class Options(BaseModel, extra="forbid"):
 
     size: int = Field(default=64, ge=2)
     """Channels of a block, a power of two; where it does not divide a layer's channels, the largest that does."""
+    order: Literal["sylvester", "regular"] = "sylvester"
+    """The matrix: Sylvester's, or the products of one of 4 with equal sums of rows, which ComfyUI has (ConvRot)."""
     choose: bool = False
     """Whether calibration rotates those layers alone whose output is nearer for it."""
 
@@ -40,15 +43,19 @@ class Rotate(Storage):
     @property
     def size(self) -> int:
         """Channels of a block; it lies inside a half of a split input and inside a group of a convolution."""
-        return math.gcd(self.options.size, self.shape[1], self.split or 0)
+        size = math.gcd(self.options.size, self.shape[1], self.split or 0)
+        return size // 2 if self.options.order == "regular" and size.bit_length() % 2 == 0 else size
 
     def to_quantize(self, weight: Tensor, parts: Parts) -> Tensor:
-        return hadamard(weight, self.size, 1)
+        return self._turn(weight, 1)
 
     undo = to_quantize
 
     def input(self, x: Tensor, parts: Parts, dim: int) -> Tensor:
-        return hadamard(x.float(), self.size, dim).to(x.dtype)
+        return self._turn(x.float(), dim).to(x.dtype)
+
+    def _turn(self, x: Tensor, dim: int) -> Tensor:
+        return (regular_hadamard if self.options.order == "regular" else hadamard)(x, self.size, dim)
 
     def __str__(self) -> str:
         return f"rotate:{self.size}"
@@ -65,6 +72,19 @@ def hadamard(x: Tensor, size: int, dim: int) -> Tensor:
         upper, lower = rotated.unflatten(-1, (-1, 2, step)).unbind(-2)
         rotated = torch.stack((upper + lower, upper - lower), -2).flatten(-3)
         step *= 2
+    return (rotated * size**-0.5).movedim(-1, dim)
+
+
+def regular_hadamard(x: Tensor, size: int, dim: int) -> Tensor:
+    """As `hadamard`, by the Kronecker powers of the matrix of 4 with 1 everywhere but -1 from corner to corner.
+
+    `size` is a power of four (ConvRot, Huang et al., arXiv 2512.03673; `_build_hadamard` of comfy-kitchen).
+    """
+    rotated, step = x.movedim(dim, -1), 1
+    while step < size:
+        four = rotated.unflatten(-1, (-1, 4, step))
+        rotated = (four.sum(-2, keepdim=True) - 2 * four.flip(-2)).flatten(-3)
+        step *= 4
     return (rotated * size**-0.5).movedim(-1, dim)
 
 

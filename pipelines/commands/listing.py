@@ -3,7 +3,6 @@
 import fnmatch
 from pathlib import Path
 
-from rich.table import Table
 from torch import nn
 
 from dmquant.convert import plan
@@ -16,6 +15,8 @@ from dmquant.host import checksums, weight_file
 from dmquant.host.console import Console, quiet_libraries
 from dmquant.host.units import about_text, size_text
 from dmquant.pipelines.commands import doctor as examination
+from dmquant.pipelines.commands import inspecting
+from dmquant.pipelines.commands.tables import table as _table
 from dmquant.pipelines.models import folders
 from dmquant.pipelines.models.registry import registered_models
 from dmquant.pipelines.models.skeleton import skeleton
@@ -119,9 +120,13 @@ def doctor() -> None:
 def inspect(folder: Path, layers: bool) -> None:
     """The parts of a pipeline folder (or of the model in a run folder), their bytes, and what its backbone is.
 
-    Raises UserError for a folder that holds no pipeline, or one that is not whole.
+    A weight file, or the folder of a component, is taken for a backbone. Raises UserError for a folder that holds
+    neither, or is not whole, and for files in no format that is known.
     """
     quiet_libraries()
+    if folder.is_file() or (folder.is_dir() and not runfolder.is_run(folder) and inspecting.is_component(folder)):
+        inspecting.inspect_file(folder, layers)
+        return
     folder = model_folder(folder)
     pipeline = folders.pipeline_class(folder)
     folders.check_whole(folder)
@@ -150,6 +155,7 @@ def inspect(folder: Path, layers: bool) -> None:
         _inspect_quantized(folder / component, layers, console)
     elif method is not None:
         console.say(f"{component}: quantized by {method}")
+        inspecting.inspect_file(folder / component, layers)
     else:
         _inspect_full_precision(folder / component, family, console)
 
@@ -241,10 +247,3 @@ def _tensor_bytes(folder: Path) -> dict[str, int]:
     """Bytes of every tensor in a component's safetensors files, by name; reads the headers only."""
     headers = [weight_file.header(path) for path in safetensors_files(folder)]
     return {name: each.end - each.begin for header in headers for name, each in header.items()}
-
-
-def _table(*headers: str) -> Table:
-    table = Table()
-    for header in headers:
-        table.add_column(header, overflow="fold")
-    return table

@@ -187,18 +187,29 @@ def quantize(
 @command(
     "dmquant generate emoji-pixart --num-prompts 16 --out images/fp",
     "dmquant generate runs/emoji-pixart-w4a6/model --prompts prompts.txt --out images/quantized",
+    "dmquant generate flux-dev --component flux1-dev-nvfp4.safetensors --num-prompts 4 --out images/nvfp4",
 )
 @takes(GENERATE)
 def generate(
     model: Model,
     out: Annotated[Path, typer.Option(metavar="DIR", help="Where the images go.", rich_help_panel="Output")],
     overwrite: Overwrite = False,
+    component: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE|DIR",
+            help="A backbone that others quantized, in the place of MODEL's own, computed as its engine does.",
+            rich_help_panel="Model",
+            show_default=False,
+        ),
+    ] = None,
     **given: Any,
 ) -> None:
     """Generate one image a prompt with MODEL, at full precision or quantized; images already there are kept."""
     from dmquant.pipelines.commands import stages
     from dmquant.pipelines.runs import settings
 
-    # Nothing is quantized here; settings hold a recipe all the same, and this one goes with every family.
-    resolved = settings.resolve(settings.Options(model=model, recipe="rtn", **given))
+    # Nothing is quantized here; settings hold a recipe all the same, and rtn goes with every family.
+    recipe = "rtn" if component is None else f"file:{component}"
+    resolved = settings.resolve(settings.Options(model=model, recipe=recipe, **given))
     stages.generate(resolved, out, overwrite)

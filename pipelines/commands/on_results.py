@@ -97,15 +97,25 @@ def report(
     "dmquant inspect runs/emoji-pixart-w4a6/model",
     "dmquant inspect runs/emoji-pixart-w4a6/model --layers",
     "dmquant inspect runs/emoji-pixart-w4a6/model --verify",
+    "dmquant inspect flux1-dev-nvfp4.safetensors --layers",
 )
 def inspect(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A diffusers pipeline folder, or a run folder.")],
+    folder: Annotated[
+        Path,
+        typer.Argument(
+            metavar="DIR|FILE",
+            help="A diffusers pipeline folder, a run folder, or a weight file or folder that others quantized.",
+        ),
+    ],
     layers: Annotated[bool, typer.Option("--layers", help="One row a layer.")] = False,
     verify: Annotated[
         bool, typer.Option("--verify", help="Read every file and compare it with checksums.json; nothing else.")
     ] = False,
 ) -> None:
-    """Show what is in a model folder: components, formats, bits a weight, sizes; or whether it is what was saved."""
+    """Show what is in a model folder or a weight file: components, formats, dialect, bits a weight, sizes.
+
+    With --verify, whether a folder is what was saved.
+    """
     from dmquant.pipelines.commands import listing
 
     if verify:
@@ -134,11 +144,19 @@ def export(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace what is there.", rich_help_panel="Output")
     ] = False,
+    calibration_data: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Calibration data that weighs the errors of what is quantized again. Default: the run's.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Write a quantized model in the format of another engine, without loss wherever the format can hold it."""
     from dmquant.pipelines.commands import exporting
 
-    exporting.export(folder, to, out, overwrite)
+    exporting.export(folder, to, out, overwrite, calibration_data)
 
 
 @command("dmquant models")

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from dmquant.pipelines.runs.defaults import DEFAULT_RECIPE, PURPOSES
+from dmquant.pipelines.runs.defaults import DEFAULT_RECIPE, ENGINES, PURPOSES
 
 Model = Annotated[
     str,
@@ -39,10 +39,10 @@ Purpose = Annotated[
     str | None,
     typer.Option(
         "--for",
-        metavar="|".join(PURPOSES),
+        metavar="WHAT",
         help="In place of --recipe, what matters most: "
-        + ", ".join(f"{purpose} takes {recipe}" for purpose, recipe in PURPOSES.items())
-        + ".",
+        + ", ".join(f"{what} takes {recipe}" for what, recipe in PURPOSES.items() if what not in ENGINES)
+        + f"; or the engine that will run the model (see: dmquant export): {', '.join(ENGINES)}.",
         rich_help_panel="Quantization",
     ),
 ]

@@ -24,6 +24,8 @@ from dmquant.pipelines.models.saving import listed
 from dmquant.pipelines.prompts.lists import load_prompts
 from dmquant.pipelines.runs import runfolder
 from dmquant.pipelines.runs.closing_tables import closing_table, comparison_tables, metrics_table
+from dmquant.pipelines.runs.file_recipe import FileRecipe
+from dmquant.pipelines.runs.file_side import put_into
 from dmquant.pipelines.runs.image_stage import claim_images, make_images
 from dmquant.pipelines.runs.model_stage import load_quantized, load_source, make_model_together
 from dmquant.pipelines.runs.run import Run, saved_settings
@@ -107,6 +109,8 @@ def quantize(settings: Settings, out: Path, overwrite: bool) -> None:
     What calibration has done so far is kept beside it until the pipeline is written, so that a command that was
     killed continues there when it is given again.
     """
+    if isinstance(settings.recipe, FileRecipe):
+        raise UsageError("a file that is quantized already is no recipe to quantize with: `dmquant run` measures it")
     quiet_libraries()
     everyone, console = processes.current(), Console()
     _refuse_own_place(out)
@@ -166,20 +170,23 @@ def _keep_apart(source: Path, out: Path) -> None:
 def generate(settings: Settings, out: Path, overwrite: bool) -> None:
     """Make one image a prompt in the folder `out`, with a model at full precision or one that dmquant quantized.
 
-    Images of ours that are there are kept; with `overwrite` those of other settings are replaced or removed.
+    With a file in the place of the recipe, the full-precision model has that as its backbone. Images of ours that are
+    there are kept; with `overwrite` those of other settings are replaced or removed.
     """
     quiet_libraries()
     if out.is_file():
         raise UserError(f"{out} is a file; choose another folder with --out")
     console = Console()
     folder = Path(settings.model.source)
-    quantized = folder.is_absolute() and folders.quantization(folder, settings.family.component) is not None
+    file = settings.recipe if isinstance(settings.recipe, FileRecipe) else None
+    quantized = file is None and folder.is_absolute() and folders.quantization(folder, settings.family.component)
     everyone = processes.current()
     source = everyone.on_main(
         lambda: checked_quantized(folder) if quantized else checked_folder(settings.model, console.say)
     )
     _keep_apart(source, out)
-    requests = settings.requests(source_of(settings, source, console).key)
+    key = source_of(settings, source, console).key
+    requests = settings.requests(key if file is None else settings.model_key(key))
     with claim_images(out, requests, overwrite) as others, _explaining_a_full_disk(out):
         if others:
             console.say(f"note: {out} holds {others} more image{'s' if others > 1 else ''} of earlier commands")
@@ -187,6 +194,8 @@ def generate(settings: Settings, out: Path, overwrite: bool) -> None:
             console.say(f"images: all {len(requests)} are in {out}")
             return
         pipeline = load_quantized(folder, settings) if quantized else load_source(settings, console)
+        if file is not None:
+            put_into(pipeline, settings.family.component, file.foreign, settings.model.name, console)
         make_images(pipeline, requests, out, settings, console, "images")
 
 

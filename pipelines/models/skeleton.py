@@ -21,6 +21,7 @@ def skeleton(part: Path, kind: type[nn.Module] | None = None) -> nn.Module:
     that the installed diffusers cannot build, and, within a second, for one of a far larger model than its weights.
     """
     import diffusers
+    from diffusers.models.modeling_utils import no_init_weights
 
     where, config = part / "config.json", folders.read_json(part / "config.json")
     config.pop("quantization_config", None)
@@ -33,7 +34,8 @@ def skeleton(part: Path, kind: type[nn.Module] | None = None) -> nn.Module:
     if files:
         check_sizes(config, stored, str(where))
     try:
-        with bounded(len(stored) or UNKNOWN, str(where)), torch.device("meta"):
+        # To draw no numbers takes as long as everything else does.
+        with bounded(len(stored) or UNKNOWN, str(where)), no_init_weights(), torch.device("meta"):
             built = model.from_config(config)
     except UserError:
         raise

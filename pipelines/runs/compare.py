@@ -14,6 +14,7 @@ from dmquant.host.console import Console
 from dmquant.host.files import fingerprint
 from dmquant.pipelines.runs import runfolder
 from dmquant.pipelines.runs.closing_tables import comparison_tables
+from dmquant.pipelines.runs.file_side import side_of
 from dmquant.pipelines.runs.image_stage import FP
 from dmquant.pipelines.runs.loaded_parts import LoadedParts
 from dmquant.pipelines.runs.run import images_line, save_settings
@@ -71,7 +72,7 @@ class Comparison:
 
         def attempt() -> None:
             with claim(self.folder.recipe(name), settings.model.name) as folder:
-                work(Quantized(settings, self.reference, folder, workspace, shared=self.shared))
+                work(side_of(settings, self.reference, folder, workspace, shared=self.shared))
 
         try:
             processes.current().together(attempt)

@@ -3,8 +3,10 @@
 from dmquant.errors import UsageError, check_choice
 
 DEFAULT_RECIPE = "default"
-PURPOSES = {"speed": "fast", "quality": "default-lowrank", "size": "small"}
-"""Recipes by what matters most, as `--for` names it."""
+ENGINES = ("comfyui", "torchao", "modelopt", "bfl", "nunchaku-lite", "compressed-tensors")
+"""Engines that a model can be made for (dmquant.exchange.engines)."""
+PURPOSES = {"speed": "fast", "quality": "default-lowrank", "size": "small"} | {name: f"for-{name}" for name in ENGINES}
+"""Recipes by what matters most, or the engine that will run the model, as `--for` names it."""
 EXPORTS = ("bfl", "comfyui", "compressed-tensors", "gguf", "modelopt", "nunchaku-lite", "torchao")
 """Formats of other engines that can be written (dmquant.exchange.formats)."""
 SWEEP_BITS, SWEEP_TECHNIQUES = "3-8", "rtn"

@@ -18,6 +18,7 @@ from dmquant.host import processes
 from dmquant.host.console import Console
 from dmquant.host.hashes import sha256_once
 from dmquant.host.units import size_text
+from dmquant.matching import as_list
 from dmquant.pipelines.models import folders
 from dmquant.pipelines.models.attention import check_attention
 from dmquant.pipelines.models.checksums import checked
@@ -81,6 +82,9 @@ def make_model(
     if warning := unmatched(backbone, settings.recipe):
         console.say(f"warning: {warning}")
     recipe = settings.recipe_for(backbone)
+    for rule in recipe.rules:
+        if rule.keep and rule.reason:
+            _say_of(console, as_list(rule.match), f"in high precision: {rule.reason}")
     if recipe.calibrated:
         calibrated = calibrate(pipeline, replace(settings, recipe=recipe), workspace, console, weights)
         layers, recipe = calibrated.layers, calibrated.recipe
@@ -90,8 +94,7 @@ def make_model(
         with console.bar("quantizing") as bar:
             layers = quantize_layers_(backbone, recipe, lambda done, total, name: bar(done, total))
     for note, names in _notes(backbone, layers).items():
-        others = f" and {len(names) - 1} more" if len(names) > 1 else ""
-        console.say(f"note: {names[0]}{others}: {note}")
+        _say_of(console, names, note)
     mark_quantized(backbone, recipe)
     narrow_exactly(backbone)
     size, stored = footprint(backbone), sum(tensor.nbytes for tensor in backbone.state_dict().values())
@@ -122,6 +125,11 @@ def make_model(
         f"({size_text(facts['full_precision_bytes'])} in 16 bit), in {seconds:.1f} s"
     )
     return facts
+
+
+def _say_of(console: Console, names: Sequence[str], note: str) -> None:
+    others = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    console.say(f"note: {names[0]}{others}: {note}")
 
 
 def _notes(backbone: nn.Module, layers: Sequence[LayerReport]) -> dict[str, list[str]]:

@@ -37,7 +37,6 @@ SAMPLE = 4096
 """Elements of one output that are looked at: the relative error of that many independent ones is known to 2 %."""
 PROMPTS = 2
 FILE = "fp.safetensors"
-KINDS = {quantized: plain.__name__ for plain, quantized in QUANTIZED.items()}
 
 Progress = Callable[[int, int], None]
 
@@ -109,24 +108,31 @@ def layer_errors(
     weight_errors: Mapping[str, float],
     settings: Settings,
     console: Console,
+    formats: Mapping[str, tuple[str, float]] | None = None,
 ) -> list[LayerError]:
     """The errors of each layer of a quantized pipeline, in the order of the backbone.
 
-    `weight_errors` are the relative squared errors of the weights by layer, as `quantize_` and calibration report them.
+    `weight_errors` are the relative squared errors of the weights by layer, as `quantize_` and calibration report them;
+    `formats` the format and the bits a weight of each, where the layers are not of dmquant.
     """
     backbone = getattr(pipeline, settings.family.component)
     with console.bar("outputs of the quantized layers") as bar:
-        outputs = output_errors(backbone, probe, bar)
-    return [_layer_error(backbone.get_submodule(name), name, weight_errors[name], outputs[name]) for name in outputs]
+        outputs = output_errors(backbone, probe, bar, None if formats is None else list(formats))
+    kinds = {name: _kind(backbone.get_submodule(name)) for name in outputs}
+    formats = formats or {name: _format(backbone.get_submodule(name)) for name in outputs}
+    return [LayerError(name, kinds[name], *formats[name], weight_errors[name], outputs[name]) for name in outputs]
 
 
 def _probed(requests: Sequence[ImageRequest], settings: Settings) -> Sequence[ImageRequest]:
     return requests[: min(PROMPTS, settings.batch_size)]
 
 
-def _layer_error(layer: nn.Module, name: str, weight_error: float, output_error: float | None) -> LayerError:
-    kind, fmt = KINDS[type(layer)], layer.weight_spec.fmt.name
-    return LayerError(name, kind, fmt, footprint(layer).bits_per_weight, weight_error, output_error)
+def _kind(layer: nn.Module) -> str:
+    return next((plain.__name__ for plain in QUANTIZED if isinstance(layer, plain)), type(layer).__name__)
+
+
+def _format(layer: nn.Module) -> tuple[str, float]:
+    return layer.weight_spec.fmt.name, footprint(layer).bits_per_weight
 
 
 def make_probe(
@@ -168,14 +174,19 @@ def make_probe(
 
 
 def output_errors(
-    backbone: nn.Module, probe: Probe, progress: Progress = lambda done, total: None
+    backbone: nn.Module,
+    probe: Probe,
+    progress: Progress = lambda done, total: None,
+    names: Sequence[str] | None = None,
 ) -> dict[str, float | None]:
-    """Sum of |q - fp|^2 over sum of |fp|^2 of the outputs of every quantized layer, in the order in which they run.
+    """Sum of |q - fp|^2 over sum of |fp|^2 of the outputs of the layers, in the order in which they run.
+
+    The layers are those that dmquant quantized, or the ones named.
 
     None for a layer that the calls do not reach (those come last), for one whose output at full precision is zero, and
     for one with NaN or infinity in its output.
     """
-    names = layer_names(backbone, QUANTIZED.values())
+    names = layer_names(backbone, QUANTIZED.values()) if names is None else names
     outputs = sampled_outputs(backbone, probe.calls, names, progress)
     order = dict.fromkeys([*outputs, *names])
     return {name: _relative_error(outputs.get(name), probe.outputs.get(name)) for name in order}

@@ -15,11 +15,13 @@ from dmquant.host.text import yaml_text
 from dmquant.host.yaml_loading import load_yaml
 from dmquant.pipelines.runs import runfolder
 from dmquant.pipelines.runs.closing_tables import closing_table
+from dmquant.pipelines.runs.file_recipe import FileRecipe
+from dmquant.pipelines.runs.file_side import side_of
 from dmquant.pipelines.runs.image_stage import FP, QUANTIZED
 from dmquant.pipelines.runs.run_report import build_report, write_all_reports
 from dmquant.pipelines.runs.runfolder import RunFolder
 from dmquant.pipelines.runs.settings import Settings
-from dmquant.pipelines.runs.sides import FullPrecision, Quantized, fingerprints_of
+from dmquant.pipelines.runs.sides import FullPrecision, fingerprints_of
 from dmquant.pipelines.runs.source import resumed_source
 
 
@@ -29,7 +31,7 @@ class Run:
     def __init__(self, settings: Settings, source: Path, folder: RunFolder, console: Console):
         self.settings, self.folder, self.console = settings, folder, console
         self.reference = FullPrecision(settings, resumed_source(settings, source, folder, console), folder, console)
-        self.quantized = Quantized(settings, self.reference, folder, folder.path / runfolder.CALIBRATION)
+        self.quantized = side_of(settings, self.reference, folder, folder.path / runfolder.CALIBRATION)
 
     def finish(self) -> None:
         """Every stage in order, from where an earlier run stopped."""
@@ -54,9 +56,9 @@ class Run:
         result = build_report(self.folder, record)
         write_all_reports(self.folder, record, result, self.console)
         self.console.show(closing_table(result))
-        self.console.say(
-            f"report: {path / 'report.html'}   grid: {path / runfolder.GRID}   model: {path / runfolder.MODEL}"
-        )
+        recipe = self.settings.recipe
+        model = recipe.foreign.found.path if isinstance(recipe, FileRecipe) else path / runfolder.MODEL
+        self.console.say(f"report: {path / 'report.html'}   grid: {path / runfolder.GRID}   model: {model}")
 
 
 def quantization_line(settings: Settings) -> str:

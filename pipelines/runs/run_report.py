@@ -72,7 +72,9 @@ def write_all_reports(folder: RunFolder, settings: dict[str, Any], report: Repor
     """The report's files, and a card with the scores for every model of it."""
     with console.bar("report") as bar:
         write_report(folder.path, report, lambda what, done, total: bar(done, total, what))
-    for name, (side, _) in quantized_sides(folder, settings).items():
+    for name, (side, recipe) in quantized_sides(folder, settings).items():
+        if "file" in recipe:
+            continue  # it has no folder of its own here
         path = side.path / runfolder.MODEL / "README.md"
         card = scored_card(report, name, settings["model"]["pipeline"], str(DTYPES[settings["dtype"]]))
         with owned.joined(side.path):
@@ -129,8 +131,8 @@ def _result(
     model, scores = side.record("model"), side.record("scores")
     layers = side.record(runfolder.LAYERS)["layers"] if side.holds(runfolder.LAYERS, fingerprints) else []
     return RecipeResult(
-        weights=format_name(recipe["weights"]),
-        activations=format_name(recipe["activations"]),
+        weights=_formats(recipe, "weights"),
+        activations=_formats(recipe, "activations"),
         bits_per_weight=model["bits_per_weight"],
         size_bytes=model["size_bytes"],
         images=side.images("quantized").relative_to(folder.path).as_posix(),
@@ -147,6 +149,11 @@ def _result(
         layers=[LayerError(**layer) for layer in layers],
         steps=step_errors(folder.images("fp"), side.images("quantized")),
     )
+
+
+def _formats(recipe: dict[str, Any], of: str) -> str:
+    """The name of the format of weights or activations; files of others have names of their own."""
+    return recipe[of] if "file" in recipe else format_name(recipe[of])
 
 
 def _metrics(
@@ -221,6 +228,21 @@ def _flat_settings(folder: RunFolder, side: RunFolder, settings: dict[str, Any])
 def _recipe_settings(side: RunFolder, recipe: dict[str, Any]) -> dict[str, Any]:
     """The settings of one recipe's model, each a plain value."""
     made, images = side.record("model"), side.record("images_quantized")
+    not_finite = "not recorded" if images["not_finite"] is None else images["not_finite"]
+    quantized = (
+        f"{made['layers']} layers, {made['quantized_weights']} of {made['parameters']} weights, "
+        f"{made['bits_per_quantized_weight']:.3f} bits each"
+    )
+    if "file" in recipe:
+        return {
+            "recipe": f"none: {recipe['file']}, quantized by others",
+            "written as": f"{recipe['format']}; {_with_options(recipe['dialect'])}".removesuffix("; "),
+            "formats": _in_layers(made["formats"]),
+            "quantized": quantized,
+            "kernels": "dequantized, and inputs rounded as its engine does",
+            "weights (sha256)": ", ".join(made["sha256"].values()),
+            "images with NaN or infinity": not_finite,
+        }
     weights = [digest for name, digest in made["sha256"].items() if name.endswith(".safetensors")]
     return {
         "recipe": recipe["name"],
@@ -229,11 +251,10 @@ def _recipe_settings(side: RunFolder, recipe: dict[str, Any]) -> dict[str, Any]:
         "formats": _in_layers(made["formats"]),
         "granularity": f"weights {recipe['granularity']}, activations {recipe['activation_granularity']}",
         "scale rule": f"{recipe['scale']}, stored as {recipe['store']}",
-        "quantized": f"{made['layers']} layers, {made['quantized_weights']} of {made['parameters']} weights, "
-        f"{made['bits_per_quantized_weight']:.3f} bits each",
+        "quantized": quantized,
         "kernels": _in_layers(images.get("kernels") or {}) or "not recorded",
         "weights (sha256)": ", ".join(weights),
-        "images with NaN or infinity": "not recorded" if images["not_finite"] is None else images["not_finite"],
+        "images with NaN or infinity": not_finite,
     }
 
 
@@ -241,6 +262,7 @@ def _in_layers(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{name} in {count} layers" for name, count in sorted(counts.items()))
 
 
-def _with_options(given: dict[str, Any], first: str) -> str:
+def _with_options(given: dict[str, Any], first: str | None = None) -> str:
     """The value of one key, then the others by name: "adaround, regularizer 0.01"."""
-    return ", ".join([str(given[first]), *(f"{key} {value}" for key, value in given.items() if key != first)])
+    head = [] if first is None else [str(given[first])]
+    return ", ".join([*head, *(f"{key} {value}" for key, value in given.items() if key != first)])

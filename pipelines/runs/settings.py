@@ -11,15 +11,15 @@ from torch import nn
 
 import dmquant
 from dmquant.calib.blocks.codes import meaning_of
-from dmquant.cpu.compiling import missing_to_compile
-from dmquant.diffusers.families import GENERIC, Family
-from dmquant.errors import UsageError, UserError
+from dmquant.diffusers.families import Family
+from dmquant.errors import UsageError
 from dmquant.evaluation.generate import ImageRequest, batch_size_for, image_requests
 from dmquant.evaluation.images import any_images
 from dmquant.evaluation.metrics.registry import METRICS, all_names, check_names, default_names, needing
 from dmquant.evaluation.networks import CLIP
 from dmquant.host.files import fingerprint
 from dmquant.host.names import readable
+from dmquant.models import completed
 from dmquant.pipelines.models.loading import resolve_device, resolve_dtype
 from dmquant.pipelines.models.registry import (
     EMBEDDED,
@@ -32,6 +32,7 @@ from dmquant.pipelines.models.registry import (
 from dmquant.pipelines.prompts.lists import PromptSet, load_prompts, read_prompts
 from dmquant.pipelines.runs.bounds import check_environment, check_image_size, check_numbers, parse_size
 from dmquant.pipelines.runs.defaults import named_recipe
+from dmquant.pipelines.runs.file_recipe import FILE, FileRecipe, chosen_recipe
 from dmquant.recipe import Recipe
 from dmquant.settings import format_name
 
@@ -83,7 +84,7 @@ class Settings:
     """
 
     model: ModelSpec
-    recipe: Recipe
+    recipe: Recipe | FileRecipe
     calibration_prompts: tuple[str, ...]
     calibration_data: Path | None
     memory_budget: int | None
@@ -116,6 +117,8 @@ class Settings:
     @property
     def formats(self) -> tuple[str, str]:
         """Full names of the formats of weights and activations."""
+        if isinstance(self.recipe, FileRecipe):
+            return self.recipe.weights, self.recipe.activations
         return format_name(self.recipe.weights), format_name(self.recipe.activations)
 
     @property
@@ -139,13 +142,16 @@ class Settings:
 
     def recipe_for(self, backbone: nn.Module) -> Recipe:
         """The recipe with all rules written out for a backbone of the family, whatever its class is called."""
-        return self.recipe.for_model(self.family.known(backbone))
+        return completed(self.recipe, backbone, self.family.known(backbone))
 
     def model_key(self, weights: str) -> str:
         """Fingerprint of all that the quantized model computes with, `weights` being that of the full-precision ones.
 
         The memory budget is not part of it: it decides where data lies, not what is computed from it.
         """
+        if isinstance(self.recipe, FileRecipe):
+            files, version = self.recipe.hashes, dmquant.__version__
+            return fingerprint(source=weights, files=files, dtype=self.dtype_name, dmquant=version)
         data = {"calibration_prompts": self.calibration_prompts, "call": self.call} if self.recipe.calibrated else {}
         family = {"keep": sorted(self.family.keep)} if self.recipe.keep == "family" else {}
         return fingerprint(
@@ -208,7 +214,7 @@ def resolve(options: Options) -> Settings:
     """
     check_numbers(options)
     model = resolve_model(options.model, options.family)
-    recipe = _recipe(model, named_recipe(options.recipe, options.purpose), options.w, options.a)
+    recipe = chosen_recipe(model.family, named_recipe(options.recipe, options.purpose), options.w, options.a)
     metrics = resolve_metrics(options.metrics, options.real, own_clip=model.clip is not None)
     if options.clip and set(metrics) & set(needing("clip")):
         _check_clip(options.clip)
@@ -252,20 +258,22 @@ def resolve(options: Options) -> Settings:
 def resolve_all(options: Options, recipes: str) -> dict[str, Settings]:
     """Settings for each of several recipes by name, which differ in the recipe only.
 
-    `recipes` is a comma-separated list of RECIPE[:WEIGHTS[:ACTIVATIONS]]; formats that an entry does not give are the
-    options'. Raises as `resolve` does, and UsageError for an empty list or two recipes of one name.
+    `recipes` is a comma-separated list of RECIPE[:WEIGHTS[:ACTIVATIONS]], or file:PATH for what others quantized;
+    formats that an entry does not give are the options'. Raises as `resolve` does, and UsageError for an empty list or
+    two recipes of one name.
     """
     entries = [entry.strip() for entry in recipes.split(",") if entry.strip()]
     if not entries:
         raise UsageError("--recipes is empty: name at least one, such as rtn")
-    base = resolve(replace(options, recipe=entries[0].partition(":")[0]))
+    first = next((entry.partition(":")[0] for entry in entries if not entry.startswith(FILE)), "rtn")
+    base = resolve(replace(options, recipe=first))
     settings: dict[str, Settings] = {}
     for entry in dict.fromkeys(entries):
-        source, *formats = entry.split(":")
+        source, *formats = [entry] if entry.startswith(FILE) else entry.split(":")
         if len(formats) > 2:
             raise UsageError(f"'{entry}' in --recipes has more than RECIPE:WEIGHTS:ACTIVATIONS")
         given = [name or None for name in (*formats, "", "")[:2]]
-        recipe = _recipe(base.model, source, given[0] or options.w, given[1] or options.a)
+        recipe = chosen_recipe(base.model.family, source, given[0] or options.w, given[1] or options.a)
         name = "-".join([recipe.name, *filter(None, given)])
         if name in settings:
             raise UsageError(f"two of the recipes are called '{name}': give one another name in its file")
@@ -275,7 +283,7 @@ def resolve_all(options: Options, recipes: str) -> dict[str, Settings]:
 
 def with_recipe(settings: Settings, source: str, w: str | None, a: str | None) -> Settings:
     """The same with another recipe in these formats or its own, called RECIPE-W-A; raises as `resolve` does."""
-    recipe = _recipe(settings.model, source, w, a)
+    recipe = chosen_recipe(settings.model.family, source, w, a)
     return replace(settings, recipe=recipe.with_settings(name="-".join(filter(None, (recipe.name, w, a)))))
 
 
@@ -316,18 +324,6 @@ def versions() -> dict[str, str]:
     """Versions of what a result depends on."""
     libraries = {name: importlib.metadata.version(name) for name in LIBRARIES}
     return {"dmquant": dmquant.__version__, "python": platform.python_version(), **libraries}
-
-
-def _recipe(model: ModelSpec, source: str, w: str | None, a: str | None) -> Recipe:
-    recipe = Recipe.load(source, w, a)
-    if model.family == GENERIC and recipe.calibrated:
-        raise UsageError(
-            f"recipe {recipe.name} is calibrated, block by block, and the family {GENERIC} knows no blocks: "
-            "use --recipe rtn"
-        )
-    if recipe.learning.compile and recipe.calibrated and (missing := missing_to_compile()):
-        raise UserError(f"recipe {recipe.name} has learning: compile, for which this machine lacks {missing}")
-    return recipe
 
 
 def _check_taken(options: Options, model: ModelSpec) -> None:

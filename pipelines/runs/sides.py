@@ -9,7 +9,7 @@ import gc
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dmquant.errors import UserError
 from dmquant.evaluation.generate import ImageRequest
@@ -147,8 +147,12 @@ class Quantized:
         if self.folder.finished(runfolder.LAYERS, key) or not weight_errors:
             return
         with self._going_on_without():
-            layers = layer_errors(self._load(), reference.probe(), weight_errors, settings, self.console)
-            self.folder.finish(runfolder.LAYERS, key, layers=[asdict(layer) for layer in layers])
+            self.folder.finish(runfolder.LAYERS, key, layers=self._errors_of_layers(weight_errors))
+
+    def _errors_of_layers(self, weight_errors: dict[str, float]) -> list[dict[str, Any]]:
+        pipeline = self._load()
+        errors = layer_errors(pipeline, self.reference.probe(), weight_errors, self.settings, self.console)
+        return [asdict(layer) for layer in errors]
 
     @contextlib.contextmanager
     def _going_on_without(self) -> Iterator[None]:

@@ -24,7 +24,7 @@ from dmquant.transforms import (
     get_method,
     method_names,
 )
-from dmquant.transforms.rotate import hadamard
+from dmquant.transforms.rotate import hadamard, regular_hadamard
 
 FP4, FP6 = WeightSpec.parse("fp4", "group:16"), ActivationSpec.parse("fp6")
 LAYERS = {
@@ -463,6 +463,17 @@ class TestRotate:
         assert torch.allclose(hadamard(torch.eye(8), 8, 1), matrix / 8**0.5)
         x = torch.randn(3, 16, 5)
         assert torch.allclose(hadamard(hadamard(x, 8, 1), 8, 1), x, atol=1e-6)
+
+    def test_of_regular_order_it_is_the_orthogonal_matrix_of_convrot(self):
+        of_four = 1 - 2 * torch.eye(4).flip(0)
+        matrix = torch.kron(of_four, of_four)
+        assert torch.allclose(regular_hadamard(torch.eye(16), 16, 1), matrix / 4)
+        assert (matrix.sum(1) == 4).all()
+        x = torch.randn(3, 32, 5)
+        assert torch.allclose(regular_hadamard(regular_hadamard(x, 16, 1), 16, 1), x, atol=1e-6)
+        method = get_method("rotate")
+        sizes = [method.storage(method.Options(order="regular"), (8, width)).size for width in (256, 96, 40, 6, 7)]
+        assert sizes == [64, 16, 4, 1, 1]
 
     def test_it_spreads_outlier_channels(self):
         torch.manual_seed(0)

@@ -7,7 +7,7 @@ from outside.
 import functools
 import importlib
 import pkgutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -26,6 +26,22 @@ HOW_TO_ADD = 'docs/models.md, "Adding a family", says how one is added'
 def blocks_in(*lists: str) -> "Callable[[nn.Module], list[str]]":
     """Names of all modules in the backbone's module lists of these names, one list after another."""
     return lambda backbone: [f"{name}.{index}" for name in lists for index in range(len(backbone.get_submodule(name)))]
+
+
+def joint_in(groups: "Mapping[str, Sequence[str]]") -> "Callable[[nn.Module], list[tuple[str, ...]]]":
+    """Groups of layers, named in one string, in all modules of the backbone's module lists of these names."""
+
+    def of_backbone(backbone: "nn.Module") -> list[tuple[str, ...]]:
+        names = {name for name, _ in backbone.named_modules()}
+        found = (
+            tuple(full for layer in group.split() if (full := f"{name}.{layer}") in names)
+            for blocks, listed in groups.items()
+            for name in blocks_in(blocks)(backbone)
+            for group in listed
+        )
+        return [group for group in found if group]
+
+    return of_backbone
 
 
 def first_of_each_patch(features: int, channels: int, first: int) -> "Tensor":
@@ -77,6 +93,8 @@ class Family:
     two halves differ in distribution, so each gets scales of its own."""
     counted: "Callable[[nn.Module], dict[str, Tensor]]" = _nothing
     """Layers some of whose output channels the sampler drops (a learned variance): bool, True where one counts."""
+    joint: "Callable[[nn.Module], Sequence[tuple[str, ...]]]" = lambda backbone: ()
+    """Groups of layers of one input that the architecture's first code has as one layer, and other engines still."""
     shared: tuple[str, ...] = ()
     """Arguments of the backbone's forward that all rows of a call share, so that they have no batch dimension."""
     prompted: "Callable[[DiffusionPipeline], Any]" = _itself
@@ -94,7 +112,7 @@ class Family:
     def known(self, backbone: "nn.Module") -> Known:
         """The meaning of `keep: family` in a recipe for this backbone."""
         keep = {**self.keep, **ends(backbone)} if self.keeps_ends else self.keep
-        return Known(keep, self.concatenations(backbone))
+        return Known(keep, self.concatenations(backbone), tuple(self.joint(backbone)))
 
 
 _registered: dict[str, Family] = {}

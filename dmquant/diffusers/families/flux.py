@@ -8,7 +8,7 @@ learned rounding of the block makes up for it. Guidance is distilled: there is n
 
 from typing import TYPE_CHECKING
 
-from dmquant.diffusers.families import Family, blocks_in
+from dmquant.diffusers.families import Family, blocks_in, joint_in
 
 if TYPE_CHECKING:
     from torch import nn
@@ -37,5 +37,14 @@ FAMILY = Family(
     blocks=blocks_in("transformer_blocks", "single_transformer_blocks"),
     guidance="embedded",
     concatenations=_concatenations,
+    joint=joint_in(
+        {
+            "transformer_blocks": (
+                "attn.to_q attn.to_k attn.to_v",
+                "attn.add_q_proj attn.add_k_proj attn.add_v_proj",
+            ),
+            "single_transformer_blocks": ("attn.to_q attn.to_k attn.to_v proj_mlp",),
+        }
+    ),
     shared=("img_ids", "txt_ids"),
 )

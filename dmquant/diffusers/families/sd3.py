@@ -6,7 +6,7 @@ returns the image's alone. Every block also reads one vector made of timestep an
 error stays within the block, and learned rounding of the block makes up for it.
 """
 
-from dmquant.diffusers.families import Family, blocks_in
+from dmquant.diffusers.families import Family, blocks_in, joint_in
 
 FAMILY = Family(
     name="sd3",
@@ -21,5 +21,14 @@ FAMILY = Family(
         "proj_out": "its error goes straight into the predicted noise",
     },
     blocks=blocks_in("transformer_blocks"),
+    joint=joint_in(
+        {
+            "transformer_blocks": (
+                "attn.to_q attn.to_k attn.to_v",
+                "attn.add_q_proj attn.add_k_proj attn.add_v_proj",
+                "attn2.to_q attn2.to_k attn2.to_v",
+            )
+        }
+    ),
     may_lack={"StableDiffusion3Pipeline": ("text_encoder_3", "tokenizer_3")},
 )

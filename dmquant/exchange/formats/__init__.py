@@ -4,6 +4,7 @@ import functools
 import importlib
 import pkgutil
 from collections.abc import Mapping
+from dataclasses import replace
 
 from dmquant.errors import check_choice
 from dmquant.exchange.interfaces import ForeignFormat
@@ -17,5 +18,10 @@ def formats() -> Mapping[str, ForeignFormat]:
 
 
 def writable(name: str) -> ForeignFormat:
-    """The format of this name that can be written; UsageError where there is none."""
-    return formats()[check_choice("format", name, [one.name for one in formats().values() if one.export])]
+    """The writable format of a name, or of a name and a variant as in `gguf:q5_k`; UsageError where there is none."""
+    name, colon, variant = name.partition(":")
+    one = formats()[check_choice("format", name, [one.name for one in formats().values() if one.export])]
+    if not colon:
+        return one
+    check_choice(f"variant of {name}", variant, one.variants)
+    return replace(one, export=functools.partial(one.export, kind=variant))

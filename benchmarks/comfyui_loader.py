@@ -1,0 +1,109 @@
+"""Images of a ComfyUI file without dmquant: plain diffusers, and comfy-kitchen for the quantized layers.
+
+    PYTHONPATH=FOLDER_OF_COMFY_KITCHEN python benchmarks/comfyui_loader.py FILE PIPELINE IMAGES CALL PROMPT...
+
+`PIPELINE` is the folder of the full-precision pipeline, `CALL` its arguments beside the prompt in JSON. Linear layers
+are loaded and run as ComfyUI's comfy/ops.py does it (`_load_quantized_module`, `mixed_precision_ops.Linear.forward`),
+on the CPU. `IMAGES` becomes a file of PyTorch with the images of all prompts, float32 (n, height, width, 3).
+benchmarks/comfyui_images.py calls it.
+"""
+
+import json
+import sys
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+operators = torch.library.Library("torchvision", "FRAGMENT")  # PyPI's torchvision lacks them beside a CPU torch
+operators.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+operators.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+
+from comfy_kitchen import tensor as kitchen
+from comfy_kitchen.tensor import QuantizedTensor
+from diffusers import DiffusionPipeline
+from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
+from safetensors.torch import load_file
+
+LAYOUTS = {  # layout class, its parameters by the tensors of the file, and the dtypes that these are viewed in
+    "float8_e4m3fn": ("TensorCoreFP8Layout", {"scale": "weight_scale"}, {}),
+    "nvfp4": (
+        "TensorCoreNVFP4Layout",
+        {"scale": "weight_scale_2", "block_scale": "weight_scale"},
+        {"weight_scale": torch.float8_e4m3fn},
+    ),
+    "mxfp8": ("TensorCoreMXFP8Layout", {"scale": "weight_scale"}, {"weight_scale": torch.float8_e8m0fnu}),
+    "int8_tensorwise": ("TensorWiseINT8Layout", {"scale": "weight_scale"}, {}),
+}
+IN_KERNEL = {"int8_tensorwise"}  # whose kernels round the input themselves
+
+
+class Linear(nn.Module):
+    """A quantized layer as ComfyUI runs it."""
+
+    def __init__(self, layer: nn.Linear, parts: dict[str, Tensor], settings: dict):
+        super().__init__()
+        self.format, self.full = settings["format"], settings.get("full_precision_matrix_mult", False)
+        self.layout, names, dtypes = LAYOUTS[self.format]
+        views = {name: parts[name].view(dtypes[name]) if name in dtypes else parts[name] for name in names.values()}
+        params = getattr(kitchen, self.layout).Params(
+            **{each: views[name] for each, name in names.items()},
+            orig_dtype=layer.weight.dtype,
+            orig_shape=tuple(layer.weight.shape),
+        )
+        self.quantized = QuantizedTensor(parts["weight"], self.layout, params)
+        self.bias, self.input_scale, self.factor = layer.bias, parts.get("input_scale"), parts.get("pre_quant_scale")
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x if self.factor is None else x * self.factor.to(x.dtype)
+        if self.full:
+            return F.linear(x, self.quantized.dequantize(), self.bias)
+        if self.format in IN_KERNEL:
+            return F.linear(x, self.quantized, self.bias)
+        scale = self.input_scale
+        if self.format == "float8_e4m3fn" and scale is None:
+            scale = 1.0
+        rounded = QuantizedTensor.from_float(x.reshape(-1, x.shape[-1]), self.layout, scale=scale)
+        return F.linear(rounded.dequantize(), self.quantized.dequantize(), self.bias).view(*x.shape[:-1], -1)
+
+
+def by_diffusers_names(state: dict[str, Tensor], backbone: nn.Module) -> dict[str, Tensor]:
+    """The file's tensors by diffusers' names: diffusers' own converter gives them where they are the original's."""
+    if not any(name.startswith("model.diffusion_model.") for name in state):
+        return state
+    return convert_ldm_unet_checkpoint(checkpoint=state, config=backbone.config)
+
+
+def main(file: str, folder: str, images: str, call: str, *prompts: str) -> None:
+    assert "dmquant" not in sys.modules
+    torch.set_num_threads(1)
+    pipeline = DiffusionPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    backbone = getattr(pipeline, "unet", None) or pipeline.transformer
+    state = by_diffusers_names(load_file(file), backbone)
+    quantized = sorted(name.removesuffix(".comfy_quant") for name in state if name.endswith(".comfy_quant"))
+    for name in quantized:
+        parts = {
+            part: state.pop(key)
+            for key in list(state)
+            if key.rpartition(".")[0] == name and (part := key.rpartition(".")[2]) != "bias"
+        }
+        settings = json.loads(parts.pop("comfy_quant").numpy().tobytes())
+        layer = backbone.get_submodule(name)
+        if layer.bias is not None:
+            layer.bias.data = state.pop(f"{name}.bias").to(layer.bias.dtype)
+        parent, _, last = name.rpartition(".")
+        setattr(backbone.get_submodule(parent), last, Linear(layer, parts, settings))
+    missing, unexpected = backbone.load_state_dict(state, strict=False)
+    assert not unexpected
+    assert all(name.rpartition(".")[0] in quantized for name in missing)
+    made = []
+    for index, prompt in enumerate(prompts):
+        generator = torch.Generator().manual_seed(index)
+        made.append(pipeline(prompt, generator=generator, output_type="np", **json.loads(call)).images)
+    torch.save(torch.cat([torch.from_numpy(image) for image in made]), images)
+    assert "dmquant" not in sys.modules
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

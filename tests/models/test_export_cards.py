@@ -1,0 +1,75 @@
+"""The card beside an export: the scores of the run that made the model, or that there are none; and what is exact."""
+
+import pytest
+
+from dmquant.errors import UserError
+from dmquant.pipelines.commands import exporting, stages
+from dmquant.pipelines.models import opening
+from dmquant.pipelines.runs.settings import Options, resolve, resolve_all
+from tests.exchange import labelled
+from tests.models.test_compare_files import PROMPTS, images, report
+from tests.tiny import tiny_pixart
+
+
+@pytest.fixture(autouse=True)
+def _known_format(monkeypatch):
+    monkeypatch.setattr(opening, "formats", lambda: {"labelled": labelled.FORMAT})
+    monkeypatch.setattr(exporting, "writable", lambda name: labelled.FORMAT)
+
+
+@pytest.fixture(scope="module")
+def options(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("given")
+    tiny_pixart(folder / "tiny", width=64)
+    (folder / "prompts.txt").write_text("\n".join(PROMPTS))
+    return Options(
+        str(folder / "tiny"), prompts=str(folder / "prompts.txt"), steps=2, dtype="fp32", metrics="psnr,lpips"
+    )
+
+
+@pytest.fixture(scope="module")
+def run(options, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "run"
+    (settings,) = resolve_all(options, "rtn:nvfp4:none").values()
+    stages.run(settings, out, False)
+    return out
+
+
+def exported(run, out, overwrite=False):
+    exporting.export(run, "labelled", out, overwrite)
+    return out.with_suffix(".md").read_text("utf-8")
+
+
+def test_the_card_has_the_scores_of_the_run_and_the_file_its_images(options, run, tmp_path):
+    card = exported(run, tmp_path / "it.safetensors")
+    psnr = report(run)["recipes"]["rtn-nvfp4-none"]["metrics"]["psnr"]
+    assert f"| PSNR ↑ | {psnr['value']:.2f} dB | {psnr['low']:.2f} to {psnr['high']:.2f} |" in card
+    assert "![Pairs: full precision and quantized](it.png)" in card
+    assert (tmp_path / "it.png").is_file()
+    assert all(prompt in card for prompt in PROMPTS)
+    assert "Weights are exact" in card
+    assert "| proj_out | 1 |" in card
+    assert "the gate of 0.1" in card
+    assert str(tmp_path) not in card
+    stages.compare(resolve_all(options, f"file:{tmp_path / 'it.safetensors'}"), tmp_path / "compared", False)
+    quantized = "images/quantized"
+    assert images(tmp_path / "compared" / "recipes" / "it" / quantized) == images(run / quantized)
+
+
+def test_a_model_of_no_run_or_of_another_is_not_measured(options, run, tmp_path):
+    stages.quantize(
+        resolve(options.__class__(**vars(options) | {"recipe": "rtn", "w": "nvfp4", "a": "none"})),
+        tmp_path / "m",
+        False,
+    )
+    card = exported(tmp_path / "m", tmp_path / "it.safetensors")
+    assert "**Nothing was measured**: the model is in no run folder" in card
+    assert "dmquant compare MODEL --recipes file:it.safetensors --metrics psnr,lpips" in card
+    assert not (tmp_path / "it.png").exists()
+
+
+def test_a_card_of_somebody_else_stays(run, tmp_path):
+    (tmp_path / "it.md").write_text("my notes")
+    with pytest.raises(UserError, match=r"it\.md is there, and is no card of an export"):
+        exported(run, tmp_path / "it.safetensors")
+    assert [path.name for path in tmp_path.iterdir()] == ["it.md"]
