@@ -79,10 +79,8 @@ class ActivationSpec:
                 "use granularity tensor or channel, nvfp4, or online scales"
             )
         centered = check_choice("center of activations", center, CENTERS) != "none"
-        if ranges is not None and (centered or check_choice("activation rule", rule, ONLINE_RULES) != PLAIN):
-            raise UsageError(
-                "activation_rule and activation_center are for online scales: use activation_scale: online"
-            )
+        if (centered or check_choice("activation rule", rule, ONLINE_RULES) != PLAIN) and (ranges or engine):
+            raise UsageError("activation_rule and activation_center are for online scales that no engine rounds by")
         halves = None if parsed.kind == "channel" or (based and ranges) else split
         spec = cls(get_format(format), parsed, store, ranges, halves, None, rule, centered)
         return spec if engine is None else engine_of(engine).taking(spec)
@@ -119,7 +117,7 @@ class ActivationSpec:
         static = "" if self.ranges is None else f"/static:{self.ranges}"
         engine = "" if self.engine is None else f"/{self.engine.name}"
         rule = "" if self.rule == PLAIN else f"/{self.rule}"
-        return f"{self.fmt.name}/{self.granularity}{static}{engine}{rule}{'/center' if self.center else ''}"
+        return f"{self.fmt.name}/{self.granularity}{static}{rule}{'/center' if self.center else ''}{engine}"
 
 
 def parse_ranges(text: str) -> int | None:

@@ -188,9 +188,9 @@ def search(
     measure: Callable[[Tensor], Tensor],
     base: Tensor | None = None,
     further=(),
-    multiples: tuple[float, ...] | None = None,
+    multiples: tuple[float, ...] = (),
 ) -> Scales:
-    """The scale of least error among absmax, its `multiples`, by default the store's, and `further` ones, by group.
+    """The scale of least error among `multiples` of absmax, by default the store's and `further` ones, by group.
 
     Shapes as `fit_absmax`. `measure`: weight errors, shaped as `groups`, -> errors (scale rows, scale columns).
     """
@@ -198,8 +198,8 @@ def search(
     if kind.factors:
         return _search_base(groups, fmt, fit_absmax(groups, fmt, store, base), measure)
     base = kind.base(amplitude, fmt) if base is None else base
-    multiples = kind.tried(fmt, *further) if multiples is None else (1.0, *multiples, *further)
-    tried = kind.encode(amplitude * amplitude.new_tensor(multiples).view(-1, 1, 1), fmt, base)
+    multiples = amplitude.new_tensor(multiples or kind.tried(fmt, *further)).view(-1, 1, 1)
+    tried = kind.encode(amplitude * multiples, fmt, base)
     errors = (measure(_rounding_error(groups, scale, fmt)) for scale in kind.decode(tried, base))
     chosen, least = tried[0], next(errors)
     for candidate, error in zip(tried[1:], errors, strict=True):
@@ -237,7 +237,7 @@ def _of_least_error(*multiples: float) -> Callable[..., Scales]:
     """A rule that tries these multiples of absmax beside itself; shapes as `fit_absmax`."""
 
     def fit(groups: Tensor, fmt: Format, store: str, base: Tensor | None = None) -> Scales:
-        return search(groups, fmt, store, lambda error: error.square_().sum(-1), base, multiples=multiples)
+        return search(groups, fmt, store, lambda error: error.square_().sum(-1), base, multiples=(1.0, *multiples))
 
     return fit
 
