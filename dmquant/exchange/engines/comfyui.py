@@ -13,6 +13,8 @@ from dmquant.exchange.engines.arithmetic import E4M3
 from dmquant.exchange.engines.engine import Engine, formats, weights_in
 
 INT4_GROUP = 64
+BLOCK = f"group:{INT4_GROUP}"
+BRANCH = [{"method": "lowrank", "rank": 32, "by": "output"}]
 ROTATED = [{"method": "rotate", "size": 256, "order": "regular"}]
 
 
@@ -50,7 +52,7 @@ ENGINE = Engine(
         (ActivationSpec.parse("mxfp8"), _mxfp8),
         (ActivationSpec.parse("fp8", "tensor", scale="static:1"), _fp8),
         (ActivationSpec.parse("int8", "token"), _int8),
-        (ActivationSpec.parse("int4", f"group:{INT4_GROUP}"), _int4),
+        (ActivationSpec.parse("int4", BLOCK), _int4),
     ),
     formats=formats(
         weights_in("nvfp4", "nvfp4", static=True),
@@ -60,6 +62,6 @@ ENGINE = Engine(
         weights_in("fp8", granularity="tensor"),
         weights_in("int8", "int8"),
         weights_in("lut4_gaussian", "int8", granularity="group:16", store="levels", scale="lean", transforms=ROTATED),
-        weights_in("int4", "int4", f"group:{INT4_GROUP}", granularity=f"group:{INT4_GROUP}", store="bf16"),
+        weights_in("int4", "int4", BLOCK, granularity=BLOCK, store="bf16", scale="lean", transforms=BRANCH),
     ),
 )
