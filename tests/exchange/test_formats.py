@@ -1,6 +1,8 @@
 """Written for torchao, ModelOpt, bfl and compressed-tensors and read back by ourselves; what cannot be, in a line."""
 
 import json
+from contextlib import suppress
+from dataclasses import replace
 
 import pytest
 import torch
@@ -231,6 +233,37 @@ class TestDamaged:
 
         with pytest.raises(UserError, match=f"{self.LAYER}.weight .* NF4Tensor, which is not read here"):
             open_foreign(broken("torchao", "nvfp4", rename))
+
+    @pytest.mark.parametrize("name", ["nvfp4 x nvfp4", "mxfp8 x mxfp8", "fp8 x fp8", "int8 x int8"])
+    def test_odd_attributes_are_read_or_refused(self, written, name):
+        """Whatever stands in place of an attribute."""
+        foreign = written("torchao", name)[2]
+        key, found = f"{self.LAYER}.weight", foreign.found
+        whole = json.loads(found.metadata[key])
+        for odd in (None, 7, "x", [[]], {"_data": {"a": 1}}, {"_type": "PerRow", "_data": [7]}):
+            changed = [{**whole, part: odd} for part in whole]
+            changed += [{**whole, "_data": {**whole["_data"], part: odd}} for part in whole["_data"]]
+            for header in changed:
+                metadata = {**found.metadata, key: json.dumps(header)}
+                with suppress(UserError):
+                    layers = foreign.format.read(replace(found, metadata=metadata)).layers
+                    assert torch.equal(layers[self.LAYER].weight(), foreign.layers[self.LAYER].weight())
+
+    @pytest.mark.parametrize(
+        "odd", [None, [], {"group_0": 3}, {"group_0": {"targets": 3}}, {"a": {"targets": ["re:("]}}]
+    )
+    @pytest.mark.parametrize("name", ["nvfp4", "int3"])
+    def test_odd_groups_are_read_or_refused(self, written, name, odd):
+        """Of compressed-tensors, whose bits of integers stand in the configuration alone."""
+        foreign = written("compressed-tensors", name)[2]
+        config = {"quantization_config": {**foreign.found.config["quantization_config"], "config_groups": odd}}
+        found = replace(foreign.found, config=config)
+        if name == "nvfp4":
+            layers = foreign.format.read(found).layers
+            assert torch.equal(layers[self.LAYER].weight(), foreign.layers[self.LAYER].weight())
+        else:
+            with pytest.raises(UserError, match="is no weight"):
+                foreign.format.read(found)
 
     def test_a_header_that_is_no_json(self, broken):
         def spoil(tensors, metadata):
