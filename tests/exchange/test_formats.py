@@ -20,7 +20,7 @@ from dmquant.formats import get_format
 from dmquant.pipelines.models.opening import open_foreign, open_source
 from dmquant.qtensor import WeightSpec, quantize_tensor
 from dmquant.recipe import Recipe
-from tests.tiny import PIXART_CALL, tiny_pixart
+from tests.tiny import PIXART_CALL, tiny_pixart, tiny_sd
 
 CALL = {"num_inference_steps": 2, "height": 32, "width": 32, **PIXART_CALL}
 ROW = {"granularity": "channel", "store": "fp32"}
@@ -363,3 +363,22 @@ def test_the_smallest_weights_survive(tmp_path):
     weight[0, 0] = 1e-38
     base = quantize_tensor(weight, "nvfp4").scales.base.reshape(1)
     assert torch.isfinite(reciprocal(base)).all()
+
+
+@pytest.mark.parametrize("target", ["torchao", "bfl"])
+def test_what_is_made_for_a_target_goes_there(tmp_path, target):
+    """`--for TARGET` of an UNet, whose convolutions stay in high precision."""
+    recipe = Recipe.load(f"for-{target}")
+    small = {"calibration": {"prompts": 3, "steps_per_prompt": 1}, "learning": {"batch_size": 1}}
+    recipe = Recipe.model_validate({**recipe.model_dump(exclude_unset=True), **small})
+    call = {"num_inference_steps": 2, "height": 32, "width": 32}
+    quantize_pipeline(tiny_sd(), recipe, calibration=["apple", "cat", "boat"], out=tmp_path / "ours", **call)
+    source = open_source(tmp_path / "ours")
+    told = exported(source, target, tmp_path / "theirs")
+    assert told.exact
+    assert told.formats[HIGH] > 10
+    assert not any("scored" in note for note in told.notes)
+    inputs = ActivationSpec.parse("nvfp4", scale=recipe.activation_scale, engine=target)
+    for module, layer in open_foreign(tmp_path / "theirs").layers.items():
+        assert layer.activations == inputs
+        assert torch.equal(layer.weight(), source.layer(module).dequantize(torch.float32))
