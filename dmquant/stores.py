@@ -169,7 +169,7 @@ STORES = {
 }
 
 TABLE = "table"  # in place of scales the values themselves: dmquant.grids.table
-LEVELS = "levels"  # scales of groups, and behind them that of the output: dmquant.grids.levels
+LEVELS = "levels"  # scales of groups, and behind them that of the output: dmquant.exchange.levels
 TABLES = {
     TABLE: Store(torch.bfloat16, lambda tables, fmt, base: tables.bfloat16(), _as_float, search=()),
     LEVELS: Store(

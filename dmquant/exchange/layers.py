@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from dmquant.activations import ActivationSpec
-from dmquant.errors import UserError
+from dmquant.errors import UsageError, UserError
 from dmquant.exchange.source import Source
 from dmquant.exchange.tensor_file import DTYPES, Entry
 from dmquant.layers import QUANTIZED
@@ -84,8 +84,12 @@ def counted(source: Source, kinds: Iterable[str]) -> dict[str, int]:
 
 
 def inputs(format: str, engine: str, scale: str = "online", granularity: str = "token") -> ActivationSpec:
-    """Inputs in a format, rounded as an engine does."""
-    return ActivationSpec.parse(format, granularity, scale=scale, engine=engine)
+    """Inputs in a format, rounded as an engine does; by our own rule where that of its kernel is not known."""
+    plain = ActivationSpec.parse(format, granularity, scale=scale)
+    try:
+        return ActivationSpec.parse(format, granularity, scale=scale, engine=engine)
+    except UsageError:
+        return plain
 
 
 def kind_of(activations: ActivationSpec | None) -> str | None:

@@ -36,13 +36,22 @@ BEYOND = {
         "transforms": ROTATED,
     },
     "svdquant_w4a4": {
+        "engine": "comfyui",
         "weights": "int4",
+        "granularity": "group:64",
+        "store": "bf16",
         "activations": "int4",
         "activation_granularity": "group:64",
         "transforms": [{"method": "lowrank", "rank": 4, "iterations": 0}],
     },
 }
 """Formats with transforms beside the weights."""
+ROUNDED = {
+    "nvfp4": {"activations": "nvfp4"},
+    "mxfp8": {"activations": "mxfp8"},
+    "int8_tensorwise": {"activations": "int8"},
+}
+"""Formats with inputs that the engine rounds, without calibration."""
 MODELS = {"pixart": tiny_pixart, "sd15": tiny_sd, "sdxl": TINY["sdxl"].build, "sd3": TINY["sd3"].build}
 WIDTH = "*down_blocks.*.attentions.0.transformer_blocks.0.attn2.to_k"
 
@@ -59,6 +68,11 @@ def mixed(build):
     recipe = Recipe.load("rtn").with_settings(rules=rules, activations="none", **FORMATS["mxfp8"])
     refused = [each.name for each in plan(backbone, recipe) if FORMAT.refuses(layers[each.name], each.weights, None)]
     return recipe.with_settings(rules=[*recipe.rules, {"match": [*refused, WIDTH], "keep": True}])
+
+
+def rounding(format):
+    """A recipe for ComfyUI with rounded inputs."""
+    return Recipe.load("rtn").with_settings(engine="comfyui", **FORMATS[format] | ROUNDED[format])
 
 
 def exported(source, path):
@@ -101,6 +115,18 @@ def test_layers_with_transforms_are_read_back_and_compute_alike(saved, tmp_path,
             assert torch.allclose(
                 read.build(like)(x), layer(x).float(), atol=2e-2 if format == "svdquant_w4a4" else 1e-5
             )
+
+
+@pytest.mark.parametrize("format", ROUNDED)
+def test_layers_round_their_inputs_as_comfyui_does_or_not_at_all(saved, tmp_path, format):
+    source = open_source(saved(rounding(format), tiny_pixart))
+    exported(source, tmp_path / "out.safetensors")
+    state, foreign = load_file(tmp_path / "out.safetensors"), open_foreign(tmp_path / "out.safetensors")
+    for name, read in foreign.layers.items():
+        assert read.activations == source.layers[name].activations is not None
+        assert b"full_precision" not in bytes(state[f"{name}.comfy_quant"].tolist())
+        assert read.input_scale is None
+        assert read.build is None
 
 
 @pytest.mark.parametrize(("model", "method"), [("pixart-sigma", "smooth"), ("sd3", None)])

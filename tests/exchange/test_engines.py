@@ -105,6 +105,8 @@ def test_other_formats_are_refused_in_a_line_that_lists_those_it_runs():
         ActivationSpec.parse("fp6", engine="comfyui")
     with pytest.raises(UsageError, match=r"engine.*did you mean 'comfyui'"):
         recipe.with_settings(engine="comfyu")
+    with pytest.raises(UsageError, match="leave out candidates"):
+        recipe.with_settings(candidates=["fp4", "fp4_e1m2"])
     assert recipe.in_formats("int8", None).activations == "int8"
 
 

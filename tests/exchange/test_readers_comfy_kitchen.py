@@ -26,7 +26,8 @@ from dmquant.exchange.formats.comfyui import FORMAT
 from dmquant.exchange.keys import Target, original
 from dmquant.pipelines.models.opening import open_source
 from dmquant.recipe import Recipe
-from tests.exchange.test_comfyui import BEYOND, MODELS, WIDE, mixed
+from tests.exchange.test_comfyui import BEYOND, MODELS, ROUNDED, WIDE, mixed, rounding
+from tests.tiny import tiny_pixart
 
 STORED = {
     "float8_e4m3fn": (TensorCoreFP8Layout, torch.float8_e4m3fn, {"scale": ("weight_scale", None)}),
@@ -85,6 +86,24 @@ def test_kitchen_decodes_what_dmquant_computes_with(saved, tmp_path, model):
         ours = target.rows([layer.float_weight() for layer in layers])
         theirs = kitchen_weight(state, target.name.removesuffix(".weight"), tuple(ours.shape))
         assert torch.equal(theirs.dequantize(), ours)
+
+
+@pytest.mark.parametrize("format", ROUNDED)
+def test_kitchen_rounds_inputs_and_multiplies_as_dmquant_does(saved, tmp_path, format):
+    source = open_source(saved(rounding(format), tiny_pixart))
+    FORMAT.export(source, tmp_path / "out.safetensors", lambda done, total: None)
+    state = load_file(tmp_path / "out.safetensors")
+    for name in source.layers:
+        layer = source.layer(name)
+        theirs = kitchen_weight(state, name, layer.weight_shape)
+        x = torch.randn(9, layer.weight_shape[1]) * torch.logspace(-2, 2, 9).unsqueeze(1)
+        bias = None if layer.bias is None else layer.bias.float()
+        if format == "int8_tensorwise":
+            y = torch.nn.functional.linear(x, theirs, bias)
+        else:
+            rounded = QuantizedTensor.from_float(x, STORED[format][0].__name__)
+            y = torch.nn.functional.linear(rounded.dequantize(), theirs.dequantize(), bias)
+        assert torch.allclose(y, layer(x), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("format", BEYOND)

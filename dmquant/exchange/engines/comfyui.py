@@ -9,8 +9,10 @@ from torch import Tensor
 
 from dmquant.activations import ActivationSpec
 from dmquant.exchange.engines import arithmetic
-from dmquant.exchange.engines.arithmetic import E4M3
+from dmquant.exchange.engines.arithmetic import E4M3, INT4_GROUPS
 from dmquant.exchange.engines.engine import Engine, formats, weights_in
+
+ROTATED = [{"method": "rotate", "size": 256, "order": "regular"}]
 
 
 def _nvfp4(x: Tensor, base: Tensor | None) -> Tensor:
@@ -40,6 +42,7 @@ ENGINE = Engine(
         (ActivationSpec.parse("mxfp8"), _mxfp8),
         (ActivationSpec.parse("fp8", "tensor", scale="static:1"), _fp8),
         (ActivationSpec.parse("int8", "token"), _int8),
+        (ActivationSpec.parse("int4", INT4_GROUPS), arithmetic.int4),
     ),
     formats=formats(
         weights_in("nvfp4", "nvfp4", static=True),
@@ -48,5 +51,7 @@ ENGINE = Engine(
         weights_in("fp8", "fp8", "tensor", static=True, granularity="tensor"),
         weights_in("fp8", granularity="tensor"),
         weights_in("int8", "int8"),
+        weights_in("lut4_gaussian", "int8", granularity="group:16", store="levels", scale="lean", transforms=ROTATED),
+        weights_in("int4", "int4", INT4_GROUPS, granularity=INT4_GROUPS, store="bf16"),
     ),
 )

@@ -94,6 +94,7 @@ WRONG_USAGE = {
     "unknown activation format": (["MODEL", "--a", "e2m3"], "unknown format"),
     "unknown recipe": (["MODEL", "--recipe", "rtm"], "did you mean 'rtn'?"),
     "unknown purpose": (["MODEL", "--for", "sped"], "did you mean 'speed'?"),
+    "formats that an engine does not run": (["MODEL", "--for", "torchao", "--w", "fp6"], "torchao runs no weights"),
     "recipe and purpose": (["MODEL", "--for", "speed", "--recipe", "rtn"], "leave out --recipe rtn, or --for"),
     "unknown metric": (["MODEL", "--metrics", "psnr,sim"], "did you mean 'ssim'?"),
     "unknown CLIP model": (["MODEL", "--metrics", "clip_score", "--clip", "ViT-B-33"], "unknown CLIP model 'ViT-B-33'"),

@@ -71,7 +71,7 @@ class Nvfp4(Blocks):
 
     name, packed, transforms = "nvfp4", True, frozenset({"smooth"})
     spec = WeightSpec.parse("nvfp4")
-    inputs = (of_engine("nvfp4"), of_engine("nvfp4"))
+    inputs = (of_engine("nvfp4"), of_engine("nvfp4", scale="static:1"))
 
     def entries(self, group: Group) -> list[Entry]:
         rows, columns = group.shape

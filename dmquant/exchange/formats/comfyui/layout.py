@@ -228,7 +228,7 @@ def split_within(spec: WeightSpec, size: int) -> str | None:
 
 def of_engine(format: str, granularity: str = "token", scale: str = "online") -> ActivationSpec:
     """Inputs as ComfyUI rounds them."""
-    return ActivationSpec.parse(format, granularity, scale=scale)
+    return ActivationSpec.parse(format, granularity, scale=scale, engine="comfyui")
 
 
 def swapped_nibbles(packed: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from torch import Tensor
@@ -100,8 +100,8 @@ def _as_new(found: Found, marker: str) -> tuple[Found, dict[str, Any]]:
     names = {f"{module}.{old}": f"{module}.{new}" for module in modules for new, old in _OLD_NAMES.items()}
     renamed = {names.get(name, name): tensor for name, tensor in found.tensors.items()}
     back = {new: old for old, new in names.items()}
-    new = Renamed(found.path, found.files, renamed, found.metadata, found.config, names=back)
-    return new, dict.fromkeys(modules, settings)
+    same = {each.name: getattr(found, each.name) for each in fields(Found)}
+    return Renamed(**same | {"tensors": renamed}, names=back), dict.fromkeys(modules, settings)
 
 
 @dataclass(frozen=True)
