@@ -65,7 +65,7 @@ def power_of_two(exponent: Tensor) -> Tensor:
 
 
 def _plain(amplitude: Tensor, fmt: Format, base: Tensor | None = None) -> Tensor:
-    return (amplitude / fmt.max).clamp(SMALLEST, LARGEST / fmt.max)
+    return (amplitude / fmt.max).clamp(SMALLEST, LARGEST / max(1.0, fmt.max))
 
 
 def _encode_e8m0(amplitude: Tensor, fmt: Format, base: Tensor | None) -> Tensor:
