@@ -25,7 +25,7 @@ from ways import LONGEST
 
 TOKENS = 1024
 FAST = {"weights": "int4", "granularity": "group:16", "store": "int", "activation_granularity": "product"}
-RECIPES = {  # settings of the recipe rtn: those of `fast` with inputs of 8, 6 and 16 bits, and those of `default`
+RECIPES = {  # settings of the recipe rtn64: those of `fast` with inputs of 8, 6 and 16 bits, and those of `default`
     "W4A8": FAST | {"activations": "int8"},
     "W4A6": FAST | {"activations": "fp6"},
     "W4A16": FAST | {"activations": "none"},
@@ -68,7 +68,7 @@ def blocks() -> dict[str, tuple[nn.Module, Callable[[nn.Module, torch.dtype], Te
 
 def quantized(block: nn.Module, settings: dict[str, str]) -> nn.Module:
     twin = nn.Sequential(copy.deepcopy(block))
-    dmquant.quantize_(twin, dmquant.Recipe.load("rtn").with_settings(scale="absmax", keep="none", **settings))
+    dmquant.quantize_(twin, dmquant.Recipe.load("rtn64").with_settings(scale="absmax", keep="none", **settings))
     return twin[0]
 
 

@@ -71,7 +71,7 @@ class Bench:
     def __init__(self, out: Path, images: int, model: str = MODEL, prompts: str = PROMPTS):
         quiet_libraries()
         self.out, self.console = out, Console()
-        self.options = Options(model=model, recipe="rtn", prompts=prompts, num_prompts=images, device="cpu")
+        self.options = Options(model=model, recipe="rtn64", prompts=prompts, num_prompts=images, device="cpu")
         self.settings = resolve(self.options)
         self.pipeline = load_full_precision(self.settings.model, self.settings.dtype, self.settings.device)
         self.full = getattr(self.pipeline, self.settings.family.component).requires_grad_(False)
@@ -136,8 +136,17 @@ class Bench:
         its_latents = self._latents(backbone)
         its_images = self._decode(its_latents)
         on_images(its_images)
-        psnr = -10 * (its_images - images).square().mean((1, 2, 3)).log10()
+        psnr = psnr_of(its_images, images)
         return Measured(blocks.tolist(), float((its_latents - latents).square().mean()), float(psnr.mean()), seconds)
+
+    def psnr(self, backbone: nn.Module) -> list[float]:
+        """PSNR of every image of `backbone` against full precision's, in dB."""
+        return psnr_of(self._decode(self._latents(backbone)), self.images).tolist()
+
+    @cached_property
+    def images(self) -> Tensor:
+        """Those of full precision, in [0, 1]."""
+        return self._decode(self._latents(self.full))
 
     def measured(self, settings: Settings) -> Measured:
         """The measurement of the model that a recipe makes, from OUT where it is there."""
@@ -204,6 +213,11 @@ class Bench:
         with torch.inference_mode():
             batches = [vae.decode(batch / vae.config.scaling_factor).sample for batch in latents.split(BATCH)]
         return (torch.cat(batches) / 2 + 0.5).clamp(0, 1)
+
+
+def psnr_of(images: Tensor, reference: Tensor) -> Tensor:
+    """Of every image (n, channels, height, width) in [0, 1], in dB; (n,)."""
+    return -10 * (images - reference).square().mean((1, 2, 3)).log10()
 
 
 def settings_of(bench: Bench, entries: Sequence[str], weights: str, activations: str) -> dict[str, Settings]:

@@ -89,7 +89,7 @@ def calibrate_one(blocks: int, budget: int) -> dict[str, float]:
     )
     torch.set_default_dtype(torch.float32)
     size = sum(parameter.nbytes for parameter in model.parameters())
-    recipe = dmquant.Recipe.load("rtn", a="none").with_settings(
+    recipe = dmquant.Recipe.load("rtn64", a="none").with_settings(
         name="cost",
         scale="absmax",
         rounding="adaround",

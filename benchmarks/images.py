@@ -64,7 +64,7 @@ def main() -> None:
         base = min(seconds, key=lambda kind: statistics.median(seconds[kind]))
         for recipe, settings in RECIPES.items():
             pipelines[recipe] = copy.deepcopy(pipelines[base])
-            one = dmquant.Recipe.load("rtn").with_settings(scale="absmax", **settings)
+            one = dmquant.Recipe.load("rtn64").with_settings(scale="absmax", **settings)
             dmquant.quantize_(getattr(pipelines[recipe], name), one)
             print(f"{model}: {recipe}", file=sys.stderr)
         calls = {kind: recorded_call(pipeline, name, call) for kind, pipeline in pipelines.items()}

@@ -2,7 +2,7 @@
 
     python benchmarks/methods.py [--recipes rtn,default,mine.yaml] [--models emoji-pixart,emoji-sd] [--bits W4A16,W4A6]
 
-Round to nearest (the recipe rtn) is always the first row. Formats are the recipes' own. Block outputs, final latents
+Round to nearest (the recipe rtn64) is always the first row. Formats are the recipes' own. Block outputs, final latents
 and PSNR are measured as in benchmarks/calibration.py, on prompts and timesteps that calibration does not have; the
 error of blocks is the mean over blocks of each one's squared error over that of the first row. FID is between the
 images and those of full precision, of 8 bits, through Inception. Seconds are those of quantizing, without capturing the
@@ -39,7 +39,7 @@ from dmquant.pipelines.sweep.engines import Crew, local
 
 MODELS = "emoji-pixart,emoji-sd"
 ACTIVATIONS = {"W4A16": "none", "W4A6": None}  # None: the recipe's own
-NEAREST = "rtn"
+NEAREST = "rtn64"
 HEADER = [
     *("recipe", "bits a quantized weight", "block error, of nearest", "final latents", "latents, of nearest"),
     *("PSNR, dB", "dB over nearest", "FID to full precision", "seconds", "peak MB"),

@@ -105,7 +105,7 @@ def whole_model(scale: str) -> None:
         for tensor in model.parameters():
             tensor.normal_(0, 0.02)
     began, busy = time.perf_counter(), time.process_time()
-    dmquant.quantize_(model, dmquant.Recipe.load("rtn").with_settings(scale=scale))
+    dmquant.quantize_(model, dmquant.Recipe.load("rtn64").with_settings(scale=scale))
     print(f"seconds {time.perf_counter() - began} {time.process_time() - busy}", flush=True)
 
 

@@ -62,7 +62,7 @@ def main() -> None:
     for weights, activations in ROWS:
         name = f"{weights}-{activations}"
         files.append(options.out / f"{name}.yaml")
-        recipe = Recipe.load("rtn", w=weights, a=activations)
+        recipe = Recipe.load("rtn64", w=weights, a=activations)
         recipe.with_settings(name=name, scale=options.scale).save(files[-1])
     command = [sys.executable, "-m", "dmquant", "compare", options.model, "--recipes", ",".join(map(str, files))]
     command += ["--prompts", options.prompts, "--num-prompts", str(options.num_prompts)]

@@ -26,7 +26,7 @@ def main() -> None:
     options = parser.parse_args()
     weights = []
     for model in options.models.split(","):
-        settings = resolve(Options(model=model, recipe="rtn", device="cpu"))
+        settings = resolve(Options(model=model, recipe="rtn64", device="cpu"))
         pipeline = load_full_precision(settings.model, settings.dtype, settings.device)
         backbone = getattr(pipeline, settings.family.component).requires_grad_(False)
         weights += [one.float() for one in backbone.parameters() if one.ndim > 1 and one.numel() >= SMALLEST]

@@ -2,7 +2,7 @@
 
     python benchmarks/split_scales.py --model emoji-sd --out runs/split-scales
 
-Every variant is the recipe `rtn` with and without the `split` that the model's family sets, and, as `conv1`, with one
+Every variant is the recipe `rtn64` with and without the `split` that the model's family sets, and, as `conv1`, with one
 for the first convolution behind each concatenation too, which reads it through a group norm. The error of a layer is
 that of its output over the output's variance, on inputs of the full-precision model; the mean over all layers
 behind a concatenation is shown. Images come from `dmquant compare`, whose report is in OUT/compare.
@@ -40,7 +40,7 @@ def recipes(behind: dict[str, int]) -> dict[str, Recipe]:
     found = {}
     for title, settings in SETTINGS.items():
         for split in SPLITS:
-            recipe = Recipe.load("rtn").with_settings(**settings)
+            recipe = Recipe.load("rtn64").with_settings(**settings)
             if split == "none":
                 recipe = recipe.splitting(dict.fromkeys(behind, 0))
             if split == "shortcut and conv1":
@@ -94,7 +94,7 @@ def main() -> None:
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
 
-    settings = resolve(Options(options.model, recipe="rtn", prompts=options.prompts, num_prompts=PROMPTS))
+    settings = resolve(Options(options.model, recipe="rtn64", prompts=options.prompts, num_prompts=PROMPTS))
     pipeline = load_full_precision(settings.model, resolve_dtype(settings.dtype_name, "cpu"), "cpu")
     pipeline.set_progress_bar_config(disable=True)
     backbone = getattr(pipeline, settings.family.component)

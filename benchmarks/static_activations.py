@@ -34,7 +34,7 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     files = []
     for name, (scale, granularity) in SCALES.items():
-        recipe = Recipe.load("rtn", w="int8", a=options.activations).with_settings(
+        recipe = Recipe.load("rtn64", w="int8", a=options.activations).with_settings(
             name=name, activation_scale=scale, activation_granularity=granularity
         )
         files.append(options.out / f"{name}.yaml")

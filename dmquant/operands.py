@@ -77,6 +77,7 @@ def integer_weight(layer: nn.Module) -> IntegerWeight:
     )
     values = (spec.fmt.decode(torch.arange(2**spec.fmt.bits, device=scales.stored.device)) / unit).to(torch.int32)
     together = torch.cat(factors, 1)
+    whole = whole and bool((together >= 1).all())
     if not whole or int(values.max()) * together.max() > INT8 or int(values.min()) * together.max() < -INT8 - 1:
         raise ValueError(f"scales of an output in {spec.store} are no small multiples of one: use store: int")
     weight = IntegerWeight(values, together.to(torch.uint8), torch.cat(units, 1).expand(rows, -1).T.contiguous() * unit)

@@ -83,6 +83,8 @@ class Recipe(Settings):
     granularity: str = "group:64"
     activation_granularity: str = "token"
     activation_scale: str = ONLINE
+    activation_rule: str = "absmax"
+    activation_center: str = NO_FORMAT
     scale: str = "absmax"
     store: str = "bf16"
     rounding: Rounding = Rounding()
@@ -103,6 +105,8 @@ class Recipe(Settings):
                 raise UsageError("scale: lean is fitted to the errors of rounding: gptq, and there is no other here")
             if merged.weights != NO_FORMAT and merged.weights not in BLOCK_FORMATS:
                 grid_type(merged.store).check(merged.weights, merged.granularity, merged.scale)
+            if self.engine and (merged.candidates or merged.activation_candidates):
+                raise UsageError("an engine runs the formats that are named: leave out candidates, or engine")
             if merged.store == "table" and merged.candidates:
                 raise UsageError("a table is no format to choose: leave out candidates, or store: table")
             merged.check_transforms()

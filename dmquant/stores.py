@@ -34,13 +34,21 @@ class Store:
     decode: Callable[[Tensor, Tensor | None], Tensor]
     """Stored scales and base to float32 scales, of the stored ones' shape."""
     search: tuple[float, ...]
-    """Multiples of absmax that the `mse` rule tries."""
+    """Multiples of absmax that the `mse` rule tries beside absmax itself."""
+    signed: bool = False
+    """Scales may be negative, which mirrors a format's values."""
     base_of: Literal["row", "tensor"] | None = None
     """The scales that share a base: a row of scales, or all of them."""
     fit_base: Callable[[Tensor, Format], Tensor] | None = None
     """Largest amplitudes, (..., 1, 1) or (..., rows, 1), and format to float32 bases of their shape."""
     factors: Callable[[Format], tuple[int, ...]] | None = None
     """Scales are these multiples of the base, ascending and stored as they are, and the base is searched too."""
+
+    def tried(self, fmt: Format, *further: float) -> tuple[float, ...]:
+        """Absmax and its multiples by `search` and `further`; of both signs where that differs for the format."""
+        multiples, values = (1.0, *self.search, *further), fmt.values
+        mirrored = self.signed and not torch.equal(values, -values.flip(0))
+        return (*multiples, *(-each for each in multiples)) if mirrored else multiples
 
     def base(self, amplitude: Tensor, fmt: Format) -> Tensor | None:
         """The base for these amplitudes, (..., 1, 1) or (..., rows, 1) float32; None for a store without."""
@@ -68,6 +76,11 @@ def _plain(amplitude: Tensor, fmt: Format, base: Tensor | None = None) -> Tensor
     return (amplitude / fmt.max).clamp(SMALLEST, LARGEST / max(1.0, fmt.max))
 
 
+def _half(amplitude: Tensor, fmt: Format, base: Tensor | None) -> Tensor:
+    scale = amplitude / fmt.max
+    return scale.abs().clamp(2.0**-24, torch.finfo(torch.float16).max).copysign(scale).half()
+
+
 def _encode_e8m0(amplitude: Tensor, fmt: Format, base: Tensor | None) -> Tensor:
     """The exponent of the largest element less the format's largest exponent (OCP MX 1.0, section 6.3)."""
     largest = math.frexp(fmt.max)[1] - 1
@@ -82,9 +95,23 @@ def _encode_pow2(amplitude: Tensor, fmt: Format, base: Tensor | None) -> Tensor:
     return (exponent.clamp(-OCTAVES_BELOW, 127) + 127).to(torch.uint8)
 
 
-def _encode_e4m3(amplitude: Tensor, fmt: Format, base: Tensor | None) -> Tensor:
-    e4m3 = get_format("fp8_e4m3")
-    return e4m3.encode((amplitude / fmt.max / base).clamp(min=e4m3.min_positive))
+def _minifloat(name: str, signed: bool = False) -> Store:
+    """Multiples, of 8 bits in the float format of this name, of one base for the tensor."""
+    small = get_format(name)
+
+    def encode(amplitude: Tensor, fmt: Format, base: Tensor | None) -> Tensor:
+        ratio = amplitude / fmt.max / base
+        return small.encode(ratio.abs().clamp(min=small.min_positive).copysign(ratio))
+
+    return Store(
+        torch.uint8,
+        encode,
+        lambda stored, base: base * small.decode(stored),
+        FINE_SEARCH,
+        signed,
+        base_of="tensor",
+        fit_base=lambda largest, fmt: _plain(largest / small.max, fmt),
+    )
 
 
 def _whole(fmt: Format) -> tuple[int, ...]:
@@ -130,16 +157,11 @@ def _octaves(stored: Tensor, base: Tensor | None) -> Tensor:
 STORES = {
     "fp32": Store(torch.float32, _plain, _as_float, FINE_SEARCH),
     "bf16": Store(torch.bfloat16, lambda *args: _plain(*args).bfloat16(), _as_float, FINE_SEARCH),
+    "fp16": Store(torch.float16, _half, _as_float, FINE_SEARCH, signed=True),
     "e8m0": Store(torch.uint8, _encode_e8m0, _octaves, OCTAVE_SEARCH),
     "pow2": Store(torch.uint8, _encode_pow2, _octaves, OCTAVE_SEARCH, base_of="row", fit_base=_plain),
-    "e4m3": Store(
-        torch.uint8,
-        _encode_e4m3,
-        lambda stored, base: base * get_format("fp8_e4m3").decode(stored),
-        FINE_SEARCH,
-        base_of="tensor",
-        fit_base=lambda largest, fmt: _plain(largest / 448, fmt),
-    ),
+    "e4m3": _minifloat("fp8_e4m3"),
+    "e3m4": _minifloat("fp8_e3m4", signed=True),
     "int": _multiples(_whole),
     "pow2:1": _multiples(lambda fmt: (1, 2)),
     "pow2:2": _multiples(lambda fmt: (1, 2, 4)),
@@ -152,7 +174,7 @@ TABLES = {
     TABLE: Store(torch.bfloat16, lambda tables, fmt, base: tables.bfloat16(), _as_float, search=()),
     LEVELS: Store(
         torch.uint8,
-        _encode_e4m3,
+        STORES["e4m3"].encode,
         lambda stored, base: torch.cat([get_format("fp8_e4m3").decode(stored), base], 1),
         FINE_SEARCH,
         base_of="row",

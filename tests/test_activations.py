@@ -49,6 +49,21 @@ def test_inputs_without_a_batch_are_one_row(name, shape, dim):
     assert torch.equal(fake_quantize(x, spec, dim), alone)
 
 
+@pytest.mark.parametrize(("shape", "dim"), [((2, 6, 32), -1), ((2, 32, 3, 3), -3)])
+def test_a_static_base_leaves_the_scales_of_blocks_to_the_input(shape, dim):
+    x, spec = torch.randn(shape), ActivationSpec.parse("nvfp4", scale="static:2", split=20)
+    base = torch.tensor([0.01, 3.0]).view(2, *[1] * (len(shape) - 1))
+    e4m3, e2m1 = get_format("fp8"), get_format("fp4")
+    blocks = x.movedim(dim, -1).unflatten(-1, (2, 16))
+    of_rows = base.view(2, *[1] * (blocks.ndim - 1))
+    ratio = (blocks.abs().amax(-1, keepdim=True) / 6 / of_rows).clamp(min=e4m3.min_positive)
+    scale = of_rows * e4m3.round(ratio)
+    expected = (e2m1.round(blocks / scale) * scale).flatten(-2).movedim(-1, dim)
+    assert torch.equal(fake_quantize(x, spec, dim, base), expected)
+    assert spec.scale_shape(32) == (2, 1)
+    assert spec.split is None
+
+
 def test_a_convolution_scales_each_pixel_over_its_channels():
     x = torch.randn(2, 16, 4, 5)
     spec = ActivationSpec.parse("fp6")
@@ -116,13 +131,15 @@ def test_channel_scales_are_refused_for_activations():
         ("nvfp4", "token", None),
         ("fp6", "token", 500),
         ("int8", "image", None),
+        ("nvfp4 mse image", "token", None),
     ],
 )
 def test_the_compiled_loop_gives_the_reference_bit_for_bit(format, granularity, split, monkeypatch):
     monkeypatch.setattr(lookup, "PAYS_AFTER", 0)
     if missing_to_compile():
         pytest.skip("no C++ compiler: large activations run eagerly")
-    spec = ActivationSpec.parse(format, granularity, split=split)
+    format, *more = format.split()
+    spec = ActivationSpec.parse(format, granularity, "fp32", "online", split, *more)
     for dtype in (torch.float32, torch.bfloat16):
         x = torch.randn(4, 256, 1152, dtype=dtype)
         assert x.numel() >= lookup.WORTH_COMPILING

@@ -137,7 +137,7 @@ def test_footprint_counts_scales_biases_and_kept_layers():
     before = footprint(net)
     assert before.bits_per_weight is None
     assert before.bytes == 4 * sum(p.numel() for p in net.parameters())
-    quantize_(net, Recipe.load("w4a16").with_settings(granularity="group:16"))
+    quantize_(net, Recipe.load("w4a16").with_settings(granularity="group:16", store="bf16"))
     after = footprint(net)
     weights = 2 * (16 * 144 + 32 * 96)
     assert after.quantized_weights == weights

@@ -10,7 +10,17 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from dmquant.errors import UsageError
-from dmquant.formats import NF4, SHORT_NAMES, FloatFormat, Format, IntFormat, LookupFormat, get_format, known_formats
+from dmquant.formats import (
+    NF4,
+    NL4,
+    SHORT_NAMES,
+    FloatFormat,
+    Format,
+    IntFormat,
+    LookupFormat,
+    get_format,
+    known_formats,
+)
 
 ML_DTYPES = {
     "fp4_e2m1": ml_dtypes.float4_e2m1fn,
@@ -20,7 +30,7 @@ ML_DTYPES = {
     "fp8_e5m2": ml_dtypes.float8_e5m2,
 }
 FLOAT_FORMATS = [FloatFormat(e, m) for e in range(1, 8) for m in range(8 - e)]
-ALL_FORMATS = [*FLOAT_FORMATS, *(IntFormat(bits) for bits in range(2, 9)), NF4]
+ALL_FORMATS = [*FLOAT_FORMATS, *(IntFormat(bits) for bits in range(2, 9)), NF4, NL4]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 EDGES = [0.0, -0.0, math.inf, -math.inf, math.nan, 1e-45, -1e-45, 1e-39, 2.0**-126, 3.4028234e38, -3.4028234e38]
 
@@ -311,6 +321,19 @@ def test_lut4_is_the_normal_float_of_qlora():
     expected = np.sort([*negative, 0.0, *positive]) / quantile(offset)
     assert np.abs(NF4.values.numpy() - expected).max() < 1e-6
     assert (NF4.bits, NF4.max, NF4.encode(torch.tensor([-1.0, 0.0, 1.0])).tolist()) == (4, 1.0, [0, 7, 15])
+
+
+@pytest.mark.parametrize("fmt", [NF4, NL4, LookupFormat("uneven", (-3.0, -0.1, 0.7, 0.701, 90.0))])
+def test_lookup_is_the_nearest_value_by_all_distances(fmt):
+    values = fmt.values.double().numpy()
+    middles = (values[:-1] + values[1:]) / 2
+    x = np.concatenate([samples(fmt, 5000).numpy(), np.float32(values), np.float32(middles)])
+    x = x[np.abs(x) < 1e6]  # beyond, float64 holds no difference of distances
+    distances = np.abs(x.astype(np.float64)[:, None] - values)
+    tied = distances == distances.min(1, keepdims=True)
+    even = (tied & (np.arange(len(values)) % 2 == 0)).argmax(1)
+    expected = np.where(tied.sum(1) > 1, even, tied.argmax(1))
+    assert np.array_equal(fmt.encode(torch.tensor(x)).numpy(), expected)
 
 
 def test_lookup_breaks_ties_to_the_even_index():

@@ -28,6 +28,7 @@ FORMATS = (
     "int4",
     "int8",
     "lut4",
+    "nl4",
 )
 GRANULARITIES = ("tensor", "channel", "group:16", "group:100")
 

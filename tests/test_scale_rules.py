@@ -101,7 +101,7 @@ def test_scales_of_block_formats_by_weight_error_are_as_good_as_any_they_can_sto
         ({"scale": "lean"}, "scale: lean is fitted to the errors of rounding: gptq"),
         ({"rules": [{"match": "x", "scale": "lean"}]}, "scale: lean is fitted to the errors of rounding: gptq"),
         ({"store": "table", "scale": "mse"}, "it goes with weights: lut4 and granularity: channel"),
-        ({"store": "table", "weights": "lut4", "scale": "mse"}, "not lut4 and group:64"),
+        ({"store": "table", "weights": "lut4", "scale": "mse"}, "not lut4 and group:32"),
         (
             {"store": "table", "weights": "lut4", "granularity": "channel", "scale": "absmax"},
             "a table is fitted by scale: mse or lean, not absmax",

@@ -1,7 +1,10 @@
 """Scale stores: how far powers of two go, and a store that comes from outside."""
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 from dmquant import stores
@@ -145,3 +148,77 @@ def test_a_store_is_registered_once(halves):
         with pytest.raises(UsageError, match="already"):
             stores.register(name, stores.STORES["fp32"])
     assert WeightSpec.parse("fp4", store="halves").store == "halves"
+
+
+ASYMMETRIC = ["nl4", "int4", "int3"]
+
+
+@pytest.mark.parametrize("format", ASYMMETRIC)
+def test_scales_of_either_sign_treat_a_weight_and_its_negative_alike(format):
+    weight = torch.randn(8, 96, generator=torch.Generator().manual_seed(0))
+    q, mirrored = (quantize_tensor(each, format, "group:32", "mse", "e3m4") for each in (weight, -weight))
+    assert torch.equal(q.dequantize(), -mirrored.dequantize())
+    assert {False, True} == set((q.scale < 0).flatten().tolist())
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    format=st.sampled_from([*ASYMMETRIC, "fp4", "lut4"]),
+    size=st.sampled_from([16, 32]),
+    spread=st.sampled_from([0.0, 1.0, 3.0]),
+    seed=st.integers(0, 1000),
+)
+def test_the_search_of_e3m4_finds_the_least_error_of_all_it_may_store(format, size, spread, seed):
+    """In numpy, in float64: every multiple of absmax of both signs, rounded to E3M4, with the nearest of all values."""
+    weight = torch.randn(3, 2 * size, generator=torch.Generator().manual_seed(seed))
+    weight *= torch.logspace(-spread, 0, 3).view(-1, 1)
+    q = quantize_tensor(weight, format, f"group:{size}", "mse", "e3m4")
+    fmt, small = get_format(format), get_format("fp8_e3m4")
+    values, stored = fmt.values.double().numpy(), small.values.double().numpy()
+    groups, base = weight.view(-1, size).double().numpy(), q.scales.base.item()
+    errors = []
+    for multiple in (1.0, *stores.FINE_SEARCH):
+        ratio = multiple * np.abs(groups).max(1) / fmt.max / base
+        magnitude = stored[np.abs(np.maximum(ratio, small.min_positive)[:, None] - stored).argmin(1)]
+        for scale in (base * magnitude, -base * magnitude):
+            multiples = values * scale[:, None]
+            errors.append((np.abs(groups[..., None] - multiples[:, None]).min(-1) ** 2).sum(1))
+    lost = (q.dequantize() - weight).double().view(-1, size).square().sum(1).numpy()
+    assert (lost <= np.min(errors, 0) * (1 + 1e-4) + 1e-30).all()
+
+
+def test_the_data_free_scales_lose_little_at_their_bits():
+    """Relative errors of normal weights, beside FP4 in groups of 64 and NF4 as bitsandbytes has it."""
+    weight, recipe = torch.randn(64, 2048, generator=torch.Generator().manual_seed(0)), Recipe.load("rtn")
+
+    def error(*spec):
+        return ((quantize_tensor(weight, *spec).dequantize() - weight).square().sum() / weight.square().sum()).item()
+
+    own = recipe.weights, recipe.granularity, recipe.scale, recipe.store
+    assert 8 * quantize_tensor(weight, *own).nbytes / weight.numel() == pytest.approx(4.25, abs=1e-3)
+    assert error(*own) < 0.6 * error("fp4", "group:64", "mse", "bf16")
+    assert error("nl4", "group:64", "mse", "e3m4") < 0.85 * error("lut4", "group:64", "absmax", "fp32")
+    assert error("nl4", "group:16", "mse", "e3m4") < 0.65 * error("nvfp4", "group:16", "mse")
+
+
+def test_scales_of_both_signs_are_no_whole_multiples():
+    half = torch.linspace(-0.3, 1, 16)
+    layer = nn.Linear(32, 2, bias=False)
+    layer.weight.data = torch.stack([torch.cat([half, -half]), torch.cat([half, half])])
+    quantized = quantize_layer(layer, WeightSpec.parse("int4", "group:16", "mse", "e3m4"), None)
+    assert (quantized.scales.decode()[0].sign() * torch.tensor([-1, 1])).sum().abs() == 2
+    with pytest.raises(ValueError, match="no small multiples of one"):
+        integer_weight(quantized)
+
+
+@pytest.mark.parametrize("size", [16, 32])
+def test_no_table_fits_normal_groups_with_scales_of_either_sign_much_better_than_nl4(size):
+    """A step of Lloyd's algorithm, with the scales that the search gives, gains less than 1 %."""
+    weight = torch.randn(1024, 256, generator=torch.Generator().manual_seed(size))
+    quantized = quantize_tensor(weight, "nl4", f"group:{size}", "mse", "e3m4")
+    scale, x = quantized.scale.repeat_interleave(size, 1), weight
+    code = get_format("nl4").encode(x / scale).flatten().long()
+    mass = torch.zeros(16).index_add_(0, code, scale.square().flatten())
+    moved = torch.zeros(16).index_add_(0, code, (x * scale).flatten()) / mass
+    error = (quantized.dequantize() - x).square().sum()
+    assert (moved[code].view(x.shape) * scale - x).square().sum() > 0.99 * error

@@ -17,11 +17,12 @@ FOLDERS = ("calib", "pipelines", "evaluation", "configs")  # packages of dmquant
 PUBLIC = "dmquant"  # dmquant/__init__.py and __main__.py: the doors, which lead to every room
 
 ROOMS = {
-    "dmquant": ("the core: formats, scales, grids, layers, recipes, roundings, transforms, kernels", 1.5),
+    "dmquant": ("the core: formats, scales, grids, layers, recipes, transforms, kernels", 1.5),
+    "dmquant/rounding": ("how codes are decided: to the nearest, learned, solved", 3),
     "dmquant/convert": ("the layers of a module swapped for quantized ones, as a recipe says", 2),
     "dmquant/operands": ("weights and inputs as small integers", 0),
     "dmquant/host": ("files, processes, memory, the terminal", 1),
-    "dmquant/cpu": ("kernels: how a quantized layer multiplies on a CPU", 0),
+    "dmquant/cpu": ("kernels: how a quantized layer multiplies on a CPU", 1),
     "dmquant/gpu": ("kernels: how it multiplies on a GPU", 0),
     "dmquant/diffusers": ("the quantizer, the families, how a pipeline is called and watched", 2),
     "dmquant/exchange": ("formats of other engines, written and read", 3),

@@ -18,8 +18,8 @@ def mean_squares(
     store: CalibrationStore,
     device: str | torch.device,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> dict[str, Tensor]:
-    """Mean square of each channel of the inputs of the Linear `layers`, by name, (channels,) float32 on the CPU.
+) -> tuple[dict[str, Tensor], int]:
+    """Mean square of each channel of the inputs of Linear `layers`, (channels,) float32 by name, and of how many calls.
 
     Each row of a call counts alike whatever its size (`alike`), as for second moments. A layer that no call reached
     is left out. `backbone` is on `device`; `progress` is told of calls done of how many.
@@ -45,4 +45,4 @@ def mean_squares(
     finally:
         for hook in hooks:
             hook.remove()
-    return {name: (total / positions[name]).cpu() for name, total in sums.items()}
+    return {name: (total / positions[name]).cpu() for name, total in sums.items()}, count

@@ -87,8 +87,8 @@ def _input_refused(spec: ActivationSpec | None) -> str | None:
     """Why inputs quantized so are no operands of one exact product; None where they are."""
     if spec is None:
         return "its inputs are not quantized"
-    if spec.engine is not None:
-        return f"its inputs are rounded as {spec.engine.name} rounds them"
+    if spec.refused:
+        return spec.refused
     if unit_of(spec.fmt) is None:
         return f"inputs in {spec.fmt.name} are no small integers"
     if spec.ranges is not None and (spec.granularity.kind != "tensor" or spec.split is not None):

@@ -27,11 +27,14 @@ constexpr float TO_INTEGER = 12582912.0f;  // 1.5 * 2^23: added and taken away, 
 constexpr float SMALLEST = 0x1p-126f, SAFE_LOW = 0x1p-60f, SAFE_HIGH = 0x1p60f;
 
 enum Dtype { FLOAT32, BFLOAT16, FLOAT16 };
-enum Store { FP32, BF16, E8M0, POW2, E4M3 };
+enum Store { FP32, BF16, E8M0, POW2, E4M3, E3M4 };
+enum Kind { INTEGER, FLOATING, TABLE };
 
 struct Format {
-    int32_t floating, bits, mantissa, min_exponent;
+    int32_t kind, bits, mantissa, min_exponent;
     float min, max;
+    const float* values;  // of a table: 16, ascending
+    const float* ends;    // the last float that rounds to each but the highest, and infinity
 };
 
 struct Job {
@@ -47,7 +50,7 @@ struct Job {
     int64_t columns, groups, size, bytes, base_stride, scale_stride, multiple_count, sum_width;
     int32_t dtype, store, octaves_below, largest_exponent;
     float largest_scale;
-    Format format, e4m3;
+    Format format, of_scales;
 };
 
 static inline Floats all(float value) { return Floats{} + value; }
@@ -150,6 +153,37 @@ struct IntRounding {
     Ints encode(Floats x) const { return (Ints)far(x) & mask; }
 };
 
+// As LookupFormat of dmquant.formats.lookup.
+struct TableRounding {
+    const float *values, *ends;
+
+    explicit TableRounding(const Format& format) : values(format.values), ends(format.ends) {}
+
+    static Floats prepared(Floats x) { return x; }
+#if defined(__AVX512F__)
+    static Floats pick(const float* table, Ints at) {
+        return (Floats)_mm512_permutexvar_ps((__m512i)at, _mm512_loadu_ps(table));
+    }
+    Ints encode(Floats x) const {
+        Ints at = {};
+        for (int step = 8; step; step /= 2) at += (x > pick(ends, at + (step - 1))) & step;
+        return at;
+    }
+    Floats round(Floats x) const { return pick(values, encode(x)); }
+#else
+    Ints encode(Floats x) const {
+        Ints at = {};
+        for (int i = 0; i < 15; i++) at -= x > ends[i];
+        return at;
+    }
+    Floats round(Floats x) const {
+        Floats value = all(values[0]);
+        for (int i = 0; i < 15; i++) value = x > ends[i] ? all(values[i + 1]) : value;
+        return value;
+    }
+#endif
+};
+
 template <class Rounding, bool DIVIDE>
 struct SquaredError {
     const Rounding& rounding;
@@ -222,9 +256,10 @@ static inline Ints encode_scale(const Job& job, Floats amplitude, Floats base) {
         exponent -= ratio > (Floats)((exponent + BIAS) << FRACTION_BITS);  // a true comparison is -1
         return least(most(exponent, all(-job.octaves_below)), all(127)) + BIAS;
     }
-    if (job.store == E4M3) {
-        float lowest = two_to(job.e4m3.min_exponent - job.e4m3.mantissa);
-        return FloatRounding<false>(job.e4m3).encode(most(wanted / base, all(lowest)));
+    if (job.store >= E4M3) {
+        const Floats ratio = wanted / base, lowest = all(two_to(job.of_scales.min_exponent - job.of_scales.mantissa));
+        const Ints signs = (Ints)ratio & ~MAGNITUDE;
+        return FloatRounding<false>(job.of_scales).encode((Floats)((Ints)most(abs_of(ratio), lowest) | signs));
     }
     Ints bits = (Ints)least(most(wanted, all(SMALLEST)), all(job.largest_scale));
     if (job.store == FP32) return bits;
@@ -235,7 +270,11 @@ static inline Floats decode_scale(const Job& job, Ints stored, Floats base) {
     switch (job.store) {
         case E8M0: return (Floats)(stored << FRACTION_BITS);
         case POW2: return base * (Floats)(stored << FRACTION_BITS);
-        case E4M3: return base * FloatRounding<false>(job.e4m3).decode(stored);
+        case E4M3:
+        case E3M4: {
+            const Ints magnitude = (Ints)FloatRounding<false>(job.of_scales).decode(stored & 0x7F);
+            return base * (Floats)(magnitude | ((stored >> 7) << 31));
+        }
         case FP32: return (Floats)stored;
         default: return (Floats)(stored << 16);
     }
@@ -267,7 +306,7 @@ static Ints search(const Job& job, const Rounding& rounding, const Floats* x, Fl
     for (int64_t m = 0; m < job.multiple_count; m++) {
         tried[m] = encode_scale(job, amplitude * job.multiples[m], base);
         Floats scale = decode_scale(job, tried[m], base);
-        unsafe |= (scale < SAFE_LOW) | (scale > SAFE_HIGH);
+        unsafe |= (abs_of(scale) < SAFE_LOW) | (abs_of(scale) > SAFE_HIGH);
     }
     if (job.multiple_count == 1) return tried[0];
     int32_t any = !FUSED;
@@ -345,7 +384,8 @@ static void quantize_rows(const Job& job, const Element* matrix, int64_t first, 
 
 template <class Element>
 static void quantize_any(const Job& job, const Element* matrix, int64_t first, int64_t end) {
-    if (!job.format.floating) quantize_rows<IntRounding>(job, matrix, first, end);
+    if (job.format.kind == INTEGER) quantize_rows<IntRounding>(job, matrix, first, end);
+    else if (job.format.kind == TABLE) quantize_rows<TableRounding>(job, matrix, first, end);
     else if (job.format.mantissa) quantize_rows<FloatRounding<false>>(job, matrix, first, end);
     else quantize_rows<FloatRounding<true>>(job, matrix, first, end);
 }

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dmquant import qtensor
 from dmquant.cpu.compiling import is_compiled, library
-from dmquant.formats import FloatFormat, Format, IntFormat, get_format
+from dmquant.formats import FloatFormat, Format, IntFormat, LookupFormat, get_format
 from dmquant.grids import ScaledGrid
 from dmquant.packing import packed_size
 from dmquant.qtensor import WeightSpec, check_finite, side_by_side
@@ -20,7 +20,9 @@ from dmquant.stores import LARGEST, OCTAVES_BELOW, STORES
 
 NAME = "quantize"
 PAYS_AFTER = 1 << 23  # weights in all; before, a run ends sooner without the seconds that compiling takes
-_OWN_STORES = {name: (number, STORES[name]) for number, name in enumerate(("fp32", "bf16", "e8m0", "pow2", "e4m3"))}
+_OWN_STORES = {
+    name: (number, STORES[name]) for number, name in enumerate(("fp32", "bf16", "e8m0", "pow2", "e4m3", "e3m4"))
+}
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _WIDTHS = (16, 8, 4, 1)  # floats in a vector of torch's sums
 _LARGEST_GROUP = 1 << 18  # sixteen of them, in float32, are at hand at once
@@ -29,14 +31,15 @@ _BLOCK_ROWS, _PART = (
     16,
     1 << 18,
 )  # rows that are packed together, as in quantize.cpp; weights that a thread takes at once
-_CASES = (("fp4", "group:16"), ("int4", "group:64"), ("fp6", "channel"), ("fp4_e3m0", "group:40"))
+_CASES = (("fp4", "group:16"), ("int4", "group:64"), ("fp6", "channel"), ("fp4_e3m0", "group:40"), ("nl4", "group:32"))
 _seen = 0
 
 
 class _Format(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_int32) for name in ("floating", "bits", "mantissa", "min_exponent")),
+        *((name, ctypes.c_int32) for name in ("kind", "bits", "mantissa", "min_exponent")),
         *((name, ctypes.c_float) for name in ("min", "max")),
+        *((name, ctypes.c_void_p) for name in ("values", "ends")),
     ]
 
 
@@ -50,7 +53,7 @@ class _Job(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("scale_stride", "multiple_count", "sum_width")),
         *((name, ctypes.c_int32) for name in ("dtype", "store", "octaves_below", "largest_exponent")),
         ("largest_scale", ctypes.c_float),
-        *((name, _Format) for name in ("format", "e4m3")),
+        *((name, _Format) for name in ("format", "of_scales")),
     ]
 
 
@@ -66,14 +69,14 @@ def fit_and_round(matrix: Tensor, spec: WeightSpec, shape: tuple[int, ...]) -> t
 
 
 def _takes(spec: WeightSpec, matrix: Tensor) -> bool:
-    fmt, size = spec.fmt, spec.granularity.size or matrix.shape[1]
+    size = spec.granularity.size or matrix.shape[1]
     return (
         matrix.device.type == "cpu"
         and spec.grid_type is ScaledGrid
         and spec.granularity.kind != "tensor"  # one sum over all is shared by torch's threads
         and spec.scale in ("absmax", "mse")
         and STORES[spec.store] is _OWN_STORES.get(spec.store, (None, None))[1]
-        and (type(fmt) is IntFormat or (type(fmt) is FloatFormat and fmt.min_exponent > _FEWEST_BINADES))
+        and _as_struct(spec.fmt) is not None
         and size <= _LARGEST_GROUP
     )
 
@@ -113,13 +116,14 @@ def _fit_and_round(matrix: Tensor, spec: WeightSpec, shape: tuple[int, ...], wid
     side_by_side(lambda part: functions.amplitudes(job, part.start, part.stop, amplitudes), parts, matrix.device)
     check_finite(amplitude)
     base = spec.base(amplitude)
-    multiples = torch.tensor((1.0, *(store.search if spec.scale == "mse" else ())), dtype=torch.float32)
+    multiples = torch.tensor(store.tried(fmt) if spec.scale == "mse" else (1.0,))
     codes = torch.empty(rows, job.bytes, dtype=torch.uint8)
     stored = torch.empty(spec.scale_shape(shape), dtype=store.dtype)
     job.amplitudes, job.stored, job.codes = amplitudes, stored.data_ptr(), codes.data_ptr()
     job.base, job.base_stride = (None, 0) if base is None else (base.data_ptr(), int(len(base) > 1))
     job.multiples, job.multiple_count, job.sum_width = multiples.data_ptr(), len(multiples), width
-    job.store, job.octaves_below, job.e4m3 = number, OCTAVES_BELOW, _as_struct(get_format("fp8_e4m3"))
+    job.store, job.octaves_below = number, OCTAVES_BELOW
+    job.of_scales = _as_struct(get_format("fp8_e3m4" if spec.store == "e3m4" else "fp8_e4m3"))
     job.largest_exponent, job.largest_scale = math.frexp(fmt.max)[1] - 1, LARGEST / fmt.max
     side_by_side(lambda part: functions.quantize(job, part.start, part.stop), parts, matrix.device)
     return codes, Scales(stored, base, spec.store)
@@ -135,7 +139,7 @@ def _job(matrix: Tensor, spec: WeightSpec, shape: tuple[int, ...]) -> _Job:
         size=spec.granularity.size or max(spec.segments(shape)),
         bytes=packed_size(matrix.shape[1], spec.fmt.bits),
         dtype=_DTYPES.index(matrix.dtype),
-        format=_as_struct(spec.fmt),
+        format=_as_struct(spec.fmt) or _Format(bits=spec.fmt.bits),
     )
     job.held = matrix, starts, lengths  # pointers do not hold what they point to
     job.matrix, job.starts, job.lengths = matrix.data_ptr(), starts.data_ptr(), lengths.data_ptr()
@@ -205,7 +209,16 @@ def _parts(rows: int, columns: int) -> list[slice]:
     return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
 
 
-def _as_struct(fmt: Format) -> _Format:
-    if isinstance(fmt, FloatFormat):
+@functools.cache
+def _as_struct(fmt: Format) -> _Format | None:
+    """None for a format that is not compiled: of too many binades, or a table but of 16 integers of 8 bits."""
+    if type(fmt) is FloatFormat and fmt.min_exponent > _FEWEST_BINADES:
         return _Format(1, fmt.bits, fmt.mantissa, fmt.min_exponent, -fmt.max, fmt.max)
-    return _Format(0, fmt.bits, 0, 0, fmt.min, fmt.max) if isinstance(fmt, IntFormat) else _Format(0, fmt.bits)
+    if type(fmt) is IntFormat:
+        return _Format(0, fmt.bits, 0, 0, fmt.min, fmt.max)
+    if type(fmt) is LookupFormat and len(fmt.table) == 16 and set(fmt.table) <= set(range(-128, 128)):
+        held = fmt.values, torch.tensor((*fmt.ends, math.inf))
+        made = _Format(2, fmt.bits, 0, 0, fmt.table[0], fmt.max, *(each.data_ptr() for each in held))
+        made.held = held
+        return made
+    return None

@@ -1,9 +1,12 @@
 """Formats without structure: any values, by table."""
 
 import math
+from bisect import bisect_left
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import pairwise
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,8 +20,8 @@ class LookupFormat:
 
     name: str
     table: tuple[float, ...]
-    # The last number that rounds to each value but the highest: the midpoint, or just below it where a tie goes up.
-    _last: tuple[float, ...] = field(init=False, repr=False, compare=False)
+    # The last float32 that rounds to each value but the highest: the midpoint, or just below it where a tie goes up.
+    ends: tuple[float, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         ascending = all(low < high for low, high in pairwise(self.table))
@@ -26,7 +29,16 @@ class LookupFormat:
             raise ValueError(f"the table of format '{self.name}' must hold 2 to 256 finite values in ascending order")
         midpoints = [(low + high) / 2 for low, high in pairwise(self.table)]
         last = (middle if code % 2 == 0 else math.nextafter(middle, -math.inf) for code, middle in enumerate(midpoints))
-        object.__setattr__(self, "_last", tuple(last))
+        object.__setattr__(self, "ends", tuple(map(_float32_below, last)))
+
+    @cached_property
+    def _cells(self) -> tuple[float, int, list[int], list[float]]:
+        """A width, a power of two, such that no interval [n, n + 1) of it holds two of `ends`; the first n that holds
+        one; from there on the number of ends before each interval, and the end in it or infinity."""
+        width = 2.0 ** math.floor(math.log2(min((high - low for low, high in pairwise(self.ends)), default=1.0)))
+        held = {math.floor(end / width): end for end in self.ends}
+        span = range(min(held), max(held) + 1)
+        return width, span[0], [bisect_left([*held], n) for n in span], [held.get(n, math.inf) for n in span]
 
     @property
     def bits(self) -> int:
@@ -61,13 +73,21 @@ class LookupFormat:
         return tuple(values[index].to(x.dtype).masked_fill_(nan, math.nan) for index in (lower, upper))
 
     def encode(self, x: Tensor) -> Tensor:
-        # In float64, where midpoints of float32 values are exact: a tie is a tie.
-        boundaries = torch.tensor(self._last, dtype=torch.float64, device=x.device)
-        return torch.bucketize(x.double().contiguous(), boundaries).masked_fill_(x.isnan(), 0).to(torch.uint8)
+        width, first, before, ends = self._cells
+        wide = x.detach().float()
+        n = (wide / width).clamp_(first, first + len(ends) - 1).nan_to_num_(first).floor_().int().sub_(first).flatten()
+        codes, end = (torch.tensor(each, device=x.device).index_select(0, n).view(x.shape) for each in (before, ends))
+        return (codes + (wide > end)).to(torch.uint8)
 
     def decode(self, codes: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        values = torch.tensor(self.table, dtype=torch.float32, device=codes.device)
-        return values.to(dtype)[codes.to(torch.int64) & (2**self.bits - 1)]
+        values = torch.tensor(self.table, dtype=torch.float32, device=codes.device).to(dtype)
+        return values.index_select(0, (codes & (2**self.bits - 1)).flatten().int()).view(codes.shape)
+
+
+def _float32_below(number: float) -> float:
+    """The largest float32 that is not above a number."""
+    nearest = np.float32(number)
+    return float(nearest if float(nearest) <= number else np.nextafter(nearest, np.float32(-math.inf)))
 
 
 # NormalFloat4: Dettmers et al., "QLoRA", arXiv 2305.14314, appendix E.
@@ -78,6 +98,9 @@ NF4 = LookupFormat("lut4", (
     0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 ))
+# Integers fitted to normal numbers in groups of 16 and of 32 whose scales have either sign (store: e3m4). The ends are
+# as unequal as those of ggml's IQ4_NL, which has no zero.
+NL4 = LookupFormat("nl4", (-127, -103, -81, -63, -48, -34, -21, -10, 0, 12, 24, 37, 51, 66, 84, 109))
 # Of least error for values of a normal distribution in groups of 16, over the group's largest: comfy-kitchen's default.
 GAUSSIAN = LookupFormat("lut4_gaussian", (
     -0.980602, -0.794529, -0.638165, -0.500986, -0.377321, -0.263187, -0.155210, -0.050720,

@@ -96,9 +96,10 @@ class NvFp4(Reference):
         for what, spec in (("weights", layer.weight_spec), ("inputs", layer.activations)):
             if spec is None or (spec.fmt, spec.granularity, spec.store, spec.split) != wanted:
                 return f"{what} are not in nvfp4: {FORMAT}, {GRANULARITY}, scales in {STORE}, no halves"
-        of_inputs = layer.activations
-        if of_inputs.ranges is not None or of_inputs.engine is not None or isinstance(layer, nn.Conv2d):
-            return "it takes linear layers, with scales of inputs found online, by no other engine's rounding"
+        if layer.activations.refused:
+            return layer.activations.refused
+        if layer.activations.ranges is not None or isinstance(layer, nn.Conv2d):
+            return "it takes linear layers, with scales of inputs found online"
         if any(type(one).complete is not Storage.complete for one in layer.transforms):
             return "its weights are not the codes alone: some are kept in high precision"
         if any(size % _MULTIPLE for size in layer.weight_shape):

@@ -62,8 +62,8 @@ def why_no_inputs(spec: ActivationSpec | None, mixed: bool, dtype: torch.dtype) 
     """Why inputs quantized so are no operand; None where they are. `mixed`: an output sums over several tokens."""
     if spec is None:
         return "its inputs are not quantized"
-    if spec.engine is not None:
-        return f"its inputs are rounded as {spec.engine.name} rounds them"
+    if spec.refused:
+        return spec.refused
     kind = spec.granularity.kind
     if unit(spec.fmt, dtype) is None:
         return f"inputs in {spec.fmt.name} are not exact in {NAMES[dtype]}"

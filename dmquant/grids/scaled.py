@@ -50,12 +50,12 @@ class ScaledGrid(Grid):
 
     @cached_property
     def neighbours(self) -> tuple[Tensor, Tensor]:
-        lower, upper = self.spec.fmt.neighbours(self._scaled)
-        return self._unscaled(lower), self._unscaled(upper)
+        first, second = map(self._unscaled, self.spec.fmt.neighbours(self._scaled))
+        return torch.minimum(first, second), torch.maximum(first, second)  # a negative scale turns them around
 
     @cached_property
     def step(self) -> Tensor:
-        return self._unscaled(self.spec.fmt.step(self._scaled))
+        return self._unscaled(self.spec.fmt.step(self._scaled)).abs()
 
     def round_column(self, values: Tensor, column: int) -> Tensor:
         scale = self.scale_of_columns[column]

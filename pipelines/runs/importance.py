@@ -7,7 +7,7 @@ from torch import nn
 
 from dmquant.calib.data.index import INDEX
 from dmquant.calib.data.store import CalibrationStore
-from dmquant.calib.layers.importance import CALLS, mean_squares
+from dmquant.calib.layers.importance import mean_squares
 from dmquant.errors import UserError
 from dmquant.exchange.source import Importance, Source
 from dmquant.host.console import Console
@@ -36,8 +36,7 @@ def importance_of(source: Source, data: Path | None, console: Console) -> Import
     backbone = kind.from_pretrained(source.folder / source.component, torch_dtype=torch.float32).eval().to(device)
     with console.bar("what errors cost") as bar:
         try:
-            found = mean_squares(backbone, layers, store, device, bar)
+            return Importance(*mean_squares(backbone, layers, store, device, bar))
         except (RuntimeError, TypeError, ValueError, AttributeError) as error:
             reason = " ".join(str(error).split())[:160]
             raise UserError(f"the calibration data in {data} is not for this model ({reason}): name other") from error
-    return Importance(found, min(CALLS, len(store)))

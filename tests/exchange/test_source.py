@@ -5,6 +5,7 @@ import shutil
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from safetensors.torch import save_file
 
 from dmquant.errors import UserError
 from dmquant.layers import QuantLinear
@@ -56,8 +57,11 @@ def test_a_truncated_model_is_refused(saved, tmp_path):
 
 def test_a_file_in_no_known_format_is_refused(tmp_path):
     tiny_pixart(tmp_path / "tiny")
-    with pytest.raises(UserError, match="is in full precision"):
+    with pytest.raises(UserError, match="is in full precision: give what is quantized"):
         open_foreign(tmp_path / "tiny" / "vae" / "diffusion_pytorch_model.safetensors")
+    save_file({"a.qweight": torch.zeros(3, dtype=torch.int16)}, tmp_path / "other.safetensors")
+    with pytest.raises(UserError, match=r"in no format that is known here: 1 tensors of \["):
+        open_foreign(tmp_path / "other.safetensors")
     with pytest.raises(UserError, match="no safetensors files"):
         find(tmp_path / "tiny" / "scheduler")
 

@@ -15,7 +15,7 @@ from dmquant.stores import STORES
     rows=st.integers(1, 6),
     channels=st.integers(2, 40),
     kernel=st.sampled_from([(), (1, 1), (3, 2)]),
-    format=st.sampled_from(["fp4", "fp4_e3m0", "fp6", "fp8_e5m2", "int3", "lut4"]),
+    format=st.sampled_from(["fp4", "fp4_e3m0", "fp6", "fp8_e5m2", "int3", "lut4", "nl4"]),
     granularity=st.sampled_from(["tensor", "channel", "group:16", "group:7"]),
     store=st.sampled_from(sorted(STORES)),
     split=st.none() | st.just(1),
@@ -31,5 +31,7 @@ def test_a_grid_and_the_codes_on_it_agree(rows, channels, kernel, format, granul
     assert torch.equal(QuantizedTensor.of(grid, grid.nearest).dequantize(), quantized.dequantize())  # 0 has two codes
     lower, upper = grid.neighbours
     assert ((grid.nearest == lower) | (grid.nearest == upper)).all()
+    assert (lower <= upper).all()
+    assert (grid.step >= upper - lower).logical_or(torch.isclose(grid.step, upper - lower)).all()
     column = seed % matrix.shape[1]
     assert torch.equal(grid.round_column(matrix[:, column], column), grid.nearest[:, column])

@@ -24,12 +24,12 @@ def ratio(request, monkeypatch):
     return request.param
 
 
-def quantized(kind="linear", dtype=torch.bfloat16, activations="fp6", weights="fp4", seed=0):
+def quantized(kind="linear", dtype=torch.bfloat16, activations="fp6", weights=("fp4",), seed=0):
     torch.manual_seed(seed)
     layer = nn.Linear(96, 40) if kind == "linear" else nn.Conv2d(32, 8, 3, padding=1)
     spec = ActivationSpec.parse(activations) if activations else None
     x = torch.randn((5, 96) if kind == "linear" else (2, 32, 6, 6))
-    return quantize_layer(layer.to(dtype), WeightSpec.parse(weights), spec), x.to(dtype)
+    return quantize_layer(layer.to(dtype), WeightSpec.parse(*weights), spec), x.to(dtype)
 
 
 @pytest.mark.parametrize("activations", [None, "fp6", "nvfp4"])
@@ -49,9 +49,10 @@ def test_narrow_inputs_are_rounded_once_or_as_the_reference_rounds(ratio, kind, 
     assert (output.float() - exact).norm() <= (reference.float() - exact).norm()
 
 
+@pytest.mark.parametrize("weights", [("fp4",), ("nl4", "group:32", "mse", "e3m4")])
 @pytest.mark.parametrize("kind", ["linear", "conv"])
-def test_float32_is_never_narrowed_and_gives_the_reference(ratio, kind):
-    layer, x = quantized(kind, torch.float32)
+def test_float32_is_never_narrowed_and_gives_the_reference(ratio, kind, weights):
+    layer, x = quantized(kind, torch.float32, weights=weights)
     with torch.no_grad():
         output = layer(x)
         with kernels.forced("reference"):
@@ -144,7 +145,7 @@ def test_threads_do_not_share_it():
 
 
 def test_without_a_compiler_weights_are_looked_up(monkeypatch):
-    layer, x = quantized(dtype=torch.float32, weights="nvfp4")
+    layer, x = quantized(dtype=torch.float32, weights=("nvfp4",))
     with torch.no_grad():
         expected, weight = layer(x), layer.dequantize(torch.bfloat16)
     monkeypatch.setattr(expanding, "library", lambda name: None)

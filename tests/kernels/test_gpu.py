@@ -207,7 +207,7 @@ def test_transforms_of_the_input_run_and_weights_beside_the_codes_are_refused(he
         layers[name] = quantize_layer(linear, spec, inputs, transforms=transforms).requires_grad_(False)
     x = torch.randn(3, 64)
     with kernels.forced("cuda-int8"):
-        assert close(layers["rotate"](x), exact(layers["rotate"], layers["rotate"].transform_input(x)))
+        assert close(layers["rotate"](x), exact(layers["rotate"], layers["rotate"].inputs(x)[-1]))
         with pytest.raises(UsageError, match="some are kept in high precision"):
             layers["outliers"](x)
     with kernels.forced("cuda"):
@@ -255,11 +255,18 @@ def test_one_graph_without_breaks(here, kernel):
         assert torch.equal(compiled, layer(x))
 
 
-STORED = [("e4m3", "group:16"), ("pow2", "group:16"), ("e8m0", "group:32"), ("int", "group:16"), ("bf16", "group:24")]
+STORED = [
+    ("e4m3", "group:16"),
+    ("e3m4", "group:16"),
+    ("pow2", "group:16"),
+    ("e8m0", "group:32"),
+    ("int", "group:16"),
+    ("bf16", "group:24"),
+]
 
 
 @pytest.mark.parametrize(("store", "granularity"), [*STORED, ("fp32", "channel"), ("fp32", "tensor")])
-@pytest.mark.parametrize("weights", ["fp4", "int3", "fp6", "fp8"])
+@pytest.mark.parametrize("weights", ["fp4", "int3", "fp6", "fp8", "nl4"])
 def test_decoded_weights_are_the_references(weights, store, granularity):
     for make in (lambda: nn.Linear(96, 10), lambda: nn.Conv2d(16, 6, 3)):
         layer = layer_of(make(), weights, granularity, store, None)

@@ -10,6 +10,7 @@ from dmquant.scaling import Granularity, from_groups, to_groups
 from dmquant.stores import SMALLEST, floor_exponent, power_of_two
 
 E2M1, E4M3 = get_format("fp4_e2m1"), get_format("fp8_e4m3")
+INT4_GROUPS = "group:64"
 LARGEST_BLOCK = E4M3.max * E2M1.max  # NVFP4: the largest value over the base
 
 
@@ -68,6 +69,14 @@ def mx(x: Tensor, fmt: Format) -> Tensor:
         return fmt.round(blocks / scale).mul_(scale)
 
     return in_blocks(x, 32, round_blocks)
+
+
+def int4(x: Tensor, scale: None) -> Tensor:
+    """SVDQuant's INT4: scales, and quotients before they become integers, are rounded to the input's dtype."""
+    granularity = Granularity.parse(INT4_GROUPS)
+    groups = to_groups(x, granularity)
+    scale = positive(groups.abs().amax(-1, keepdim=True) / 7)
+    return from_groups((groups / scale).round().clamp(-7, 7).float() * scale.float(), granularity, (x.shape[1],))
 
 
 def of_tokens(x: Tensor) -> Tensor:

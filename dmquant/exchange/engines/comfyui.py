@@ -9,11 +9,9 @@ from torch import Tensor
 
 from dmquant.activations import ActivationSpec
 from dmquant.exchange.engines import arithmetic
-from dmquant.exchange.engines.arithmetic import E4M3
+from dmquant.exchange.engines.arithmetic import E4M3, INT4_GROUPS
 from dmquant.exchange.engines.engine import Engine, formats, weights_in
 
-INT4_GROUP = 64
-BLOCK = f"group:{INT4_GROUP}"
 BRANCH = [{"method": "lowrank", "rank": 32, "by": "output"}]
 ROTATED = [{"method": "rotate", "size": 256, "order": "regular"}]
 
@@ -37,13 +35,6 @@ def _int8(x: Tensor, scale: None) -> Tensor:
     return (x / arithmetic.positive(scale.to(x.dtype))).round().clamp(-128, 127).float() * scale
 
 
-def _int4(x: Tensor, scale: None) -> Tensor:
-    """Of SVDQuant: scales, and quotients before they become integers, are rounded to the input's dtype."""
-    groups = x.unflatten(1, (-1, INT4_GROUP))
-    scale = groups.abs().amax(-1, keepdim=True).clamp(min=1e-10) / 7
-    return ((groups / scale).round().clamp(-7, 7).float() * scale.float()).flatten(1)
-
-
 ENGINE = Engine(
     "comfyui",
     inputs=(
@@ -52,7 +43,7 @@ ENGINE = Engine(
         (ActivationSpec.parse("mxfp8"), _mxfp8),
         (ActivationSpec.parse("fp8", "tensor", scale="static:1"), _fp8),
         (ActivationSpec.parse("int8", "token"), _int8),
-        (ActivationSpec.parse("int4", BLOCK), _int4),
+        (ActivationSpec.parse("int4", INT4_GROUPS), arithmetic.int4),
     ),
     formats=formats(
         weights_in("nvfp4", "nvfp4", static=True),
@@ -62,6 +53,6 @@ ENGINE = Engine(
         weights_in("fp8", granularity="tensor"),
         weights_in("int8", "int8"),
         weights_in("lut4_gaussian", "int8", granularity="group:16", store="levels", scale="lean", transforms=ROTATED),
-        weights_in("int4", "int4", BLOCK, granularity=BLOCK, store="bf16", scale="lean", transforms=BRANCH),
+        weights_in("int4", "int4", INT4_GROUPS, granularity=INT4_GROUPS, store="bf16", scale="lean", transforms=BRANCH),
     ),
 )

@@ -8,18 +8,8 @@ import torch
 from torch import Tensor
 
 from dmquant.activations import ActivationSpec
-from dmquant.exchange.engines.arithmetic import in_blocks, nvfp4, positive
+from dmquant.exchange.engines.arithmetic import INT4_GROUPS, int4, nvfp4
 from dmquant.exchange.engines.engine import Engine, formats, weights_in
-
-INT4 = 7
-
-
-def _int4(x: Tensor, scale: None) -> Tensor:
-    def round_groups(groups: Tensor, largest: Tensor) -> Tensor:
-        scale = positive((largest / INT4).to(x.dtype).float()).unsqueeze(-1)
-        return (groups * (1 / scale)).round().clamp(-INT4 - 1, INT4) * scale
-
-    return in_blocks(x, 64, round_groups)
 
 
 def _nvfp4(x: Tensor, scale: None) -> Tensor:
@@ -28,9 +18,9 @@ def _nvfp4(x: Tensor, scale: None) -> Tensor:
 
 ENGINE = Engine(
     "nunchaku-lite",
-    inputs=((ActivationSpec.parse("int4", "group:64"), _int4), (ActivationSpec.parse("nvfp4"), _nvfp4)),
+    inputs=((ActivationSpec.parse("int4", INT4_GROUPS), int4), (ActivationSpec.parse("nvfp4"), _nvfp4)),
     formats=formats(
-        weights_in("int4", "int4", "group:64", granularity="group:64", store="bf16", scale="lean"),
+        weights_in("int4", "int4", INT4_GROUPS, granularity=INT4_GROUPS, store="bf16", scale="lean"),
         weights_in("nvfp4", "nvfp4"),
     ),
 )

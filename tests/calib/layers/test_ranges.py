@@ -71,6 +71,15 @@ def test_scales_are_the_absmax_of_each_range(batch_size):
     assert scales["linear"].shape == (4, 1)
 
 
+def test_a_static_base_puts_the_largest_magnitude_at_the_end_of_both_formats():
+    store = Store([0, 1, 2, 3])
+    spec = ActivationSpec.parse("nvfp4", scale="static:1")
+    base = observe_ranges(Backbone(), {"conv": spec}, store, 2)["conv"]
+    largest = torch.cat(store.inputs).abs().max()
+    assert base.shape == spec.scale_shape(6) == (1, 1)
+    assert base.item() == pytest.approx(largest.item() / (6 * 448), rel=1e-6)
+
+
 def test_a_range_without_samples_takes_the_nearest_one():
     scales = observe_ranges(Backbone(), {"conv": static(10)}, Store([0, 3]), 2, clip=False)["conv"].flatten()
     assert scales.tolist() == [scales[0]] * 5 + [scales[9]] * 5

@@ -94,6 +94,7 @@ WRONG_USAGE = {
     "unknown activation format": (["MODEL", "--a", "e2m3"], "unknown format"),
     "unknown recipe": (["MODEL", "--recipe", "rtm"], "did you mean 'rtn'?"),
     "unknown purpose": (["MODEL", "--for", "sped"], "did you mean 'speed'?"),
+    "formats that an engine does not run": (["MODEL", "--for", "torchao", "--w", "fp6"], "torchao runs no weights"),
     "recipe and purpose": (["MODEL", "--for", "speed", "--recipe", "rtn"], "leave out --recipe rtn, or --for"),
     "unknown metric": (["MODEL", "--metrics", "psnr,sim"], "did you mean 'ssim'?"),
     "unknown CLIP model": (["MODEL", "--metrics", "clip_score", "--clip", "ViT-B-33"], "unknown CLIP model 'ViT-B-33'"),
@@ -220,7 +221,7 @@ def test_the_recipes_say_whether_they_need_data_and_how_they_round(capsys):
     out = dmquant(capsys, "recipes")[1]
     row = next(line for line in out.splitlines() if line.startswith("│ rtn "))
     assert [cell.strip() for cell in row.split("│")[1:7]] == [
-        *("rtn", "data-free", "nearest", "fp4_e2m1", "fp6_e2m3", "group:64")
+        *("rtn", "data-free", "nearest", "nl4", "fp6_e2m3", "group:32")
     ]
     assert f"--recipe is {DEFAULT_RECIPE}" in out
 
