@@ -149,8 +149,8 @@ def measure(bench: Bench, decode: Callable[..., Decoded], shift: int) -> dict[st
         weight = backbone.get_submodule(layer.name).weight
         exact = weight.detach().float()
         decoded, of_weight = decode(exact.roll(shift, 1), layer.weights)
+        errors.append(((decoded.roll(-shift, 1) - exact).square().sum() / exact.square().sum()).item())
         weight.copy_(decoded.roll(-shift, 1))
-        errors.append(((weight - exact).square().sum() / exact.square().sum()).item())
         bits.append((of_weight, weight.numel()))
     total = sum(each * count for each, count in bits) / sum(count for _, count in bits)
     return {"bits": total, "error": fmean(errors), "psnr": fmean(bench.psnr(backbone))}

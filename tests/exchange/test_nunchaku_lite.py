@@ -153,8 +153,9 @@ def test_layers_compute_what_dmquants_do(exported, name):
     for layer in ("transformer_blocks.0.attn1.to_q", "transformer_blocks.0.ff.net.0.proj"):
         ours = source.layer(layer)
         built = opened.layers[layer].build(torch.nn.Linear(*ours.weight_shape[::-1]))
-        expected = F.linear(fake_quantize(x, INPUTS[name]), ours.dequantize(torch.float32), ours.bias)
-        expected = ours.complete_output(expected, x)
+        *given, rounded = ours.inputs(x)
+        expected = F.linear(fake_quantize(rounded, INPUTS[name]), ours.dequantize(torch.float32), ours.bias)
+        expected = ours.complete_output(expected, given)
         assert torch.allclose(built(x), expected, atol=2**-8 * float(expected.abs().max()))
 
 
