@@ -81,3 +81,11 @@ def test_the_drawing_shows_the_imports_as_they_are(drawing, modules):
     assert drawn == drawing.DRAWING.read_text(encoding="utf-8"), "run: python tools/draw_architecture.py"
     places = re.findall(r'<rect x="([^"]+)" y="([^"]+)"', drawn)
     assert len(set(places)) == len(places) >= len(drawing.ROOMS), "two rooms lie on one another: change a column"
+
+
+def test_every_package_is_installed(modules):
+    """`pip install` takes the packages that pyproject.toml lists, and no other; tests run from the checkout."""
+    text = TOOL.parents[1].joinpath("pyproject.toml").read_text("utf-8")
+    listed = re.search(r"^packages = \[(.*?)\]", text, re.DOTALL | re.MULTILINE)
+    packages = {name for name, path in modules.items() if path.name == "__init__.py"}
+    assert packages == {*re.findall(r'"([\w.]+)"', listed[1])}

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from dmquant.cpu.solving import search_weighted
+from dmquant.exchange.levels import LevelGrid, fit_levels
 from dmquant.formats import Format
-from dmquant.grids import Grid, LevelGrid, ScaledGrid, TableGrid
+from dmquant.grids import Grid, ScaledGrid, TableGrid
 from dmquant.grids.kmeans import fit_table
-from dmquant.grids.levels import fit_levels
 from dmquant.qtensor import WeightSpec
 from dmquant.rounding.gptq import Factor, solve
 from dmquant.scaling import Scales, absmax, fit_absmax, search, to_groups

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from dmquant.activations import ActivationSpec
-from dmquant.errors import UserError
+from dmquant.errors import UsageError, UserError
 from dmquant.exchange.source import Source
 from dmquant.exchange.tensor_file import DTYPES, Entry
 from dmquant.layers import QUANTIZED
@@ -84,14 +84,18 @@ def counted(source: Source, kinds: Iterable[str]) -> dict[str, int]:
 
 
 def inputs(format: str, engine: str, scale: str = "online", granularity: str = "token") -> ActivationSpec:
-    """Inputs in a format, rounded as an engine does."""
-    return ActivationSpec.parse(format, granularity, scale=scale, engine=engine)
+    """Inputs in a format, rounded as an engine does; by our own rule where that of its kernel is not known."""
+    plain = ActivationSpec.parse(format, granularity, scale=scale)
+    try:
+        return ActivationSpec.parse(format, granularity, scale=scale, engine=engine)
+    except UsageError:
+        return plain
 
 
 def kind_of(activations: ActivationSpec | None) -> str | None:
     """Inputs by a short name: `nvfp4`, `static nvfp4`, `mxfp8`, `fp8_e4m3 a token`, `static fp8_e4m3 a tensor`, ...
 
-    None where they are not rounded. Static scales that tell timesteps apart, or halves of the input, are named so.
+    None where they are not rounded. Static scales that tell timesteps apart, halves of the input, and means that stay exact are named so.
     """
     if activations is None:
         return None
@@ -101,7 +105,7 @@ def kind_of(activations: ActivationSpec | None) -> str | None:
     split = " in two halves" if activations.split is not None else ""
     plain = f"{activations.fmt.name} a {activations.granularity}"
     store = "" if activations.store == "fp32" else f" in {activations.store}"
-    return static + (block or plain + store) + split
+    return static + (block or plain + store) + (" around means" if activations.center else "") + split
 
 
 def engine_of(activations: ActivationSpec | None) -> str | None:

@@ -9,6 +9,7 @@ import torch
 from dmquant.exchange.applying import OTHER_PARTS, listed
 from dmquant.exchange.architectures import guessed
 from dmquant.exchange.interfaces import Foreign, ForeignLayer, Found
+from dmquant.exchange.layers import kind_of
 from dmquant.host.console import Console
 from dmquant.host.units import size_text
 from dmquant.pipelines.commands.tables import table
@@ -87,7 +88,4 @@ def _bits(layers: Iterable[ForeignLayer]) -> float:
 
 
 def _input(layer: ForeignLayer) -> str:
-    if layer.activations is None:
-        return "not rounded"
-    static = " static" if layer.input_scale is not None else ""
-    return f"{layer.activations.fmt.name} by {layer.activations.granularity}{static}"
+    return kind_of(layer.activations) or "not rounded"

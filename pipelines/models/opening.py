@@ -7,6 +7,7 @@ from pathlib import Path
 from safetensors import safe_open
 from torch import nn
 
+from dmquant.diffusers import tensors
 from dmquant.diffusers.families.generic import COMPONENTS
 from dmquant.diffusers.quantizer import QuantConfig, QuantMethod, empty_layers_
 from dmquant.diffusers.timesteps import share_timesteps
@@ -17,47 +18,52 @@ from dmquant.exchange.interfaces import Foreign, ForeignFormat, ForeignLayer, Fo
 from dmquant.exchange.source import Source
 from dmquant.host import json_file, weight_file
 from dmquant.pipelines.models import folders
-from dmquant.pipelines.models.loading import checked_quantized
 from dmquant.pipelines.models.skeleton import skeleton
 from dmquant.pipelines.models.weights import weight_files
+from dmquant.pipelines.models.whole import AGAIN, check_models
 
 
 def open_source(folder: Path) -> Source:
     """The backbone of a pipeline folder that dmquant quantized and saved; UserError for anything else."""
-    checked_quantized(folder)
+    folders.check_whole(folder)
     component = next((name for name in COMPONENTS if name in folders.components(folder)), None)
     method = component and folders.quantization(folder, component)
     if method != QuantMethod.DMQUANT.value:
         what = f"was quantized by {method}" if method else "is in full precision"
         raise UserError(f"{folder} {what}: export takes what dmquant quantized (dmquant run, dmquant quantize)")
+    check_models(folder, (component,))
     return _source(folder / component)
 
 
 def _source(part: Path) -> Source:
+    """A component that dmquant saved; UserError where its tensors are not those of the model that its config says."""
     config = QuantConfig.from_dict(folders.read_json(part / "config.json")["quantization_config"])
     backbone = skeleton(part)
     empty_layers_(backbone, config)
-    return Source(backbone, config.recipe, weight_files(part), part.parent, part.name)
+    files = weight_files(part)
+    if (fault := tensors.misfit(backbone, tensors.of_files(files, str(part)))) is not None:
+        raise UserError(f"{part} {fault}: {AGAIN}")
+    return Source(backbone, config.recipe, files, part.parent, part.name)
 
 
 def find(path: Path) -> Found:
     """The headers and the configuration of a weight file, of a component's folder, or of a pipeline's backbone."""
     if path.is_file() and gguf.is_gguf(path):
-        tensors, metadata = gguf.header(path)
-        return Found(path, (path,), tensors, metadata, load=functools.partial(gguf.read, path))
+        held, metadata = gguf.header(path)
+        return Found(path, (path,), held, metadata, load=functools.partial(gguf.read, path))
     if path.is_dir() and (path / folders.INDEX).is_file():
         path = next((path / name for name in COMPONENTS if (path / name).is_dir()), path)
     files = [path] if not path.is_dir() else weight_files(path) or sorted(path.glob("*.safetensors"))
     if not files:
         raise UserError(f"{path} holds no safetensors files")
     config = path / "config.json"
-    tensors, metadata = {}, {}
+    held, metadata = {}, {}
     for file in files:
-        tensors |= weight_file.header(file)
+        held |= weight_file.header(file)
         with safe_open(file, framework="pt") as opened:
             metadata |= opened.metadata() or {}
     content = json_file.read_object(config) if path.is_dir() and config.is_file() else {}
-    return Found(path, tuple(files), tensors, metadata, content)
+    return Found(path, tuple(files), held, metadata, content)
 
 
 def _is_own(found: Found) -> bool:

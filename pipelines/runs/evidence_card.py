@@ -12,7 +12,8 @@ from dmquant.evaluation.metrics.lpips import LPIPS
 from dmquant.evaluation.metrics.psnr import PSNR
 from dmquant.evaluation.report import wording
 from dmquant.evaluation.report.markdown import cell, code, fenced, markdown_table
-from dmquant.exchange.interfaces import Exported, Foreign, ForeignFormat
+from dmquant.exchange.interfaces import Exported, Foreign, ForeignFormat, ForeignLayer
+from dmquant.exchange.layers import engine_of, kind_of
 from dmquant.exchange.source import Source
 from dmquant.host.text import command_without_folders, visible, without_folders
 from dmquant.pipelines.models.registry import registered_models
@@ -78,18 +79,20 @@ def _exactness(source: Source, written: Exported, read: Foreign | None, name: st
         else f"Weights were **quantized again** for this format: scores below are of the model before that. "
         f"Those of the file itself: {code(f'dmquant compare MODEL --recipes file:{name}')}."
     ]
-    ours = Counter("none" if each.activations is None else str(each.activations) for each in source.layers.values())
     if read is not None:
-        theirs = Counter("none" if each.activations is None else str(each.activations) for each in read.layers.values())
+        ours, theirs = (Counter(map(_input, each.layers.values())) for each in (source, read))
         if set(ours) != set(theirs):
-            lines.append(
-                f"The engine rounds inputs of layers to {_told(theirs)}; scores below are with inputs in {_told(ours)}."
-            )
+            lines.append(f"The engine's inputs: {_told(theirs)}. Those that the scores below are with: {_told(ours)}.")
     return "\n\n".join([*lines, *(f"Note: {cell(note)}." for note in written.notes)])
 
 
+def _input(layer: nn.Module | ForeignLayer) -> str:
+    engine = engine_of(layer.activations)
+    return (kind_of(layer.activations) or "not rounded") + (f" as {engine} rounds them" if engine else "")
+
+
 def _told(counts: Mapping[str, int]) -> str:
-    return " and ".join(f"{name} in {count} layers" for name, count in counts.items())
+    return ", ".join(f"{name} in {count} layers" for name, count in counts.items())
 
 
 def _unmeasured(why: str, name: str) -> str:

@@ -12,11 +12,13 @@ from dmquant.diffusers.families import GENERIC
 from dmquant.diffusers.families.generic import COMPONENTS
 from dmquant.errors import UsageError, UserError
 from dmquant.exchange.interfaces import Foreign
+from dmquant.exchange.layers import kind_of
 from dmquant.host.hashes import sha256_once
 from dmquant.host.names import readable
 from dmquant.pipelines.models.opening import open_foreign
 from dmquant.pipelines.runs.runfolder import MODEL
 from dmquant.recipe import Recipe
+from dmquant.settings import NO_FORMAT
 
 FILE = "file:"
 """Begins the name of a file where a recipe's is expected."""
@@ -51,8 +53,7 @@ class FileRecipe:
     @property
     def activations(self) -> str:
         """The formats that its layers round their inputs to, the most frequent first; `none` where they do not."""
-        specs = (layer.activations for layer in self.foreign.layers.values())
-        return _named("none" if spec is None else spec.fmt.name for spec in specs)
+        return _named(kind_of(layer.activations) or NO_FORMAT for layer in self.foreign.layers.values())
 
     @functools.cached_property
     def hashes(self) -> dict[str, str]:

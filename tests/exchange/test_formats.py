@@ -1,6 +1,8 @@
-"""What is written for torchao, ModelOpt, bfl and compressed-tensors, read back by ourselves; refusals in a line."""
+"""Written for torchao, ModelOpt, bfl and compressed-tensors and read back by ourselves; what cannot be, in a line."""
 
 import json
+from contextlib import suppress
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from dmquant import quantize_pipeline
 from dmquant.activations import ActivationSpec
 from dmquant.errors import UserError
 from dmquant.exchange.formats import formats, writable
@@ -17,7 +20,9 @@ from dmquant.formats import get_format
 from dmquant.pipelines.models.opening import open_foreign, open_source
 from dmquant.qtensor import WeightSpec, quantize_tensor
 from dmquant.recipe import Recipe
+from tests.tiny import PIXART_CALL, tiny_pixart, tiny_sd
 
+CALL = {"num_inference_steps": 2, "height": 32, "width": 32, **PIXART_CALL}
 ROW = {"granularity": "channel", "store": "fp32"}
 TENSOR = {"granularity": "tensor", "store": "fp32"}
 BLOCKS = {
@@ -143,6 +148,12 @@ def test_layers_of_another_class_or_shape_are_refused(target, layer, says):
     assert says in formats()[target].refuses(layer, spec, None)
 
 
+def test_torchao_asks_for_whole_tiles_where_inputs_are_rounded():
+    layer, spec, refuses = nn.Linear(32, 24), WeightSpec.parse("nvfp4"), formats()["torchao"].refuses
+    assert refuses(layer, spec, None) is None
+    assert "24 outputs" in refuses(layer, spec, ActivationSpec.parse("nvfp4"))
+
+
 @pytest.mark.parametrize("target", TAKEN)
 def test_a_transform_without_a_place_is_named(saved, tmp_path, target):
     settings = {"weights": "fp8_e4m3", "activations": "fp8_e4m3", **ROW}
@@ -223,6 +234,37 @@ class TestDamaged:
         with pytest.raises(UserError, match=f"{self.LAYER}.weight .* NF4Tensor, which is not read here"):
             open_foreign(broken("torchao", "nvfp4", rename))
 
+    @pytest.mark.parametrize("name", ["nvfp4 x nvfp4", "mxfp8 x mxfp8", "fp8 x fp8", "int8 x int8"])
+    def test_odd_attributes_are_read_or_refused(self, written, name):
+        """Whatever stands in place of an attribute."""
+        foreign = written("torchao", name)[2]
+        key, found = f"{self.LAYER}.weight", foreign.found
+        whole = json.loads(found.metadata[key])
+        for odd in (None, 7, "x", [[]], {"_data": {"a": 1}}, {"_type": "PerRow", "_data": [7]}):
+            changed = [{**whole, part: odd} for part in whole]
+            changed += [{**whole, "_data": {**whole["_data"], part: odd}} for part in whole["_data"]]
+            for header in changed:
+                metadata = {**found.metadata, key: json.dumps(header)}
+                with suppress(UserError):
+                    layers = foreign.format.read(replace(found, metadata=metadata)).layers
+                    assert torch.equal(layers[self.LAYER].weight(), foreign.layers[self.LAYER].weight())
+
+    @pytest.mark.parametrize(
+        "odd", [None, [], {"group_0": 3}, {"group_0": {"targets": 3}}, {"a": {"targets": ["re:("]}}]
+    )
+    @pytest.mark.parametrize("name", ["nvfp4", "int3"])
+    def test_odd_groups_are_read_or_refused(self, written, name, odd):
+        """Of compressed-tensors, whose bits of integers stand in the configuration alone."""
+        foreign = written("compressed-tensors", name)[2]
+        config = {"quantization_config": {**foreign.found.config["quantization_config"], "config_groups": odd}}
+        found = replace(foreign.found, config=config)
+        if name == "nvfp4":
+            layers = foreign.format.read(found).layers
+            assert torch.equal(layers[self.LAYER].weight(), foreign.layers[self.LAYER].weight())
+        else:
+            with pytest.raises(UserError, match="is no weight"):
+                foreign.format.read(found)
+
     def test_a_header_that_is_no_json(self, broken):
         def spoil(tensors, metadata):
             metadata[f"{self.LAYER}.weight"] = "{"
@@ -257,10 +299,61 @@ def test_nvfp4_of_all_dialects_is_the_same(written):
             assert torch.equal(a.float(), b.float())
 
 
+STATIC = {"weights": "nvfp4", "activations": "nvfp4", "activation_scale": "static:1"}
+
+
+@pytest.fixture(scope="module")
+def calibrated(tmp_path_factory):
+    """`calibrated(**settings)`: a tiny pipeline whose static inputs and transforms are fitted to a few prompts."""
+
+    def make(name, **settings):
+        folder = tmp_path_factory.mktemp("calibrated") / name
+        recipe = Recipe(
+            name=name, calibration={"prompts": 3, "steps_per_prompt": 1}, learning={"batch_size": 1}, **settings
+        )
+        quantize_pipeline(tiny_pixart(width=64), recipe, calibration=["apple", "cat", "boat"], out=folder, **CALL)
+        return open_source(folder)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def static(calibrated):
+    return calibrated("static", **STATIC)
+
+
+@pytest.mark.parametrize("target", TAKEN)
+def test_static_bases_of_inputs_go_along(static, tmp_path, target):
+    exported(static, target, tmp_path / "out")
+    foreign = open_foreign(tmp_path / "out")
+    for module, layer in foreign.layers.items():
+        ours = static.layer(module)
+        assert layer.activations == ActivationSpec.parse("nvfp4", scale="static:1", engine=target)
+        assert torch.allclose(layer.input_scale(), ours.input_scale.view(torch.float32), rtol=2.0**-22, atol=0)
+        assert torch.allclose(layer.weight(), ours.dequantize(torch.float32), rtol=2.0**-22, atol=0)
+
+
+def test_a_low_rank_branch_goes_to_modelopt_and_computes_as_ours(calibrated, tmp_path):
+    """NVFP4_SVD: smoothing, codes and branch, built again as a layer."""
+    transforms = [{"method": "lowrank", "rank": 4}]
+    source = calibrated("branch", transforms=transforms, **STATIC)
+    told = exported(source, "modelopt", tmp_path / "out")
+    assert told.formats["NVFP4_SVD"] == len(source.layers)
+    foreign = open_foreign(tmp_path / "out")
+    quantization = foreign.found.config["quantization_config"]
+    assert (quantization["quant_algo"], quantization["config_groups"]["group_0"]["lora_rank"]) == ("NVFP4_SVD", 4)
+    module = "transformer_blocks.0.ff.net.0.proj"
+    plain, ours, layer = nn.Linear(64, 256), source.layer(module), foreign.layers[module]
+    plain.bias = nn.Parameter(source.tensor(f"{module}.bias"))
+    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
+    expected = ours(x)
+    assert torch.allclose(layer.build(plain)(x), expected, atol=0.05 * expected.abs().max().item())
+    assert torch.allclose(layer.weight(), ours.float_weight(), atol=1e-6)
+
+
 def test_inputs_are_told(written):
-    assert {layer.activations for layer in written("torchao", "int8 x int8")[2].layers.values()} == {
-        ActivationSpec.parse("int8")
-    }
+    activations = {layer.activations for layer in written("torchao", "int8 x int8")[2].layers.values()}
+    assert activations == {ActivationSpec.parse("int8", engine="torchao")}
     assert {layer.activations for layer in written("modelopt", "nvfp4")[2].layers.values()} == {None}
 
 
@@ -270,3 +363,22 @@ def test_the_smallest_weights_survive(tmp_path):
     weight[0, 0] = 1e-38
     base = quantize_tensor(weight, "nvfp4").scales.base.reshape(1)
     assert torch.isfinite(reciprocal(base)).all()
+
+
+@pytest.mark.parametrize("target", ["torchao", "bfl"])
+def test_what_is_made_for_a_target_goes_there(tmp_path, target):
+    """`--for TARGET` of an UNet, whose convolutions stay in high precision."""
+    recipe = Recipe.load(f"for-{target}")
+    small = {"calibration": {"prompts": 3, "steps_per_prompt": 1}, "learning": {"batch_size": 1}}
+    recipe = Recipe.model_validate({**recipe.model_dump(exclude_unset=True), **small})
+    call = {"num_inference_steps": 2, "height": 32, "width": 32}
+    quantize_pipeline(tiny_sd(), recipe, calibration=["apple", "cat", "boat"], out=tmp_path / "ours", **call)
+    source = open_source(tmp_path / "ours")
+    told = exported(source, target, tmp_path / "theirs")
+    assert told.exact
+    assert told.formats[HIGH] > 10
+    assert not any("scored" in note for note in told.notes)
+    inputs = ActivationSpec.parse("nvfp4", scale=recipe.activation_scale, engine=target)
+    for module, layer in open_foreign(tmp_path / "theirs").layers.items():
+        assert layer.activations == inputs
+        assert torch.equal(layer.weight(), source.layer(module).dequantize(torch.float32))

@@ -48,7 +48,7 @@ def test_a_file_is_told_by_format_dialect_bits_and_layers(tmp_path, capsys):
     text = shown(capsys, path, False)
     assert "file.safetensors: labelled NVFP4, for tests, no model that is known here" in text
     assert "dialect: nibbles: low first; block scales: linear; scales: multiplied" in text
-    assert "2 layers: nvfp4 in 2; inputs: fp6_e2m3 by token in 2; 4.502 bits a quantized weight; 23.0 kB packed" in text
+    assert "2 layers: nvfp4 in 2; inputs: fp6_e2m3 a token in 2; 4.502 bits a quantized weight; 23.0 kB packed" in text
     assert "in high precision 4 tensors of 67.3 kB (F32 in 4)" in text
     assert "256x128" in shown(capsys, path, True)
 

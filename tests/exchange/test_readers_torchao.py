@@ -6,7 +6,6 @@ Where torchao is importable, diffusers imports it at every start and warns: `.ci
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -38,7 +37,7 @@ folder, out = sys.argv[1:]
 pipe = DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
 pipe.set_progress_bar_config(disable=True)
 assert not any(name.startswith("dmquant") for name in sys.modules)
-kinds = {{type(module.weight.data).__name__ for module in pipe.transformer.modules() if hasattr(module, "to_q")}}
+assert type(pipe.transformer.transformer_blocks[0].attn1.to_q.weight.data).__name__ == "NVFP4Tensor"
 image = pipe("a red apple", num_inference_steps=3, generator=torch.Generator().manual_seed(0), output_type="pt",
              height=32, width=32, **{PIXART_CALL!r}).images
 save_file({{"image": image}}, out)
@@ -78,10 +77,10 @@ def test_its_tensors_decode_to_ours_and_are_told_as_it_tells_them(written, name)
 
 def test_images_of_plain_diffusers_are_ours(written, tmp_path):
     """NVFP4 weights, in float32: bit for bit."""
-    source, foreign = written("nvfp4")
+    source, _ = written("nvfp4")
     (tmp_path / "sample.py").write_text(SAMPLE)
-    command = [sys.executable, "sample.py", str(foreign.found.path), "image.safetensors"]
-    subprocess.run(command, cwd=tmp_path, check=True, timeout=300, stdout=subprocess.DEVNULL)
+    command = [sys.executable, "sample.py", "out", "image.safetensors"]
+    subprocess.run(command, cwd=tmp_path, check=True, timeout=300, capture_output=True)
     with forced("reference"):
         pipe = DiffusionPipeline.from_pretrained(source.folder)
         pipe.set_progress_bar_config(disable=True)
@@ -95,7 +94,7 @@ def test_images_of_plain_diffusers_are_ours(written, tmp_path):
 
 @pytest.mark.parametrize("name", ["fp8 x fp8", "int8 x int8"])
 def test_its_products_are_those_of_inputs_rounded_as_told(written, name):
-    """In float32: what the reader multiplies, on a CPU, is what is emulated of it."""
+    """What the reader multiplies, on a CPU, is what is emulated of it, to the rounding of bfloat16."""
     _, foreign = written(name)
     module = "transformer_blocks.0.ff.net.0.proj"
     (file,) = foreign.found.files
@@ -106,5 +105,4 @@ def test_its_products_are_those_of_inputs_rounded_as_told(written, name):
     theirs = torch.nn.functional.linear(x, made[f"{module}.weight"])
     rounded = fake_quantize(x, foreign.layers[module].activations)
     ours = torch.nn.functional.linear(rounded.float(), foreign.layers[module].weight())
-    assert (theirs - ours).norm() < 0.01 * ours.norm()
-    assert Path(file).exists()
+    assert (theirs - ours).norm() < 2.0**-8 * ours.norm()

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dmquant import __version__
 from dmquant.activations import ActivationSpec
@@ -159,7 +159,11 @@ def _read_layer(found: Found, name: str) -> ForeignLayer:
         return layer
     rank, columns = matrix(found, down, "BF16", "F16", "F32")
     part(found, up, found.tensors[down].dtype, (layer.shape[0], rank))
-    part(found, f"{name}.{named_scales.SMOOTH}", found.tensors[f"{name}.{named_scales.SMOOTH}"].dtype, (columns,))
+    smooth = f"{name}.{named_scales.SMOOTH}"
+    part(found, smooth, found.tensors[smooth].dtype if smooth in found.tensors else "BF16", (columns,))
+
+    def weight() -> Tensor:
+        return (layer.weight() + found.tensor(up).float() @ found.tensor(down).float()) * found.tensor(smooth).float()
 
     def build(plain: nn.Module) -> nn.Module:
         """Weights in NVFP4, inputs smoothed and rounded, and the branch on what is not rounded."""
@@ -169,12 +173,12 @@ def _read_layer(found: Found, name: str) -> ForeignLayer:
         stored = [found.tensor(f"{name}.{one}") for one in (named_scales.WEIGHT, named_scales.SCALE, named_scales.BASE)]
         scales = Scales(stored[1].view(torch.uint8), stored[2].reshape(1, 1), spec.store)
         made.load_quantized(QuantizedTensor(stored[0], scales, spec, layer.shape), plain.bias, layer.input_scale())
-        smooth = found.tensor(f"{name}.{named_scales.SMOOTH}").bfloat16().reshape(1, -1)
+        factor = found.tensor(smooth).bfloat16().reshape(1, -1)
         branch = {"down": found.tensor(down).bfloat16(), "up": found.tensor(up).bfloat16()}
-        made.load_parts({"smooth": {"factor": smooth}, "lowrank": branch})
+        made.load_parts({"smooth": {"factor": factor}, "lowrank": branch})
         return made
 
-    return ForeignLayer(**{**vars(layer), "format": "nvfp4 with a branch", "build": build})
+    return ForeignLayer(**{**vars(layer), "format": "nvfp4 with a branch", "weight": weight, "build": build})
 
 
 FORMAT = ForeignFormat(NAME, "ModelOpt", recognises, read, export, folder=True, refuses=refuses)

@@ -14,9 +14,9 @@ from dmquant.errors import UserError
 from dmquant.exchange.formats.comfyui.computing import Steps
 from dmquant.exchange.formats.comfyui.layout import Group, Layout, Opened, of_engine, split_within
 from dmquant.exchange.interfaces import ForeignLayer
+from dmquant.exchange.levels import levels_of
 from dmquant.exchange.tensor_file import Entry
 from dmquant.formats import LookupFormat
-from dmquant.grids.levels import levels_of
 from dmquant.grids.table import look_up
 from dmquant.packing import unpack
 from dmquant.qtensor import WeightSpec

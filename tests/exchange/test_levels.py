@@ -5,8 +5,8 @@ import torch
 
 from dmquant.calib.layers.lean import fit_lean
 from dmquant.errors import UsageError
+from dmquant.exchange.levels import LARGEST, LevelGrid, fit_levels
 from dmquant.formats import get_format
-from dmquant.grids.levels import LARGEST, LevelGrid, fit_levels
 from dmquant.qtensor import QuantizedTensor, WeightSpec, quantize
 from dmquant.rounding import gptq
 from tests.calib.layers.test_lean import inputs
