@@ -82,7 +82,9 @@ def refuses(layer: nn.Module, spec: WeightSpec, activations: ActivationSpec | No
         given = kind_of(activations) or "16 bits"
         return f"has inputs in {given}, by which torchao multiplies no weights in {described(spec)}"
     if why is None and activations is not None and layer.out_features % 16:
-        return f"has {layer.out_features} outputs, no multiple of 16, for which its kernels ask where inputs are rounded"
+        return (
+            f"has {layer.out_features} outputs, no multiple of 16, for which its kernels ask where inputs are rounded"
+        )
     return why
 
 
