@@ -34,8 +34,19 @@ LAYOUTS = {  # layout class, its parameters by the tensors of the file, and the 
     ),
     "mxfp8": ("TensorCoreMXFP8Layout", {"scale": "weight_scale"}, {"weight_scale": torch.float8_e8m0fnu}),
     "int8_tensorwise": ("TensorWiseINT8Layout", {"scale": "weight_scale"}, {}),
+    "asym_w4a8_int8": (
+        "AsymW4A8Int8Layout",
+        {"scale": "weight_s_rel", "s_channel": "weight_s_channel", "codebook": "weight_codebook"},
+        {},
+    ),
+    "svdquant_w4a4": (
+        "TensorCoreSVDQuantW4A4Layout",
+        {"scale": "weight_scale", "proj_down": "proj_down", "proj_up": "proj_up", "smooth_factor": "smooth_factor"},
+        {},
+    ),
 }
-IN_KERNEL = {"int8_tensorwise"}  # whose kernels round the input themselves
+IN_KERNEL = {"int8_tensorwise", "asym_w4a8_int8", "svdquant_w4a4"}  # whose kernels round the input themselves
+OPTIONS = {"convrot", "convrot_groupsize", "group_size"}
 
 
 class Linear(nn.Module):
@@ -48,6 +59,7 @@ class Linear(nn.Module):
         views = {name: parts[name].view(dtypes[name]) if name in dtypes else parts[name] for name in names.values()}
         params = getattr(kitchen, self.layout).Params(
             **{each: views[name] for each, name in names.items()},
+            **{option: settings[option] for option in OPTIONS & settings.keys()},
             orig_dtype=layer.weight.dtype,
             orig_shape=tuple(layer.weight.shape),
         )
@@ -58,6 +70,9 @@ class Linear(nn.Module):
         x = x if self.factor is None else x * self.factor.to(x.dtype)
         if self.full:
             return F.linear(x, self.quantized.dequantize(), self.bias)
+        if self.format == "svdquant_w4a4":  # its eager functions take 16 bits alone
+            bias = None if self.bias is None else self.bias.bfloat16()
+            return F.linear(x.bfloat16(), self.quantized, bias).to(x.dtype)
         if self.format in IN_KERNEL:
             return F.linear(x, self.quantized, self.bias)
         scale = self.input_scale

@@ -6,8 +6,10 @@
 Weights alone: the layers that the recipe rtn quantizes get the values that each way's codes mean, scales and minima
 counted; everything else stays. Other libraries quantize by their own code, GGUF's formats by llama.cpp in rows of 256
 weights, as SD's are stored in such files. The weight error is the squared error over the squared weight, the mean over
-layers; PSNR is that of images before they are rounded to 8 bits, the mean over images. Rows are
-kept in OUT: what is there is not done again. Without --peers the others are left out.
+layers; PSNR is that of images before they are rounded to 8 bits, the mean over images. By chance one rounding draws
+nearer than another that is no worse, so each way is measured with the input channels shifted by each of SHIFTS places
+before they are cut into groups, and shifted back: figures are means, and the standard deviation is of PSNR over shifts.
+What was measured is kept in OUT, and not done again. Without --peers the others are left out.
 """
 
 import argparse
@@ -35,7 +37,8 @@ PACKAGES = (
     "bitsandbytes==0.50.2", "gguf==0.19.0", "hqq==0.2.8.post1", "termcolor==3.3.0", "torchao==0.18.0",
     "xllamacpp==2026.10.11549",
 )  # fmt: skip
-HEADER = ("weights", "bits a weight", "weight error", "PSNR, dB", "standard error", "dB over the first")
+SHIFTS = (0, 5, 11, 21)
+HEADER = ("weights", "bits a weight", "weight error", "PSNR, dB", "by shifts, ±", "least to most")
 SUPER = 256  # weights of a row of GGUF
 Decoded = tuple[Tensor, float]
 
@@ -139,48 +142,49 @@ WAYS = {
 
 
 @torch.no_grad()
-def measure(bench: Bench, decode: Callable[..., Decoded]) -> dict[str, float]:
-    """Bits, the weight error, and PSNR with the standard deviation of its mean over images."""
+def measure(bench: Bench, decode: Callable[..., Decoded], shift: int) -> dict[str, float]:
+    """Bits, the weight error, and PSNR."""
     backbone, errors, bits = bench.copy(), [], []
     for layer in plan(backbone, bench.settings.recipe_for(backbone)):
         weight = backbone.get_submodule(layer.name).weight
         exact = weight.detach().float()
-        decoded, of_weight = decode(exact, layer.weights)
-        errors.append(((decoded - exact).square().sum() / exact.square().sum()).item())
+        decoded, of_weight = decode(exact.roll(shift, 1), layer.weights)
+        errors.append(((decoded.roll(-shift, 1) - exact).square().sum() / exact.square().sum()).item())
+        weight.copy_(decoded.roll(-shift, 1))
         bits.append((of_weight, weight.numel()))
-        weight.copy_(decoded)
-    psnr = bench.psnr(backbone)
     total = sum(each * count for each, count in bits) / sum(count for _, count in bits)
-    return {"bits": total, "error": fmean(errors), "psnr": fmean(psnr), "spread": stdev(psnr) / len(psnr) ** 0.5}
+    return {"bits": total, "error": fmean(errors), "psnr": fmean(bench.psnr(backbone))}
 
 
-def rows_of(bench: Bench, names: list[str], peers: Path | None) -> Iterator[tuple[str, dict[str, float] | str]]:
-    """Every row by name, from OUT where it is there; why not, for one that failed."""
+def rows_of(bench: Bench, names: list[str]) -> Iterator[tuple[str, list[dict[str, float]] | str]]:
+    """What was measured at every shift, by name, from OUT where it is there; why not, for one that failed."""
     for name in names:
-        decode = WAYS[name]
-        key = fingerprint(way=name, dmquant=dmquant.__version__, packages=PACKAGES, prompts=bench.settings.prompts)
-        path = bench.out / "rows" / f"{key[:12]}.json"
-        if not path.exists():
-            try:
-                with reasons():
-                    row = measure(bench, decode)
-            except UnmeasuredError as error:
-                yield name, str(error)
-                continue
-            write_text(path, json.dumps(row))
-        yield name, json.loads(path.read_text())
+        rows = []
+        try:
+            for shift in SHIFTS:
+                parts = {"way": name, "shift": shift, "packages": PACKAGES, "prompts": bench.settings.prompts}
+                path = bench.out / "rows" / f"{fingerprint(dmquant=dmquant.__version__, **parts)[:12]}.json"
+                if not path.exists():
+                    with reasons():
+                        write_text(path, json.dumps(measure(bench, WAYS[name], shift)))
+                rows.append(json.loads(path.read_text()))
+        except UnmeasuredError as error:
+            yield name, str(error)
+        else:
+            yield name, rows
 
 
-def table(rows: dict[str, dict[str, float] | str]) -> str:
-    """Markdown, by bits and then by PSNR; the first way is what the others are compared with."""
-    first = next(iter(rows.values()))
-    lines = [HEADER, ["---"] * len(HEADER)]
-    measured = {name: row for name, row in rows.items() if not isinstance(row, str)}
-    for name, row in sorted(measured.items(), key=lambda item: (round(item[1]["bits"], 2), item[1]["psnr"])):
-        over = f"{row['psnr'] - first['psnr']:+.2f}" if not isinstance(first, str) else ""
-        figures = [f"{row['bits']:.3f}", f"{row['error']:.5f}", f"{row['psnr']:.2f}", f"{row['spread']:.2f}", over]
-        lines.append([name, *figures])
-    lines += [[name, f"not measured: {row}", "", "", "", ""] for name, row in rows.items() if isinstance(row, str)]
+def table(rows: dict[str, list[dict[str, float]] | str]) -> str:
+    """Markdown, by bits and then by PSNR."""
+    lines, measured = [HEADER, ["---"] * len(HEADER)], []
+    for name, row in rows.items():
+        if isinstance(row, str):
+            lines.append([name, f"not measured: {row}", *[""] * (len(HEADER) - 2)])
+            continue
+        bits, error, psnr = ([each[key] for each in row] for key in ("bits", "error", "psnr"))
+        cells = [f"{fmean(bits):.3f}", f"{fmean(error):.5f}", f"{fmean(psnr):.2f}", f"{stdev(psnr):.2f}"]
+        measured.append(((round(fmean(bits), 2), fmean(psnr)), [name, *cells, f"{min(psnr):.2f} to {max(psnr):.2f}"]))
+    lines[2:2] = [cells for _, cells in sorted(measured)]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
@@ -204,7 +208,7 @@ def main() -> None:
         names = [name for name in names if WAYS[name].__qualname__.startswith(dmquant_way.__name__)]
     for model in options.models.split(","):
         bench = Bench(options.out.resolve() / model, options.images, model, PROMPTS)
-        rows = dict(rows_of(bench, names, options.peers))
+        rows = dict(rows_of(bench, names))
         print(f"\n{model}, {options.images} images of {PROMPTS}\n\n{table(rows)}", flush=True)
 
 

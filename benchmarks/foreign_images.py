@@ -8,6 +8,7 @@ dmquant's own images in bfloat16 are from its own in float32. `bfl` needs no pac
 """
 
 import argparse
+import json
 import os
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 PROMPTS = ["blue hibiscus, animals & nature, plant flower", "red car, travel & places, transport ground"]
+STEPS = 10
 ROW = {"granularity": "channel", "store": "fp32"}
 SETTINGS = {
     "torchao": {
@@ -31,11 +33,10 @@ SETTINGS = {
 }
 
 
-def images(pipe) -> torch.Tensor:
+def images(pipe, call: dict) -> torch.Tensor:
     pipe.set_progress_bar_config(disable=True)
-    pixart = {"use_resolution_binning": False, "clean_caption": False} if "PixArt" in type(pipe).__name__ else {}
     seeds = [torch.Generator().manual_seed(seed) for seed in range(len(PROMPTS))]
-    return pipe(PROMPTS, num_inference_steps=10, generator=seeds, output_type="pt", **pixart).images.float()
+    return pipe(PROMPTS, generator=seeds, output_type="pt", **call).images.float()
 
 
 def declare_operators() -> None:
@@ -46,14 +47,14 @@ def declare_operators() -> None:
         library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 
-def theirs(folder: Path, target: str, dtype: torch.dtype) -> torch.Tensor:
+def theirs(folder: Path, target: str, dtype: torch.dtype, call: dict) -> torch.Tensor:
     """Images by plain diffusers, which finds torchao by itself and is told of bfl."""
     if "+cpu" in torch.__version__:
         declare_operators()
     from diffusers import BFLQuantizationConfig, DiffusionPipeline, UNet2DConditionModel
 
     if target == "torchao":
-        return images(DiffusionPipeline.from_pretrained(folder, torch_dtype=dtype))
+        return images(DiffusionPipeline.from_pretrained(folder, torch_dtype=dtype), call)
     unet = UNet2DConditionModel.from_single_file(
         str(folder / "unet" / "diffusion_pytorch_model.safetensors"),
         config=str(folder),
@@ -61,7 +62,7 @@ def theirs(folder: Path, target: str, dtype: torch.dtype) -> torch.Tensor:
         quantization_config=BFLQuantizationConfig(compute_dtype=dtype),
         torch_dtype=dtype,
     )
-    return images(DiffusionPipeline.from_pretrained(folder, unet=unet, torch_dtype=dtype))
+    return images(DiffusionPipeline.from_pretrained(folder, unet=unet, torch_dtype=dtype), call)
 
 
 def quantized(model: str, settings: dict, target: str, folder: Path) -> None:
@@ -82,13 +83,13 @@ def quantized(model: str, settings: dict, target: str, folder: Path) -> None:
     writable(target).export(open_source(folder / "ours"), folder / "theirs", lambda done, total: None)
 
 
-def ours(folder: Path, dtype: torch.dtype) -> torch.Tensor:
+def ours(folder: Path, dtype: torch.dtype, call: dict) -> torch.Tensor:
     from diffusers import DiffusionPipeline
 
     from dmquant.kernels import forced
 
     with forced("reference"):
-        return images(DiffusionPipeline.from_pretrained(folder / "ours", torch_dtype=dtype))
+        return images(DiffusionPipeline.from_pretrained(folder / "ours", torch_dtype=dtype), call)
 
 
 def psnr(one: torch.Tensor, two: torch.Tensor) -> str:
@@ -100,26 +101,38 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--to", default="torchao", choices=SETTINGS)
     parser.add_argument("--models", default="emoji-pixart,emoji-sd")
-    parser.add_argument("--do", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--do", nargs=4, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.do:
-        folder, dtype, out = options.do
-        save_file({"images": theirs(Path(folder), options.to, getattr(torch, dtype)).contiguous()}, out)
+        folder, dtype, call, out = options.do
+        save_file(
+            {"images": theirs(Path(folder), options.to, getattr(torch, dtype), json.loads(call)).contiguous()}, out
+        )
         return
 
     import dmquant  # noqa: F401  before diffusers, for which it makes torchvision importable
+    from dmquant.pipelines.models.registry import registered_models
 
     print("| model | weights, inputs | images of both, bfloat16 | float32 | ours: bfloat16 to float32 |")
     print("| --- | --- | --- | --- | --- |")
     for model in options.models.split(","):
+        spec = registered_models()[model]
+        size = {
+            "height": spec.height,
+            "width": spec.width,
+            "num_inference_steps": STEPS,
+            "guidance_scale": spec.guidance,
+        }
+        call = {**spec.call, **size}
         for name, settings in SETTINGS[options.to].items():
             with tempfile.TemporaryDirectory() as place:
                 folder, row = Path(place), []
                 quantized(model, settings, options.to, folder)
-                made = {dtype: ours(folder, getattr(torch, dtype)) for dtype in ("bfloat16", "float32")}
+                made = {dtype: ours(folder, getattr(torch, dtype), call) for dtype in ("bfloat16", "float32")}
                 for dtype, own in made.items():
-                    command = [sys.executable, __file__, "--to", options.to, "--do", str(folder / "theirs"), dtype]
-                    done = subprocess.run([*command, str(folder / "out")], capture_output=True, env=os.environ)
+                    given = [str(folder / "theirs"), dtype, json.dumps(call), str(folder / "out")]
+                    command = [sys.executable, __file__, "--to", options.to, "--do", *given]
+                    done = subprocess.run(command, capture_output=True, env=os.environ)
                     row.append(psnr(load_file(folder / "out")["images"], own) if not done.returncode else "not loaded")
                     (folder / "out").unlink(missing_ok=True)
                 row.append(psnr(made["bfloat16"], made["float32"]))

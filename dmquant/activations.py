@@ -1,7 +1,8 @@
 """Activation quantization: online, where a scale comes from the input itself, or static, where calibration fixed it."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import prod
 from typing import Any
 
 import torch
@@ -10,10 +11,13 @@ from torch import Tensor
 from dmquant.errors import UsageError, check_choice, unknown
 from dmquant.formats import Format, get_format
 from dmquant.registry import engine_of
-from dmquant.scaling import BLOCK_FORMATS, Granularity, absmax, fit_absmax, from_groups, to_groups
+from dmquant.scaling import BLOCK_FORMATS, ONLINE_RULES, Granularity, absmax, from_groups, to_groups
 from dmquant.stores import STORES
 
 SCHEDULE = 1000  # timesteps run from 0 to this, in diffusers also those of flow matching
+PLAIN = "absmax"  # the rule of online scales that every kernel knows
+CENTERS = ("none", "image")
+FEWEST = 8  # tokens or pixels of a row whose mean is taken out: of fewer it would be much of the input itself
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,8 @@ class ActivationSpec:
     `engine` rounds in place of all this as the kernel of another engine does, bit for bit.
 
     `split`: the input is a concatenation; wherever a scale would cover channels before and after the first `split`,
-    there are two.
+    there are two. `rule`: how online scales are fitted. `center`: the mean of each channel over the tokens of a row, or
+    pixels, stays as it is, and the differences to it are quantized.
     """
 
     fmt: Format
@@ -40,6 +45,8 @@ class ActivationSpec:
     ranges: int | None = None
     split: int | None = None
     engine: Any = None
+    rule: str = PLAIN
+    center: bool = False
 
     @classmethod
     def parse(
@@ -50,6 +57,8 @@ class ActivationSpec:
         scale: str = "online",
         split: int | None = None,
         engine: str | None = None,
+        rule: str = PLAIN,
+        center: str = "none",
     ) -> "ActivationSpec":
         """Parse and check, or raise UsageError; `scale` is `online` or `static:R`. A block format such as `mxfp6`
         brings its own granularity and store. `engine` is the name of one."""
@@ -69,8 +78,11 @@ class ActivationSpec:
                 f"a static activation scale cannot be one per {parsed}, which is known only at run time: "
                 "use granularity tensor or channel, nvfp4, or online scales"
             )
+        centered = check_choice("center of activations", center, CENTERS) != "none"
+        if (centered or check_choice("activation rule", rule, ONLINE_RULES) != PLAIN) and (ranges or engine):
+            raise UsageError("activation_rule and activation_center are for online scales that no engine rounds by")
         halves = None if parsed.kind == "channel" or (based and ranges) else split
-        spec = cls(get_format(format), parsed, store, ranges, halves)
+        spec = cls(get_format(format), parsed, store, ranges, halves, None, rule, centered)
         return spec if engine is None else engine_of(engine).taking(spec)
 
     @property
@@ -87,7 +99,11 @@ class ActivationSpec:
     @property
     def refused(self) -> str | None:
         """Why no kernel but the reference's arithmetic fits these scales; None where others can."""
-        return None if self.engine is None else f"its inputs are rounded as {self.engine.name} rounds them"
+        if self.engine is not None:
+            return f"its inputs are rounded as {self.engine.name} rounds them"
+        if self.center:
+            return "the mean of its inputs is not quantized"
+        return None if self.rule == PLAIN else f"scales of its inputs are fitted by {self.rule}"
 
     def segments(self, channels: int) -> tuple[int, ...]:
         """Channels of the parts of a token that share no scale."""
@@ -100,7 +116,8 @@ class ActivationSpec:
     def __str__(self) -> str:
         static = "" if self.ranges is None else f"/static:{self.ranges}"
         engine = "" if self.engine is None else f"/{self.engine.name}"
-        return f"{self.fmt.name}/{self.granularity}{static}{engine}"
+        rule = "" if self.rule == PLAIN else f"/{self.rule}"
+        return f"{self.fmt.name}/{self.granularity}{static}{rule}{'/center' if self.center else ''}{engine}"
 
 
 def parse_ranges(text: str) -> int | None:
@@ -168,9 +185,15 @@ def static_scale(scale: Tensor, ranges: TimestepRanges | None, x: Tensor, dim: i
     return scale.view(shape)
 
 
-def half_by_half(quantize: Callable[..., Tensor], x: Tensor, spec: ActivationSpec, dim: int) -> Tensor:
-    """Quantize the halves of a concatenation, by the spec's `split`, each on its own; dtype and shape of `x`."""
-    each = ActivationSpec(spec.fmt, spec.granularity, spec.store)
+def in_parts(quantize: Callable[..., Tensor], x: Tensor, spec: ActivationSpec, dim: int) -> Tensor:
+    """Quantize the differences to the mean, or the halves of a concatenation, each on its own; dtype, shape of `x`."""
+    if spec.center:
+        plain, positions = replace(spec, center=False), [one for one in range(1, x.ndim) if one != dim % x.ndim]
+        if prod(x.shape[one] for one in positions) < FEWEST:
+            return quantize(x, plain, dim)
+        mean = x.float().mean(positions, keepdim=True)
+        return quantize(x.float() - mean, plain, dim).add_(mean).to(x.dtype)
+    each = replace(spec, split=None)
     return torch.cat([quantize(half, each, dim) for half in x.split(spec.segments(x.shape[dim]), dim)], dim)
 
 
@@ -183,11 +206,11 @@ def fake_quantize(x: Tensor, spec: ActivationSpec, dim: int = -1, scale: Tensor 
     """
     if spec.engine is not None:
         return spec.engine.fake_quantize(x, spec, dim, scale)
-    if spec.split is not None and spec.ranges is None:
-        return half_by_half(fake_quantize, x, spec, dim)
+    if spec.center or (spec.split is not None and spec.ranges is None):
+        return in_parts(fake_quantize, x, spec, dim)
     if spec.granularity.kind == "image":
         rows = (x if dim % x.ndim else x.unsqueeze(0)).flatten(1).unsqueeze(1).float()
-        scale = fit_absmax(rows, spec.fmt, spec.store).decode().view(-1, *(1,) * (x.ndim - 1))
+        scale = ONLINE_RULES[spec.rule](rows, spec.fmt, spec.store).decode().view(-1, *(1,) * (x.ndim - 1))
     if scale is not None and not spec.static_base:
         return spec.fmt.round(x.float() / scale).mul_(scale).to(x.dtype)
     channels_last = x.movedim(dim, -1)
@@ -199,7 +222,7 @@ def fake_quantize(x: Tensor, spec: ActivationSpec, dim: int = -1, scale: Tensor 
 
 
 def online_scale(groups: Tensor, rows: int, spec: ActivationSpec, base: Tensor | None = None) -> Tensor:
-    """Absmax scales of groups (tokens of all rows, groups of a token, elements), float32, without the last dimension.
+    """Scales of groups (tokens of all rows, groups of a token, elements), float32, without the last dimension.
 
     The base of a store that has one for a tensor is fitted to each row, so that no row depends on the others; or it is
     given, float32, one for each of equal parts of the tokens.
@@ -209,4 +232,4 @@ def online_scale(groups: Tensor, rows: int, spec: ActivationSpec, base: Tensor |
     elif spec.scale_by_row:
         of_rows = absmax(groups).unflatten(0, (-1, max(1, len(groups) // max(1, rows))))
         base = STORES[spec.store].base(of_rows, spec.fmt).expand(-1, of_rows.shape[1], -1).flatten(0, 1)
-    return fit_absmax(groups, spec.fmt, spec.store, base).decode()
+    return ONLINE_RULES[spec.rule](groups, spec.fmt, spec.store, base).decode()

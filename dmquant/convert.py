@@ -72,7 +72,13 @@ def plan(module: nn.Module, recipe: Recipe) -> list[LayerPlan]:
             if granularity == "product":
                 granularity = "token" if math.prod(layer.weight.shape[2:]) == 1 else "image"
             activations = ActivationSpec.parse(
-                settings.activations, granularity, scale=settings.activation_scale, split=split, engine=recipe.engine
+                settings.activations,
+                granularity,
+                scale=settings.activation_scale,
+                split=split,
+                rule=settings.activation_rule,
+                center=settings.activation_center,
+                engine=recipe.engine,
             )
         candidates = tuple(map(get_format, settings.candidates or ()))
         of_input = tuple(map(get_format, settings.activation_candidates or ())) if activations else ()

@@ -4,7 +4,7 @@ Both subclass the float layer, so that LoRA adapters, offloading and module filt
 scales are uint8 Parameters: Parameters are offloaded, and no cast and no loader that casts can change bytes.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -64,8 +64,8 @@ class _QuantizedLayer(kernels.Chosen):
     def forward(self, x: Tensor) -> Tensor:
         if not x.is_floating_point():
             raise TypeError(f"a quantized layer takes floating point, not {x.dtype}: something cast its input")
-        x = self.transform_input(x)
-        return self.complete_output(type(self).multiply(x, self), x)
+        *given, x = self.inputs(x)
+        return self.complete_output(type(self).multiply(x, self), given)
 
     @property
     def part_names(self) -> tuple[str, ...]:
@@ -148,15 +148,16 @@ class _QuantizedLayer(kernels.Chosen):
     def _weight_in_dtype(self) -> Tensor:
         return self.float_weight().to(self.dtype) if self.transforms else self.dequantize(self.dtype)
 
-    def transform_input(self, x: Tensor) -> Tensor:
-        """Apply the transforms to the input `x`, before it is quantized; same dtype and shape."""
+    def inputs(self, x: Tensor) -> list[Tensor]:
+        """The input that each transform is given, `x` first, then what is quantized; all alike in dtype and shape."""
+        given = [x]
         for transform in self.transforms:
-            x = transform.input(x, self.parts(transform), self.channel_dim)
-        return x
+            given.append(transform.input(given[-1], self.parts(transform), self.channel_dim))
+        return given
 
-    def complete_output(self, y: Tensor, x: Tensor) -> Tensor:
-        """Complete the product `y` by the transforms, from the transformed input `x`; dtype and shape of `y`."""
-        for transform in self.transforms:
+    def complete_output(self, y: Tensor, given: Sequence[Tensor]) -> Tensor:
+        """Complete the product `y` by the transforms, each from the input that it is given; dtype and shape of `y`."""
+        for transform, x in zip(self.transforms, given, strict=True):
             y = transform.add_to(y, self, x, self.parts(transform))
         return y
 

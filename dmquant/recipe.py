@@ -83,6 +83,8 @@ class Recipe(Settings):
     granularity: str = "group:64"
     activation_granularity: str = "token"
     activation_scale: str = ONLINE
+    activation_rule: str = "absmax"
+    activation_center: str = NO_FORMAT
     scale: str = "absmax"
     store: str = "bf16"
     rounding: Rounding = Rounding()

@@ -182,9 +182,15 @@ def fit_gradient(groups: Tensor, fmt: Format, store: str, base: Tensor | None = 
 
 
 def search(
-    groups: Tensor, fmt: Format, store: str, measure: Callable[[Tensor], Tensor], base: Tensor | None = None, further=()
+    groups: Tensor,
+    fmt: Format,
+    store: str,
+    measure: Callable[[Tensor], Tensor],
+    base: Tensor | None = None,
+    further=(),
+    multiples: tuple[float, ...] = (),
 ) -> Scales:
-    """The scale of least error among absmax, its multiples in the store's list, and `further` multiples, by group.
+    """The scale of least error among `multiples` of absmax, by default the store's and `further` ones, by group.
 
     Shapes as `fit_absmax`. `measure`: weight errors, shaped as `groups`, -> errors (scale rows, scale columns).
     """
@@ -192,7 +198,7 @@ def search(
     if kind.factors:
         return _search_base(groups, fmt, fit_absmax(groups, fmt, store, base), measure)
     base = kind.base(amplitude, fmt) if base is None else base
-    multiples = amplitude.new_tensor(kind.tried(fmt, *further)).view(-1, 1, 1)
+    multiples = amplitude.new_tensor(multiples or kind.tried(fmt, *further)).view(-1, 1, 1)
     tried = kind.encode(amplitude * multiples, fmt, base)
     errors = (measure(_rounding_error(groups, scale, fmt)) for scale in kind.decode(tried, base))
     chosen, least = tried[0], next(errors)
@@ -227,5 +233,19 @@ def _rounding_error(groups: Tensor, scale: Tensor, fmt: Format) -> Tensor:
     return fmt.round(groups / scale).mul_(scale).sub_(groups)
 
 
+def _of_least_error(*multiples: float) -> Callable[..., Scales]:
+    """A rule that tries these multiples of absmax beside itself; shapes as `fit_absmax`."""
+
+    def fit(groups: Tensor, fmt: Format, store: str, base: Tensor | None = None) -> Scales:
+        return search(groups, fmt, store, lambda error: error.square_().sum(-1), base, multiples=(1.0, *multiples))
+
+    return fit
+
+
 RULES: dict[str, Callable[..., Scales]] = {"absmax": fit_absmax, "mse": fit_mse, "gradient": fit_gradient}
+ONLINE_RULES: dict[str, Callable[..., Scales]] = {  # of activations
+    "absmax": fit_absmax,
+    "four-over-six": _of_least_error(1.5),  # FP4's largest value 6 or 4: Cook et al., arXiv 2512.02010
+    "mse": _of_least_error(0.8, 0.9, 1.1, 1.2, 1.3, 1.4, 1.5),  # twice as many lower the error by 2 % more
+}
 DATA_RULES = ("hessian", "lean")  # fitted where calibration data is at hand

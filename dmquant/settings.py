@@ -46,8 +46,8 @@ def _recipe_name(name: str) -> str:
 @functools.cache
 def _checks() -> dict[str, Callable[[Any], Any]]:
     """Functions by setting that return the one name of a value, or raise UsageError; only they import torch."""
-    from dmquant.activations import parse_ranges
-    from dmquant.scaling import DATA_RULES, RULES, Granularity
+    from dmquant.activations import CENTERS, parse_ranges
+    from dmquant.scaling import DATA_RULES, ONLINE_RULES, RULES, Granularity
     from dmquant.stores import STORES, TABLES
 
     granularities = dict.fromkeys(("granularity", "activation_granularity"), lambda text: str(Granularity.parse(text)))
@@ -59,6 +59,8 @@ def _checks() -> dict[str, Callable[[Any], Any]]:
         "candidates": _one_size,
         "activation_candidates": _one_size,
         "activation_scale": lambda text: text if parse_ranges(text) else ONLINE,
+        "activation_rule": lambda name: check_choice("activation rule", name, ONLINE_RULES),
+        "activation_center": lambda name: check_choice("center of activations", name, CENTERS),
         "scale": lambda name: check_choice("scale rule", name, (*RULES, *DATA_RULES)),
         "store": lambda name: check_choice("scale storage", name, (*STORES, *TABLES)),
     }
@@ -126,6 +128,10 @@ class Settings(BaseModel, extra="forbid", frozen=True):
     activation_granularity: str | None = None
     activation_scale: str | None = None
     """`online`: from the data, at run time; `static:R`: fixed at calibration, one for each of R timestep ranges."""
+    activation_rule: str | None = None
+    """How online scales are fitted: `absmax`, `four-over-six`, or `mse`, the least error among many."""
+    activation_center: str | None = None
+    """`image`: the mean of each channel over the tokens of a row is not quantized; `none`."""
     scale: str | None = None
     store: str | None = None
     candidates: list[str] | None = None

@@ -76,6 +76,11 @@ def _plain(amplitude: Tensor, fmt: Format, base: Tensor | None = None) -> Tensor
     return (amplitude / fmt.max).clamp(SMALLEST, LARGEST / fmt.max)
 
 
+def _half(amplitude: Tensor, fmt: Format, base: Tensor | None) -> Tensor:
+    scale = amplitude / fmt.max
+    return scale.abs().clamp(2.0**-24, torch.finfo(torch.float16).max).copysign(scale).half()
+
+
 def _encode_e8m0(amplitude: Tensor, fmt: Format, base: Tensor | None) -> Tensor:
     """The exponent of the largest element less the format's largest exponent (OCP MX 1.0, section 6.3)."""
     largest = math.frexp(fmt.max)[1] - 1
@@ -152,6 +157,7 @@ def _octaves(stored: Tensor, base: Tensor | None) -> Tensor:
 STORES = {
     "fp32": Store(torch.float32, _plain, _as_float, FINE_SEARCH),
     "bf16": Store(torch.bfloat16, lambda *args: _plain(*args).bfloat16(), _as_float, FINE_SEARCH),
+    "fp16": Store(torch.float16, _half, _as_float, FINE_SEARCH, signed=True),
     "e8m0": Store(torch.uint8, _encode_e8m0, _octaves, OCTAVE_SEARCH),
     "pow2": Store(torch.uint8, _encode_pow2, _octaves, OCTAVE_SEARCH, base_of="row", fit_base=_plain),
     "e4m3": _minifloat("fp8_e4m3"),

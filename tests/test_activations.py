@@ -131,13 +131,15 @@ def test_channel_scales_are_refused_for_activations():
         ("nvfp4", "token", None),
         ("fp6", "token", 500),
         ("int8", "image", None),
+        ("nvfp4 mse image", "token", None),
     ],
 )
 def test_the_compiled_loop_gives_the_reference_bit_for_bit(format, granularity, split, monkeypatch):
     monkeypatch.setattr(lookup, "PAYS_AFTER", 0)
     if missing_to_compile():
         pytest.skip("no C++ compiler: large activations run eagerly")
-    spec = ActivationSpec.parse(format, granularity, split=split)
+    format, *more = format.split()
+    spec = ActivationSpec.parse(format, granularity, "fp32", "online", split, *more)
     for dtype in (torch.float32, torch.bfloat16):
         x = torch.randn(4, 256, 1152, dtype=dtype)
         assert x.numel() >= lookup.WORTH_COMPILING

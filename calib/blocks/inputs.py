@@ -71,7 +71,7 @@ class BlockInputs:
             kind = moments.in_full, kind_of_input(quantized, name)
 
             def columns(x: Tensor) -> Tensor:
-                x = quantized.quantize_input(quantized.transform_input(x))
+                x = quantized.quantize_input(quantized.inputs(x)[-1])
                 return columns_of(layer, alike(x) if moments.in_full else x)
 
             return lambda x: moments.add(latest.of(kind, x, columns))

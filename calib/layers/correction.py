@@ -64,7 +64,7 @@ class _Observed:
         x, quantized = args[0].to(layer.weight.dtype), self.learner.quantized
         lacking = type(layer).forward(layer, x).float() - self.learner.forward(x).float()
         of_rows = self.timesteps.of_rows[self.count].cpu() if self.count > 1 else torch.zeros(len(x), dtype=torch.int64)
-        magnitude = quantized.transform_input(x).abs().float()
+        magnitude = quantized.inputs(x)[-1].abs().float()
         self.inputs = self.inputs + _row_means(magnitude, quantized.channel_dim, len(of_rows)).sum(0)
         self.outputs.index_add_(0, of_rows, _row_means(lacking, quantized.channel_dim, len(of_rows)))
         self.rows += torch.bincount(of_rows, minlength=self.count)

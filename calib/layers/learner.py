@@ -37,8 +37,8 @@ class Learner:
         The input `x`, (rows, ..., in) or (rows, in, height, width), is transformed and quantized; the weight is
         `dequantize`'s.
         """
-        x = self.quantized.transform_input(x)
-        return self.quantized.complete_output(PRODUCTS[type(self.layer)](x, self), x)
+        *given, x = self.quantized.inputs(x)
+        return self.quantized.complete_output(PRODUCTS[type(self.layer)](x, self), given)
 
     # The interface of a layer towards kernels
 

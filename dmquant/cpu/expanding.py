@@ -104,13 +104,13 @@ def _space(count: int, dtype: torch.dtype) -> Tensor:
 
 
 @functools.cache
-def _e4m3() -> Tensor:
-    return get_format("fp8_e4m3").decode(torch.arange(256))
+def _minifloats(store: str) -> Tensor | None:
+    """Values of the 256 bytes of a store of multiples in a float format; None for other stores."""
+    return get_format(f"fp8_{store}").decode(torch.arange(256)) if store in ("e4m3", "e3m4") else None
 
 
 def scales_of(scales: Scales) -> Tensor:
-    """`scales.decode()`, bit for bit: E4M3 by table, which takes a sixth of its arithmetic's time."""
-    if scales.store != "e4m3":
+    """`scales.decode()`, bit for bit: minifloats by table, which takes a sixth of their arithmetic's time."""
+    if (table := _minifloats(scales.store)) is None:
         return scales.decode()
-    decoded = _e4m3().index_select(0, scales.stored.flatten().int())
-    return decoded.view(scales.stored.shape).mul_(scales.base)
+    return table.index_select(0, scales.stored.flatten().int()).view(scales.stored.shape).mul_(scales.base)

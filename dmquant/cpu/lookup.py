@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dmquant import activations, qtensor
-from dmquant.activations import ActivationSpec, half_by_half
+from dmquant.activations import ActivationSpec, in_parts
 from dmquant.cpu import solving
 from dmquant.cpu.compiling import missing_to_compile
 from dmquant.formats import FloatFormat, Format
@@ -109,8 +109,8 @@ def fake_quantize(x: Tensor, spec: ActivationSpec, dim: int, scale: Tensor | Non
     """As `activations.fake_quantize`, bit for bit; same shape and dtype as `x`."""
     if scale is not None or spec.engine is not None:
         return activations.fake_quantize(x, spec, dim, scale)
-    if spec.split is not None:  # so that one compiled loop serves every split
-        return half_by_half(fake_quantize, x, spec, dim)
+    if spec.center or spec.split is not None:  # so that one compiled loop serves every split
+        return in_parts(fake_quantize, x, spec, dim)
     if not torch.compiler.is_compiling() and (done := solving.fake_quantize(x, spec, dim)) is not None:
         return done
     if not torch.compiler.is_compiling() and _worth_compiling(x, spec):

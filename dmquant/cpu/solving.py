@@ -73,7 +73,13 @@ def fake_quantize(x: Tensor, spec: ActivationSpec, dim: int) -> Tensor | None:
     """As `activations.fake_quantize` of online scales without a split, bit for bit; None for what is not compiled."""
     fmt, tokens = _Format.of(spec.fmt), x.movedim(dim, -1)
     size = spec.granularity.size or tokens.shape[-1]
-    if fmt is None or spec.granularity.kind not in ("token", "group") or size % LANES or tokens.shape[-1] % size:
+    if (
+        fmt is None
+        or spec.refused
+        or spec.granularity.kind not in ("token", "group")
+        or size % LANES
+        or tokens.shape[-1] % size
+    ):
         return None
     if not is_plain(x) or x.is_meta or (torch.is_grad_enabled() and x.requires_grad):
         return None

@@ -95,7 +95,7 @@ def inputs(format: str, engine: str, scale: str = "online", granularity: str = "
 def kind_of(activations: ActivationSpec | None) -> str | None:
     """Inputs by a short name: `nvfp4`, `static nvfp4`, `mxfp8`, `fp8_e4m3 a token`, `static fp8_e4m3 a tensor`, ...
 
-    None where they are not rounded. Static scales that tell timesteps apart, or halves of the input, are named so.
+    None where they are not rounded. Static scales that tell timesteps apart, halves of the input, and means that stay exact are named so.
     """
     if activations is None:
         return None
@@ -105,7 +105,7 @@ def kind_of(activations: ActivationSpec | None) -> str | None:
     split = " in two halves" if activations.split is not None else ""
     plain = f"{activations.fmt.name} a {activations.granularity}"
     store = "" if activations.store == "fp32" else f" in {activations.store}"
-    return static + (block or plain + store) + split
+    return static + (block or plain + store) + (" around means" if activations.center else "") + split
 
 
 def engine_of(activations: ActivationSpec | None) -> str | None:

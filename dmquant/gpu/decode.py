@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dmquant import activations
-from dmquant.activations import ActivationSpec, half_by_half
+from dmquant.activations import ActivationSpec, in_parts
 from dmquant.gpu.device import NO_GPU
 from dmquant.gpu.ops import expand, round_tokens
 from dmquant.grids import ScaledGrid
@@ -20,8 +20,10 @@ def fake_quantize(x: Tensor, spec: ActivationSpec, dim: int, scale: Tensor | Non
     """As `activations.fake_quantize`, bit for bit; same shape and dtype as `x`."""
     if scale is not None or spec.engine is not None:
         return activations.fake_quantize(x, spec, dim, scale)
-    if spec.split is not None:
-        return half_by_half(fake_quantize, x, spec, dim)
+    if spec.center or spec.split is not None:
+        return in_parts(fake_quantize, x, spec, dim)
+    if spec.refused:
+        return activations.fake_quantize(x, spec, dim)
     tokens = x.movedim(dim, -1)
     rows = 1 if dim % x.ndim == 0 else len(x)
     matrix = tokens.reshape(-1, tokens.shape[-1])

@@ -74,7 +74,7 @@ class Storage:
         return x
 
     def add_to(self, y: Tensor, layer: nn.Module, x: Tensor, parts: Parts) -> Tensor:
-        """Add to the output `y`, perhaps in place; same shape. `x` is the transformed input, not quantized."""
+        """Add to the output `y`, perhaps in place; same shape. `x` is what `input` is given, not quantized."""
         return y
 
     def added_products(self) -> int:

@@ -3,7 +3,7 @@
 from dmquant.errors import UsageError, check_choice
 
 DEFAULT_RECIPE = "default"
-ENGINES = ("comfyui", "torchao", "modelopt", "bfl", "nunchaku-lite", "compressed-tensors")
+ENGINES = ("comfyui", "torchao", "modelopt", "bfl", "nunchaku-lite", "compressed-tensors", "gguf")
 """Engines that a model can be made for (dmquant.exchange.engines)."""
 PURPOSES = {"speed": "fast", "quality": "default-lowrank", "size": "small"} | {name: f"for-{name}" for name in ENGINES}
 """Recipes by what matters most, or the engine that will run the model, as `--for` names it."""

@@ -1,6 +1,8 @@
 """Written for torchao, ModelOpt, bfl and compressed-tensors and read back by ourselves; what cannot be, in a line."""
 
 import json
+from contextlib import suppress
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,7 +20,7 @@ from dmquant.formats import get_format
 from dmquant.pipelines.models.opening import open_foreign, open_source
 from dmquant.qtensor import WeightSpec, quantize_tensor
 from dmquant.recipe import Recipe
-from tests.tiny import PIXART_CALL, tiny_pixart
+from tests.tiny import PIXART_CALL, tiny_pixart, tiny_sd
 
 CALL = {"num_inference_steps": 2, "height": 32, "width": 32, **PIXART_CALL}
 ROW = {"granularity": "channel", "store": "fp32"}
@@ -232,6 +234,37 @@ class TestDamaged:
         with pytest.raises(UserError, match=f"{self.LAYER}.weight .* NF4Tensor, which is not read here"):
             open_foreign(broken("torchao", "nvfp4", rename))
 
+    @pytest.mark.parametrize("name", ["nvfp4 x nvfp4", "mxfp8 x mxfp8", "fp8 x fp8", "int8 x int8"])
+    def test_odd_attributes_are_read_or_refused(self, written, name):
+        """Whatever stands in place of an attribute."""
+        foreign = written("torchao", name)[2]
+        key, found = f"{self.LAYER}.weight", foreign.found
+        whole = json.loads(found.metadata[key])
+        for odd in (None, 7, "x", [[]], {"_data": {"a": 1}}, {"_type": "PerRow", "_data": [7]}):
+            changed = [{**whole, part: odd} for part in whole]
+            changed += [{**whole, "_data": {**whole["_data"], part: odd}} for part in whole["_data"]]
+            for header in changed:
+                metadata = {**found.metadata, key: json.dumps(header)}
+                with suppress(UserError):
+                    layers = foreign.format.read(replace(found, metadata=metadata)).layers
+                    assert torch.equal(layers[self.LAYER].weight(), foreign.layers[self.LAYER].weight())
+
+    @pytest.mark.parametrize(
+        "odd", [None, [], {"group_0": 3}, {"group_0": {"targets": 3}}, {"a": {"targets": ["re:("]}}]
+    )
+    @pytest.mark.parametrize("name", ["nvfp4", "int3"])
+    def test_odd_groups_are_read_or_refused(self, written, name, odd):
+        """Of compressed-tensors, whose bits of integers stand in the configuration alone."""
+        foreign = written("compressed-tensors", name)[2]
+        config = {"quantization_config": {**foreign.found.config["quantization_config"], "config_groups": odd}}
+        found = replace(foreign.found, config=config)
+        if name == "nvfp4":
+            layers = foreign.format.read(found).layers
+            assert torch.equal(layers[self.LAYER].weight(), foreign.layers[self.LAYER].weight())
+        else:
+            with pytest.raises(UserError, match="is no weight"):
+                foreign.format.read(found)
+
     def test_a_header_that_is_no_json(self, broken):
         def spoil(tensors, metadata):
             metadata[f"{self.LAYER}.weight"] = "{"
@@ -330,3 +363,22 @@ def test_the_smallest_weights_survive(tmp_path):
     weight[0, 0] = 1e-38
     base = quantize_tensor(weight, "nvfp4").scales.base.reshape(1)
     assert torch.isfinite(reciprocal(base)).all()
+
+
+@pytest.mark.parametrize("target", ["torchao", "bfl"])
+def test_what_is_made_for_a_target_goes_there(tmp_path, target):
+    """`--for TARGET` of an UNet, whose convolutions stay in high precision."""
+    recipe = Recipe.load(f"for-{target}")
+    small = {"calibration": {"prompts": 3, "steps_per_prompt": 1}, "learning": {"batch_size": 1}}
+    recipe = Recipe.model_validate({**recipe.model_dump(exclude_unset=True), **small})
+    call = {"num_inference_steps": 2, "height": 32, "width": 32}
+    quantize_pipeline(tiny_sd(), recipe, calibration=["apple", "cat", "boat"], out=tmp_path / "ours", **call)
+    source = open_source(tmp_path / "ours")
+    told = exported(source, target, tmp_path / "theirs")
+    assert told.exact
+    assert told.formats[HIGH] > 10
+    assert not any("scored" in note for note in told.notes)
+    inputs = ActivationSpec.parse("nvfp4", scale=recipe.activation_scale, engine=target)
+    for module, layer in open_foreign(tmp_path / "theirs").layers.items():
+        assert layer.activations == inputs
+        assert torch.equal(layer.weight(), source.layer(module).dequantize(torch.float32))

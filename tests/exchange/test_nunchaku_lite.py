@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from dmquant.activations import ActivationSpec, fake_quantize
 from dmquant.errors import UserError
 from dmquant.exchange.formats import formats
-from dmquant.exchange.formats.nunchaku_lite import exporting, packing
+from dmquant.exchange.formats.nunchaku_lite import exporting, packing, reading
 from dmquant.layers import quantize_layer
 from dmquant.pipelines.models.opening import open_foreign, open_source
 from dmquant.qtensor import WeightSpec
@@ -35,9 +35,10 @@ RECIPES = {
     "nvfp4": Recipe(name="nvfp4", weights="nvfp4", activations="nvfp4", **KEEP),
 }  # fmt: skip
 INPUTS = {
-    "int4": ActivationSpec.parse("int4", "group:64", "bf16"),
-    "nvfp4": ActivationSpec.parse("nvfp4"),
+    "int4": ActivationSpec.parse("int4", "group:64", engine="nunchaku-lite"),
+    "nvfp4": ActivationSpec.parse("nvfp4", engine="nunchaku-lite"),
 }
+PRECISIONS = {one.name: one for one in exporting.PRECISIONS}
 SIDES = [(128, 128), (256, 384), (384, 128)]
 
 
@@ -134,7 +135,9 @@ def test_what_is_read_back_is_what_was_written(exported, name):
     assert opened.layers.keys() == source.layers.keys()
     assert set(opened.rest) == set(source.rest)
     for layer, ours in source.layers.items():
-        decoded, expected = opened.layers[layer].weight(), source.layer(layer).dequantize(torch.float32)
+        decoded = reading.decoded(opened.found, layer, PRECISIONS[name])
+        expected, whole = source.layer(layer).dequantize(torch.float32), source.layer(layer).float_weight()
+        assert (opened.layers[layer].weight() - whole).norm() < 1e-3 * whole.norm()
         assert opened.layers[layer].shape == ours.weight_shape
         if name == "int4":
             assert torch.equal(decoded, expected)
@@ -150,8 +153,9 @@ def test_layers_compute_what_dmquants_do(exported, name):
     for layer in ("transformer_blocks.0.attn1.to_q", "transformer_blocks.0.ff.net.0.proj"):
         ours = source.layer(layer)
         built = opened.layers[layer].build(torch.nn.Linear(*ours.weight_shape[::-1]))
-        expected = F.linear(fake_quantize(x, INPUTS[name]), ours.dequantize(torch.float32), ours.bias)
-        expected = ours.complete_output(expected, x)
+        *given, rounded = ours.inputs(x)
+        expected = F.linear(fake_quantize(rounded, INPUTS[name]), ours.dequantize(torch.float32), ours.bias)
+        expected = ours.complete_output(expected, given)
         assert torch.allclose(built(x), expected, atol=2**-8 * float(expected.abs().max()))
 
 
@@ -206,14 +210,14 @@ def declared(monkeypatch):
 @pytest.mark.parametrize(
     ("recipe", "build", "reason"),
     [
-        (Recipe(name="narrow", weights="nvfp4"), tiny_pixart, "are multiples of 128 wide"),
-        (Recipe(name="other", weights="int4", granularity="group:32"), wide, "INT4 in groups of 64"),
-        (Recipe(name="conv", weights="nvfp4"), tiny_sd, "Linear layers alone|multiples of 128"),
-        (RECIPES["nvfp4"].with_settings(transforms=["rotate"]), wide, "no place for rotate"),
+        (Recipe(name="narrow", weights="nvfp4"), tiny_pixart, "has 32 inputs, no multiple of 128"),
+        (Recipe(name="other", weights="int4", granularity="group:32", **KEEP), wide, "INT4 in groups of 64"),
+        (Recipe(name="conv", weights="nvfp4"), tiny_sd, "linear layers alone|no multiple of 128"),
+        (RECIPES["nvfp4"].with_settings(transforms=["rotate"]), wide, "has the transform rotate"),
     ],
 )
 def test_what_it_cannot_take_is_refused_and_nothing_is_left(saved, tmp_path, recipe, build, reason):
-    with pytest.raises(UserError, match=rf"^'[\w.]+' cannot go to nunchaku-lite: .*({reason}).*--for nunchaku-lite$"):
+    with pytest.raises(UserError, match=rf"^nunchaku-lite cannot take [\w.]+: it .*({reason}).*--for nunchaku-lite$"):
         formats()["nunchaku-lite"].export(open_source(saved(recipe, build)), tmp_path / "out", lambda done, total: None)
     assert list(tmp_path.iterdir()) == []
 

@@ -76,8 +76,8 @@ def test_codes_that_a_type_holds_arrive_bit_for_bit(saved, tmp_path, weights):
     assert result.formats[kind] == len(source.layers)
     read = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "a.gguf").tensors}
     assert read.keys() == {f"{name}.weight" for name in source.layers} | {
-        name for name in source._file_of if name.endswith(".bias") or name in source.rest
-    }
+        f"{name}.bias" for name, layer in source.layers.items() if layer.bias is not None
+    } | {*source.rest}
     opened = open_foreign(tmp_path / "a.gguf")
     for name in source.layers:
         ours = source.layer(name).dequantize(torch.float32)
@@ -87,6 +87,16 @@ def test_codes_that_a_type_holds_arrive_bit_for_bit(saved, tmp_path, weights):
     for name in source.rest:
         assert torch.equal(values(read[name]), source.tensor(name).float())
         assert torch.equal(opened.found.tensor(name).float(), source.tensor(name).float())
+
+
+def test_scales_of_either_sign_in_half_precision_are_the_types_own(saved, tmp_path):
+    source, result = exported(saved(recipe("iq4_nl", store="fp16")), tmp_path / "a.gguf")
+    assert result.exact
+    opened, negative = open_foreign(tmp_path / "a.gguf"), 0
+    for name in source.layers:
+        assert torch.equal(opened.layers[name].weight(), source.layer(name).dequantize(torch.float32))
+        negative += int((source.layer(name).scales.decode() < 0).sum())
+    assert negative > 0
 
 
 @pytest.mark.parametrize(("weights", "granularity"), [("fp6", "group:64"), ("fp4", "channel"), ("int4", "tensor")])

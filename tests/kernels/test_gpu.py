@@ -207,7 +207,7 @@ def test_transforms_of_the_input_run_and_weights_beside_the_codes_are_refused(he
         layers[name] = quantize_layer(linear, spec, inputs, transforms=transforms).requires_grad_(False)
     x = torch.randn(3, 64)
     with kernels.forced("cuda-int8"):
-        assert close(layers["rotate"](x), exact(layers["rotate"], layers["rotate"].transform_input(x)))
+        assert close(layers["rotate"](x), exact(layers["rotate"], layers["rotate"].inputs(x)[-1]))
         with pytest.raises(UsageError, match="some are kept in high precision"):
             layers["outliers"](x)
     with kernels.forced("cuda"):

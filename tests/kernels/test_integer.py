@@ -269,6 +269,10 @@ def test_a_graph_is_told_the_strides_that_outputs_have(kernel, memory_format):
     torch.library.opcheck(torch.ops.dmquant.integer_product, (x, *operands, geometry), test_utils="test_faketensor")
 
 
+def with_inputs(**settings):
+    return quantize_layer(nn.Linear(64, 8), WeightSpec.parse("int4"), ActivationSpec.parse("int8", **settings))
+
+
 @pytest.mark.parametrize(
     ("layer", "reason"),
     [
@@ -277,6 +281,8 @@ def test_a_graph_is_told_the_strides_that_outputs_have(kernel, memory_format):
         (lambda: layer_of(nn.Linear(64, 8), "fp6_e3m2"), "weights in fp6_e3m2 are no small integers"),
         (lambda: layer_of(nn.Linear(64, 8), store="bf16"), "are no small multiples of one: use store: int"),
         (lambda: layer_of(nn.Linear(64, 8), of="group:16"), "a scale for every group:16"),
+        (lambda: with_inputs(rule="mse"), "scales of its inputs are fitted by mse"),
+        (lambda: with_inputs(center="image"), "the mean of its inputs is not quantized"),
         (lambda: layer_of(nn.Conv2d(8, 8, 3)), "a scale for every pixel .* use activation_granularity: image"),
         (lambda: layer_of(nn.Conv2d(8, 8, 3, groups=2), of="tensor"), "convolutions of one group"),
     ],

@@ -123,7 +123,7 @@ def test_grouped_convolutions_stay_where_a_method_takes_them(name):
     assert (output - expected).norm() <= 1e-6 * expected.norm()
 
 
-@pytest.mark.parametrize("name", ["smooth", "lowrank"])
+@pytest.mark.parametrize("name", ["smooth", "lowrank", "subspace"])
 def test_grouped_convolutions_are_refused_with_the_layers_name_where_it_does_not(name):
     model = nn.Sequential(nn.Conv2d(16, 8, 3, groups=4))
     with pytest.raises(UsageError, match=f"layer 0: transform {name} is not for grouped convolutions"):
@@ -172,7 +172,7 @@ def test_what_they_store_counts_in_the_bits_per_weight():
 def test_transforms_apply_in_their_own_order_whatever_the_recipe_says():
     layer = made("linear")
     names = [one.name for one in create([(name, {}) for name in reversed(method_names())], layer, None)]
-    assert names == ["equalize", "smooth", "rotate", "outliers", "lowrank", "bias"]
+    assert names == ["equalize", "subspace", "smooth", "rotate", "outliers", "lowrank", "bias"]
 
 
 class TestRecipe:

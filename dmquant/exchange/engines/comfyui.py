@@ -12,6 +12,7 @@ from dmquant.exchange.engines import arithmetic
 from dmquant.exchange.engines.arithmetic import E4M3, INT4_GROUPS
 from dmquant.exchange.engines.engine import Engine, formats, weights_in
 
+BRANCH = [{"method": "lowrank", "rank": 32, "by": "output"}]
 ROTATED = [{"method": "rotate", "size": 256, "order": "regular"}]
 
 
@@ -52,6 +53,6 @@ ENGINE = Engine(
         weights_in("fp8", granularity="tensor"),
         weights_in("int8", "int8"),
         weights_in("lut4_gaussian", "int8", granularity="group:16", store="levels", scale="lean", transforms=ROTATED),
-        weights_in("int4", "int4", INT4_GROUPS, granularity=INT4_GROUPS, store="bf16"),
+        weights_in("int4", "int4", INT4_GROUPS, granularity=INT4_GROUPS, store="bf16", scale="lean", transforms=BRANCH),
     ),
 )

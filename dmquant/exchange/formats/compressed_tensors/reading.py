@@ -49,29 +49,33 @@ def _scheme(found: Found, name: str) -> Mapping[str, Any]:
     groups = found.config["quantization_config"].get("config_groups")
     whole: Mapping[str, Any] = {}
     for group in groups.values() if isinstance(groups, dict) else ():
-        targets = group.get("targets", ()) if isinstance(group, dict) else ()
-        if name in targets or any(_matches(str(target), name) for target in targets):
+        targets = group.get("targets") if isinstance(group, dict) else None
+        targets = [str(target) for target in targets] if isinstance(targets, list) else []
+        if name in targets or any(_matches(target, name) for target in targets):
             return group
         whole = group if "Linear" in targets else whole
     return whole
 
 
 def _matches(target: str, name: str) -> bool:
-    pattern = target[3:] if target.startswith("re:") else fnmatch.translate(target)
-    return re.match(pattern, name) is not None
+    try:
+        return re.match(target[3:] if target.startswith("re:") else fnmatch.translate(target), name) is not None
+    except re.error:
+        return False
 
 
 def _layer(found: Found, name: str, scheme: Mapping[str, Any]) -> ForeignLayer:
     if f"{name}.weight_zero_point" in found.tensors:
         raise UserError(f"{name} of {found.path} has zero points, which are not read here")
-    weights = scheme.get("weights") or {}
+    weights = scheme.get("weights")
+    bits = weights.get("num_bits") if isinstance(weights, dict) else None
     packed = found.tensors.get(f"{name}.weight_packed")
     if packed is None:
         shape, decode, kind = _bytewise(found, name)
     elif packed.dtype == "U8":
         shape, decode, kind = _four_bits(found, name)
     else:
-        shape, decode, kind = _packed(found, name, weights.get("num_bits"))
+        shape, decode, kind = _packed(found, name, bits)
     nbytes = sum(stored_bytes(found, f"{name}.{one}") for one in PARTS)
     activations, scale = _inputs(found, name, scheme.get("input_activations"))
     return ForeignLayer(name, kind, shape, nbytes, decode, activations, scale)

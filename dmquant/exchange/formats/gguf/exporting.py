@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dmquant import __version__
+from dmquant.activations import ActivationSpec
 from dmquant.errors import UserError, check_choice
 from dmquant.exchange.formats.gguf import blocks
 from dmquant.exchange.formats.gguf.blocks import WRITTEN, BlockType
@@ -21,18 +22,21 @@ from dmquant.exchange.formats.gguf.header import NUMBERS
 from dmquant.exchange.formats.gguf.reading import library
 from dmquant.exchange.interfaces import Exported, Progress
 from dmquant.exchange.keys import Target, original
+from dmquant.exchange.layers import HIGH, check_class, described
 from dmquant.exchange.source import Source
 from dmquant.exchange.tensor_file import check_room
 from dmquant.formats import Format, IntFormat, LookupFormat
+from dmquant.grids import ScaledGrid
 from dmquant.host.files import replacing
 from dmquant.layers import QuantLinear
 from dmquant.packing import unpack
-from dmquant.stores import TABLES
+from dmquant.qtensor import WeightSpec
 
 LONGEST = 127  # characters of a name, which ggml's readers cut
 RARE = 1e-3  # of the mean: what an error of a channel costs at least, also where calibration saw nothing
 PLAIN = {"F32": (torch.float32, "F32"), "BF16": (torch.bfloat16, "BF16"), "F16": (torch.float16, "F16")}
 UNNAMED = "diffusers"
+BLOCK = 32
 HOLDERS = (blocks.Q4_0, blocks.IQ4_NL, blocks.Q5_0, blocks.Q8_0)
 
 
@@ -78,7 +82,7 @@ def export(source: Source, out: Path, progress: Progress, kind: str | None = Non
         finally:
             writer.close()
     weights = [one for one in tensors if one.name.endswith(".weight") and len(one.shape) > 1]
-    formats = Counter(one.kind.lower() if one.kind in maker.kinds else "high precision" for one in weights)
+    formats = Counter(one.kind.lower() if one.kind in maker.kinds else HIGH for one in weights)
     exact = not (maker.lost or maker.activations or maker.halved)
     return Exported(out, dict(formats), exact, tuple(_notes(source, maker, named)))
 
@@ -91,11 +95,11 @@ def architecture(source: Source) -> str:
     return {"FluxTransformer2DModel": "flux", "SD3Transformer2DModel": "sd3"}.get(name, UNNAMED)
 
 
-def refuses(layer: nn.Module, spec, activations) -> str | None:
-    """Why a layer is not among those that GGUF carries quantized and exactly."""
-    if not isinstance(layer, nn.Linear):
-        return "GGUF's convolutions are in F16: diffusers multiplies no quantized ones"
-    return None if layer.in_features % 32 == 0 else f"its {layer.in_features} inputs are no whole blocks of 32"
+def refuses(layer: nn.Module, spec: WeightSpec, activations: ActivationSpec | None) -> str | None:
+    """Why a layer does not go to GGUF as it is."""
+    if why := check_class(layer, BLOCK):
+        return why
+    return None if holder_of(spec) else f"has weights in {described(spec)}, which no type of GGUF holds"
 
 
 def _targets(source: Source) -> tuple[list[Target], bool]:
@@ -209,7 +213,12 @@ def holder(layer: QuantLinear) -> BlockType | None:
     spec, size = layer.weight_spec, layer.weight_spec.granularity.size
     parts = spec.segments(layer.weight_shape)
     alone = len(parts) == 1 or (size is not None and parts[0] % size == 0)  # else a half has scales of its own
-    if layer.transforms or spec.store in TABLES or layer.in_features % 32 or (size or 32) % 32 or not alone:
+    return holder_of(spec) if alone and not layer.transforms and layer.in_features % BLOCK == 0 else None
+
+
+def holder_of(spec: WeightSpec) -> BlockType | None:
+    """The type whose levels are the codes of such weights; None where there is none."""
+    if spec.grid_type is not ScaledGrid or (spec.granularity.size or BLOCK) % BLOCK:
         return None
     return next((kind for kind in HOLDERS if _step(spec.fmt, kind) is not None), None)
 

@@ -19,6 +19,7 @@ from dmquant.errors import UserError
 from dmquant.exchange import folder
 from dmquant.exchange.formats.nunchaku_lite import packing
 from dmquant.exchange.interfaces import Exported, Progress
+from dmquant.exchange.layers import check, check_class, described
 from dmquant.exchange.source import Source
 from dmquant.exchange.tensor_file import DTYPES, Entry
 from dmquant.layers import QuantLinear
@@ -26,7 +27,7 @@ from dmquant.packing import unpack
 from dmquant.qtensor import WeightSpec
 
 NAME = "nunchaku-lite"
-RECIPE = f"use --for {NAME}"
+RECIPE = f"quantize with --for {NAME}"
 TRANSFORMS = ("smooth", "lowrank")
 MANTISSAS = 128  # of bfloat16
 _USAGE = """import torch
@@ -63,13 +64,12 @@ def precision_of(spec: WeightSpec) -> Precision | None:
 
 def refuses(layer: nn.Module, spec: WeightSpec, activations: ActivationSpec | None) -> str | None:
     """Why Nunchaku's kernels cannot take a layer."""
-    if not isinstance(layer, nn.Linear):
-        return "Nunchaku multiplies Linear layers alone"
+    if why := check_class(layer, packing.TILE):
+        return why
+    if layer.out_features % packing.TILE:
+        return f"has {layer.out_features} outputs, no multiple of {packing.TILE}"
     if precision_of(spec) is None:
-        return "Nunchaku multiplies INT4 in groups of 64 with scales in bf16, and NVFP4"
-    rows, columns = layer.out_features, layer.in_features
-    if rows % packing.TILE or columns % packing.TILE:
-        return f"Nunchaku's layers are multiples of {packing.TILE} wide, not {columns} to {rows}"
+        return f"has weights in {described(spec)}, and those are INT4 in groups of 64 with scales in bf16, or NVFP4"
     return None
 
 
@@ -95,22 +95,17 @@ def export(source: Source, out: Path, progress: Progress) -> Exported:
 
 def _checked(source: Source) -> tuple[Precision, int]:
     """The one kernel of all layers, and the rank of their branches; UserError for what it cannot take."""
+    check(source, NAME, refuses, TRANSFORMS)
     found: dict[Precision, str] = {}
     rank = 0
     for name, layer in source.layers.items():
-        if reason := refuses(layer, layer.weight_spec, layer.activations):
-            raise UserError(f"'{name}' cannot go to {NAME}: {reason}: {RECIPE}")
         found[precision_of(layer.weight_spec)] = name
-        for transform in layer.transforms:
-            if transform.name not in TRANSFORMS:
-                raise UserError(f"'{name}' cannot go to {NAME}: it has no place for {transform.name}: {RECIPE}")
-            if transform.name == "lowrank":
-                rank = max(rank, transform.rank)
+        rank = max([rank, *(transform.rank for transform in layer.transforms if transform.name == "lowrank")])
     if len(found) > 1:
         one, other = (f"'{name}' is in {kind.name}" for kind, name in itertools.islice(found.items(), 2))
-        raise UserError(f"{one} and {other}: {NAME} has one precision for all layers: {RECIPE}")
+        raise UserError(f"{one} and {other}: {NAME} has one precision for all layers; {RECIPE}")
     if not found:
-        raise UserError(f"{source.folder} has no quantized layers for {NAME}: {RECIPE}")
+        raise UserError(f"{source.folder} has no quantized layers for {NAME}; {RECIPE}")
     return next(iter(found)), max(packing.RANKS, -(-rank // packing.RANKS) * packing.RANKS)
 
 
@@ -197,4 +192,4 @@ def _notes(source: Source) -> Iterator[str]:
     of_inputs = {(one and (one.fmt.name, one.granularity.size)) for one in (layer.activations for layer in layers)}
     wanted = {(one.format, one.group) for one in PRECISIONS if precision_of(next(iter(layers)).weight_spec) is one}
     if of_inputs != wanted:
-        yield f"its kernel rounds inputs like the weights, which this model's recipe does not: {RECIPE}"
+        yield f"its kernel rounds inputs like the weights, which this model's recipe does not; {RECIPE}"

@@ -8,15 +8,12 @@ from torch import Tensor, nn
 from dmquant.activations import ActivationSpec, fake_quantize
 from dmquant.errors import UserError
 from dmquant.exchange.formats.nunchaku_lite import packing
-from dmquant.exchange.formats.nunchaku_lite.exporting import PRECISIONS, Precision
+from dmquant.exchange.formats.nunchaku_lite.exporting import NAME, PRECISIONS, Precision
 from dmquant.exchange.interfaces import Foreign, ForeignFormat, ForeignLayer, Found
 from dmquant.formats import get_format
 
 METHOD = "nunchaku_lite"
-_INPUTS = {
-    "int4": ActivationSpec.parse("int4", "group:64", "bf16"),
-    "nvfp4": ActivationSpec.parse("fp4", "group:16", "e4m3"),
-}
+_INPUTS = {"int4": ("int4", "group:64"), "nvfp4": ("nvfp4",)}
 
 
 def _quantization(found: Found) -> dict:
@@ -80,12 +77,31 @@ def _layer(found: Found, name: str, precision: Precision, rank: int) -> ForeignL
         (rows, columns),
         nbytes + codes.end - codes.begin,
         functools.partial(_weight, found, name, precision),
-        _INPUTS[precision.name],
+        _inputs(precision),
         build=functools.partial(_built, found, name, precision),
     )
 
 
+def _inputs(precision: Precision) -> ActivationSpec:
+    return ActivationSpec.parse(*_INPUTS[precision.name], engine=NAME)
+
+
 def _weight(found: Found, name: str, precision: Precision) -> Tensor:
+    """The weight of the float layer, W^ / s + up down, float32 (rows, columns)."""
+    smooth, down, up = (part.float() for part in _branch(found, name))
+    return (decoded(found, name, precision) / smooth).addmm_(up, down)
+
+
+def _branch(found: Found, name: str) -> tuple[Tensor, Tensor, Tensor]:
+    """What the input is divided by, (columns,), and the matrices (rank, columns) and (rows, rank) of the branch."""
+    return (
+        packing.unpack_vector(found.tensor(f"{name}.smooth_factor")),
+        packing.unpack_down(found.tensor(f"{name}.proj_down")),
+        packing.unpack_up(found.tensor(f"{name}.proj_up")),
+    )
+
+
+def decoded(found: Found, name: str, precision: Precision) -> Tensor:
     """The decoded codes, which multiply the smoothed and rounded input, float32 (rows, columns)."""
     codes = packing.unpack_codes(found.tensor(f"{name}.qweight"))
     scales = packing.unpack_scales(found.tensor(f"{name}.wscales")).float()
@@ -99,15 +115,9 @@ def _weight(found: Found, name: str, precision: Precision) -> Tensor:
 
 def _built(found: Found, name: str, precision: Precision, layer: nn.Module) -> nn.Module:
     """The layer that computes as Nunchaku's kernels do, in the place of a float Linear."""
-    vector = packing.unpack_vector
-    return SvdqLinear(
-        _weight(found, name, precision),
-        vector(found.tensor(f"{name}.smooth_factor")),
-        packing.unpack_down(found.tensor(f"{name}.proj_down")),
-        packing.unpack_up(found.tensor(f"{name}.proj_up")),
-        vector(found.tensor(f"{name}.bias")) if f"{name}.bias" in found.tensors else None,
-        _INPUTS[precision.name],
-    ).to(layer.weight.device, layer.weight.dtype)
+    bias = packing.unpack_vector(found.tensor(f"{name}.bias")) if f"{name}.bias" in found.tensors else None
+    built = SvdqLinear(decoded(found, name, precision), *_branch(found, name), bias, _inputs(precision))
+    return built.to(layer.weight.device, layer.weight.dtype)
 
 
 class SvdqLinear(nn.Linear):

@@ -56,10 +56,16 @@ def _json(found: Found, name: str, kind: type) -> Any:
     return content
 
 
+def _named(data: Mapping[str, Any], key: str) -> Any:
+    """The value under a key that is written with the name of its class; None for anything else."""
+    value = data.get(key)
+    return value.get("_data") if isinstance(value, dict) and not isinstance(value.get("_data"), dict | list) else None
+
+
 def _layer(found: Found, name: str, header: Mapping[str, Any]) -> tuple[ForeignLayer, str | None]:
     kind, data = header.get("_type"), header.get("_data")
     module, _, weight = name.rpartition(".")
-    if kind not in READERS or not isinstance(data, dict) or weight != "weight":
+    if str(kind) not in READERS or not isinstance(data, dict) or weight != "weight":
         raise UserError(f"{name} of {found.path} is torchao's {kind}, which is not read here")
     here = f"{module}._weight_"
     shape, decode, format = READERS[kind](found, here, data)
@@ -80,10 +86,10 @@ def _activations(kind: str, given: Any, static: bool) -> tuple[ActivationSpec | 
     """How the input is rounded, by the attributes of a tensor; what is to be said where that is not emulated."""
     if not isinstance(given, dict):
         return None, None
-    data = given.get("_data", {})
-    named = {key: value["_data"] for key, value in data.items() if isinstance(value, dict) and "_data" in value}
-    per = data.get("granularity", {}).get("_type") if isinstance(data.get("granularity"), dict) else None
-    rowwise = per == "PerRow"
+    data = given["_data"] if isinstance(given.get("_data"), dict) else {}
+    named = {key: _named(data, key) for key in data}
+    per = data.get("granularity")
+    rowwise = isinstance(per, dict) and per.get("_type") == "PerRow"
     if kind == "NVFP4Tensor" and static != bool(data.get("use_dynamic_per_tensor_scale")):
         return inputs("nvfp4", NAME, "static:1" if static else "online"), None
     if kind == "MXTensor" and named.get("scaling_mode") == "RCEIL":
@@ -116,7 +122,7 @@ def _nvfp4(found: Found, here: str, data: Mapping[str, Any]):
 
 
 def _mx(found: Found, here: str, data: Mapping[str, Any]):
-    element = data.get("elem_dtype", {}).get("_data")
+    element = _named(data, "elem_dtype")
     if element not in DTYPES or data.get("block_size") != 32:
         raise UserError(f"'{here}qdata' of {found.path} has elements of {element}, in no blocks of 32")
     rows, bytes_ = matrix(found, f"{here}qdata", DTYPES[element])
