@@ -63,6 +63,7 @@ def versioned(kind: str, **values: Any) -> dict[str, Any]:
 
 AUTO = named("KernelPreference", "AUTO")
 SUMS = named("Float8MMConfig", {"emulate": False, "use_fast_accum": True, "pad_inner_dim": False})
+LEAST = 1e-12  # the largest of an FP8 input: without it a token of zeros, as SD3's in place of T5's, becomes NaN
 ROW, TENSOR = named("PerRow", {"dim": -1}), named("PerTensor", {})
 
 
@@ -208,7 +209,7 @@ def _float8(source: Source, name: str, layer: QuantLinear) -> Layout:
         "float8_dtype": named("torch.dtype", "float8_e4m3fn"),
         "granularity": per,
         "mm_config": SUMS,
-        "hp_value_lb": None,
+        "hp_value_lb": LEAST,
         "hp_value_ub": None,
         "kernel_preference": AUTO,
     }
@@ -232,6 +233,7 @@ def _float8(source: Source, name: str, layer: QuantLinear) -> Layout:
         config = versioned("Float8WeightOnlyConfig", version=2, weight_dtype=weights, granularity=per)
         return Layout(kind, "Float8Tensor", attributes, parts, config)
     options = {"activation_dtype": weights, "weight_dtype": weights, "granularity": [per, per]}
+    options["activation_value_lb"] = LEAST
     config = versioned("Float8DynamicActivationFloat8WeightConfig", version=2, **options)
     return Layout(f"{kind} x fp8", "Float8Tensor", attributes, parts, config)
 
