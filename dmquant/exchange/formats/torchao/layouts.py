@@ -64,6 +64,7 @@ def versioned(kind: str, **values: Any) -> dict[str, Any]:
 
 AUTO = named("KernelPreference", "AUTO")
 SUMS = named("Float8MMConfig", {"emulate": False, "use_fast_accum": True, "pad_inner_dim": False})
+LEAST = 1e-12  # the largest of an FP8 input: without it a token of zeros, as SD3's in place of T5's, becomes NaN
 ROW, TENSOR = named("PerRow", {"dim": -1}), named("PerTensor", {})
 
 
