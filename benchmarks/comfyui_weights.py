@@ -2,8 +2,8 @@
 
     PYTHONPATH=FOLDER python benchmarks/comfyui_weights.py
 
-`FOLDER` holds comfy-kitchen (`pip install --no-deps --target FOLDER comfy-kitchen==0.2.40`). NVFP4 of the rotated weight
-stands beside them. All take 4.5 bits a weight, without data.
+`FOLDER` holds comfy-kitchen (`pip install --no-deps --target FOLDER comfy-kitchen==0.2.40`). NVFP4 of the rotated
+weight stands beside them. All take 4.5 bits a weight, without data.
 """
 
 import torch

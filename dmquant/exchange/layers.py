@@ -95,7 +95,8 @@ def inputs(format: str, engine: str, scale: str = "online", granularity: str = "
 def kind_of(activations: ActivationSpec | None) -> str | None:
     """Inputs by a short name: `nvfp4`, `static nvfp4`, `mxfp8`, `fp8_e4m3 a token`, `static fp8_e4m3 a tensor`, ...
 
-    None where they are not rounded. Static scales that tell timesteps apart, halves of the input, and means that stay exact are named so.
+    None where they are not rounded. Static scales that tell timesteps apart, halves of the input, and means that stay
+    exact are named so.
     """
     if activations is None:
         return None

@@ -65,14 +65,14 @@ def mixed(build):
         ("*.0.*", ["*.1.*", "*.attn1.to_v"], "*.ff*", "*.attn2.*", "*.to_out*"),
     )
     rules = [{"match": glob, **settings} for glob, settings in zip(globs, FORMATS.values(), strict=True)]
-    recipe = Recipe.load("rtn64").with_settings(rules=rules, activations="none", **FORMATS["mxfp8"])
+    recipe = Recipe.load("rtn").with_settings(rules=rules, activations="none", **FORMATS["mxfp8"])
     refused = [each.name for each in plan(backbone, recipe) if FORMAT.refuses(layers[each.name], each.weights, None)]
     return recipe.with_settings(rules=[*recipe.rules, {"match": [*refused, WIDTH], "keep": True}])
 
 
 def rounding(format):
     """A recipe for ComfyUI with rounded inputs."""
-    return Recipe.load("rtn64").with_settings(engine="comfyui", **FORMATS[format] | ROUNDED[format])
+    return Recipe.load("rtn").with_settings(engine="comfyui", **FORMATS[format] | ROUNDED[format])
 
 
 def exported(source, path):
@@ -97,7 +97,7 @@ def test_a_model_is_read_back_as_it_was_saved(saved, tmp_path, model):
 
 @pytest.mark.parametrize("format", BEYOND)
 def test_layers_with_transforms_are_read_back_and_compute_alike(saved, tmp_path, format):
-    recipe = Recipe.load("rtn64").with_settings(**{"activations": "none"} | BEYOND[format])
+    recipe = Recipe.load("rtn").with_settings(**{"activations": "none"} | BEYOND[format])
     source = open_source(saved(recipe, WIDE))
     exported(source, tmp_path / "out.safetensors")
     foreign = open_foreign(tmp_path / "out.safetensors")
@@ -240,7 +240,7 @@ def test_formats_are_read_from_the_header_and_in_the_layout_before_too(file, tmp
     ],
 )
 def test_layers_that_comfyui_cannot_take_are_named(saved, tmp_path, settings, build, message):
-    recipe = Recipe.load("rtn64").with_settings(**{"activations": "none"} | settings)
+    recipe = Recipe.load("rtn").with_settings(**{"activations": "none"} | settings)
     with pytest.raises(UserError, match=message):
         exported(open_source(saved(recipe, build)), tmp_path / "out.safetensors")
     assert not list(tmp_path.iterdir())
@@ -254,7 +254,7 @@ def test_a_layer_that_comfyui_tells_the_width_by_is_not_packed(saved, tmp_path):
 
 
 def test_layers_that_comfyui_has_as_one_share_the_scale_of_the_whole_tensor(saved, tmp_path):
-    recipe = Recipe.load("rtn64").with_settings(
+    recipe = Recipe.load("rtn").with_settings(
         activations="none",
         weights="nvfp4",
         rules=[

@@ -108,7 +108,7 @@ def test_kitchen_rounds_inputs_and_multiplies_as_dmquant_does(saved, tmp_path, f
 
 @pytest.mark.parametrize("format", BEYOND)
 def test_kitchen_multiplies_rotated_and_low_rank_layers_as_dmquant_does(saved, tmp_path, format):
-    recipe = Recipe.load("rtn64").with_settings(**{"activations": "none"} | BEYOND[format])
+    recipe = Recipe.load("rtn").with_settings(**{"activations": "none"} | BEYOND[format])
     source = open_source(saved(recipe, WIDE))
     FORMAT.export(source, tmp_path / "out.safetensors", lambda done, total: None)
     state = load_file(tmp_path / "out.safetensors")
