@@ -48,7 +48,7 @@ def _step(fmt: Format, kind: BlockType) -> float | None:
 
 
 def exactly(layer: QuantLinear, kind: BlockType) -> Tensor | None:
-    """The bytes (rows, bytes of a row) of codes that the type `holds`; None where a scale does not fit half precision."""
+    """The bytes (rows, bytes of a row) of codes that the type `holds`; None for a scale that half precision rounds."""
     spec, step = layer.weight_spec, _step(layer.weight_spec.fmt, kind)
     rows, columns = layer.weight_shape
     body, filled = _body(layer.qweight, spec.fmt, step, kind, columns)
