@@ -44,9 +44,9 @@ class ActivationSpec:
     store: str
     ranges: int | None = None
     split: int | None = None
-    engine: Any = None
     rule: str = PLAIN
     center: bool = False
+    engine: Any = None
 
     @classmethod
     def parse(
@@ -56,9 +56,9 @@ class ActivationSpec:
         store: str = "fp32",
         scale: str = "online",
         split: int | None = None,
-        engine: str | None = None,
         rule: str = PLAIN,
         center: str = "none",
+        engine: str | None = None,
     ) -> "ActivationSpec":
         """Parse and check, or raise UsageError; `scale` is `online` or `static:R`. A block format such as `mxfp6`
         brings its own granularity and store. `engine` is the name of one."""
@@ -82,7 +82,7 @@ class ActivationSpec:
         if (centered or check_choice("activation rule", rule, ONLINE_RULES) != PLAIN) and (ranges or engine):
             raise UsageError("activation_rule and activation_center are for online scales that no engine rounds by")
         halves = None if parsed.kind == "channel" or (based and ranges) else split
-        spec = cls(get_format(format), parsed, store, ranges, halves, None, rule, centered)
+        spec = cls(get_format(format), parsed, store, ranges, halves, rule, centered)
         return spec if engine is None else engine_of(engine).taking(spec)
 
     @property

@@ -73,7 +73,7 @@ def power_of_two(exponent: Tensor) -> Tensor:
 
 
 def _plain(amplitude: Tensor, fmt: Format, base: Tensor | None = None) -> Tensor:
-    return (amplitude / fmt.max).clamp(SMALLEST, LARGEST / fmt.max)
+    return (amplitude / fmt.max).clamp(SMALLEST, LARGEST / max(1.0, fmt.max))
 
 
 def _half(amplitude: Tensor, fmt: Format, base: Tensor | None) -> Tensor:

@@ -19,9 +19,9 @@ UNRELATED = 0.5
 """Squared relative error from which weights are not the model's: 2 bits have 0.1 to 0.2, other weights 2."""
 CLEARLY = 4.0  # times nearer than what the file says: a wrong order of block scales costs ten times the error, or more
 DIALECTS = {
-    ("low first", "linear", "multiplied"): "ModelOpt's, torchao's and diffusers' (bfl)",
-    ("low first", "linear", "divided"): "compressed-tensors'",
-    ("high first", "swizzled", "multiplied"): "ComfyUI's and that of Black Forest Labs' own files",
+    ("low first", "linear", "multiplied"): "ModelOpt, torchao and diffusers' bfl",
+    ("low first", "linear", "divided"): "compressed-tensors",
+    ("high first", "swizzled", "multiplied"): "ComfyUI and Black Forest Labs' own files",
 }
 
 
@@ -73,4 +73,4 @@ def _told(foreign: Foreign) -> str:
 
 def _whose(way: Reading) -> str:
     whose = DIALECTS.get((way.nibbles, way.scales, way.globals))
-    return f", the dialect {whose}" if whose else ""
+    return f", which is the dialect of {whose}" if whose else ""

@@ -1,21 +1,28 @@
 """Tensors that look alike are read in every way there is, and the way that fits a model's weights is named."""
 
+import copy
 import itertools
 import re
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 
+import dmquant
 from dmquant.errors import UserError
 from dmquant.exchange import tensor_file
-from dmquant.exchange.applying import places
+from dmquant.exchange.applying import apply_, places
 from dmquant.exchange.checking import check
 from dmquant.exchange.dialects import Reading
+from dmquant.exchange.formats import formats
 from dmquant.gpu.blocked import to_blocked
-from dmquant.pipelines.models.opening import find
+from dmquant.pipelines.models.opening import find, open_foreign, open_source
+from dmquant.pipelines.models.saving import save_whole
 from dmquant.qtensor import quantize_tensor
 from tests.exchange import labelled
+from tests.tiny import TINY, tiny_pixart
 
 OTHER = ("high first", "swizzled", "divided")
 DIALECTS = [Reading(*way) for way in itertools.product(*zip(labelled.OWN, OTHER, strict=True))]
@@ -92,3 +99,76 @@ def test_one_scale_is_read_both_ways(tmp_path, dtype):
     scale = entries["a.weight_scale"]
     assert torch.equal(given[Reading(None, None, "multiplied")], codes.float() * scale)
     assert torch.allclose(given[Reading(None, None, "divided")], codes.float() / scale)
+
+
+NVFP4 = {"name": "x", "weights": "nvfp4", "granularity": "group:16", "activations": "none"}
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    """Tiny models in full precision and in NVFP4: one whose original names are not known, one whose are."""
+    made = {}
+    for name, build in (("pixart", lambda: tiny_pixart(width=128)), ("sd3", TINY["sd3"].build)):
+        folder, pipeline = tmp_path_factory.mktemp(name), build()
+        plain = copy.deepcopy(pipeline.transformer)
+        dmquant.quantize_(pipeline.transformer, dmquant.Recipe.from_dict(NVFP4, "a test"))
+        save_whole(pipeline, folder / "model", "", "transformer")
+        made[name] = plain, open_source(folder / "model")
+    return made
+
+
+def _turned(path, by):
+    """Rewrite a file with the tensors that `by` changes by name."""
+    with safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    save_file({name: by(name, tensor) for name, tensor in tensors.items()}, path)
+
+
+def _other_nibbles(name, tensor):
+    packed = tensor.dtype == torch.uint8 and tensor.ndim == 2
+    return (tensor << 4) | (tensor >> 4) if packed else tensor
+
+
+def _swizzled(name, tensor):
+    if tensor.dtype != torch.float8_e4m3fn:
+        return tensor
+    return to_blocked(tensor.view(torch.uint8))[: tensor.numel()].view(tensor.dtype).view(tensor.shape)
+
+
+@pytest.mark.parametrize("name", ["pixart", "sd3"])
+def test_comfyui_files_go_into_the_backbone_whole(sources, tmp_path, name):
+    """Fused queries, keys and values and swapped halves come apart as they were."""
+    plain, source = sources[name]
+    path = tmp_path / "file.safetensors"
+    formats()["comfyui"].export(source, path, lambda *told: None)
+    foreign, backbone = open_foreign(path), copy.deepcopy(plain).requires_grad_(False)
+    found = places(foreign, backbone, "it")
+    check(foreign, found, backbone, "it")
+    apply_(foreign, found, backbone, "it", lambda *told: None)
+    state = backbone.state_dict()
+    assert {module for place in found for module in place.modules} == source.layers.keys()
+    for module in source.layers:
+        assert torch.equal(state[f"{module}.weight"], source.layer(module).float_weight())
+    assert all(torch.equal(state[name], source.tensor(name)) for name in source.rest)
+
+
+def test_comfyui_files_of_the_other_nibble_order_are_named(sources, tmp_path):
+    """ModelOpt's export with ComfyUI's metadata and swizzle leaves the nibbles as they are."""
+    plain, source = sources["pixart"]
+    path = tmp_path / "file.safetensors"
+    formats()["comfyui"].export(source, path, lambda *told: None)
+    _turned(path, _other_nibbles)
+    foreign = open_foreign(path)
+    line = r"is mislabelled: read as comfyui .*, but with nibbles low first, block scales (swizzled|linear), scales mul"
+    with pytest.raises(UserError, match=line):
+        check(foreign, places(foreign, plain, "it"), plain, "it")
+
+
+def test_modelopt_folders_in_comfyuis_dialect_are_named(sources, tmp_path):
+    plain, source = sources["pixart"]
+    formats()["modelopt"].export(source, tmp_path / "out", lambda *told: None)
+    (path,) = (tmp_path / "out" / "transformer").glob("*.safetensors")
+    _turned(path, lambda name, tensor: _swizzled(name, _other_nibbles(name, tensor)))
+    foreign = open_foreign(tmp_path / "out")
+    with pytest.raises(UserError, match=r"but with nibbles high first, .*, which is the dialect of ComfyUI and"):
+        check(foreign, places(foreign, plain, "it"), plain, "it")

@@ -3,8 +3,10 @@
 import pytest
 
 from dmquant.errors import UserError
+from dmquant.exchange.folder import listed
 from dmquant.pipelines.commands import exporting, stages
 from dmquant.pipelines.models import opening
+from dmquant.pipelines.runs.evidence_card import MARK
 from dmquant.pipelines.runs.settings import Options, resolve, resolve_all
 from tests.exchange import labelled
 from tests.models.test_compare_files import PROMPTS, images, report
@@ -54,6 +56,19 @@ def test_the_card_has_the_scores_of_the_run_and_the_file_its_images(options, run
     stages.compare(resolve_all(options, f"file:{tmp_path / 'it.safetensors'}"), tmp_path / "compared", False)
     quantized = "images/quantized"
     assert images(tmp_path / "compared" / "recipes" / "it" / quantized) == images(run / quantized)
+
+
+def test_a_folder_has_its_card_within_and_is_replaced_whole(run, tmp_path, monkeypatch):
+    monkeypatch.undo()  # the formats that come with dmquant
+    for _ in range(2):
+        exporting.export(run, "modelopt", tmp_path / "it", True)
+    card = (tmp_path / "it" / "README.md").read_text("utf-8")
+    assert card.startswith("---")
+    assert card.count(MARK) == 1
+    assert "![Pairs: full precision and quantized](pairs.png)" in card
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["it"]
+    assert {"README.md", "pairs.png"} <= listed(tmp_path / "it").keys()
+    assert not any(".replaced" in path.name for path in (tmp_path / "it").iterdir())
 
 
 def test_a_model_of_no_run_or_of_another_is_not_measured(options, run, tmp_path):

@@ -21,10 +21,12 @@ class BlockType(NamedTuple):
     nbytes: int
     encode: Callable[[Tensor, Tensor], Tensor]
     """Blocks (..., size) and what an error costs, which broadcasts to them, float32, to bytes (..., nbytes)."""
-    exact: Callable[[Tensor, Tensor], Tensor] | None = None
-    """Scales (..., 1) and whole levels (..., size), float32, to bytes (..., nbytes); None for K-quants."""
+    stored: Callable[[Tensor], Tensor] | None = None
+    """Whole levels, float32, to codes as the type has them, uint8, same shape; None for K-quants."""
+    pack: Callable[[Tensor], Tensor] | None = None
+    """Codes (..., size), uint8, to a block's bytes behind its scale; None for K-quants."""
     levels: tuple[float, float] = (0.0, 0.0)
-    """The least and the largest level."""
+    """The least and the largest level, where they are whole numbers in steps of 1."""
 
     @property
     def bits(self) -> float:
@@ -41,37 +43,36 @@ def quantize(weight: Tensor, cost: Tensor, kind: BlockType) -> Tensor:
     return torch.cat([kind.encode(part.float(), costs).flatten(1) for part in parts])
 
 
-def _half_bytes(x: Tensor) -> Tensor:
+def half_bytes(x: Tensor) -> Tensor:
+    """Numbers of half precision (..., 1) as bytes (..., 2)."""
     return x.half().contiguous().view(torch.uint8)
 
 
 def _nibbles(codes: Tensor) -> Tensor:
     """The first half of the codes in the low nibbles, the second in the high ones; uint8 (..., n / 2)."""
-    low, high = codes.to(torch.uint8).chunk(2, -1)
+    low, high = codes.chunk(2, -1)
     return low | high << 4
 
 
-def _offset(scale: Tensor, levels: Tensor) -> Tensor:
-    return torch.cat([_half_bytes(scale), _nibbles(levels + 8)], -1)
+def _with_fifths(codes: Tensor) -> Tensor:
+    fifths = ((codes >> 4).unflatten(-1, (4, 8)) << torch.arange(8, dtype=torch.uint8)).sum(-1, dtype=torch.uint8)
+    return torch.cat([fifths, _nibbles(codes & 15)], -1)
 
 
-def _offset_5(scale: Tensor, levels: Tensor) -> Tensor:
-    codes = (levels + 16).to(torch.uint8)
-    places = torch.arange(8, dtype=torch.uint8)
-    fifths = ((codes >> 4).unflatten(-1, (4, 8)) << places).sum(-1, dtype=torch.uint8)
-    return torch.cat([_half_bytes(scale), fifths, _nibbles(codes & 15)], -1)
+def _above(least: int) -> Callable[[Tensor], Tensor]:
+    return lambda levels: (levels - least).to(torch.uint8)
 
 
-def _signed(scale: Tensor, levels: Tensor) -> Tensor:
-    return torch.cat([_half_bytes(scale), levels.to(torch.int8).view(torch.uint8)], -1)
+def _signed(levels: Tensor) -> Tensor:
+    return levels.to(torch.int8).view(torch.uint8)
 
 
-def _looked_up(scale: Tensor, levels: Tensor) -> Tensor:
-    return torch.cat([_half_bytes(scale), _nibbles(IQ4_NL_LEVELS.encode(levels))], -1)
+def _one_scale(name: str, number: int, nbytes: int, grid: Symmetric, stored, pack, levels=(0.0, 0.0)) -> BlockType:
+    def encode(blocks: Tensor, cost: Tensor) -> Tensor:
+        scale, found = grid.fit(blocks, cost)
+        return torch.cat([half_bytes(scale), pack(stored(found))], -1)
 
-
-def _fitted(grid: Symmetric, to_bytes: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
-    return lambda blocks, cost: to_bytes(*grid.fit(blocks, cost))
+    return BlockType(name, number, 32, nbytes, encode, stored, pack, levels)
 
 
 def _k_quants(top: int) -> Callable[[Tensor, Tensor], Tensor]:
@@ -92,17 +93,18 @@ def _k_bytes(found: KBlocks, top: int) -> Tensor:
     if top > 15:
         places = torch.arange(8, dtype=torch.uint8).view(8, 1)
         fifths = [((codes >> 4) << places).sum(-2, dtype=torch.uint8)]
-    factors = [_half_bytes(one.flatten(-2)) for one in (found.d, found.dmin)]
+    factors = [half_bytes(one.flatten(-2)) for one in (found.d, found.dmin)]
     return torch.cat([*factors, *whole, *fifths, fours], -1)
 
 
-_FOUR, _FIVE, _EIGHT = whole(-8, 7), whole(-16, 15), whole(-127, 127)
-_DENSER = of_halves(IQ4_NL_LEVELS.values)
+_FOUR, _FIVE = Symmetric(whole(-8, 7), (-8, 7)), Symmetric(whole(-16, 15), (-16, 15))
+_EIGHT = Symmetric(whole(-127, 127), (127,), (1.0,))
+_DENSER = Symmetric(of_halves(IQ4_NL_LEVELS.values), (-127, 113))
 
-Q4_0 = BlockType("Q4_0", 2, 32, 18, _fitted(Symmetric(_FOUR, (-8, 7)), _offset), _offset, (-8, 7))
-Q5_0 = BlockType("Q5_0", 6, 32, 22, _fitted(Symmetric(_FIVE, (-16, 15)), _offset_5), _offset_5, (-16, 15))
-Q8_0 = BlockType("Q8_0", 8, 32, 34, _fitted(Symmetric(_EIGHT, (127,), (1.0,)), _signed), _signed, (-128, 127))
-IQ4_NL = BlockType("IQ4_NL", 20, 32, 18, _fitted(Symmetric(_DENSER, (-127, 113)), _looked_up), _looked_up)
+Q4_0 = _one_scale("Q4_0", 2, 18, _FOUR, _above(-8), _nibbles, (-8, 7))
+Q5_0 = _one_scale("Q5_0", 6, 22, _FIVE, _above(-16), _with_fifths, (-16, 15))
+Q8_0 = _one_scale("Q8_0", 8, 34, _EIGHT, _signed, lambda codes: codes, (-128, 127))
+IQ4_NL = _one_scale("IQ4_NL", 20, 18, _DENSER, IQ4_NL_LEVELS.encode, _nibbles)
 Q4_K = BlockType("Q4_K", 12, 256, 144, _k_quants(15))
 Q5_K = BlockType("Q5_K", 13, 256, 176, _k_quants(31))
 

@@ -19,25 +19,21 @@ from dmquant.errors import UserError, check_choice
 from dmquant.exchange.formats.gguf import blocks
 from dmquant.exchange.formats.gguf.blocks import WRITTEN, BlockType
 from dmquant.exchange.formats.gguf.header import NUMBERS
+from dmquant.exchange.formats.gguf.holding import BLOCK, exactly, holder, holder_of
 from dmquant.exchange.formats.gguf.reading import library
 from dmquant.exchange.interfaces import Exported, Progress
 from dmquant.exchange.keys import Target, original
 from dmquant.exchange.layers import HIGH, check_class, described
 from dmquant.exchange.source import Source
 from dmquant.exchange.tensor_file import check_room
-from dmquant.formats import Format, IntFormat, LookupFormat
-from dmquant.grids import ScaledGrid
 from dmquant.host.files import replacing
 from dmquant.layers import QuantLinear
-from dmquant.packing import unpack
 from dmquant.qtensor import WeightSpec
 
 LONGEST = 127  # characters of a name, which ggml's readers cut
 RARE = 1e-3  # of the mean: what an error of a channel costs at least, also where calibration saw nothing
 PLAIN = {"F32": (torch.float32, "F32"), "BF16": (torch.bfloat16, "BF16"), "F16": (torch.float16, "F16")}
 UNNAMED = "diffusers"
-BLOCK = 32
-HOLDERS = (blocks.Q4_0, blocks.IQ4_NL, blocks.Q5_0, blocks.Q8_0)
 
 
 class Tensors(NamedTuple):
@@ -206,45 +202,6 @@ class _Maker:
         if layer in self.source.layers and parameter == "weight":
             return self.source.layer(layer).float_weight()
         return self.source.tensor(name).float()
-
-
-def holder(layer: QuantLinear) -> BlockType | None:
-    """The type whose levels are a layer's codes, each scale being for whole blocks of 32; None where there is none."""
-    spec, size = layer.weight_spec, layer.weight_spec.granularity.size
-    parts = spec.segments(layer.weight_shape)
-    alone = len(parts) == 1 or (size is not None and parts[0] % size == 0)  # else a half has scales of its own
-    return holder_of(spec) if alone and not layer.transforms and layer.in_features % BLOCK == 0 else None
-
-
-def holder_of(spec: WeightSpec) -> BlockType | None:
-    """The type whose levels are the codes of such weights; None where there is none."""
-    if spec.grid_type is not ScaledGrid or (spec.granularity.size or BLOCK) % BLOCK:
-        return None
-    return next((kind for kind in HOLDERS if _step(spec.fmt, kind) is not None), None)
-
-
-def _step(fmt: Format, kind: BlockType) -> float | None:
-    """What a level of the type is in values of the format, if it has all of them."""
-    if kind is blocks.IQ4_NL or isinstance(fmt, LookupFormat):
-        return 1.0 if kind is blocks.IQ4_NL and fmt is blocks.IQ4_NL_LEVELS else None
-    step = 1.0 if isinstance(fmt, IntFormat) else fmt.min_positive
-    levels = fmt.values / step
-    low, high = kind.levels
-    inside = bool((levels == levels.round()).all()) and low <= float(levels.min()) and float(levels.max()) <= high
-    return step if inside else None
-
-
-def exactly(layer: QuantLinear, kind: BlockType) -> Tensor | None:
-    """The bytes (rows, bytes of a row) of a layer's own codes; None where a scale is no number of half precision."""
-    spec, step = layer.weight_spec, _step(layer.weight_spec.fmt, kind)
-    rows, columns = layer.weight_shape
-    if step is None:
-        return None
-    levels = (spec.fmt.decode(unpack(layer.qweight, spec.fmt.bits, columns)) / step).unflatten(1, (-1, kind.size))
-    scale = (layer.scales.decode() * step).expand(rows, -1)
-    scale = scale.repeat_interleave(-(-(spec.granularity.size or columns) // kind.size), 1)[:, : levels.shape[1]]
-    scale = torch.where(levels.any(-1), scale, 0.0)  # blocks of zeros have the smallest scale of all
-    return kind.exact(scale.unsqueeze(-1), levels).flatten(1) if torch.equal(scale.half().float(), scale) else None
 
 
 def _metadata(source: Source, kind: str | None) -> dict[str, str]:

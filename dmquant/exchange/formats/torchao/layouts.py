@@ -25,6 +25,7 @@ from dmquant.stores import get_store
 
 DTYPE = "bfloat16"
 """What weights decode to, unless `torch_dtype` says otherwise when they are loaded."""
+LEAST = 1e-12  # magnitude of an FP8 token: by default there is none, and a token of zeros becomes NaN
 FLOAT8 = {"fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
 ELEMENTS = {"mxfp4": ("float4_e2m1fn_x2", torch.uint8), "mxfp8": ("float8_e4m3fn", torch.float8_e4m3fn)}
 
@@ -63,6 +64,7 @@ def versioned(kind: str, **values: Any) -> dict[str, Any]:
 
 AUTO = named("KernelPreference", "AUTO")
 SUMS = named("Float8MMConfig", {"emulate": False, "use_fast_accum": True, "pad_inner_dim": False})
+LEAST = 1e-12  # the largest of an FP8 input: without it a token of zeros, as SD3's in place of T5's, becomes NaN
 ROW, TENSOR = named("PerRow", {"dim": -1}), named("PerTensor", {})
 
 
@@ -208,7 +210,7 @@ def _float8(source: Source, name: str, layer: QuantLinear) -> Layout:
         "float8_dtype": named("torch.dtype", "float8_e4m3fn"),
         "granularity": per,
         "mm_config": SUMS,
-        "hp_value_lb": None,
+        "hp_value_lb": LEAST,
         "hp_value_ub": None,
         "kernel_preference": AUTO,
     }
@@ -232,6 +234,7 @@ def _float8(source: Source, name: str, layer: QuantLinear) -> Layout:
         config = versioned("Float8WeightOnlyConfig", version=2, weight_dtype=weights, granularity=per)
         return Layout(kind, "Float8Tensor", attributes, parts, config)
     options = {"activation_dtype": weights, "weight_dtype": weights, "granularity": [per, per]}
+    options["activation_value_lb"] = LEAST
     config = versioned("Float8DynamicActivationFloat8WeightConfig", version=2, **options)
     return Layout(f"{kind} x fp8", "Float8Tensor", attributes, parts, config)
 
