@@ -138,7 +138,7 @@ class Recipe(Settings):
         Raises UsageError for an unknown name or format, a missing file, and for a file that is not a recipe,
         then with file and line.
         """
-        if source in _BITS:
+        if source in _BITS and source not in recipe_names():
             recipe = cls.load("rtn").with_settings(name=source, **_BITS[source])
         else:
             recipe = read_yaml(cls, _find(str(source)), str(source))
@@ -223,7 +223,8 @@ def recipe_names() -> list[str]:
 
 def bits_names() -> list[str]:
     """Names of the data-free recipes by bits, such as `w4a6`."""
-    return [f"w{w}a{a}" for w in _FLOATS for a in _FLOATS if w <= a and w < 16]
+    names = [f"w{w}a{a}" for w in _FLOATS for a in _FLOATS if w <= a and w < 16]
+    return [name for name in names if name not in recipe_names()]
 
 
 def _find(source: str):

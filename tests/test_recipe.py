@@ -274,3 +274,10 @@ def test_a_file_that_is_not_there_is_no_wrong_use(source):
     with pytest.raises(UserError, match=f"no recipe file {source}") as error:
         Recipe.load(source)
     assert error.value.exit_code == 1
+
+
+def test_a_recipe_of_its_own_goes_before_one_by_bits():
+    recipe = Recipe.load("w4a4")
+    assert (recipe.activations, recipe.activation_rule, recipe.calibrated) == ("nvfp4", "mse", True)
+    assert "w4a4" not in bits_names()
+    assert not Recipe.load("w4a6").calibrated
