@@ -259,7 +259,7 @@ def resolve_all(options: Options, recipes: str) -> dict[str, Settings]:
     """Settings for each of several recipes by name, which differ in the recipe only.
 
     `recipes` is a comma-separated list of RECIPE[:WEIGHTS[:ACTIVATIONS]], or file:PATH for what others quantized;
-    formats that an entry does not give are the options'. Raises as `resolve` does, and UsageError for an empty list or
+    formats that a recipe does not give are the options'. Raises as `resolve` does, and UsageError for an empty list or
     two recipes of one name.
     """
     entries = [entry.strip() for entry in recipes.split(",") if entry.strip()]
@@ -273,7 +273,8 @@ def resolve_all(options: Options, recipes: str) -> dict[str, Settings]:
         if len(formats) > 2:
             raise UsageError(f"'{entry}' in --recipes has more than RECIPE:WEIGHTS:ACTIVATIONS")
         given = [name or None for name in (*formats, "", "")[:2]]
-        recipe = chosen_recipe(base.model.family, source, given[0] or options.w, given[1] or options.a)
+        asked = (None, None) if source.startswith(FILE) else (given[0] or options.w, given[1] or options.a)
+        recipe = chosen_recipe(base.model.family, source, *asked)
         name = "-".join([recipe.name, *filter(None, given)])
         if name in settings:
             raise UsageError(f"two of the recipes are called '{name}': give one another name in its file")

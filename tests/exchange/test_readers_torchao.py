@@ -102,7 +102,9 @@ def test_its_products_are_those_of_inputs_rounded_as_told(written, name):
     one = {f"{module}.weight": foreign.found.metadata[f"{module}.weight"], "tensor_names": f'["{module}.weight"]'}
     made, _ = unflatten_tensor_state_dict(part, one)
     x = torch.randn(3, 5, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    x[0, 0] = 0
     theirs = torch.nn.functional.linear(x, made[f"{module}.weight"])
+    assert not theirs[0, 0].any()
     rounded = fake_quantize(x, foreign.layers[module].activations)
     ours = torch.nn.functional.linear(rounded.float(), foreign.layers[module].weight())
     assert (theirs - ours).norm() < 2.0**-8 * ours.norm()

@@ -68,7 +68,7 @@ def test_a_folder_has_its_card_within_and_is_replaced_whole(run, tmp_path, monke
     assert "![Pairs: full precision and quantized](pairs.png)" in card
     assert sorted(path.name for path in tmp_path.iterdir()) == ["it"]
     assert {"README.md", "pairs.png"} <= listed(tmp_path / "it").keys()
-    assert not any("aside" in path.name for path in (tmp_path / "it").iterdir())
+    assert not any(".replaced" in path.name for path in (tmp_path / "it").iterdir())
 
 
 def test_a_model_of_no_run_or_of_another_is_not_measured(options, run, tmp_path):
