@@ -6,9 +6,12 @@
 are loaded and run as ComfyUI's comfy/ops.py does it (`_load_quantized_module`, `mixed_precision_ops.Linear.forward`),
 on the CPU. `IMAGES` becomes a file of PyTorch with the images of all prompts, float32 (n, height, width, 3).
 benchmarks/comfyui_images.py calls it.
+
+Products are float32, of what comfy-kitchen decodes and rounds; with PRODUCTS=kernel its own, of 8-bit integers.
 """
 
 import json
+import os
 import sys
 
 import torch
@@ -20,7 +23,10 @@ operators.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor
 operators.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 from comfy_kitchen import tensor as kitchen
+from comfy_kitchen.backends.eager.quantization import quantize_int8_rowwise
+from comfy_kitchen.backends.eager.w4a8_int8 import _dequant_int4_grouped_to_int8
 from comfy_kitchen.tensor import QuantizedTensor
+from comfy_kitchen.tensor.int8_utils import _build_hadamard, _rotate_activation
 from diffusers import DiffusionPipeline
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 from safetensors.torch import load_file
@@ -46,6 +52,7 @@ LAYOUTS = {  # layout class, its parameters by the tensors of the file, and the 
     ),
 }
 IN_KERNEL = {"int8_tensorwise", "asym_w4a8_int8", "svdquant_w4a4"}  # whose kernels round the input themselves
+PRODUCTS = os.environ.get("PRODUCTS", "float32")  # of what those round; or `kernel`, whose sums are of whole numbers
 OPTIONS = {"convrot", "convrot_groupsize", "group_size"}
 
 
@@ -64,6 +71,7 @@ class Linear(nn.Module):
             orig_shape=tuple(layer.weight.shape),
         )
         self.quantized = QuantizedTensor(parts["weight"], self.layout, params)
+        self.options = settings
         self.bias, self.input_scale, self.factor = layer.bias, parts.get("input_scale"), parts.get("pre_quant_scale")
 
     def forward(self, x: Tensor) -> Tensor:
@@ -73,6 +81,8 @@ class Linear(nn.Module):
         if self.format == "svdquant_w4a4":  # its eager functions take 16 bits alone
             bias = None if self.bias is None else self.bias.bfloat16()
             return F.linear(x.bfloat16(), self.quantized, bias).to(x.dtype)
+        if self.format in IN_KERNEL and PRODUCTS == "float32":
+            return F.linear(self.rounded(x), self.stored(), self.bias)
         if self.format in IN_KERNEL:
             return F.linear(x, self.quantized, self.bias)
         scale = self.input_scale
@@ -80,6 +90,22 @@ class Linear(nn.Module):
             scale = 1.0
         rounded = QuantizedTensor.from_float(x.reshape(-1, x.shape[-1]), self.layout, scale=scale)
         return F.linear(rounded.dequantize(), self.quantized.dequantize(), self.bias).view(*x.shape[:-1], -1)
+
+    def rounded(self, x: Tensor) -> Tensor:
+        """The input as the kernel of 8-bit integers rotates and rounds it."""
+        if self.options.get("convrot", self.format == "asym_w4a8_int8"):
+            size = self.options["convrot_groupsize"]
+            x = _rotate_activation(x, _build_hadamard(size, dtype=x.dtype), size)
+        codes, scales = quantize_int8_rowwise(x)
+        return codes.to(x.dtype) * scales
+
+    def stored(self) -> Tensor:
+        """The weight as it multiplies that input."""
+        params, codes = self.quantized._params, self.quantized._qdata
+        if self.format == "int8_tensorwise":
+            return codes.float() * params.scale
+        levels = _dequant_int4_grouped_to_int8(codes, params.scale, params.codebook, params.group_size)
+        return levels.float() * params.s_channel[:, None]
 
 
 def by_diffusers_names(state: dict[str, Tensor], backbone: nn.Module) -> dict[str, Tensor]:

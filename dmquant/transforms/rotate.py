@@ -78,14 +78,13 @@ def hadamard(x: Tensor, size: int, dim: int) -> Tensor:
 def regular_hadamard(x: Tensor, size: int, dim: int) -> Tensor:
     """As `hadamard`, by the Kronecker powers of the matrix of 4 with 1 everywhere but -1 from corner to corner.
 
-    `size` is a power of four (ConvRot, Huang et al., arXiv 2512.03673; `_build_hadamard` of comfy-kitchen).
+    `size` is a power of four (ConvRot, Huang et al., arXiv 2512.03673). A product as comfy-kitchen's, bit for bit.
     """
-    rotated, step = x.movedim(dim, -1), 1
-    while step < size:
-        four = rotated.unflatten(-1, (-1, 4, step))
-        rotated = (four.sum(-2, keepdim=True) - 2 * four.flip(-2)).flatten(-3)
-        step *= 4
-    return (rotated * size**-0.5).movedim(-1, dim)
+    of_four, matrix = 1 - 2 * torch.eye(4, device=x.device).flip(0), torch.ones(1, 1, device=x.device)
+    while len(matrix) < size:
+        matrix = torch.kron(matrix, of_four)
+    blocks = x.movedim(dim, -1).unflatten(-1, (-1, size))
+    return (blocks @ (matrix * size**-0.5).to(x.dtype)).flatten(-2).movedim(-1, dim)
 
 
 METHOD = Method(Options, Rotate, fit=lambda options: Fit(statistics=int(options.choose), optional=options.choose))

@@ -23,7 +23,7 @@ from dmquant.pipelines.models.skeleton import skeleton
 from dmquant.pipelines.models.weights import safetensors_files
 from dmquant.pipelines.models.whole import check_models
 from dmquant.pipelines.runs import runfolder
-from dmquant.pipelines.runs.defaults import DEFAULT_RECIPE, PURPOSES
+from dmquant.pipelines.runs.defaults import DEFAULT_RECIPE, ENGINES, PURPOSES
 from dmquant.recipe import Recipe, bits_names, recipe_names
 from dmquant.scaling import BLOCK_FORMATS
 from dmquant.settings import format_name
@@ -99,7 +99,8 @@ def recipes() -> None:
     console = Console()
     console.show(table)
     console.say(f"--recipe is {DEFAULT_RECIPE} unless named. --w and --a set the formats of any of them.")
-    console.say(", ".join(f"--for {purpose} is --recipe {recipe}" for purpose, recipe in PURPOSES.items()) + ".")
+    told = [f"--for {what} is --recipe {recipe}" for what, recipe in PURPOSES.items() if what not in ENGINES]
+    console.say(", ".join(told) + f"; --for ENGINE is --recipe for-ENGINE: {', '.join(ENGINES)}.")
     console.say("A YAML file with the same keys is a recipe too.")
 
 

@@ -84,7 +84,7 @@ def make_model(
     recipe = settings.recipe_for(backbone)
     for rule in recipe.rules:
         if rule.keep and rule.reason:
-            _say_of(console, as_list(rule.match), f"in high precision: {rule.reason}")
+            _say_of(console, as_list(rule.match), f"in high precision, since it {rule.reason}")
     if recipe.calibrated:
         calibrated = calibrate(pipeline, replace(settings, recipe=recipe), workspace, console, weights)
         layers, recipe = calibrated.layers, calibrated.recipe

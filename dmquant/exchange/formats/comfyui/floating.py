@@ -168,7 +168,7 @@ class Float8(Layout):
         group.shared("scale", "scales of the whole tensor")
         if group.first.scale_base is not None:
             group.shared("scale_base", "scales of the whole tensor")
-        scale = group.source.layer(group.names[0]).scales.decode()
+        scale = group.scales()[0]
         codes = group.entry("weight", self.dtype, group.shape, lambda: group.rows("qweight").view(self.dtype))
         return [codes, group.scalar("weight_scale", scale), *group.static_scale()]
 

@@ -51,8 +51,8 @@ class Int8(Layout):
         )
 
     def _scales(self, group: Group) -> list[Tensor]:
-        filled = (group.source.layer(name) for name in group.names)
-        return [layer.scales.decode().expand(layer.weight_shape[0], 1) for layer in filled]
+        found = zip(group.layers, group.scales(), strict=True)
+        return [scales.expand(layer.weight_shape[0], 1) for layer, scales in found]
 
     def open(self, layer: Opened) -> ForeignLayer:
         rows, columns = layer.matrix("weight", "I8")

@@ -19,6 +19,7 @@ from dmquant.host import weight_file
 from dmquant.layers import QuantLinear
 from dmquant.qtensor import QuantizedTensor, WeightSpec
 from dmquant.scaling import Scales
+from dmquant.stores import get_store
 from dmquant.transforms import Storage
 
 RECIPE = "quantize with --for comfyui"
@@ -61,6 +62,15 @@ class Group:
     def rows(self, part: str) -> Tensor:
         """A parameter whose rows are the output channels, of all layers; as stored."""
         return self.target.rows(self.parts(part))
+
+    def scales(self) -> list[Tensor]:
+        """Decoded scales of each layer, float32 (scale rows, scale columns); nothing else of it is read."""
+        found = []
+        for name, layer in zip(self.names, self.layers, strict=True):
+            stored = self.source.tensor(f"{name}.scale").view(get_store(layer.weight_spec.store).dtype)
+            base = None if layer.scale_base is None else self.source.tensor(f"{name}.scale_base").view(torch.float32)
+            found.append(Scales(stored, base, layer.weight_spec.store).decode())
+        return found
 
     def shared(self, part: str, what: str) -> Tensor:
         """A parameter that all layers must have in common; UserError, naming the layers, where they differ."""
