@@ -120,7 +120,7 @@ class ForeignFormat:
     """Of an exported file."""
     variants: Sequence[str] = ()
     """What may follow the name and a colon on the command line; `export` takes it as `kind`."""
-    weighs_errors: bool = False
-    """Whether an export weighs errors by calibration data (`Source.importance`)."""
+    weighs_errors: Callable[[Source], bool] | None = None
+    """Whether an export of this model weighs errors by calibration data (`Source.importance`); None where none does."""
     refuses: Callable[[nn.Module, WeightSpec, ActivationSpec | None], str | None] | None = None
     """Why the engine cannot take a layer (its shape, its class) in these formats; None where it can."""

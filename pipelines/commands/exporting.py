@@ -39,14 +39,14 @@ def export(folder: Path, to: str, out: Path | None, overwrite: bool, calibration
     if not target.folder:
         _refuse_strangers(card, picture)
     source = open_source(model)
-    if target.weighs_errors:
-        source.importance = importance_of(source, calibration_data or data_of(folder), console)
-    elif calibration_data is not None:
+    if target.weighs_errors is None and calibration_data is not None:
         raise UsageError(f"{target.name} is written without calibration data: leave out --calibration-data")
+    if target.weighs_errors is not None and target.weighs_errors(source):
+        source.importance = importance_of(source, calibration_data or data_of(folder), console)
     with console.bar(f"export to {target.name}") as bar:
         written = target.export(source, out, bar)
     layers = ", ".join(f"{count} layers in {name}" for name, count in written.formats.items())
-    exact = "exactly what dmquant computes with" if written.exact else "re-quantized: not what dmquant computes with"
+    exact = f"weights {'bit for bit' if written.exact else 'near, not bit for bit,'} as dmquant decodes them"
     size = sum(path.stat().st_size for path in ([out] if out.is_file() else out.rglob("*")) if path.is_file())
     console.say(f"{written.path}: {target.title}, {size_text(size)}; {layers}; {exact}")
     for note in written.notes:

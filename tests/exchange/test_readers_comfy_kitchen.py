@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 kitchen = pytest.importorskip("comfy_kitchen", reason="installed apart from what the other tests need, see .ci/run")
 
+from comfy_kitchen.backends.eager.svdquant import _unpack_int4_row_major, quantize_svdquant_w4a4
 from comfy_kitchen.tensor import (
     AsymW4A8Int8Layout,
     QuantizedTensor,
@@ -22,7 +23,9 @@ from comfy_kitchen.tensor import (
     TensorWiseINT8Layout,
 )
 
+from dmquant.activations import fake_quantize
 from dmquant.exchange.formats.comfyui import FORMAT
+from dmquant.exchange.formats.comfyui.layouts import LAYOUTS
 from dmquant.exchange.keys import Target, original
 from dmquant.pipelines.models.opening import open_source
 from dmquant.recipe import Recipe
@@ -104,6 +107,13 @@ def test_kitchen_rounds_inputs_and_multiplies_as_dmquant_does(saved, tmp_path, f
             rounded = QuantizedTensor.from_float(x, STORED[format][0].__name__)
             y = torch.nn.functional.linear(rounded.dequantize(), theirs.dequantize(), bias)
         assert torch.allclose(y, layer(x), rtol=1e-4, atol=1e-4)
+
+
+def test_kitchen_rounds_inputs_of_svdquant_as_dmquant_does():
+    x, ones = torch.randn(9, 128).bfloat16(), torch.ones(128, dtype=torch.bfloat16)
+    codes, scales, _ = quantize_svdquant_w4a4(x, ones, torch.zeros(128, 1, dtype=torch.bfloat16))
+    theirs = _unpack_int4_row_major(codes[:9]).float() * scales[:, :9].float().T.repeat_interleave(64, 1)
+    assert torch.equal(theirs.bfloat16(), fake_quantize(x, LAYOUTS["svdquant_w4a4"].inputs[0]))
 
 
 @pytest.mark.parametrize("format", BEYOND)

@@ -193,8 +193,17 @@ def test_what_is_of_the_widths_of_k_quants_goes_there(saved, tmp_path):
     name = next(iter(maker.source.layers))
     for columns, kind in ((512, "Q4_K"), (96, "IQ4_NL"), (40, None)):
         maker.source.layers[name].in_features = columns
-        chosen = maker._choose(name)
+        chosen = maker.choose(name)
         assert (chosen and chosen.name) == kind
+
+
+@pytest.mark.parametrize(
+    ("weights", "kind", "again"),
+    [("int4", "gguf", False), ("int4", "gguf:q8_0", False), ("int4", "gguf:iq4_nl", True), ("nvfp4", "gguf", True)],
+)
+def test_calibration_data_is_asked_for_where_layers_are_quantized_again(saved, weights, kind, again):
+    made = recipe(weights) if weights == "int4" else Recipe(name=weights, weights=weights)
+    assert writable(kind).weighs_errors(open_source(saved(made))) == again
 
 
 def test_a_name_that_no_reader_keeps_is_refused_and_nothing_is_left(saved, tmp_path, monkeypatch):

@@ -62,7 +62,9 @@ def compared(given, tmp_path_factory):
     (own,) = resolve_all(options, "w4a6").values()
     stages.quantize(own, folder / "quantized", False)
     path = labelled.write(folder / "other.safetensors", backbone, LAYERS, activations="fp6")
-    stages.compare(resolve_all(options, f"w4a6,file:{path},file:{folder / 'quantized'}"), out, False)
+    plain = labelled.write(folder / "unrounded.safetensors", backbone, LAYERS)
+    files = ",".join(f"file:{each}" for each in (path, plain, folder / "quantized"))
+    stages.compare(resolve_all(options, f"w4a6,{files}"), out, False)
     return out
 
 
@@ -89,13 +91,9 @@ def test_the_report_says_what_a_file_is(compared):
     assert "other.safetensors, quantized by others" in (compared / "report.html").read_text("utf-8")
 
 
-def test_inputs_are_rounded_as_the_engine_does(given, tmp_path):
-    _, backbone, options = given
-    one = labelled.write(tmp_path / "rounded.safetensors", backbone, LAYERS, activations="fp6")
-    other = labelled.write(tmp_path / "plain.safetensors", backbone, LAYERS)
-    stages.compare(resolve_all(options, f"file:{one},file:{other}"), tmp_path / "out", False)
-    scores = {name: one["metrics"]["psnr"]["value"] for name, one in report(tmp_path / "out")["recipes"].items()}
-    assert scores["rounded"] < scores["plain"] < float("inf")
+def test_inputs_are_rounded_as_the_engine_does(compared):
+    scores = {name: one["metrics"]["psnr"]["value"] for name, one in report(compared)["recipes"].items()}
+    assert scores["other"] < scores["unrounded"] < float("inf")
 
 
 def test_it_resumes_and_another_file_of_the_name_is_measured_anew(given, compared, tmp_path, monkeypatch):

@@ -24,4 +24,5 @@ def writable(name: str) -> ForeignFormat:
     if not colon:
         return one
     check_choice(f"variant of {name}", variant, one.variants)
-    return replace(one, export=functools.partial(one.export, kind=variant))
+    weighs = one.weighs_errors and functools.partial(one.weighs_errors, kind=variant)
+    return replace(one, export=functools.partial(one.export, kind=variant), weighs_errors=weighs)

@@ -1,7 +1,7 @@
 """GGUF, which ComfyUI-GGUF, stable-diffusion.cpp and diffusers read."""
 
 from dmquant.exchange.formats.gguf.blocks import WRITTEN
-from dmquant.exchange.formats.gguf.exporting import export, refuses
+from dmquant.exchange.formats.gguf.exporting import export, refuses, weighs_errors
 from dmquant.exchange.formats.gguf.reading import open_gguf, recognises
 from dmquant.exchange.interfaces import ForeignFormat
 
@@ -13,6 +13,6 @@ FORMAT = ForeignFormat(
     export=export,
     suffix=".gguf",
     variants=tuple(WRITTEN),
-    weighs_errors=True,
+    weighs_errors=weighs_errors,
     refuses=refuses,
 )

@@ -19,7 +19,7 @@ from dmquant.errors import UserError, check_choice
 from dmquant.exchange.formats.gguf import blocks
 from dmquant.exchange.formats.gguf.blocks import WRITTEN, BlockType
 from dmquant.exchange.formats.gguf.header import NUMBERS
-from dmquant.exchange.formats.gguf.holding import BLOCK, exactly, holder, holder_of
+from dmquant.exchange.formats.gguf.holding import BLOCK, exactly, holder, holder_of, holds
 from dmquant.exchange.formats.gguf.reading import library
 from dmquant.exchange.interfaces import Exported, Progress
 from dmquant.exchange.keys import Target, original
@@ -79,8 +79,15 @@ def export(source: Source, out: Path, progress: Progress, kind: str | None = Non
             writer.close()
     weights = [one for one in tensors if one.name.endswith(".weight") and len(one.shape) > 1]
     formats = Counter(one.kind.lower() if one.kind in maker.kinds else HIGH for one in weights)
-    exact = not (maker.lost or maker.activations or maker.halved)
+    exact = not (maker.lost or maker.halved)
     return Exported(out, dict(formats), exact, tuple(_notes(source, maker, named)))
+
+
+def weighs_errors(source: Source, kind: str | None = None) -> bool:
+    """Whether a layer has to be quantized again."""
+    maker = _Maker(source, kind)
+    layers = (name for name, layer in source.layers.items() if isinstance(layer, QuantLinear))
+    return any((chosen := maker.choose(name)) and not holds(chosen, source.layers[name]) for name in layers)
 
 
 def architecture(source: Source) -> str:
@@ -127,7 +134,7 @@ class _Maker:
         shape = (sum(shape[0] for shape in shapes), *shapes[0][1:])
         layers = [name.removesuffix(".weight") for name in target.sources]
         if all(isinstance(self.source.layers.get(layer), QuantLinear) for layer in layers):
-            chosen = max((self._choose(layer) for layer in layers), key=lambda one: one.bits if one else math.inf)
+            chosen = max((self.choose(layer) for layer in layers), key=lambda one: one.bits if one else math.inf)
             if chosen is not None:
                 nbytes = math.prod(shape) // chosen.size * chosen.nbytes
                 return Tensors(target.name, chosen.name, shape, nbytes, lambda: self._quantized(target, layers, chosen))
@@ -143,7 +150,7 @@ class _Maker:
             return shape if parameter == "weight" else shape[:1]
         return self.source.header(name).shape
 
-    def _choose(self, name: str) -> BlockType | None:
+    def choose(self, name: str) -> BlockType | None:
         """The type for a layer: what was asked for, or what holds its grid, or one of no fewer bits; None for none."""
         layer = self.source.layers[name]
         columns, bits = layer.in_features, layer.weight_spec.fmt.bits
@@ -163,7 +170,7 @@ class _Maker:
 
     def _layer(self, name: str, kind: BlockType) -> Tensor:
         layer = self.source.layer(name)
-        data = exactly(layer, kind) if holder(layer) is not None else None
+        data = exactly(layer, kind) if holds(kind, layer) else None
         if data is not None:
             return data
         self.lost.append(name)
@@ -227,8 +234,8 @@ def _notes(source: Source, maker: _Maker, named: bool) -> Iterator[str]:
             else "all errors alike, as there is no calibration data: name a run folder, or --calibration-data"
         )
         yield (
-            f"{len(maker.lost)} layers were quantized again, {weights}; dmquant run MODEL --for gguf makes what Q4_0 "
-            "and IQ4_NL hold as it is"
+            f"{len(maker.lost)} layers were quantized again, {weights}; dmquant run MODEL --for gguf makes "
+            "what GGUF holds as it is"
         )
     if maker.halved:
         yield f"F16 rounds the weights of {len(maker.halved)} layers that are no Linear or have no blocks of 32"

@@ -31,6 +31,11 @@ def holder_of(spec: WeightSpec) -> BlockType | None:
     return next((kind for kind in HOLDERS if _step(spec.fmt, kind) is not None), None)
 
 
+def holds(kind: BlockType, layer: QuantLinear) -> bool:
+    """Whether a type has all levels that a layer's codes stand for, in blocks that its scales are for."""
+    return holder(layer) is not None and _step(layer.weight_spec.fmt, kind) is not None
+
+
 def _step(fmt: Format, kind: BlockType) -> float | None:
     """What a level of the type is in values of the format, if it has all of them."""
     if kind is blocks.IQ4_NL or isinstance(fmt, LookupFormat):
@@ -43,11 +48,9 @@ def _step(fmt: Format, kind: BlockType) -> float | None:
 
 
 def exactly(layer: QuantLinear, kind: BlockType) -> Tensor | None:
-    """The bytes (rows, bytes of a row) of a layer's own codes; None where a scale is no number of half precision."""
+    """The bytes (rows, bytes of a row) of codes that the type `holds`; None for a scale that half precision rounds."""
     spec, step = layer.weight_spec, _step(layer.weight_spec.fmt, kind)
     rows, columns = layer.weight_shape
-    if step is None:
-        return None
     body, filled = _body(layer.qweight, spec.fmt, step, kind, columns)
     scale = (layer.scales.decode() * step).expand(rows, -1)
     scale = scale.repeat_interleave(-(-(spec.granularity.size or columns) // BLOCK), 1)[:, : columns // BLOCK]
