@@ -166,14 +166,17 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
 
 def draw(tables: dict[str, dict[str, dict[str, Any]]], picture: Path) -> None:
     """PSNR of every row with its interval, a panel a model."""
-    figure, panels = pyplot.subplots(1, len(tables), figsize=(5.6 * len(tables), 3.6), sharey=True, squeeze=False)
+    figure, panels = pyplot.subplots(
+        1, len(tables), figsize=(5.6 * len(tables), 3.0), sharex=True, sharey=True, squeeze=False
+    )
     for panel, (title, rows) in zip(panels[0], tables.items(), strict=True):
         for at, (name, row) in enumerate(rows.items()):
             psnr, is_peer = torch.tensor(row["psnr"]), name.split(" ")[0] in PEERS
-            panel.barh(at, psnr.mean(), color=OTHERS if is_peer else OURS, height=0.7)
-            panel.plot(bootstrap_interval(psnr), [at, at], color="black", linewidth=1.2)
-            panel.text(psnr.mean() + 0.6, at, f"{psnr.mean():.1f}", va="center", fontsize=8)
-        panel.set(title=title, xlabel="PSNR to full precision, dB", xlim=(20, None))
+            low, high = bootstrap_interval(psnr)
+            panel.plot([low, high], [at, at], color="black", linewidth=1.2)
+            panel.plot(psnr.mean(), at, "o", color=OTHERS if is_peer else OURS, markersize=9)
+            panel.text(high + 0.15, at, f"{psnr.mean():.1f}", va="center", fontsize=8)
+        panel.set(title=title, xlabel="PSNR to full precision, dB")
         panel.spines[["top", "right"]].set_visible(False)
     panels[0][0].set_yticks(range(len(rows)), list(rows), fontsize=8)
     panels[0][0].invert_yaxis()
