@@ -4,6 +4,7 @@ What a file says of itself is not always what its writer did. The decoded weight
 full-precision ones, and so is every other way to read them.
 """
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 
@@ -47,6 +48,8 @@ def check(foreign: Foreign, found: Sequence[Place], backbone: nn.Module, model: 
             f"{model} (relative squared error {error:.3g}), but with {best} they are ({fitting:.3g}){_whose(best)}: "
             "have it written or named anew in one dialect"
         )
+    if not math.isfinite(error):
+        raise UserError(f"{path} holds weights that are no finite numbers: get that file again")
     if not error < UNRELATED:
         raise UserError(
             f"{path} does not hold the weights of {model}: their relative squared error is {error:.3g}, the median of "

@@ -81,7 +81,7 @@ def write(source: Source, out: Path, target: Folder, progress: Callable[[int, in
             take_place(new, out, room, listed)
         except OSError as error:
             owned.drop(new)
-            raise UserError(f"cannot write {out}: {error}") from error
+            raise UserError(f"cannot write {out}: {error.strerror or error}") from error
         except BaseException:
             owned.drop(new)
             raise

@@ -109,6 +109,12 @@ def kind_of(activations: ActivationSpec | None) -> str | None:
     return static + (block or plain + store) + (" around means" if activations.center else "") + split
 
 
+def told(activations: ActivationSpec | None) -> str:
+    """Inputs as `kind_of` has them, for a message: those whose scales are online say so, none are `16 bits`."""
+    online = activations is not None and activations.ranges is None
+    return (kind_of(activations) or "16 bits") + (" with online scales" if online else "")
+
+
 def engine_of(activations: ActivationSpec | None) -> str | None:
     """The engine whose rounding of inputs was emulated, None where it is dmquant's own."""
     return activations and activations.engine and activations.engine.name
@@ -117,8 +123,8 @@ def engine_of(activations: ActivationSpec | None) -> str | None:
 def input_notes(source: Source, engine: str) -> tuple[str, ...]:
     """What to say where inputs were not rounded as the engine does when the model was calibrated and scored."""
     rounded = [layer.activations for layer in source.layers.values() if layer.activations is not None]
-    if all(engine_of(one) == engine for one in rounded):
-        return ()
-    return (
-        f"inputs were scored as dmquant rounds them, which {engine} does by its own rule: --for {engine} scores that",
+    others = sorted({engine_of(one) or "dmquant" for one in rounded} - {engine})
+    return tuple(
+        f"inputs were scored as {other} rounds them, which {engine} does by its own rule: --for {engine} scores that"
+        for other in others
     )

@@ -11,6 +11,14 @@ from dmquant.errors import UserError
 
 LENGTH = 8  # bytes of the header's length, at the start of the file
 _LFS_POINTER = b"version https://git-lfs"
+_OTHERS = {
+    b"\x89PNG": "a PNG image",
+    b"\xff\xd8\xff": "a JPEG image",
+    b"PK\x03\x04": "a zip archive (a .ckpt or .pt of torch, perhaps)",
+    b"<!DOCTYPE": "a web page",
+    b"<html": "a web page",
+}
+"""First bytes of what is taken for safetensors by mistake."""
 
 
 @dataclass(frozen=True)
@@ -70,9 +78,13 @@ def check_regular(path: Path) -> None:
 def _damaged(path: Path, error: Exception) -> UserError:
     try:
         with path.open("rb") as file:
-            if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
-                return UserError(f"{path} is a Git LFS pointer, not the weights: run `git lfs pull`")
+            beginning = file.read(len(_LFS_POINTER))
     except OSError as unreadable:
         return UserError(f"cannot read {path}: {unreadable.strerror or unreadable}")
+    if beginning == _LFS_POINTER:
+        return UserError(f"{path} is a Git LFS pointer, not the weights: run `git lfs pull`")
+    for magic, kind in _OTHERS.items():
+        if beginning.startswith(magic):
+            return UserError(f"{path} is {kind}, no safetensors file: give the weights")
     reason = " ".join(str(error).split())[:200]
     return UserError(f"{path} is truncated or damaged ({reason}): get that file again")

@@ -33,6 +33,8 @@ def export(folder: Path, to: str, out: Path | None, overwrite: bool, calibration
     model = model_folder(folder)
     name = folder.resolve().name if folder != model or model.name != "model" else folder.resolve().parent.name
     out = out or Path(f"{name}-{target.name}{'' if target.folder else target.suffix}")
+    if not target.folder:
+        _check_file(out, model, target)
     if os.path.lexists(out) and not overwrite:
         raise UserError(f"{out} is there already: choose another place with --out, or replace it with --overwrite")
     card, picture = _places(out, target.folder)
@@ -55,6 +57,16 @@ def export(folder: Path, to: str, out: Path | None, overwrite: bool, calibration
     _write_card(source, target, written, evidence, card, picture)
     told = evidence if isinstance(evidence, str) else "scores and pairs of its run"
     console.say(f"card: {card}; {told}")
+
+
+def _check_file(out: Path, model: Path, target: ForeignFormat) -> None:
+    """UsageError where a file's name would not tell its format, UserError where it is no file or lies in the model."""
+    if out.suffix != target.suffix:
+        raise UsageError(f"{target.title} takes files whose names end in {target.suffix}: have --out {out} end so")
+    if out.is_dir():
+        raise UserError(f"{out} is a folder, and this format is a file: choose another place with --out")
+    if model.resolve() in out.resolve().parents:
+        raise UserError(f"{out} lies in the model {model}: choose another place with --out")
 
 
 def _places(out: Path, is_folder: bool) -> tuple[Path, Path]:

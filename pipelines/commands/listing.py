@@ -18,6 +18,7 @@ from dmquant.pipelines.commands import doctor as examination
 from dmquant.pipelines.commands import inspecting
 from dmquant.pipelines.commands.tables import table as _table
 from dmquant.pipelines.models import folders
+from dmquant.pipelines.models.opening import is_of_others
 from dmquant.pipelines.models.registry import registered_models
 from dmquant.pipelines.models.skeleton import skeleton
 from dmquant.pipelines.models.weights import safetensors_files
@@ -131,7 +132,10 @@ def inspect(folder: Path, layers: bool) -> None:
     folder = model_folder(folder)
     pipeline = folders.pipeline_class(folder)
     folders.check_whole(folder)
-    check_models(folder)
+    component = next((name for name in COMPONENTS if name in folders.components(folder)), None)
+    method = component and folders.quantization(folder, component)
+    of_others = bool(component) and method != QuantMethod.DMQUANT.value and is_of_others(folder / component)
+    check_models(folder, (component,) if of_others else ())
     console = Console()
     parts = _table("part", "files", "size")
     for name in folders.components(folder):
@@ -139,7 +143,6 @@ def inspect(folder: Path, layers: bool) -> None:
         parts.add_row(name, str(len(files)), size_text(sum(path.stat().st_size for path in files)))
     console.say(f"{folder}: {pipeline}")
     console.show(parts)
-    component = next((name for name in COMPONENTS if name in folders.components(folder)), None)
     if component is None:
         console.say(f"no {' or '.join(COMPONENTS)} in it")
         return
@@ -151,11 +154,10 @@ def inspect(folder: Path, layers: bool) -> None:
         else f"family {family.name}, {GUIDANCE[family.guidance]}"
     )
     console.say(f"{component}: {backbone}, {known}")
-    method = folders.quantization(folder, component)
     if method == QuantMethod.DMQUANT.value:
         _inspect_quantized(folder / component, layers, console)
-    elif method is not None:
-        console.say(f"{component}: quantized by {method}")
+    elif of_others or method is not None:
+        console.say(f"{component}: quantized by {method or 'others'}")
         inspecting.inspect_file(folder / component, layers)
     else:
         _inspect_full_precision(folder / component, family, console)
@@ -190,9 +192,11 @@ def model_folder(folder: Path) -> Path:
     if (folder / runfolder.RECIPES).is_dir():
         raise UserError(f"{folder} compares several models: name one, {folder / runfolder.RECIPES}/NAME/model")
     if runfolder.is_run(folder):
+        if not (folder / runfolder.MODEL).is_dir():
+            raise UserError(f"{folder} is a run without a model: it was not finished, or is of a file that was there")
         folder = folder / runfolder.MODEL
     if not folder.is_dir():
-        raise UserError(f"{folder} is a file: give a folder" if folder.exists() else f"there is no folder {folder}")
+        raise UserError(f"{folder} is a file: give a folder" if folder.exists() else f"there is no {folder}")
     return folder
 
 

@@ -56,6 +56,8 @@ def find(path: Path) -> Found:
     files = [path] if not path.is_dir() else weight_files(path) or sorted(path.glob("*.safetensors"))
     if not files:
         raise UserError(f"{path} holds no safetensors files")
+    if len(files) > 1 and not weight_files(path):
+        raise UserError(f"{path} holds {len(files)} safetensors files and no index of one model: name one of them")
     config = path / "config.json"
     held, metadata = {}, {}
     for file in files:
@@ -107,6 +109,11 @@ def is_full_precision(found: Found) -> bool:
 
 
 _WIDE = {"F64", "F32", "F16", "BF16", "I64"}
+
+
+def is_of_others(part: Path) -> bool:
+    """Whether the weights of a component are in a format of another engine; UserError for damaged ones."""
+    return bool(weight_files(part)) and any(one.recognises(find(part)) for one in formats().values())
 
 
 def open_foreign(path: Path) -> Foreign:

@@ -88,7 +88,9 @@ def chosen_recipe(family: str, source: str, w: str | None, a: str | None) -> Rec
     if source.startswith(FILE):
         if w or a:
             raise UsageError(f"{source} brings its own formats: leave out --w and --a")
-        return FileRecipe.open(Path(source.removeprefix(FILE)))
+        if not (path := source.removeprefix(FILE)):
+            raise UsageError(f"{FILE} names no file: write {FILE}PATH")
+        return FileRecipe.open(Path(path))
     recipe = Recipe.load(source, w, a)
     if family == GENERIC and recipe.calibrated:
         raise UsageError(

@@ -277,7 +277,8 @@ def resolve_all(options: Options, recipes: str) -> dict[str, Settings]:
         recipe = chosen_recipe(base.model.family, source, *asked)
         name = "-".join([recipe.name, *filter(None, given)])
         if name in settings:
-            raise UsageError(f"two of the recipes are called '{name}': give one another name in its file")
+            remedy = "another name" if source.startswith(FILE) else "another name in its file"
+            raise UsageError(f"two of the recipes are called '{name}': give one {remedy}")
         settings[name] = replace(base, recipe=recipe.with_settings(name=name))
     return settings
 

@@ -79,11 +79,20 @@ def test_what_it_cannot_be_is_one_line(tmp_path):
         "is truncated or damaged": lambda: _header(path, {"a.weight": huge}, b"0" * 16),
         "in no format that is known here: 1 tensors of": lambda: _header(path, {"a.weight": tensor}, b"0" * 16),
         "Git LFS pointer": lambda: path.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"),
+        "is a PNG image, no safetensors file": lambda: path.write_bytes(b"\x89PNG\r\n\x1a\n" + whole),
+        "is a JPEG image, no safetensors file": lambda: path.write_bytes(b"\xff\xd8\xff\xe0" + whole),
     }
     for line, damage in broken.items():
         damage()
         with pytest.raises(UserError, match=line) as raised:
             listing.inspect(path, False)
         assert "\n" not in str(raised.value)
-    with pytest.raises(UserError, match="there is no folder"):
+    with pytest.raises(UserError, match=r"there is no .*none$"):
         listing.inspect(tmp_path / "none", False)
+
+
+def test_files_that_no_index_makes_one_model_are_not_read_as_one(tmp_path):
+    for name in ("a.safetensors", "b.safetensors"):
+        labelled.write(tmp_path / name, backbone(), ["0"])
+    with pytest.raises(UserError, match="holds 2 safetensors files and no index of one model: name one of them"):
+        opening.open_foreign(tmp_path)

@@ -2,9 +2,9 @@
 
 import pytest
 
-from dmquant.errors import UserError
+from dmquant.errors import UsageError, UserError
 from dmquant.exchange.folder import listed
-from dmquant.pipelines.commands import exporting, stages
+from dmquant.pipelines.commands import exporting, listing, stages
 from dmquant.pipelines.models import opening
 from dmquant.pipelines.runs.evidence_card import MARK
 from dmquant.pipelines.runs.settings import Options, resolve, resolve_all
@@ -88,3 +88,39 @@ def test_a_card_of_somebody_else_stays(run, tmp_path):
     with pytest.raises(UserError, match=r"it\.md is there, and is no card of an export"):
         exported(run, tmp_path / "it.safetensors")
     assert [path.name for path in tmp_path.iterdir()] == ["it.md"]
+
+
+def test_a_file_goes_to_no_place_that_would_mislead_or_cost_the_model(run, tmp_path):
+    weights = run / "model" / "transformer" / "diffusion_pytorch_model.safetensors"
+    before = weights.read_bytes()
+    with pytest.raises(UserError, match=r"lies in the model .*: choose another place with --out"):
+        exported(run, weights, overwrite=True)
+    assert weights.read_bytes() == before
+    assert not weights.with_suffix(".md").exists()
+    with pytest.raises(UsageError, match=r"names end in \.safetensors: have --out .* end so"):
+        exported(run, tmp_path / "it.gguf")
+    (tmp_path / "it.safetensors").mkdir()
+    with pytest.raises(UserError, match="is a folder, and this format is a file"):
+        exported(run, tmp_path / "it.safetensors", overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["it.safetensors"]
+
+
+def test_exports_whose_config_names_no_method_are_inspected(options, tmp_path, monkeypatch, capsys):
+    monkeypatch.undo()  # the formats that come with dmquant
+    recipe = tmp_path / "rows.yaml"
+    recipe.write_text("name: rows\nengine: bfl\nweights: fp8\nactivations: none\ngranularity: channel\nstore: fp32\n")
+    stages.quantize(resolve(options.__class__(**vars(options) | {"recipe": str(recipe)})), tmp_path / "m", False)
+    exporting.export(tmp_path / "m", "bfl", tmp_path / "it", False)
+    capsys.readouterr()
+    listing.inspect(tmp_path / "it", False)
+    assert "bfl layers in diffusers" in capsys.readouterr().out
+
+
+def test_files_are_named_and_names_are_told_apart(options, run, tmp_path):
+    with pytest.raises(UsageError, match="file: names no file: write file:PATH"):
+        resolve_all(options, "file:")
+    files = [tmp_path / folder / "it.safetensors" for folder in ("a", "b")]
+    for file in files:
+        exported(run, file)
+    with pytest.raises(UsageError, match=r"two of the recipes are called 'it': give one another name$"):
+        resolve_all(options, ",".join(f"file:{file}" for file in files))

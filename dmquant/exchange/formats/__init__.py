@@ -6,7 +6,7 @@ import pkgutil
 from collections.abc import Mapping
 from dataclasses import replace
 
-from dmquant.errors import check_choice
+from dmquant.errors import UsageError, check_choice
 from dmquant.exchange.interfaces import ForeignFormat
 
 
@@ -23,6 +23,8 @@ def writable(name: str) -> ForeignFormat:
     one = formats()[check_choice("format", name, [one.name for one in formats().values() if one.export])]
     if not colon:
         return one
+    if not one.variants:
+        raise UsageError(f"{name} has no variants: leave out {colon}{variant}")
     check_choice(f"variant of {name}", variant, one.variants)
     weighs = one.weighs_errors and functools.partial(one.weighs_errors, kind=variant)
     return replace(one, export=functools.partial(one.export, kind=variant), weighs_errors=weighs)

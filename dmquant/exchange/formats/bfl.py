@@ -21,6 +21,7 @@ from dmquant.exchange.layers import (
     described,
     input_notes,
     kind_of,
+    told,
     unquantized,
 )
 from dmquant.exchange.source import Source
@@ -53,7 +54,7 @@ def _kind(spec: WeightSpec, activations: ActivationSpec | None) -> str | None:
 def refuses(layer: nn.Module, spec: WeightSpec, activations: ActivationSpec | None) -> str | None:
     """Why no `bfl` layer can hold a layer in these formats; None where one can."""
     if _kind(spec, activations) is None:
-        return f"has weights in {described(spec)} and inputs in {kind_of(activations) or '16 bits'}"
+        return f"has weights in {described(spec)} and inputs in {told(activations)}, which no layout there has"
     return check_class(layer, spec.granularity.size or 1)
 
 

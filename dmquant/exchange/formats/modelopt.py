@@ -25,6 +25,7 @@ from dmquant.exchange.layers import (
     high_precision,
     input_notes,
     kind_of,
+    told,
     unquantized,
 )
 from dmquant.exchange.source import Source
@@ -74,7 +75,7 @@ def _algorithm(spec: WeightSpec, activations: ActivationSpec | None) -> str | No
 def refuses(layer: nn.Module, spec: WeightSpec, activations: ActivationSpec | None) -> str | None:
     """Why ModelOpt's layouts cannot hold a layer in these formats; None where they can."""
     if _algorithm(spec, activations) is None:
-        return f"has weights in {described(spec)} and inputs in {kind_of(activations) or '16 bits'}"
+        return f"has weights in {described(spec)} and inputs in {told(activations)}, which no layout there has"
     return check_class(layer, spec.granularity.size or 1)
 
 

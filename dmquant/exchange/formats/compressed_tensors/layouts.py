@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dmquant.activations import ActivationSpec
-from dmquant.exchange.layers import block_format, bytes_of, check_class, described, float_scale, kind_of
+from dmquant.exchange.layers import block_format, bytes_of, check_class, described, float_scale, kind_of, told
 from dmquant.exchange.source import Source
 from dmquant.exchange.tensor_file import Entry
 from dmquant.formats import IntFormat, get_format
@@ -71,7 +71,7 @@ def refuses(layer: nn.Module, spec: WeightSpec, activations: ActivationSpec | No
     taken = TAKEN.get(kind, (None,) if whole else ())
     split = spec.split is not None and block_format(spec) is None
     if given not in taken or split:
-        return f"has weights in {described(spec)} and inputs in {given or '16 bits'}"
+        return f"has weights in {described(spec)} and inputs in {told(activations)}, which no layout there has"
     return check_class(layer, spec.granularity.size or 1)
 
 

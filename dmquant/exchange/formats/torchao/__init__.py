@@ -7,7 +7,7 @@ from dmquant.exchange import folder
 from dmquant.exchange.formats.torchao.layouts import layout, refuses
 from dmquant.exchange.formats.torchao.reading import read, recognises
 from dmquant.exchange.interfaces import Exported, ForeignFormat, Progress
-from dmquant.exchange.layers import check, counted, input_notes, unquantized
+from dmquant.exchange.layers import block_format, check, counted, input_notes, unquantized
 from dmquant.exchange.source import Source
 
 USAGE = """
@@ -33,10 +33,13 @@ def export(source: Source, out: Path, progress: Progress) -> Exported:
     config = {"quant_method": "torchao", "quant_type": {"default": usual}, "modules_to_not_convert": None}
     target = folder.Folder(NAME, "torchao", entries, config, USAGE, metadata)
     folder.write(source, out, target, progress)
-    return Exported(out, counted(source, kinds), exact=True, notes=input_notes(source, NAME))
+    rounded = any(block_format(one.weight_spec) and one.activations is not None for one in source.layers.values())
+    notes = input_notes(source, NAME) + ((BLACKWELL,) if rounded else ())
+    return Exported(out, counted(source, kinds), exact=True, notes=notes)
 
 
 NAME = "torchao"
+BLACKWELL = "inputs in blocks are multiplied on Blackwell GPUs alone: weights with --a none run on any device"
 FORMAT = ForeignFormat(
     NAME, "torchao in diffusers", recognises, lambda found: read(FORMAT, found), export, folder=True, refuses=refuses
 )
