@@ -38,6 +38,21 @@ def check_class(layer: nn.Module, columns: int) -> str | None:
     return None
 
 
+def check_pair(spec: WeightSpec, activations: ActivationSpec | None, taken: Sequence[str | None]) -> str | None:
+    """Why weights of this specification do not go with these inputs; None where they do.
+
+    `taken` are the inputs that they go with, by their names of `kind_of`; none for weights that have no place at all.
+    """
+    if not taken:
+        return f"has weights in {described(spec)}"
+    if spec.split is not None and block_format(spec) is None:
+        return "has scales of their own for two halves of its input"
+    if (given := kind_of(activations)) in taken:
+        return None
+    listed = " or ".join(kind or "16 bits" for kind in taken)
+    return f"has inputs in {given or '16 bits'}, and weights in {described(spec)} go there with inputs in {listed}"
+
+
 def check(source: Source, target: str, refuses: Callable[..., str | None], held: Sequence[str] = ()) -> None:
     """UserError, naming layer, reason and recipe, for the first quantized layer that the target cannot take as it is.
 
@@ -107,12 +122,6 @@ def kind_of(activations: ActivationSpec | None) -> str | None:
     plain = f"{activations.fmt.name} a {activations.granularity}"
     store = "" if activations.store == "fp32" else f" in {activations.store}"
     return static + (block or plain + store) + (" around means" if activations.center else "") + split
-
-
-def told(activations: ActivationSpec | None) -> str:
-    """Inputs as `kind_of` has them, for a message: those whose scales are online say so, none are `16 bits`."""
-    online = activations is not None and activations.ranges is None
-    return (kind_of(activations) or "16 bits") + (" with online scales" if online else "")
 
 
 def engine_of(activations: ActivationSpec | None) -> str | None:

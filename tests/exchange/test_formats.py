@@ -124,6 +124,20 @@ def test_what_a_target_cannot_hold_is_refused_by_layer_and_reason(saved, tmp_pat
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("target", "weights", "inputs", "says"),
+    [
+        ("bfl", "nvfp4", "nvfp4", "has inputs in nvfp4, and weights in nvfp4 go there with inputs in static nvfp4"),
+        ("modelopt", "nvfp4", "nvfp4", "in nvfp4 go there with inputs in static nvfp4 or 16 bits"),
+        ("compressed-tensors", "mxfp8", "nvfp4", "in mxfp8 go there with inputs in 16 bits or mxfp8"),
+        ("modelopt", "mxfp4", "mxfp4", "has weights in mxfp4"),
+    ],
+)
+def test_inputs_that_do_not_go_with_the_weights_are_named_with_those_that_do(target, weights, inputs, says):
+    refuses = formats()[target].refuses
+    assert says in refuses(nn.Linear(64, 64), WeightSpec.parse(weights), ActivationSpec.parse(inputs))
+
+
 @pytest.mark.parametrize("target", TAKEN)
 def test_biases_and_what_is_not_quantized_are_as_stored(written, target):
     name = TAKEN[target][0]

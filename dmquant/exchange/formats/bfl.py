@@ -17,11 +17,10 @@ from dmquant.exchange.layers import (
     block_format,
     check,
     check_class,
+    check_pair,
     counted,
-    described,
     input_notes,
     kind_of,
-    told,
     unquantized,
 )
 from dmquant.exchange.source import Source
@@ -45,23 +44,20 @@ pipe = DiffusionPipeline.from_pretrained(folder, {component}=backbone, torch_dty
 """
 
 
-def _kind(spec: WeightSpec, activations: ActivationSpec | None) -> str | None:
-    row = spec.granularity.kind == "channel" and spec.split is None
-    weights = block_format(spec) or (spec.fmt.name if row else None)
-    return KINDS.get((weights, kind_of(activations)))
+def _weights(spec: WeightSpec) -> str | None:
+    return block_format(spec) or (spec.fmt.name if spec.granularity.kind == "channel" else None)
 
 
 def refuses(layer: nn.Module, spec: WeightSpec, activations: ActivationSpec | None) -> str | None:
     """Why no `bfl` layer can hold a layer in these formats; None where one can."""
-    if _kind(spec, activations) is None:
-        return f"has weights in {described(spec)} and inputs in {told(activations)}, which no layout there has"
-    return check_class(layer, spec.granularity.size or 1)
+    taken = [inputs for weights, inputs in KINDS if weights == _weights(spec)]
+    return check_pair(spec, activations, taken) or check_class(layer, spec.granularity.size or 1)
 
 
 def export(source: Source, out: Path, progress: Progress) -> Exported:
     """Write a pipeline folder with such layers in one file; UserError for a layer that they cannot hold."""
     check(source, NAME, refuses)
-    kinds = {name: _kind(layer.weight_spec, layer.activations) for name, layer in source.layers.items()}
+    kinds = {name: KINDS[_weights(one.weight_spec), kind_of(one.activations)] for name, one in source.layers.items()}
     entries = unquantized(source)
     for name, kind in kinds.items():
         if kind == "fp8r":

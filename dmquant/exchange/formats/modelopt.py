@@ -20,12 +20,11 @@ from dmquant.exchange.layers import (
     block_format,
     check,
     check_class,
+    check_pair,
     counted,
-    described,
     high_precision,
     input_notes,
     kind_of,
-    told,
     unquantized,
 )
 from dmquant.exchange.source import Source
@@ -66,23 +65,20 @@ ALGORITHMS = {
 }
 
 
-def _algorithm(spec: WeightSpec, activations: ActivationSpec | None) -> str | None:
-    split = spec.split is not None and block_format(spec) is None
-    kind = block_format(spec) or f"{spec.fmt.name} a {spec.granularity}"
-    return None if split else ALGORITHMS.get((kind, kind_of(activations)))
+def _weights(spec: WeightSpec) -> str:
+    return block_format(spec) or f"{spec.fmt.name} a {spec.granularity}"
 
 
 def refuses(layer: nn.Module, spec: WeightSpec, activations: ActivationSpec | None) -> str | None:
     """Why ModelOpt's layouts cannot hold a layer in these formats; None where they can."""
-    if _algorithm(spec, activations) is None:
-        return f"has weights in {described(spec)} and inputs in {told(activations)}, which no layout there has"
-    return check_class(layer, spec.granularity.size or 1)
+    taken = [inputs for weights, inputs in ALGORITHMS if weights == _weights(spec)]
+    return check_pair(spec, activations, taken) or check_class(layer, spec.granularity.size or 1)
 
 
 def _layer(source: Source, name: str) -> tuple[str, list]:
     """The algorithm of a layer and its entries."""
     layer = source.layers[name]
-    algorithm = _algorithm(layer.weight_spec, layer.activations)
+    algorithm = ALGORITHMS[_weights(layer.weight_spec), kind_of(layer.activations)]
     if algorithm.endswith("NVFP4"):
         entries = named_scales.nvfp4(source, name)
     elif algorithm == "MXFP8":
@@ -101,7 +97,7 @@ def _layer(source: Source, name: str) -> tuple[str, list]:
 def _check_branch(layer: nn.Module, spec: WeightSpec, activations: ActivationSpec | None) -> str | None:
     """As `refuses`, and why a layer's transforms cannot go along."""
     held = [one.name for one in layer.transforms]
-    if held and (_algorithm(spec, activations) != "NVFP4" or "lowrank" not in held):
+    if held and (ALGORITHMS.get((_weights(spec), kind_of(activations))) != "NVFP4" or "lowrank" not in held):
         return (
             f"has the transform {layer.transforms[0]}, whose place is beside NVFP4 inputs and a low-rank branch alone"
         )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dmquant.activations import ActivationSpec
-from dmquant.exchange.layers import block_format, bytes_of, check_class, described, float_scale, kind_of, told
+from dmquant.exchange.layers import block_format, bytes_of, check_class, check_pair, float_scale, kind_of
 from dmquant.exchange.source import Source
 from dmquant.exchange.tensor_file import Entry
 from dmquant.formats import IntFormat, get_format
@@ -66,13 +66,9 @@ def _kind(spec: WeightSpec) -> str:
 
 def refuses(layer: nn.Module, spec: WeightSpec, activations: ActivationSpec | None) -> str | None:
     """Why compressed-tensors cannot hold a layer in these formats; None where it can."""
-    kind, given = _kind(spec), kind_of(activations)
     whole = isinstance(spec.fmt, IntFormat) and spec.granularity.kind != "tensor"
-    taken = TAKEN.get(kind, (None,) if whole else ())
-    split = spec.split is not None and block_format(spec) is None
-    if given not in taken or split:
-        return f"has weights in {described(spec)} and inputs in {told(activations)}, which no layout there has"
-    return check_class(layer, spec.granularity.size or 1)
+    taken = TAKEN.get(_kind(spec), (None,) if whole else ())
+    return check_pair(spec, activations, taken) or check_class(layer, spec.granularity.size or 1)
 
 
 def layout(source: Source, name: str) -> Layout:
