@@ -18,8 +18,8 @@ demo: $(INSTALLED) ## quantize the embedded model to W4A6 and compare it with fu
 	@echo "grid:   $(DEMO)/grid.png"
 	@echo "report: $(DEMO)/report.html (also report.md and report.json)"
 
-test: lint ## lint, then run all tests
-	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
+test: lint ## lint, then run all tests but those of minutes, which CI runs as well: pytest -m slow
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder -m "not slow"
 
 lint: $(INSTALLED) ## check style and formatting
 	$(BIN)/ruff check

@@ -146,7 +146,7 @@ def quantize_layers_(module: nn.Module, recipe: Recipe, progress: Progress | Non
     for step in plans:
         check_finite(module.get_submodule(step.name).weight, f"layer {step.name}: ")
     fold_first_(module, {step.name: step.transforms for step in plans})
-    plans, reports = sharing(module, plans), []
+    plans, reports = sharing(module, plans) if recipe.engine else plans, []
     for done, step in enumerate(plans, start=1):
         layer = module.get_submodule(step.name)
         quantized = quantize_layer(layer, step.weights, step.activations, transforms=step.transforms)

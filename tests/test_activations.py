@@ -139,7 +139,7 @@ def test_the_compiled_loop_gives_the_reference_bit_for_bit(format, granularity, 
     if missing_to_compile():
         pytest.skip("no C++ compiler: large activations run eagerly")
     format, *more = format.split()
-    spec = ActivationSpec.parse(format, granularity, "fp32", "online", split, None, *more)
+    spec = ActivationSpec.parse(format, granularity, "fp32", "online", split, *more)
     for dtype in (torch.float32, torch.bfloat16):
         x = torch.randn(4, 256, 1152, dtype=dtype)
         assert x.numel() >= lookup.WORTH_COMPILING

@@ -27,7 +27,7 @@ from dmquant.errors import UsageError, UserError
 from dmquant.host import checksums
 from dmquant.host.files import as_umask_says
 from dmquant.layers import QUANTIZED, become_, quantize_layer
-from dmquant.models import completed, records_quantization
+from dmquant.models import completed, known, records_quantization
 from dmquant.recipe import Recipe, bits_names, recipe_names
 from dmquant.transforms import folds_first
 
@@ -138,7 +138,8 @@ class DMQuantizer(DiffusersQuantizer):
         layers = {places[step.name]: step for step in plans}
         self._layers = {name: layer for name, layer in places.items() if layer in layers}
         self._plans = {name: layers[layer] for name, layer in self._layers.items()}
-        self._whole_model = any(folds_first(one) for step in plans for one in step.transforms)
+        shares = bool(recipe.engine and known(model).joint)
+        self._whole_model = shares or any(folds_first(one) for step in plans for one in step.transforms)
         self._check_tensors(model, state_dict)
 
     def _check_tensors(self, model: nn.Module, state_dict: dict[str, torch.Tensor] | None) -> None:

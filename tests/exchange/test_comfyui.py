@@ -65,7 +65,7 @@ def mixed(build):
         ("*.0.*", ["*.1.*", "*.attn1.to_v"], "*.ff*", "*.attn2.*", "*.to_out*"),
     )
     rules = [{"match": glob, **settings} for glob, settings in zip(globs, FORMATS.values(), strict=True)]
-    recipe = Recipe.load("rtn").with_settings(rules=rules, activations="none", **FORMATS["mxfp8"])
+    recipe = Recipe.load("rtn").with_settings(engine="comfyui", rules=rules, activations="none", **FORMATS["mxfp8"])
     refused = [each.name for each in plan(backbone, recipe) if FORMAT.refuses(layers[each.name], each.weights, None)]
     return recipe.with_settings(rules=[*recipe.rules, {"match": [*refused, WIDTH], "keep": True}])
 
@@ -255,6 +255,7 @@ def test_a_layer_that_comfyui_tells_the_width_by_is_not_packed(saved, tmp_path):
 
 def test_layers_that_comfyui_has_as_one_share_the_scale_of_the_whole_tensor(saved, tmp_path):
     recipe = Recipe.load("rtn").with_settings(
+        engine="comfyui",
         activations="none",
         weights="nvfp4",
         rules=[

@@ -87,7 +87,7 @@ def test_it_leaves_one_set_of_full_precision_images_and_a_folder_a_recipe(finish
 def test_the_report_holds_every_recipe_and_where_its_images_are(finished):
     recipes = report(finished)["recipes"]
     assert list(recipes) == NAMES
-    assert [recipe["weights"] for recipe in recipes.values()] == ["fp4_e2m1", "int8"]
+    assert [recipe["weights"] for recipe in recipes.values()] == ["nl4", "int8"]
     assert [recipe["activations"] for recipe in recipes.values()] == ["fp6_e2m3", "none"]
     fine, coarse = recipes["rtn-int8-none"], recipes["rtn"]
     assert fine["bits_per_weight"] > coarse["bits_per_weight"] + 1
