@@ -124,3 +124,5 @@ class ForeignFormat:
     """Whether an export of this model weighs errors by calibration data (`Source.importance`); None where none does."""
     refuses: Callable[[nn.Module, WeightSpec, ActivationSpec | None], str | None] | None = None
     """Why the engine cannot take a layer (its shape, its class) in these formats; None where it can."""
+    refuses_in: Callable[[nn.Module, str, WeightSpec], str | None] | None = None
+    """Why it cannot take the layer of this name of a backbone, whose class and shape it could; None where it can."""

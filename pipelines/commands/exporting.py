@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from dmquant.errors import UsageError, UserError
@@ -11,6 +12,7 @@ from dmquant.exchange import folder as export_folder
 from dmquant.exchange.formats import writable
 from dmquant.exchange.interfaces import Exported, ForeignFormat
 from dmquant.exchange.source import Source
+from dmquant.host import owned
 from dmquant.host.console import Console, quiet_libraries
 from dmquant.host.files import write_text
 from dmquant.host.units import size_text
@@ -45,7 +47,7 @@ def export(folder: Path, to: str, out: Path | None, overwrite: bool, calibration
         raise UsageError(f"{target.name} is written without calibration data: leave out --calibration-data")
     if target.weighs_errors is not None and target.weighs_errors(source):
         source.importance = importance_of(source, calibration_data or data_of(folder), console)
-    with console.bar(f"export to {target.name}") as bar:
+    with _place_of(out, target.folder or card.exists()), console.bar(f"export to {target.name}") as bar:
         written = target.export(source, out, bar)
     layers = ", ".join(f"{count} layers in {name}" for name, count in written.formats.items())
     exact = f"weights {'bit for bit' if written.exact else 'near, not bit for bit,'} as dmquant decodes them"
@@ -74,6 +76,23 @@ def _places(out: Path, is_folder: bool) -> tuple[Path, Path]:
     if is_folder:
         return out / export_folder.CARD, out / "pairs.png"
     return out.with_suffix(".md"), out.with_suffix(".png")
+
+
+@contextlib.contextmanager
+def _place_of(out: Path, ours: bool) -> Iterator[None]:
+    """Move a file that no export wrote, so that it has no card, aside while another takes its place; back if it fails.
+
+    Exports of folders keep account of their files themselves.
+    """
+    if ours or not os.path.lexists(out):
+        yield
+        return
+    aside = owned.set_aside(out)
+    try:
+        yield
+    except BaseException:
+        aside.rename(out)
+        raise
 
 
 def _refuse_strangers(card: Path, picture: Path) -> None:

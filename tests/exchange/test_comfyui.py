@@ -253,6 +253,15 @@ def test_a_layer_that_comfyui_tells_the_width_by_is_not_packed(saved, tmp_path):
         exported(open_source(saved(recipe, tiny_sd)), tmp_path / "out.safetensors")
 
 
+def test_a_recipe_for_comfyui_keeps_what_it_tells_the_width_by_and_says_why(saved, tmp_path):
+    recipe = Recipe.load("rtn").with_settings(engine="comfyui", activations="none", weights="nvfp4")
+    source = open_source(saved(recipe, tiny_sd))
+    exported(source, tmp_path / "out.safetensors")
+    (rule,) = [rule for rule in source.recipe.rules if rule.reason and "how wide the model is" in rule.reason]
+    assert rule.keep
+    assert rule.match == ["down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"]
+
+
 def test_layers_that_comfyui_has_as_one_share_the_scale_of_the_whole_tensor(saved, tmp_path):
     recipe = Recipe.load("rtn").with_settings(
         engine="comfyui",

@@ -1,5 +1,7 @@
 """The card beside an export: the scores of the run that made the model, or that there are none; and what is exact."""
 
+from dataclasses import replace
+
 import pytest
 
 from dmquant.errors import UsageError, UserError
@@ -124,3 +126,22 @@ def test_files_are_named_and_names_are_told_apart(options, run, tmp_path):
         exported(run, file)
     with pytest.raises(UsageError, match=r"two of the recipes are called 'it': give one another name$"):
         resolve_all(options, ",".join(f"file:{file}" for file in files))
+
+
+def test_a_file_that_no_export_wrote_is_moved_aside_and_comes_back_where_the_export_fails(run, tmp_path, monkeypatch):
+    out, aside = tmp_path / "it.safetensors", tmp_path / "it.safetensors.replaced"
+    out.write_bytes(b"the user's")
+
+    def refused(*args):
+        raise UserError("no")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(exporting, "writable", lambda name: replace(labelled.FORMAT, export=refused))
+        with pytest.raises(UserError, match="no"):
+            exported(run, out, overwrite=True)
+    assert out.read_bytes() == b"the user's"
+    assert not aside.exists()
+    exported(run, out, overwrite=True)
+    assert aside.read_bytes() == b"the user's"
+    exported(run, out, overwrite=True)
+    assert len(list(tmp_path.glob("*.safetensors*"))) == 2

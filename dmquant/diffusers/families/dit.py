@@ -86,7 +86,7 @@ FAMILY = Family(
     backbones=("DiTTransformer2DModel",),
     pipelines=("DiTPipeline",),
     keep={
-        "pos_embed.*": "sees the noisy latents themselves; 18 thousand of 675 million weights",
+        "pos_embed.*": "sees the noisy latents themselves; 18 thousand of DiT-XL's 675 million weights",
         "*.norm1.emb.*": "embeds the timestep, whose neighbours differ little; 28 copies of one, 6 % of the weights",
         "proj_out_1": "scales and shifts all tokens just before they become noise",
         "proj_out_2": "its error goes straight into the predicted noise",

@@ -28,7 +28,7 @@ FAMILY = Family(
     backbones=("FluxTransformer2DModel",),
     pipelines=("FluxPipeline",),
     keep={
-        "x_embedder": "sees the noisy latents themselves; 0.2 million of 12 billion weights",
+        "x_embedder": "sees the noisy latents themselves; 0.2 million of Flux.1's 12 billion weights",
         "time_text_embed.*": "one embedding of timestep, guidance and pooled text conditions every block",
         "context_embedder": "runs on every text token before the first block; all blocks read what it makes",
         "norm_out.*": "scales and shifts all tokens just before they become noise",

@@ -33,7 +33,7 @@ FAMILY = Family(
     backbones=("HunyuanDiT2DModel",),
     pipelines=("HunyuanDiTPipeline",),
     keep={
-        "pos_embed.*": "sees the noisy latents themselves; 23 thousand of 1.5 billion weights",
+        "pos_embed.*": "sees the noisy latents themselves; 23 thousand of HunyuanDiT's 1.5 billion weights",
         "time_extra_emb.*": "one embedding of timestep, pooled text, size and style conditions every block",
         "text_embedder.*": "every cross-attention reads its output",
         "norm_out.*": "scales and shifts all tokens just before they become noise",

@@ -24,7 +24,7 @@ FAMILY = Family(
     backbones=("PixArtTransformer2DModel",),
     pipelines=("PixArtSigmaPipeline", "PixArtAlphaPipeline"),
     keep={
-        "pos_embed.*": "sees the noisy latents themselves; 18 thousand of 611 million weights",
+        "pos_embed.*": "sees the noisy latents themselves; 18 thousand of PixArt-Sigma's 611 million weights",
         "adaln_single.*": "one embedding sets scale and shift of every block: its error reaches all tokens",
         "caption_projection.*": "runs once a prompt, and every cross-attention reads its output",
         "proj_out": "its error goes straight into the predicted noise",

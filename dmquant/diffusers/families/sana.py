@@ -24,7 +24,7 @@ FAMILY = Family(
     backbones=("SanaTransformer2DModel",),
     pipelines=("SanaPipeline",),
     keep={
-        "patch_embed.*": "sees the noisy latents themselves; 72 thousand of 1.6 billion weights",
+        "patch_embed.*": "sees the noisy latents themselves; 72 thousand of Sana's 1.6 billion weights",
         "time_embed.*": "one embedding sets scale and shift of every block: its error reaches all tokens",
         "caption_projection.*": "runs once a prompt, and every cross-attention reads its output",
         "transformer_blocks.*.ff.conv_depth": "depthwise: nine weights a channel, no inputs to share a scale; 0.1 %",

@@ -14,7 +14,7 @@ FAMILY = Family(
     backbones=("SD3Transformer2DModel",),
     pipelines=("StableDiffusion3Pipeline",),
     keep={
-        "pos_embed.*": "sees the noisy latents themselves; 98 thousand of 2 billion weights",
+        "pos_embed.*": "sees the noisy latents themselves; 98 thousand of SD3's 2 billion weights",
         "time_text_embed.*": "one embedding of timestep and pooled text conditions every block",
         "context_embedder": "runs on every text token before the first block; all blocks read what it makes",
         "norm_out.*": "scales and shifts all tokens just before they become noise",

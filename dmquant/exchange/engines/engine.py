@@ -69,7 +69,10 @@ class Engine:
             return {}
         found: dict[str, list[str]] = {}
         for step in plan(model, recipe):
-            if reason := read_by_it.refuses(model.get_submodule(step.name), step.weights, step.activations):
+            reason = read_by_it.refuses(model.get_submodule(step.name), step.weights, step.activations)
+            if reason is None and read_by_it.refuses_in is not None:
+                reason = read_by_it.refuses_in(model, step.name, step.weights)
+            if reason:
                 found.setdefault(reason, []).append(step.name)
         return found
 

@@ -5,7 +5,7 @@ comfy/quant_ops.py and comfy/model_detection.py, as of November 2026.
 """
 
 from dmquant.exchange.formats.comfyui import reading
-from dmquant.exchange.formats.comfyui.writing import export, refuses
+from dmquant.exchange.formats.comfyui.writing import export, refuses, refuses_in
 from dmquant.exchange.interfaces import Foreign, ForeignFormat, Found
 
 
@@ -13,4 +13,4 @@ def _read(found: Found) -> Foreign:
     return reading.read(found, FORMAT)
 
 
-FORMAT = ForeignFormat("comfyui", "ComfyUI", reading.recognises, _read, export, refuses=refuses)
+FORMAT = ForeignFormat("comfyui", "ComfyUI", reading.recognises, _read, export, refuses=refuses, refuses_in=refuses_in)

@@ -46,15 +46,22 @@ def refuses(layer: nn.Module, spec: WeightSpec, activations: ActivationSpec | No
     return None
 
 
+def refuses_in(model: nn.Module, name: str, spec: WeightSpec) -> str | None:
+    """Why ComfyUI cannot take the layer of this name of a backbone in these weights; None where `refuses` decides."""
+    layout = layout_of(spec)
+    if layout is None or not layout.packed or name not in _measured(model):
+        return None
+    return "tells ComfyUI how wide the model is, which two codes a byte would halve"
+
+
 def export(source: Source, path: Path, progress: Progress) -> Exported:
     """Write the file; UserError, before anything is written, for a layer that ComfyUI cannot take."""
     class_name = type(source.backbone).__name__
     biases = [f"{name}.bias" for name, layer in source.layers.items() if layer.bias is not None]
     names = [*source.rest, *(f"{name}.weight" for name in source.layers), *biases]
     targets = keys.original(class_name, source.config, names)
-    measured = _measured(source, MEASURED[class_name]) if targets else set()
     for name in source.layers:
-        _check(source, name, name in measured)
+        _check(source, name)
     entries: list[Entry] = []
     kinds: list[str] = []
     for target in targets or [Target(name, (name,)) for name in names]:
@@ -69,21 +76,20 @@ def export(source: Source, path: Path, progress: Progress) -> Exported:
     return Exported(path, _counted(source, kinds), True, () if targets else (note,))
 
 
-def _measured(source: Source, globs: Sequence[str]) -> set[str]:
-    """The first layer that matches each of these."""
-    names = [name for name, _ in source.backbone.named_modules()]
+def _measured(model: nn.Module) -> set[str]:
+    """The first layer of a backbone that matches each of the globs of its class."""
+    names = [name for name, _ in model.named_modules()]
+    globs = MEASURED.get(type(model).__name__, ())
     return {matching[0] for glob in globs if (matching := fnmatch.filter(names, glob))}
 
 
-def _check(source: Source, name: str, measured: bool) -> None:
+def _check(source: Source, name: str) -> None:
     """UserError, naming layer, reason and recipe, for a layer that ComfyUI cannot take."""
     layer = source.layers[name]
     why = refuses(layer, layer.weight_spec, layer.activations)
-    layout = layout_of(layer.weight_spec)
     if why is None:
-        why = layout.unfit_transforms(layer.transforms)
-    if why is None and measured and layout.packed:
-        why = "tells ComfyUI how wide the model is, which two codes a byte would halve"
+        why = layout_of(layer.weight_spec).unfit_transforms(layer.transforms)
+    why = why or refuses_in(source.backbone, name, layer.weight_spec)
     if why:
         raise UserError(f"ComfyUI cannot take {name}: it {why}; {RECIPE}")
 
