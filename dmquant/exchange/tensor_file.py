@@ -13,26 +13,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dmquant.diffusers.tensors import DTYPES as OF_MODELS
 from dmquant.errors import UserError
 from dmquant.host import weight_file
 from dmquant.host.files import replacing
 from dmquant.host.units import size_text
 
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E8M0": torch.float8_e8m0fnu,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
+DTYPES = {**OF_MODELS, "F8_E8M0": torch.float8_e8m0fnu}
 """Names of dtypes in the headers of safetensors files."""
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
