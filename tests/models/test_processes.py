@@ -356,6 +356,7 @@ def test_a_failure_of_one_process_alone_names_it_and_ends_all(tmp_path):
     assert "Connection closed" not in ended.stderr
 
 
+@pytest.mark.slow
 def test_a_killed_run_of_two_is_finished_by_either_number(runs, given, tmp_path):
     whole, *_ = runs
     out = tmp_path / "out"
@@ -374,6 +375,7 @@ def test_a_killed_run_of_two_is_finished_by_either_number(runs, given, tmp_path)
         same_images(out / "images" / side, whole / "images" / side)
 
 
+@pytest.mark.slow
 def test_in_a_comparison_of_two_processes_a_recipe_that_fails_does_not_stop_the_others(given, tmp_path):
     broken = RECIPE | {"name": "broken", "rules": [{"match": "*", "keep": True}]}  # found when nothing is left to learn
     (tmp_path / "broken.yaml").write_text(yaml.safe_dump(broken))

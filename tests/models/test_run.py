@@ -448,6 +448,7 @@ def test_16_bit_weights_go_back_to_16_bits_and_others_stay():
     assert module.bias.dtype == torch.bfloat16
 
 
+@pytest.mark.slow
 def test_a_stopped_and_then_killed_run_continues_and_ends_the_same(options, model, prompts, tmp_path):
     out = tmp_path / "stopped"
     arguments = ["run", model, "--recipe", "rtn", "--w", "fp4", "--a", "fp6", "--prompts", prompts, "--steps", STEPS]

@@ -292,6 +292,7 @@ def test_the_report_of_a_sweep_is_its_own_command(finished):
         stages.report(finished)
 
 
+@pytest.mark.slow
 def test_one_process_and_two_give_the_same_bits(options, tmp_path):
     small = str(Path(options.prompts).with_name("small.yaml"))
     for folder, engine, count in (("1", "here", None), ("2", "local", 2)):
@@ -304,6 +305,7 @@ def test_one_process_and_two_give_the_same_bits(options, tmp_path):
     assert (shared / "index.json").is_file()
 
 
+@pytest.mark.slow
 def test_a_killed_sweep_goes_on_and_ends_as_one_that_was_not(options, finished, tmp_path):
     out = tmp_path / "run"
     command = ["-m", "dmquant", "sweep", options.model, "--bits", BITS, "--formats", FORMATS]

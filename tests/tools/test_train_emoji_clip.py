@@ -56,6 +56,7 @@ def score(tools, package, model, pictures, out):
     return json.loads((out / "score.json").read_text())["pictures"]
 
 
+@pytest.mark.slow
 def test_trains_writes_for_open_clip_and_resumes(tools, package, tmp_path):
     first = train(tools, package, tmp_path, seconds=40 * STEP)
     again = train(tools, package, tmp_path, seconds=0)

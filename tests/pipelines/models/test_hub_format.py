@@ -141,6 +141,7 @@ def test_a_blob_that_is_gone_is_a_model_that_is_not_cached(cache, tmp_path):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_the_command_quantizes_a_cached_repository_with_the_hub_switched_off(cache, tmp_path):
     publish(tiny_sd, "shards of the fp16 variant", tmp_path / "published")
     put_in_cache(cache, tmp_path / "published")
