@@ -39,6 +39,11 @@ def stored_bytes(found: Found, name: str) -> int:
     return 0 if header is None else header.end - header.begin
 
 
+def swapped_nibbles(packed: Tensor) -> Tensor:
+    """Bytes of two codes each with the codes in the other order; uint8, same shape."""
+    return packed << 4 | packed >> 4
+
+
 def e2m1(packed: Tensor) -> Tensor:
     """Values of E2M1 codes packed low nibble first, uint8 (rows, bytes), as float32 (rows, 2 bytes)."""
     return get_format("fp4_e2m1").decode(unpack(packed.view(torch.uint8), 4, 2 * packed.shape[1]))

@@ -6,24 +6,23 @@ one dialect and are read in another give white images or noise.
 """
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from dmquant.exchange.decoding import e2m1, swapped_nibbles
 from dmquant.exchange.interfaces import Found
-from dmquant.formats import get_format
-from dmquant.gpu.blocked import from_blocked
+from dmquant.gpu.blocked import from_blocked, in_tiles
 from dmquant.host import weight_file
-from dmquant.packing import unpack
 
 CODES = ("weight", "weight_packed", "_weight_qdata", "qdata")
 SCALES = ("weight_scale", "_weight_scale", "scale")
 GLOBALS = ("weight_scale_2", "weight_global_scale", "_weight_per_tensor_scale", "per_tensor_scale")
 """Names of the parts of a layer in the formats that are read here."""
 FOUR_BITS, BYTES, BLOCK_SCALES = ("U8", "I8"), ("F8_E4M3", "F8_E5M2", "I8"), ("F8_E4M3", "F8_E8M0", "U8")
-_ROWS, _COLUMNS = 128, 4  # of a tile of swizzled scales
 
 
 class Reading(NamedTuple):
@@ -73,10 +72,10 @@ def _orders(scales: weight_file.Tensor, shape: tuple[int, ...]) -> Iterator[str]
         across = columns // group
         if columns % group == 0 and count == rows * across:
             yield "linear"
-            if rows % _ROWS == 0 and across % _COLUMNS == 0:
+            if in_tiles(rows, across) == (rows, across):
                 yield "swizzled"
             return
-        if columns % group == 0 and count == -(-rows // _ROWS) * _ROWS * -(-across // _COLUMNS) * _COLUMNS:
+        if columns % group == 0 and count == math.prod(in_tiles(rows, across)):
             yield "swizzled"
             return
 
@@ -101,8 +100,8 @@ def _values(codes: Tensor, way: Reading, shape: tuple[int, ...]) -> Tensor:
         return codes.float()
     octets = codes.view(torch.uint8)
     if way.nibbles == "high first":
-        octets = (octets << 4) | (octets >> 4)
-    return get_format("fp4_e2m1").decode(unpack(octets, 4, shape[1]))
+        octets = swapped_nibbles(octets)
+    return e2m1(octets)
 
 
 def _blocks(scale: Tensor, way: Reading, shape: tuple[int, ...]) -> Tensor:

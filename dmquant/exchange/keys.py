@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dmquant.exchange.source import Source
+
 _LDM = "model.diffusion_model."
 
 
@@ -56,6 +58,15 @@ def original(class_name: str, config: Mapping[str, Any], names: Iterable[str]) -
     return [
         Target(target, tuple(name for _, name in sorted(rows)), target in swapped) for target, rows in found.items()
     ]
+
+
+def targets_of(source: Source) -> tuple[list[Target], bool]:
+    """A saved backbone's parameters in the original layout, and whether that is known; else they keep their names."""
+    names = [f"{name}.weight" for name in source.layers]
+    names += [f"{name}.bias" for name, layer in source.layers.items() if layer.bias is not None]
+    names += source.rest
+    targets = original(type(source.backbone).__name__, source.config, names)
+    return ([Target(name, (name,)) for name in names], False) if targets is None else (targets, True)
 
 
 _ROWS, _SWAPPED = "/", "~"  # `qkv/1`: the second of the layers that are rows of qkv; `~`: halves swapped

@@ -1,5 +1,6 @@
 """What the exporters ask of quantized layers: the name of a block format, why a layer cannot go, tensors as bytes."""
 
+import functools
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 
@@ -22,6 +23,11 @@ def block_format(spec: WeightSpec) -> str | None:
     kind = (spec.fmt.name, str(spec.granularity), spec.store)
     name = next((name for name, block in BLOCK_FORMATS.items() if block == kind), None)
     return None if name and spec.split and spec.split % spec.granularity.size else name
+
+
+def kind_of_weights(spec: WeightSpec) -> str:
+    """Weights by a short name: `nvfp4`, `fp8_e4m3 a channel`, `int4 a group:64`, ...; the scales' store is left out."""
+    return block_format(spec) or f"{spec.fmt.name} a {spec.granularity}"
 
 
 def described(spec: WeightSpec) -> str:
@@ -70,10 +76,14 @@ def check(source: Source, target: str, refuses: Callable[..., str | None], held:
 def unquantized(source: Source) -> list[Entry]:
     """Entries of all that is not quantized, the biases of quantized layers included, as stored and by its own name."""
     biases = [f"{name}.bias" for name, layer in source.layers.items() if layer.bias is not None]
-    headers = {name: source.header(name) for name in (*source.rest, *biases)}
+    return as_stored(source, (*source.rest, *biases))
+
+
+def as_stored(source: Source, names: Iterable[str]) -> list[Entry]:
+    """Entries of tensors as they are, by their own names."""
     return [
-        Entry(name, DTYPES[header.dtype], header.shape, lambda name=name: source.tensor(name))
-        for name, header in headers.items()
+        Entry(name, DTYPES[header.dtype], header.shape, functools.partial(source.tensor, name))
+        for name, header in ((name, source.header(name)) for name in names)
     ]
 
 
@@ -84,7 +94,7 @@ def bytes_of(source: Source, name: str, dtype: torch.dtype) -> Callable[[], Tens
 
 def float_scale(source: Source, name: str) -> Callable[[], Tensor]:
     """Reads and decodes the scales of a quantized layer, float32 (scale rows, scale columns)."""
-    return lambda: source.layer(name).scales.decode()
+    return lambda: source.scales(name)
 
 
 def high_precision(source: Source) -> list[str]:
@@ -124,7 +134,7 @@ def kind_of(activations: ActivationSpec | None) -> str | None:
     return static + (block or plain + store) + (" around means" if activations.center else "") + split
 
 
-def engine_of(activations: ActivationSpec | None) -> str | None:
+def rounded_by(activations: ActivationSpec | None) -> str | None:
     """The engine whose rounding of inputs was emulated, None where it is dmquant's own."""
     return activations and activations.engine and activations.engine.name
 
@@ -132,7 +142,7 @@ def engine_of(activations: ActivationSpec | None) -> str | None:
 def input_notes(source: Source, engine: str) -> tuple[str, ...]:
     """What to say where inputs were not rounded as the engine does when the model was calibrated and scored."""
     rounded = [layer.activations for layer in source.layers.values() if layer.activations is not None]
-    others = sorted({engine_of(one) or "dmquant" for one in rounded} - {engine})
+    others = sorted({rounded_by(one) or "dmquant" for one in rounded} - {engine})
     return tuple(
         f"inputs were scored as {other} rounds them, which {engine} does by its own rule: --for {engine} scores that"
         for other in others

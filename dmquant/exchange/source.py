@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from dmquant.errors import UserError
@@ -13,6 +14,8 @@ from dmquant.exchange.tensor_file import Reader
 from dmquant.host import weight_file
 from dmquant.layers import QUANTIZED, QuantConv2d, QuantLinear
 from dmquant.recipe import Recipe
+from dmquant.scaling import Scales
+from dmquant.stores import get_store
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,13 @@ class Source:
         if name not in self._reader:
             raise UserError(f"{self.folder} lacks the tensor '{name}': get that model again")
         return self._reader.tensor(name)
+
+    def scales(self, name: str) -> Tensor:
+        """Decoded scales of a quantized layer, float32 (scale rows, scale columns); nothing else of it is read."""
+        layer = self.layers[name]
+        store = layer.weight_spec.store
+        base = None if layer.scale_base is None else self.tensor(f"{name}.scale_base").view(torch.float32)
+        return Scales(self.tensor(f"{name}.scale").view(get_store(store).dtype), base, store).decode()
 
     def layer(self, name: str) -> QuantLinear | QuantConv2d:
         """A quantized layer with its codes, scales, bias and tensors of transforms, read now."""

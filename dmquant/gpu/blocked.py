@@ -10,6 +10,11 @@ from torch import Tensor
 _ROWS, _COLUMNS, _LINE = 128, 4, 32
 
 
+def in_tiles(rows: int, columns: int) -> tuple[int, int]:
+    """Shape of scales (rows, columns) padded to whole tiles."""
+    return rows + -rows % _ROWS, columns + -columns % _COLUMNS
+
+
 def to_blocked(scales: Tensor) -> Tensor:
     """Scales (rows, columns) of any dtype of one byte, padded with zero bytes to whole tiles, as one dimension."""
     rows, columns = scales.shape

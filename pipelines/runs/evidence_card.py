@@ -13,7 +13,7 @@ from dmquant.evaluation.metrics.psnr import PSNR
 from dmquant.evaluation.report import wording
 from dmquant.evaluation.report.markdown import cell, code, fenced, markdown_table
 from dmquant.exchange.interfaces import Exported, Foreign, ForeignFormat, ForeignLayer
-from dmquant.exchange.layers import engine_of, kind_of
+from dmquant.exchange.layers import kind_of, rounded_by
 from dmquant.exchange.source import Source
 from dmquant.host.text import command_without_folders, visible, without_folders
 from dmquant.pipelines.models.registry import registered_models
@@ -87,7 +87,7 @@ def _exactness(source: Source, written: Exported, read: Foreign | None, name: st
 
 
 def _input(layer: nn.Module | ForeignLayer) -> str:
-    engine = engine_of(layer.activations)
+    engine = rounded_by(layer.activations)
     return (kind_of(layer.activations) or "not rounded") + (f" as {engine} rounds them" if engine else "")
 
 

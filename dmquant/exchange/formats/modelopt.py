@@ -17,7 +17,6 @@ from dmquant.exchange import folder, named_scales
 from dmquant.exchange.decoding import matrix, part
 from dmquant.exchange.interfaces import Exported, Foreign, ForeignFormat, ForeignLayer, Found, Progress
 from dmquant.exchange.layers import (
-    block_format,
     check,
     check_class,
     check_pair,
@@ -25,6 +24,7 @@ from dmquant.exchange.layers import (
     high_precision,
     input_notes,
     kind_of,
+    kind_of_weights,
     unquantized,
 )
 from dmquant.exchange.source import Source
@@ -65,20 +65,16 @@ ALGORITHMS = {
 }
 
 
-def _weights(spec: WeightSpec) -> str:
-    return block_format(spec) or f"{spec.fmt.name} a {spec.granularity}"
-
-
 def refuses(layer: nn.Module, spec: WeightSpec, activations: ActivationSpec | None) -> str | None:
     """Why ModelOpt's layouts cannot hold a layer in these formats; None where they can."""
-    taken = [inputs for weights, inputs in ALGORITHMS if weights == _weights(spec)]
+    taken = [inputs for weights, inputs in ALGORITHMS if weights == kind_of_weights(spec)]
     return check_pair(spec, activations, taken) or check_class(layer, spec.granularity.size or 1)
 
 
 def _layer(source: Source, name: str) -> tuple[str, list]:
     """The algorithm of a layer and its entries."""
     layer = source.layers[name]
-    algorithm = ALGORITHMS[_weights(layer.weight_spec), kind_of(layer.activations)]
+    algorithm = ALGORITHMS[kind_of_weights(layer.weight_spec), kind_of(layer.activations)]
     if algorithm.endswith("NVFP4"):
         entries = named_scales.nvfp4(source, name)
     elif algorithm == "MXFP8":
@@ -97,7 +93,7 @@ def _layer(source: Source, name: str) -> tuple[str, list]:
 def _check_branch(layer: nn.Module, spec: WeightSpec, activations: ActivationSpec | None) -> str | None:
     """As `refuses`, and why a layer's transforms cannot go along."""
     held = [one.name for one in layer.transforms]
-    if held and (ALGORITHMS.get((_weights(spec), kind_of(activations))) != "NVFP4" or "lowrank" not in held):
+    if held and (ALGORITHMS.get((kind_of_weights(spec), kind_of(activations))) != "NVFP4" or "lowrank" not in held):
         return (
             f"has the transform {layer.transforms[0]}, whose place is beside NVFP4 inputs and a low-rank branch alone"
         )

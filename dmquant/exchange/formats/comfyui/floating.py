@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from dmquant.activations import ActivationSpec
+from dmquant.exchange.decoding import swapped_nibbles
 from dmquant.exchange.formats.comfyui.computing import Steps
 from dmquant.exchange.formats.comfyui.layout import (
     Group,
@@ -14,19 +15,11 @@ from dmquant.exchange.formats.comfyui.layout import (
     decoded,
     of_engine,
     split_within,
-    swapped_nibbles,
 )
 from dmquant.exchange.interfaces import ForeignLayer
 from dmquant.exchange.tensor_file import Entry
-from dmquant.gpu.blocked import from_blocked, to_blocked
+from dmquant.gpu.blocked import from_blocked, in_tiles, to_blocked
 from dmquant.qtensor import WeightSpec
-
-_TILE = 128, 4  # rows and columns of scales that lie together
-
-
-def _tiled(rows: int, columns: int) -> tuple[int, int]:
-    """Shape of so many scales padded to whole tiles."""
-    return rows + -rows % _TILE[0], columns + -columns % _TILE[1]
 
 
 class Blocks(Layout):
@@ -51,14 +44,14 @@ class Blocks(Layout):
     def scales(self, group: Group, dtype: torch.dtype) -> Entry:
         """The entry of the blocks' scales."""
         rows, columns = group.shape
-        shape = _tiled(rows, columns // self.block)
+        shape = in_tiles(rows, columns // self.block)
         return group.entry(
             "weight_scale", dtype, shape, lambda: to_blocked(group.rows("scale")).view(dtype).view(shape)
         )
 
     def opened_scales(self, layer: Opened, rows: int, columns: int, dtype: str) -> None:
         """Check the shape of the blocks' scales for a weight (rows, columns)."""
-        layer.expect("weight_scale", [_tiled(rows, columns // self.block)], dtype, "U8")
+        layer.expect("weight_scale", [in_tiles(rows, columns // self.block)], dtype, "U8")
 
     def read_scales(self, layer: Opened, rows: int, columns: int) -> Tensor:
         """The blocks' scales as dmquant stores them, uint8 (rows, blocks)."""

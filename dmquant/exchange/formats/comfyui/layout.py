@@ -19,7 +19,6 @@ from dmquant.host import weight_file
 from dmquant.layers import QuantLinear
 from dmquant.qtensor import QuantizedTensor, WeightSpec
 from dmquant.scaling import Scales
-from dmquant.stores import get_store
 from dmquant.transforms import Storage
 
 RECIPE = "quantize with --for comfyui"
@@ -64,13 +63,8 @@ class Group:
         return self.target.rows(self.parts(part))
 
     def scales(self) -> list[Tensor]:
-        """Decoded scales of each layer, float32 (scale rows, scale columns); nothing else of it is read."""
-        found = []
-        for name, layer in zip(self.names, self.layers, strict=True):
-            stored = self.source.tensor(f"{name}.scale").view(get_store(layer.weight_spec.store).dtype)
-            base = None if layer.scale_base is None else self.source.tensor(f"{name}.scale_base").view(torch.float32)
-            found.append(Scales(stored, base, layer.weight_spec.store).decode())
-        return found
+        """Decoded scales of each layer, float32 (scale rows, scale columns)."""
+        return [self.source.scales(name) for name in self.names]
 
     def shared(self, part: str, what: str) -> Tensor:
         """A parameter that all layers must have in common; UserError, naming the layers, where they differ."""
@@ -239,11 +233,6 @@ def split_within(spec: WeightSpec, size: int) -> str | None:
 def of_engine(format: str, granularity: str = "token", scale: str = "online") -> ActivationSpec:
     """Inputs as ComfyUI rounds them."""
     return ActivationSpec.parse(format, granularity, scale=scale, engine="comfyui")
-
-
-def swapped_nibbles(packed: Tensor) -> Tensor:
-    """Bytes of two codes each with the codes in the other order; uint8, same shape."""
-    return packed << 4 | packed >> 4
 
 
 def decoded(codes: Tensor, stored_scales: Tensor, base: Tensor | None, spec: WeightSpec) -> Tensor:

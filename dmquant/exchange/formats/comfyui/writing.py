@@ -2,8 +2,6 @@
 
 import fnmatch
 import json
-from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -11,15 +9,15 @@ from torch import nn
 
 from dmquant.activations import ActivationSpec
 from dmquant.errors import UserError
-from dmquant.exchange import keys, tensor_file
+from dmquant.exchange import tensor_file
 from dmquant.exchange.formats.comfyui.layout import FLOAT_PRODUCT, RECIPE, Group, Layout
 from dmquant.exchange.formats.comfyui.layouts import LAYOUTS, layout_of
 from dmquant.exchange.interfaces import Exported, Progress
-from dmquant.exchange.keys import Target
-from dmquant.exchange.layers import described
+from dmquant.exchange.keys import Target, targets_of
+from dmquant.exchange.layers import counted, described
 from dmquant.exchange.source import Source
 from dmquant.exchange.tensor_file import DTYPES, Entry
-from dmquant.layers import QUANTIZED, QuantLinear
+from dmquant.layers import QuantLinear
 from dmquant.qtensor import WeightSpec
 
 MEASURED = {
@@ -49,22 +47,19 @@ def refuses(layer: nn.Module, spec: WeightSpec, activations: ActivationSpec | No
 def refuses_in(model: nn.Module, name: str, spec: WeightSpec) -> str | None:
     """Why ComfyUI cannot take the layer of this name of a backbone in these weights; None where `refuses` decides."""
     layout = layout_of(spec)
-    if layout is None or not layout.packed or name not in _measured(model):
+    if layout is None or not layout.packed or not _is_measured(model, name):
         return None
     return "tells ComfyUI how wide the model is, which two codes a byte would halve"
 
 
 def export(source: Source, path: Path, progress: Progress) -> Exported:
     """Write the file; UserError, before anything is written, for a layer that ComfyUI cannot take."""
-    class_name = type(source.backbone).__name__
-    biases = [f"{name}.bias" for name, layer in source.layers.items() if layer.bias is not None]
-    names = [*source.rest, *(f"{name}.weight" for name in source.layers), *biases]
-    targets = keys.original(class_name, source.config, names)
+    targets, are_original = targets_of(source)
     for name in source.layers:
         _check(source, name)
     entries: list[Entry] = []
     kinds: list[str] = []
-    for target in targets or [Target(name, (name,)) for name in names]:
+    for target in targets:
         if (group := _group(source, target)) is None:
             entries.append(_plain(source, target))
         else:
@@ -72,15 +67,16 @@ def export(source: Source, path: Path, progress: Progress) -> Exported:
             kinds += [layout.name] * len(group.names)
             entries += [*layout.entries(group), _settings(layout, group)]
     tensor_file.write(path, entries, {}, progress)
-    note = f"tensors keep the names of diffusers' {class_name}, since ComfyUI's own are not known here"
-    return Exported(path, _counted(source, kinds), True, () if targets else (note,))
+    kind = type(source.backbone).__name__
+    note = f"tensors keep the names of diffusers' {kind}, since ComfyUI's own are not known here"
+    return Exported(path, counted(source, kinds), True, () if are_original else (note,))
 
 
-def _measured(model: nn.Module) -> set[str]:
-    """The first layer of a backbone that matches each of the globs of its class."""
-    names = [name for name, _ in model.named_modules()]
-    globs = MEASURED.get(type(model).__name__, ())
-    return {matching[0] for glob in globs if (matching := fnmatch.filter(names, glob))}
+def _is_measured(model: nn.Module, name: str) -> bool:
+    """Whether the layer is the first of a backbone that matches a glob of its class."""
+    globs = [glob for glob in MEASURED.get(type(model).__name__, ()) if fnmatch.fnmatchcase(name, glob)]
+    names = [each for each, _ in model.named_modules()] if globs else []
+    return any(name == fnmatch.filter(names, glob)[0] for glob in globs)
 
 
 def _check(source: Source, name: str) -> None:
@@ -134,9 +130,3 @@ def _settings(layout: Layout, group: Group) -> Entry:
         settings[FLOAT_PRODUCT] = True
     text = json.dumps(settings, separators=(",", ":")).encode()
     return tensor_file.stored(f"{group.name}.comfy_quant", torch.tensor(list(text), dtype=torch.uint8))
-
-
-def _counted(source: Source, kinds: Sequence[str]) -> dict[str, int]:
-    """The numbers of layers by format, those that stay in high precision included."""
-    high = sum(type(module) in QUANTIZED for module in source.backbone.modules())
-    return {**Counter(kinds), **({"high precision": high} if high else {})}

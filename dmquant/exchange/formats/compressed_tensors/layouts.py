@@ -11,7 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from dmquant.activations import ActivationSpec
-from dmquant.exchange.layers import block_format, bytes_of, check_class, check_pair, float_scale, kind_of
+from dmquant.exchange.layers import (
+    block_format,
+    bytes_of,
+    check_class,
+    check_pair,
+    float_scale,
+    kind_of,
+    kind_of_weights,
+)
 from dmquant.exchange.source import Source
 from dmquant.exchange.tensor_file import Entry
 from dmquant.formats import IntFormat, get_format
@@ -60,14 +68,10 @@ class Layout:
     entries: list[Entry]
 
 
-def _kind(spec: WeightSpec) -> str:
-    return block_format(spec) or f"{spec.fmt.name} a {spec.granularity}"
-
-
 def refuses(layer: nn.Module, spec: WeightSpec, activations: ActivationSpec | None) -> str | None:
     """Why compressed-tensors cannot hold a layer in these formats; None where it can."""
     whole = isinstance(spec.fmt, IntFormat) and spec.granularity.kind != "tensor"
-    taken = TAKEN.get(_kind(spec), (None,) if whole else ())
+    taken = TAKEN.get(kind_of_weights(spec), (None,) if whole else ())
     return check_pair(spec, activations, taken) or check_class(layer, spec.granularity.size or 1)
 
 
@@ -75,7 +79,7 @@ def layout(source: Source, name: str) -> Layout:
     """A layer as compressed-tensors has it; for one that `refuses` has no word against."""
     layer = source.layers[name]
     spec, given = layer.weight_spec, kind_of(layer.activations)
-    kind, block = _kind(spec), block_format(spec)
+    kind, block = kind_of_weights(spec), block_format(spec)
     if block:
         scheme, format = BLOCKS[block], FORMATS[block]
         entries = _blocks(source, name, block)

@@ -22,7 +22,7 @@ from dmquant.exchange.formats.gguf.header import NUMBERS
 from dmquant.exchange.formats.gguf.holding import BLOCK, exactly, holder, holder_of, holds
 from dmquant.exchange.formats.gguf.reading import library
 from dmquant.exchange.interfaces import Exported, Progress
-from dmquant.exchange.keys import Target, original
+from dmquant.exchange.keys import Target, targets_of
 from dmquant.exchange.layers import HIGH, check_class, described
 from dmquant.exchange.source import Source
 from dmquant.exchange.tensor_file import check_room
@@ -54,7 +54,7 @@ def export(source: Source, out: Path, progress: Progress, kind: str | None = Non
     gguf = library("writing GGUF")
     if kind is not None:
         kind = check_choice("type of GGUF", kind.lower(), WRITTEN)
-    maker, targets, named = _Maker(source, kind), *_targets(source)
+    maker, targets, named = _Maker(source, kind), *targets_of(source)
     tensors = [maker.tensor(target) for target in targets]
     if long := next((one.name for one in tensors if len(one.name) > LONGEST), None):
         raise UserError(f"'{long}' has more than the {LONGEST} characters that a name in a GGUF file may have")
@@ -103,17 +103,6 @@ def refuses(layer: nn.Module, spec: WeightSpec, activations: ActivationSpec | No
     if why := check_class(layer, BLOCK):
         return why
     return None if holder_of(spec) else f"has weights in {described(spec)}, which no type of GGUF holds"
-
-
-def _targets(source: Source) -> tuple[list[Target], bool]:
-    """The tensors of the file as parameters of the backbone, and whether they have the original names."""
-    names = [f"{name}.weight" for name in source.layers]
-    names += [f"{name}.bias" for name, layer in source.layers.items() if layer.bias is not None]
-    names += source.rest
-    targets = original(type(source.backbone).__name__, source.config, names)
-    if targets is None:
-        return [Target(name, (name,)) for name in names], False
-    return targets, True
 
 
 class _Maker:

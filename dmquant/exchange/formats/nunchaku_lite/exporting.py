@@ -19,9 +19,9 @@ from dmquant.errors import UserError
 from dmquant.exchange import folder
 from dmquant.exchange.formats.nunchaku_lite import packing
 from dmquant.exchange.interfaces import Exported, Progress
-from dmquant.exchange.layers import check, check_class, described
+from dmquant.exchange.layers import as_stored, check, check_class, counted, described
 from dmquant.exchange.source import Source
-from dmquant.exchange.tensor_file import DTYPES, Entry
+from dmquant.exchange.tensor_file import Entry
 from dmquant.layers import QuantLinear
 from dmquant.packing import unpack
 from dmquant.qtensor import WeightSpec
@@ -81,16 +81,12 @@ def export(source: Source, out: Path, progress: Progress) -> Exported:
     for name, layer in source.layers.items():
         entries += _entries(read, name, layer, precision, rank)
         exact &= not layer.transforms and layer.scale_base is None
-    entries += [
-        Entry(name, DTYPES[header.dtype], header.shape, functools.partial(source.tensor, name))
-        for name, header in ((name, source.header(name)) for name in source.rest)
-    ]
+    entries += as_stored(source, source.rest)
     targets = {"precision": precision.name, "group_size": precision.group, "rank": rank, "targets": [*source.layers]}
     quantization = {"quant_method": "nunchaku_lite", "compute_dtype": "bfloat16", "svdq_w4a4": targets}
     folder.write(source, out, folder.Folder(NAME, "Nunchaku's kernels", entries, quantization, _USAGE), progress)
-    linear = sum(isinstance(module, nn.Linear) for module in source.backbone.modules())
-    kept = linear - len(source.layers)
-    return Exported(out, {precision.name: len(source.layers), "high precision": kept}, exact, tuple(_notes(source)))
+    kinds = [precision.name] * len(source.layers)
+    return Exported(out, counted(source, kinds), exact, tuple(_notes(source)))
 
 
 def _checked(source: Source) -> tuple[Precision, int]:

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from dmquant.activations import ActivationSpec
-from dmquant.exchange.layers import block_format, bytes_of, check_class, described, engine_of, float_scale, kind_of
+from dmquant.exchange.layers import block_format, bytes_of, check_class, described, float_scale, kind_of, rounded_by
 from dmquant.exchange.source import Source
 from dmquant.exchange.tensor_file import Entry
 from dmquant.formats import IntFormat
-from dmquant.gpu.blocked import to_blocked
+from dmquant.gpu.blocked import in_tiles, to_blocked
 from dmquant.layers import QuantLinear
 from dmquant.operands import integer_weight
 from dmquant.packing import unpack
@@ -25,7 +25,6 @@ from dmquant.stores import get_store
 
 DTYPE = "bfloat16"
 """What weights decode to, unless `torch_dtype` says otherwise when they are loaded."""
-LEAST = 1e-12  # magnitude of an FP8 token: by default there is none, and a token of zeros becomes NaN
 FLOAT8 = {"fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
 ELEMENTS = {"mxfp4": ("float4_e2m1fn_x2", torch.uint8), "mxfp8": ("float8_e4m3fn", torch.float8_e4m3fn)}
 
@@ -155,7 +154,8 @@ def _block_scales(source: Source, name: str, layer: QuantLinear, dtype: torch.dt
     plain = bytes_of(source, f"{name}.scale", torch.uint8)
     if not swizzled:
         return dtype, (rows, columns), lambda: plain().view(dtype)
-    shape = (-(-rows // 128) * 32, -(-columns // 4) * 16)
+    tall, wide = in_tiles(rows, columns)
+    shape = tall // 4, 4 * wide
     return dtype, shape, lambda: to_blocked(plain()).view(dtype).view(shape)
 
 
@@ -167,7 +167,7 @@ def _mx(source: Source, name: str, layer: QuantLinear, block: str) -> Layout:
         "elem_dtype": named("torch.dtype", element),
         "block_size": 32,
         "scaling_mode": named(
-            "ScaleCalculationMode", "RCEIL" if engine_of(layer.activations) == "torchao" else "FLOOR"
+            "ScaleCalculationMode", "RCEIL" if rounded_by(layer.activations) == "torchao" else "FLOOR"
         ),
         "kernel_preference": AUTO,
         "is_swizzled_scales": True,
