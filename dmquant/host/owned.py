@@ -130,14 +130,15 @@ class Owned:
     def clear(self, keep: Callable[[str], bool] = lambda name: False) -> None:
         """Remove all files that are ours and whose names are not to `keep`, and folders that are empty then.
 
-        Rooms of folders below go with their files. Files that were changed since stay where they are.
+        Rooms of folders below go with their files. Files that were changed since stay where they are. A kill at any
+        moment leaves what a second call removes, which is why the folders of a file that is gone already count too.
         """
         emptied = set()
         for name in [name for name in self._known if not keep(name)]:
             path = self.root / name
             if self.holds(path):
                 path.unlink()
-                emptied |= {folder for folder in path.parents if self.depth(folder)}
+            emptied |= {folder for folder in path.parents if self.depth(folder)}
             del self._known[name]
         for name in [name for name in self._inner if not keep(name)]:
             folder = self.root / name
@@ -145,13 +146,16 @@ class Owned:
                 inner = Owned(folder)
                 inner.clear()
                 inner.leave()
-                emptied |= {folder, *(parent for parent in folder.parents if self.depth(parent))}
+            emptied |= {folder / ROOM, folder, *(parent for parent in folder.parents if self.depth(parent))}
             self._inner.remove(name)
         remove_empty(emptied)
         self._compact()
 
     def leave(self) -> None:
-        """Remove the room, and the root where it is empty then."""
+        """Remove the room, and the root where it is empty then; the marker last, by which a kill leaves a room."""
+        with contextlib.suppress(OSError):
+            for entry in (entry for entry in self.room.iterdir() if entry.name != MARKER):
+                drop(entry)
         shutil.rmtree(self.room, ignore_errors=True)
         remove_empty({self.root})
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from dmquant.errors import UserError
 from dmquant.host import files, owned, room
 from dmquant.host.files import replacing, write_text
+from dmquant.host.owned import Owned
 
 NAMES = ("a", "b", "sub/a", "sub/b")
 
@@ -149,6 +150,50 @@ def test_clearing_goes_through_the_folders_of_recipes_and_leaves_what_is_theirs(
         ours.clear()
     assert contents(tmp_path) == {"recipes/rtn/notes.txt": "mine"}
     assert not (recipe / ".dmquant").exists()
+
+
+def test_a_kill_at_any_moment_of_clearing_leaves_what_the_next_clearing_removes(tmp_path, monkeypatch):
+    def made(root):
+        with owned.claimed(root) as ours:
+            for name in ("state.json", "images/quantized/0.png", "images/quantized/1.png", "model/unet/x.json"):
+                write_text(root / name, name)
+            with owned.claimed(root / "recipes" / "rtn"):
+                write_text(root / "recipes" / "rtn" / "report" / "index.html", "ours")
+        (root / "model" / "notes.txt").write_text("mine")
+        return ours
+
+    def cleared(root):
+        ours = Owned(root)
+        ours.clear()
+        ours.leave()
+
+    def counted(name, left):
+        whole = getattr(os, name)
+
+        def step(*given, **named):
+            if not left[0]:
+                raise KeyboardInterrupt
+            left[0] -= 1
+            return whole(*given, **named)
+
+        return step
+
+    steps, done = 0, False
+    while not done:
+        root = tmp_path / str(steps)
+        made(root)
+        left = [steps]
+        with monkeypatch.context() as patch:
+            for name in ("unlink", "rmdir", "replace"):
+                patch.setattr(os, name, counted(name, left))
+            try:
+                cleared(root)
+                done = True
+            except KeyboardInterrupt:
+                steps += 1
+        cleared(root)
+        assert [path.relative_to(root).as_posix() for path in sorted(root.rglob("*"))] == ["model", "model/notes.txt"]
+    assert steps > 15
 
 
 def test_clearing_leaves_folders_of_other_commands_that_lie_below(tmp_path):
