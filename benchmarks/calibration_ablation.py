@@ -27,13 +27,14 @@ from diffusers import DDPMScheduler
 from torch import Tensor, nn
 
 from dmquant.calib.blocks.engine import calibrate_
-from dmquant.calib.blocks.learn import UnitData, learn, learning_layers, squared_error
+from dmquant.calib.blocks.learn import learn, learning_layers
 from dmquant.calib.blocks.outputs import Budget, Outputs
 from dmquant.calib.data.sampling import Sampling, choose
 from dmquant.calib.data.store import CalibrationStore
 from dmquant.calib.data.tree import flatten, unflatten
 from dmquant.calib.layers.learner import Learner
 from dmquant.calib.layers.moments import fit_grid
+from dmquant.calib.objectives import UnitData, mse, squared_error
 from dmquant.convert import LayerPlan
 from dmquant.diffusers.calling import final_latents
 from dmquant.host.files import fingerprint, write_text
@@ -162,7 +163,7 @@ def rounding_row(one: OneBlock, row: str, regularizer: float, out: Path) -> dict
         options = Learning(iterations=int(iterations), batch_size=4, learning_rate=float(rate), checks=CHECKS)
         data, began = one.learning, time.perf_counter()
         with learning_layers(learners):
-            learned, kept = learn(row, learners, data, options, lambda step, loss: None)
+            learned, kept = learn(row, learners, mse.start(data, mse.Options()), options, lambda step, loss: None)
         seconds = time.perf_counter() - began
         nearest = one.error(one.measured, learners, _nearest(learners))
         flipped = sum(int((kept[learner.name] != learner.grid.nearest).sum()) for learner in learners)

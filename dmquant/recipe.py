@@ -13,7 +13,7 @@ from pydantic import BaseModel, Field, model_validator
 from dmquant.errors import UsageError, UserError, unknown
 from dmquant.matching import Matcher
 from dmquant.registry import engine_of
-from dmquant.settings import NO_FORMAT, ONLINE, Rounding, Rule, Settings, Transformation, format_name
+from dmquant.settings import NO_FORMAT, ONLINE, Objective, Rounding, Rule, Settings, Transformation, format_name
 from dmquant.yaml_models import read_yaml, validated
 
 _FOLDER = importlib.resources.files("dmquant.configs") / "recipes"
@@ -37,6 +37,8 @@ class Calibration(BaseModel, extra="forbid", frozen=True):
 
 class Learning(BaseModel, extra="forbid", frozen=True):
     """Settings of learning the roundings of a unit, for every rounding method."""
+
+    objective: Objective = Objective()
 
     unit: Literal["layer", "block", "window"] = "block"
     window: int = Field(default=2, ge=2, le=MOST)
@@ -101,7 +103,7 @@ class Recipe(Settings):
 
         for rule in (self, *self.rules):
             merged = self._merged([rule])
-            if merged.scale == "lean" and not self.rounding.definition.NEEDS_MOMENTS:
+            if merged.scale == "lean" and not self.rounding.needs_moments:
                 raise UsageError("scale: lean is fitted to the errors of rounding: gptq, and there is no other here")
             if merged.weights != NO_FORMAT and merged.weights not in BLOCK_FORMATS:
                 grid_type(merged.store).check(merged.weights, merged.granularity, merged.scale)
@@ -120,7 +122,7 @@ class Recipe(Settings):
         method = self.rounding.definition
         return (
             method.LEARNS
-            or method.NEEDS_MOMENTS
+            or self.rounding.needs_moments
             or any(
                 settings.scale in DATA_RULES
                 or settings.candidates

@@ -100,6 +100,11 @@ class Method(BaseModel, extra="allow", frozen=True):
         """The options of the method that were set."""
         return dict(self.model_extra or {})
 
+    @property
+    def checked(self) -> BaseModel:
+        """All options of the method."""
+        return self.definition.Options.model_validate(self.options)
+
 
 class Transformation(Method):
     """A method of dmquant.transforms."""
@@ -109,7 +114,7 @@ class Transformation(Method):
     @property
     def takes_data(self) -> bool:
         """Whether it is fitted to calibration data."""
-        return self.definition.takes_data(self.definition.Options.model_validate(self.options))
+        return self.definition.takes_data(self.checked)
 
 
 class Rounding(Method):
@@ -117,6 +122,33 @@ class Rounding(Method):
 
     package = "dmquant.rounding"
     method: str = "nearest"
+    begin: "Rounding | None" = None
+    """The method whose codes a method that learns begins with; by default it begins with the float weight."""
+
+    @model_validator(mode="after")
+    def _begins(self) -> "Rounding":
+        if self.begin and not self.definition.LEARNS:
+            raise UsageError(f"begin: rounding {self.method} does not learn, so that it begins with nothing")
+        if self.begin and (self.begin.definition.LEARNS or not self.begin.definition.NEEDS_MOMENTS):
+            raise UsageError(f"begin: {self.begin.method} is not solved: begin with gptq")
+        return self
+
+    @property
+    def solver(self) -> "Rounding":
+        """The rounding that scales are fitted to, and solved by: what this one begins with, or itself."""
+        return self.begin or self
+
+    @property
+    def needs_moments(self) -> bool:
+        """Whether any part of it takes the second moments of a layer's inputs."""
+        return self.solver.definition.NEEDS_MOMENTS
+
+
+class Objective(Method):
+    """A method of dmquant.calib.objectives."""
+
+    package = "dmquant.calib.objectives"
+    method: str = "mse"
 
 
 class Settings(BaseModel, extra="forbid", frozen=True):

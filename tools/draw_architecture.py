@@ -28,6 +28,7 @@ ROOMS = {
     "dmquant/exchange": ("formats of other engines, written and read", 3),
     "calib/data": ("calls of the full-precision backbone, chosen and stored", 0),
     "calib/layers": ("what is fitted to the data of one layer", 0),
+    "calib/objectives": ("what roundings are learned by", 1),
     "calib/blocks": ("the march from block to block", 0),
     "evaluation": ("images, metrics, reports", 1),
     "pipelines/models": ("which models there are, and where", 2),

@@ -13,7 +13,6 @@ from dmquant.calib.blocks.inputs import BlockInputs
 from dmquant.calib.blocks.learn import (
     DTYPES,
     Learned,
-    UnitData,
     computing_in,
     held_out_error,
     learn,
@@ -28,6 +27,7 @@ from dmquant.calib.layers.correction import correct
 from dmquant.calib.layers.fitting import fit_transforms
 from dmquant.calib.layers.learner import Learner
 from dmquant.calib.layers.rounder import Rounder
+from dmquant.calib.objectives import UnitData
 from dmquant.layers import QuantConv2d, QuantLinear
 from dmquant.qtensor import QuantizedTensor
 from dmquant.recipe import Learning
@@ -79,11 +79,13 @@ class Decider:
             learners = self._learners(task, inputs)
             stack.enter_context(learning_layers(learners))
             self._enter_dtype(decided.values(), task, stack)
-            data = self._data(task, targets, number, device)
+            objective = options.objective.definition.start(
+                self._data(task, targets, number, device), options.objective.checked
+            )
             learned, kept = learn(
                 task.output,
                 learners,
-                data,
+                objective,
                 options,
                 lambda step, loss: bar(step, options.iterations, title, f"loss {loss:.3f}"),
             )
@@ -93,7 +95,7 @@ class Decider:
                 learned.error,
                 streams.ranges,
                 lambda: inputs.run(task),
-                lambda: held_out_error(learners, data, kept, options),
+                lambda: held_out_error(learners, objective, kept, options),
             )
         if own_targets:
             targets.close()

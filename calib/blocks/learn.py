@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from dmquant.calib.blocks.replay import replaced_forward
-from dmquant.calib.data.tree import flatten, map_floats
+from dmquant.calib.data.tree import map_floats
 from dmquant.calib.layers.learner import Learner
+from dmquant.calib.objectives import Objective
 from dmquant.errors import UserError
 from dmquant.recipe import Learning
 from dmquant.rounding import Rounded
@@ -23,54 +24,41 @@ _TINY = torch.finfo(torch.float32).tiny
 
 @dataclass(frozen=True)
 class Learned:
-    """The end of a unit's learning. Errors are mean squared errors of the unit's output on held-out samples."""
+    """The end of a unit's learning. Errors are those of the recipe's objective on held-out samples."""
 
     nearest_error: float
     error: float
     best_step: int
-    """Step whose hard roundings were kept; 0 is nearest rounding."""
+    """Step whose hard roundings were kept; 0 is nearest rounding, or what learning began with."""
     undecided: float
     """Share of the weights that were between two values when the last step ended."""
     solved: bool = False
     """Whether the roundings kept were found by a method without steps."""
 
 
-@dataclass(frozen=True)
-class UnitData:
-    """Data of one unit: `run(indices, generator)` computes its output for a batch of samples, with its layers as
-    `learning_layers` has them, `target(indices)` is the output in full precision, nested alike and of the same shapes.
-    `learning` and `held_out` are indices of samples, sorted by step. `overwrites`: the unit's code writes into tensors
-    that autograd keeps."""
-
-    run: Callable[[Sequence[int], torch.Generator | None], Any]
-    target: Callable[[Sequence[int]], Any]
-    learning: Sequence[int]
-    held_out: Sequence[int]
-    overwrites: bool = False
-
-    def graph(self) -> contextlib.AbstractContextManager[Any]:
-        """The context of a pass forward and back."""
-        return torch.autograd.graph.allow_mutation_on_saved_tensors() if self.overwrites else contextlib.nullcontext()
-
-
 def learn(
-    unit: str, learners: Sequence[Learner], data: UnitData, options: Learning, report: Callable[[int, float], None]
+    unit: str,
+    learners: Sequence[Learner],
+    objective: Objective,
+    options: Learning,
+    report: Callable[[int, float], None],
 ) -> tuple[Learned, dict[str, Rounded]]:
     """Learn the roundings of a unit's layers against full precision; returns how it ended and the roundings by layer.
 
     The values of a rounding are float32 in the shape of its grid's `weight`: the matrix form, (rows, columns).
 
-    The loss is the mean squared error of the unit's output over that of nearest rounding, plus the roundings'
-    penalties averaged over all weights, so one setting serves units of all sizes. Adam, constant rate. Mini-batches
-    hold samples from all over the schedule. At `options.checks` points the hard roundings are tried on held-out
-    samples; the best of these and of nearest rounding is returned. Roundings without parameters are tried once, as
-    they are. `report(step, loss)` is called now and then.
+    The loss is the objective's, by default the mean squared error of the unit's output, over that of nearest rounding,
+    plus the roundings' penalties averaged over all weights, so one setting serves units of all sizes. Adam, constant
+    rate. Mini-batches hold samples from all over the schedule. At `options.checks` points the hard roundings are tried
+    on held-out samples; the best of these, of nearest rounding and of what learning began with is returned. Roundings
+    without parameters are tried once, as they are. `report(step, loss)` is called now and then.
 
     Raises UserError for a loss that is not finite.
     """
     generator = torch.Generator().manual_seed(options.seed)
     kept = {learner.name: Rounded(learner.grid.nearest, learner.grid) for learner in learners}
-    nearest_error = least = held_out_error(learners, data, kept, options)
+    data = objective.data
+    nearest_error = least = held_out_error(learners, objective, kept, options)
     if not math.isfinite(nearest_error):
         raise UserError(f"the error of {unit} is {nearest_error}: its activations hold NaN or infinity")
     parameters = [parameter for learner in learners for parameter in learner.rounding.parameters()]
@@ -78,11 +66,17 @@ def learn(
         hard = {learner.name: learner.rounding.rounded() for learner in learners}
         if all(torch.equal(hard[name].values, nearest.values) for name, nearest in kept.items()):
             return Learned(nearest_error, nearest_error, 0, 0.0), kept
-        error = held_out_error(learners, data, hard, options)
+        error = held_out_error(learners, objective, hard, options)
         solved = error < nearest_error
         return Learned(nearest_error, min(error, nearest_error), 0, 0.0, solved), hard if solved else kept
+    solved = any(learner.grid.solution is not None for learner in learners)
+    if solved:
+        begun = {learner.name: Rounded(learner.grid.solution, learner.grid) for learner in learners}
+        error = held_out_error(learners, objective, begun, options)
+        if solved := error < least:
+            kept, least = begun, error
     if not options.iterations:
-        return Learned(nearest_error, nearest_error, 0, 0.0), kept
+        return Learned(nearest_error, least, 0, 0.0, solved), kept
     weights, best_step = sum(learner.grid.weight.numel() for learner in learners), 0
     optimizer = torch.optim.Adam(parameters, lr=options.learning_rate, fused=True)
     for step in range(1, options.iterations + 1):
@@ -93,7 +87,7 @@ def learn(
             if penalty is not None:
                 (penalty / weights).backward()
         with data.graph():
-            loss = squared_error(data.run(batch, generator), data.target(batch)) / max(nearest_error, _TINY)
+            loss = objective.loss(batch, generator, step) / max(nearest_error, _TINY)
             loss.backward()
         if step % REPORT_EVERY == 0 or step == options.iterations:
             if not math.isfinite(loss.item()):
@@ -102,28 +96,17 @@ def learn(
         optimizer.step()
         if step * options.checks // options.iterations > (step - 1) * options.checks // options.iterations:
             hard = {learner.name: learner.rounding.rounded() for learner in learners}
-            error = held_out_error(learners, data, hard, options)
+            error = held_out_error(learners, objective, hard, options)
             if error < least:
-                kept, least, best_step = hard, error, step
+                kept, least, best_step, solved = hard, error, step, False
     undecided = sum(learner.rounding.undecided() for learner in learners) / weights
-    return Learned(nearest_error, least, best_step, undecided), kept
+    return Learned(nearest_error, least, best_step, undecided, solved), kept
 
 
 def spread_batch(samples: Sequence[int], size: int, generator: torch.Generator) -> list[int]:
     """Draw a random sample from each of `size` equal parts of `samples`."""
     draws = torch.rand(size, generator=generator).tolist()
     return [samples[int((part + draw) * len(samples) / size)] for part, draw in enumerate(draws)]
-
-
-def squared_error(output: Any, target: Any) -> Tensor:
-    """Mean squared difference of two outputs, a scalar in float32.
-
-    Outputs are tensors, or nest tensors alike, in pairs of the same shape; the result is the mean of their means.
-    Tensors that are not floating-point count for nothing.
-    """
-    pairs = zip(flatten(output)[1], flatten(target)[1], strict=True)
-    floats = [(one.float(), other.float()) for (_, one), (_, other) in pairs if one.is_floating_point()]
-    return torch.stack([(one - other).square().mean() for one, other in floats]).mean()
 
 
 @contextlib.contextmanager
@@ -136,19 +119,19 @@ def learning_layers(learners: Sequence[Learner]) -> Iterator[None]:
 
 
 def held_out_error(
-    learners: Sequence[Learner], data: UnitData, rounded: Mapping[str, Rounded], options: Learning
+    learners: Sequence[Learner], objective: Objective, rounded: Mapping[str, Rounded], options: Learning
 ) -> float:
-    """Mean squared error of the unit's output on held-out samples, with these weights."""
-    total = 0.0
+    """The objective's error of the unit on held-out samples, with these weights."""
+    total, held_out = 0.0, objective.data.held_out
     for learner in learners:
         learner.values = rounded[learner.name].values
     with torch.no_grad():
-        for start in range(0, len(data.held_out), options.batch_size):
-            batch = data.held_out[start : start + options.batch_size]
-            total += squared_error(data.run(batch, None), data.target(batch)).item() * len(batch)
+        for start in range(0, len(held_out), options.batch_size):
+            batch = held_out[start : start + options.batch_size]
+            total += objective.error(batch).item() * len(batch)
     for learner in learners:
         learner.values = None
-    return total / len(data.held_out)
+    return total / len(held_out)
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from dmquant.calib.layers.moments import Moments, fit_grid, moments_for, needs_m
 from dmquant.convert import LayerPlan
 from dmquant.layers import QuantConv2d, QuantLinear
 from dmquant.recipe import Recipe
-from dmquant.rounding import get_method, gptq, nearest
+from dmquant.rounding import gptq, nearest
 
 
 @dataclass(frozen=True)
@@ -22,20 +22,23 @@ class Rounder:
 
     method: Any
     options: BaseModel
+    solver: Any
+    """The method that scales are fitted to: what a method that learns begins with, by default the method itself."""
+    solver_options: BaseModel
 
     @classmethod
     def of(cls, recipe: Recipe) -> "Rounder":
-        method = get_method(recipe.rounding.method)
-        return cls(method, method.Options.model_validate(recipe.rounding.options))
+        own, solver = recipe.rounding, recipe.rounding.solver
+        return cls(own.definition, own.checked, solver.definition, solver.checked)
 
     @property
     def solving(self) -> BaseModel:
         """Options of solving by moments: GPTQ's defaults where a transform needs moments but the method does not."""
-        return self.options if self.method.NEEDS_MOMENTS else gptq.Options()
+        return self.solver_options if self.solver.NEEDS_MOMENTS else gptq.Options()
 
     def moments_for(self, layer: nn.Module, plan: LayerPlan, device: torch.device) -> Moments | None:
         """Empty moments to collect a layer's inputs in; None where nothing needs them."""
-        return moments_for(layer, plan, self.method, self.solving, device)
+        return moments_for(layer, plan, self.solver, self.solving, device)
 
     def start(
         self,
@@ -50,14 +53,21 @@ class Rounder:
         `weight` is the result of `fit_transforms`, (out, in, ...) float32. A layer without moments takes scales of
         least weight error, the recipe's own format, and nearest rounding where the method needs moments.
         """
-        weight = fit_to_codes(plan, quantized, weight, moments, self.method, self.solving)
+        weight = fit_to_codes(plan, quantized, weight, moments, self.solver, self.solving)
         if moments is None and needs_moments(plan):
             plan = replace(plan, weights=replace(plan.weights, scale="mse"), candidates=())
-        grid = fit_grid(weight, plan, moments, self.options)
-        if not self.method.NEEDS_MOMENTS:
+        grid = fit_grid(weight, plan, moments, self.solver_options)
+        solved = None
+        if self.solver.NEEDS_MOMENTS:
+            if moments is not None and moments.in_full:
+                solved = self.solver.start(grid, self.solver_options, moments.blocks())
+            else:
+                solved = nearest.start(grid, nearest.Options())
+        if solved is None or self.method is not self.solver:
+            if solved is not None and moments is not None and moments.in_full:
+                wanted = gptq.wanted(grid, moments.blocks(), self.solving, solved.values)
+                grid = replace(grid, solution=solved.values, wanted=wanted)
             rounding = self.method.start(grid, self.options)
-        elif moments is None or not moments.in_full:
-            rounding = nearest.start(grid, nearest.Options())
         else:
-            rounding = self.method.start(grid, self.options, moments.blocks())
+            rounding = solved
         return Learner(plan.name, layer, grid, rounding, quantized)

@@ -27,7 +27,9 @@ class Grid(ABC):
     shape: tuple[int, ...]
     """Shape of the layer's weight, (rows, input channels, ...)."""
     solution: Tensor | None = None
-    """GPTQ's values, float32 (rows, columns), where the scales were chosen by them."""
+    """GPTQ's values, float32 (rows, columns), where the scales were chosen by them, or learning begins with them."""
+    wanted: Tensor | None = None
+    """What the solution is the nearest to, (rows, columns): the best of each weight with all others as they are."""
 
     @staticmethod
     @abstractmethod

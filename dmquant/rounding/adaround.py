@@ -9,7 +9,7 @@ from pydantic import BaseModel, Field
 from torch import Tensor, nn
 
 from dmquant.grids import Grid
-from dmquant.rounding.base import Rounding
+from dmquant.rounding.base import Box, Rounding
 
 LEARNS = True
 NEEDS_MOMENTS = False
@@ -35,12 +35,12 @@ class AdaRound(Rounding):
     def __init__(self, grid: Grid, options: Options):
         super().__init__(grid)
         self.options = options
-        lower, upper = grid.neighbours
+        lower, upper, fraction = Box.around(grid)
         self.register_buffer("lower", lower)
         self.register_buffer("upper", upper)
         self.register_buffer("step", grid.step if options.scale_aware else None)
         # h(v) = fraction. A weight with nowhere to go keeps its value whatever h says: it starts decided.
-        fraction = torch.where(upper > lower, grid.fraction(), -1)
+        fraction = torch.where(upper > lower, fraction, -1)
         v = torch.logit(((fraction - GAMMA) / (ZETA - GAMMA)).clamp(1e-4, 1 - 1e-4))
         self.v = nn.Parameter(v * grid.step if options.scale_aware else v)
 
@@ -70,4 +70,4 @@ class AdaRound(Rounding):
 
 
 start = AdaRound
-"""Soft weights equal to the float weights (clipped to the grid), to float32 precision."""
+"""Soft weights equal to the float weights (clipped to the grid), or to what a solution wanted, to float32 precision."""

@@ -1,7 +1,9 @@
 """The interface of every rounding while it is decided."""
 
+from dataclasses import replace
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from dmquant.grids import Grid
@@ -17,6 +19,31 @@ class Rounded(NamedTuple):
     def quantized(self) -> QuantizedTensor:
         """The packed codes of the values, with the scales of their grid and the shape of its weight."""
         return QuantizedTensor.of(self.grid, self.values)
+
+
+class Box(NamedTuple):
+    """Two adjacent values for each weight, between which it is learned, and where it stands; (rows, columns) float32.
+
+    The values are equal where a weight has nowhere to go.
+    """
+
+    lower: Tensor
+    upper: Tensor
+    fraction: Tensor
+    """From 0, the lower value, to 1."""
+
+    @classmethod
+    def around(cls, grid: Grid) -> "Box":
+        """The values around each weight, or around what a solution wanted, of which the solution is the nearer."""
+        if grid.solution is None:
+            return cls(*grid.neighbours, grid.fraction())
+        side = torch.where(grid.wanted < grid.solution, -1.0, 1.0)
+        beside = replace(grid, weight=grid.solution + 0.1 * side * grid.step, solution=None, wanted=None)
+        lower, upper = beside.neighbours
+        is_upper = (upper - grid.solution).abs() < (grid.solution - lower).abs()
+        there = ((grid.wanted - lower) / (upper - lower).clamp(min=torch.finfo().tiny)).clamp(0, 1)
+        fraction = torch.where(is_upper, there.clamp(min=0.5), there.clamp(max=0.4999))
+        return cls(lower, upper, torch.where(upper > lower, fraction, 0.0))
 
 
 class Rounding(nn.Module):

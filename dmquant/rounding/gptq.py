@@ -163,6 +163,20 @@ def descend(grid: Grid, moments: Sequence[Tensor], options: Options, values: Ten
     return values
 
 
+def wanted(grid: Grid, moments: Sequence[Tensor], options: Options, values: Tensor) -> Tensor:
+    """The best of each weight with all others as `values` (rows, columns) has them, of the same shape, float32.
+
+    q_j + (H (w - q))_j / H_jj: arXiv 2309.01885, eq. 4. Coordinate descent ends where `values` are the nearest to it.
+    """
+    best, first = values.clone(), 0
+    for block in moments:
+        part = slice(first, first + len(block))
+        lost, damping = (grid.weight[:, part] - values[:, part]).to(block.dtype), _damping(block, options)
+        best[:, part] += ((lost @ block + damping * lost) / (block.diagonal() + damping)).float()
+        first = part.stop
+    return best
+
+
 def _descend(grid: Grid, moments: Tensor, damping: Tensor, sweeps: int, values: Tensor, start: int) -> None:
     """Change the `values` (rows, columns) of one block of columns, from column `start` of the grid, in place."""
     now = values.T.to(moments.dtype).contiguous()  # columns first: each is contiguous

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +13,8 @@ from dmquant.calib.layers.moments import Moments, columns_of, fit_grid
 from dmquant.convert import LayerPlan
 from dmquant.errors import UserError
 from dmquant.qtensor import QuantizedTensor, WeightSpec
-from dmquant.rounding import gptq
+from dmquant.rounding import get_method, gptq
+from dmquant.rounding.base import Box
 from dmquant.rounding.gptq import Options
 from dmquant.scaling import to_matrix
 
@@ -262,3 +264,23 @@ def test_a_sweep_over_a_diagonal_changes_nothing():
     moments = torch.rand(COLUMNS, generator=torch.Generator().manual_seed(0))
     moments[::7] = 0
     assert torch.equal(gptq.start(grid, Options(sweeps=3), [moments.diag()]).hard(), grid.nearest)
+
+
+@pytest.mark.parametrize("format", ["fp4", "int3", "nl4"])
+def test_a_box_around_a_solution_has_it_as_the_nearer_end(format):
+    generator = torch.Generator().manual_seed(0)
+    x, weight = ar(generator, 64), weight_of(generator, 32, 64)
+    grid, moments = grid_of(weight, format), [x.T @ x]
+    options = Options(sweeps=30)
+    values = gptq.start(grid, options, moments).values
+    wanted = gptq.wanted(grid, moments, options, values)
+    begun = replace(grid, solution=values, wanted=wanted)
+    lower, upper, fraction = Box.around(begun)
+    assert torch.equal(torch.where(fraction < 0.5, lower, upper), values)
+    settled = replace(grid, weight=wanted).nearest == values  # coordinate descent ended where that is so
+    assert settled.float().mean() > 0.999
+    assert ((values - weight).abs() > 1.01 * grid.step).any()  # no box around the weight would hold it
+    soft = torch.lerp(lower, upper, fraction)
+    inside = settled & (upper > lower)
+    assert (soft - wanted)[inside].abs().max() < 1e-4 * weight.abs().max()
+    assert torch.equal(get_method("adaround").start(begun, get_method("adaround").Options()).hard(), values)

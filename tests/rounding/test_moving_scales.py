@@ -9,9 +9,10 @@ from pydantic import BaseModel
 from torch import nn
 
 from dmquant import rounding
-from dmquant.calib.blocks.learn import UnitData, learn
+from dmquant.calib.blocks.learn import learn
 from dmquant.calib.layers.learner import Learner
 from dmquant.calib.layers.moments import fit_grid
+from dmquant.calib.objectives import UnitData, mse
 from dmquant.convert import LayerPlan
 from dmquant.errors import UsageError
 from dmquant.layers import QUANTIZED
@@ -74,7 +75,7 @@ def test_values_are_kept_with_the_scales_that_they_lie_on():
         lambda batch, _: learner.forward(x[list(batch)]), lambda batch: target[list(batch)], range(64), range(64, 96)
     )
     options = Learning(iterations=60, batch_size=16, learning_rate=0.05, checks=6)
-    done, kept = learn("layer", [learner], data, options, lambda step, loss: None)
+    done, kept = learn("layer", [learner], mse.start(data, mse.Options()), options, lambda step, loss: None)
     assert done.error < 0.7 * done.nearest_error
     rounded = kept["layer"]
     assert not torch.equal(rounded.grid.scale, grid.scale)

@@ -10,15 +10,14 @@ from torch import nn
 
 from dmquant.activations import ActivationSpec
 from dmquant.calib.blocks.learn import (
-    UnitData,
     computing_in,
     learn,
     learning_layers,
     spread_batch,
-    squared_error,
 )
 from dmquant.calib.layers.learner import Learner
 from dmquant.calib.layers.moments import fit_grid
+from dmquant.calib.objectives import UnitData, mse, squared_error
 from dmquant.convert import LayerPlan
 from dmquant.errors import UserError
 from dmquant.layers import QUANTIZED
@@ -79,7 +78,7 @@ def silent(step, loss):
 def learned(case, report=silent, **changes):
     learner, data, _ = case
     with learning_layers([learner]):
-        return learn("layer", [learner], data, Learning(**OPTIONS | changes), report)
+        return learn("layer", [learner], mse.start(data, mse.Options()), Learning(**OPTIONS | changes), report)
 
 
 # 0.01 is 0.1 times a typical step of these weights: what scale-aware learning at 0.1 would be for plain learning.

@@ -8,12 +8,13 @@ from torch import nn
 
 from dmquant.calib.blocks import decide
 from dmquant.calib.blocks.budget import FITTED, SOLVING, Held, check_budget, passes
-from dmquant.calib.blocks.learn import UnitData, learn
+from dmquant.calib.blocks.learn import learn
 from dmquant.calib.blocks.outputs import Outputs
 from dmquant.calib.blocks.units import Block
 from dmquant.calib.layers import moments
 from dmquant.calib.layers.learner import Learner
 from dmquant.calib.layers.moments import Moments, alike, fit_grid, moments_for
+from dmquant.calib.objectives import UnitData, mse
 from dmquant.convert import LayerPlan
 from dmquant.errors import UserError
 from dmquant.layers import QUANTIZED
@@ -94,7 +95,7 @@ def case_of(rounding, target):
     data = UnitData(
         lambda batch, _: learner.forward(x[list(batch)]), lambda batch: x[list(batch)] @ target(grid).T, [0], [1, 2, 3]
     )
-    return learner, learn("layer", [learner], data, Learning(), lambda step, loss: None)
+    return learner, learn("layer", [learner], mse.start(data, mse.Options()), Learning(), lambda step, loss: None)
 
 
 def other(grid):

@@ -170,5 +170,5 @@ def test_moments_are_factorized_once_for_the_branch_and_the_scales(monkeypatch):
     moments.add(columns_of(layer, inputs_of(layer)))
     parts, weight = next(chains(transforms, layer.weight.detach().float(), None))
     quantized.load_parts(parts)
-    Rounder(get_method("gptq"), gptq.Options()).start(layer, plan, quantized, weight, moments)
+    Rounder(gptq, gptq.Options(), gptq, gptq.Options()).start(layer, plan, quantized, weight, moments)
     assert len(factorized) == 1
