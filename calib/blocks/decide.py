@@ -18,6 +18,7 @@ from dmquant.calib.blocks.learn import (
     learn,
     learning_layers,
 )
+from dmquant.calib.blocks.once import sharing_inputs
 from dmquant.calib.blocks.outputs import Outputs
 from dmquant.calib.blocks.replay import replaced_forward
 from dmquant.calib.blocks.state import LayerState
@@ -78,6 +79,8 @@ class Decider:
                 stack.enter_context(replaced_forward(self.states[name].layer, layer.forward))
             learners = self._learners(task, inputs)
             stack.enter_context(learning_layers(learners))
+            if not options.compile:
+                stack.enter_context(sharing_inputs(learners))
             self._enter_dtype(decided.values(), task, stack)
             objective = options.objective.definition.start(
                 self._data(task, targets, number, device), options.objective.checked

@@ -82,13 +82,11 @@ def learn(
     for step in range(1, options.iterations + 1):
         batch = spread_batch(data.learning, options.batch_size, generator)
         optimizer.zero_grad()
-        for learner in learners:  # one by one: the graph of a penalty is larger than that of the weights
-            penalty = learner.rounding.penalty((step - 1) / options.iterations)
-            if penalty is not None:
-                (penalty / weights).backward()
         with data.graph():
             loss = objective.loss(batch, generator, step) / max(nearest_error, _TINY)
             loss.backward()
+        for learner in learners:  # one by one: the graph of a penalty is larger than that of the weights
+            learner.rounding.add_penalty_gradient_((step - 1) / options.iterations, 1 / weights)
         if step % REPORT_EVERY == 0 or step == options.iterations:
             if not math.isfinite(loss.item()):
                 raise UserError(f"the loss of {unit} became {loss.item()} at step {step}: lower learning.learning_rate")

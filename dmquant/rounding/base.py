@@ -60,6 +60,12 @@ class Rounding(nn.Module):
         """A scalar to add to the loss, summed over the weights, when `progress` (0 to 1) of the steps are done."""
         return None
 
+    def add_penalty_gradient_(self, progress: float, share: float) -> None:
+        """Add the gradient of `share` times the penalty to those of the parameters."""
+        penalty = self.penalty(progress)
+        if penalty is not None:
+            (share * penalty).backward()
+
     def hard(self) -> Tensor:
         """The decision as it stands: values of `decided_grid()`, (rows, columns) float32."""
         raise NotImplementedError
