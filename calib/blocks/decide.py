@@ -57,6 +57,8 @@ class Decider:
     moments: Mapping[str, Held]
     needed: int
     """Bytes that are set aside for a task."""
+    importance: Sequence[float] = ()
+    """Of each sample, 1 on average over those to learn from, where the objective needs it."""
 
     def decide(
         self, task: Task, finished: Mapping[str, QuantizedTensor], inputs: BlockInputs
@@ -67,7 +69,7 @@ class Decider:
         (out, in, ...). Parts and transforms go to the layers' states. Layers of blocks that a window looks ahead at are
         decided anew in their turn.
         """
-        streams, options, device = self.streams, self.options, self.streams.device
+        streams, options = self.streams, self.options
         number, title, bar = inputs.number, inputs.title, inputs.bar
         targets = streams.full.get(task.output)
         own_targets = targets is None
@@ -83,7 +85,7 @@ class Decider:
                 stack.enter_context(sharing_inputs(learners))
             self._enter_dtype(decided.values(), task, stack)
             objective = options.objective.definition.start(
-                self._data(task, targets, number, device), options.objective.checked
+                self._data(task, learners, targets, number), options.objective.checked
             )
             learned, kept = learn(
                 task.output,
@@ -127,25 +129,44 @@ class Decider:
             if compiled:
                 stack.enter_context(replaced_forward(module, torch.compile(module.forward)))
 
-    def _data(self, task: Task, targets: Outputs, number: int, device: torch.device) -> UnitData:
+    def _data(self, task: Task, learners: Sequence[Learner], targets: Outputs, number: int) -> UnitData:
+        streams, following = self.streams, self.streams.blocks[number:] if self.streams.predictions else ()
+
         def that_counts(output: Any) -> Any:
             return output[..., self.counted[task.output]] if task.output in self.counted else output
 
-        streams = self.streams
+        def draw(generator: torch.Generator | None) -> None:
+            for learner in learners:
+                learner.drawing = generator
+
+        def run(batch: Sequence[int], generator: torch.Generator | None) -> Any:
+            draw(generator)
+            return that_counts(streams.run(streams.quantized, number, task.output, batch, generator))
+
+        def predict(batch: Sequence[int], generator: torch.Generator | None) -> tuple[Any, Tensor]:
+            draw(generator)
+            output, prediction = streams.predict(number, task.output, batch, generator)
+            return that_counts(output), prediction
+
+        def importance(batch: Sequence[int]) -> Tensor:
+            return torch.tensor([self.importance[index] for index in batch])
+
         return UnitData(
-            run=lambda batch, generator: that_counts(
-                streams.run(streams.quantized, number, task.output, batch, generator)
-            ),
-            target=lambda batch: that_counts(targets.read(batch, device)),
-            learning=self.samples.learning,
-            held_out=self.samples.held_out,
-            overwrites=any(block.overwrites for block in streams.blocks if block.name in task.blocks),
+            run,
+            lambda batch: that_counts(targets.read(batch, streams.device)),
+            self.samples.learning,
+            self.samples.held_out,
+            any(block.overwrites for block in streams.blocks if block.name in task.blocks or block in following),
+            predict if streams.predictions else None,
+            (lambda batch: streams.predictions.read(batch, streams.device)) if streams.predictions else None,
+            importance if self.importance else None,
         )
 
     def _learners(self, task: Task, inputs: BlockInputs) -> list[Learner]:
         """The layers of a task with their scales fitted and formats chosen."""
         states = {name: self.states[name] for name in task.layers}
         layers = {name: self.layer_to_be(name) for name in states}
+        dropped = self.options.activation_drop
         statistics = inputs.statistics(task, layers)
         weights = {
             name: fit_transforms(state.layer, state.plan, layers[name], statistics.get(name))
@@ -162,5 +183,6 @@ class Decider:
             collected = inputs.moments(task, layers, {name: one for name, one in collected.items() if one})
             for name in names:
                 state, moments = states[name], collected.pop(name, None)
-                learners[name] = self.rounder.start(state.layer, state.plan, layers[name], weights[name], moments)
+                learner = self.rounder.start(state.layer, state.plan, layers[name], weights[name], moments)
+                learners[name] = replace(learner, dropped=dropped)
         return [learners[name] for name in task.layers]

@@ -42,6 +42,9 @@ class Learner:
     """The layer that takes its place; until then it quantizes the inputs."""
     values: Tensor | None = None
     """Weights to compute with, float32 in matrix form (rows, columns); None for the weights of the rounding."""
+    dropped: float = 0.0
+    """Share of the input's elements that are not quantized where `drawing` draws them: arXiv 2203.05740, section 4."""
+    drawing: torch.Generator | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """The output of the layer, (rows, ..., out) or (rows, out, height, width), in the dtype of `x`.
@@ -64,8 +67,15 @@ class Learner:
         if self.quantized.activations is None:
             return x
         if torch.compiler.is_compiling():
-            return self.quantized.quantize_input(x.detach()) + (x - x.detach())
-        return _StraightThrough.apply(x, self.quantized.quantize_input)
+            return self._quantized(x.detach()) + (x - x.detach())
+        return _StraightThrough.apply(x, self._quantized)
+
+    def _quantized(self, x: Tensor) -> Tensor:
+        quantized = self.quantized.quantize_input(x)
+        if not self.dropped or self.drawing is None:
+            return quantized
+        kept = torch.rand(x.shape, generator=self.drawing).to(x.device) < self.dropped
+        return torch.where(kept, x, quantized)
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """The weight to compute with, soft or hard, in `dtype` and the layer's shape, (out, in, ...)."""
