@@ -53,6 +53,8 @@ class Learning(BaseModel, extra="forbid", frozen=True):
     """Share of a unit's input elements that come from full precision instead of the quantized units before it."""
     quantize_activations: bool = True
     """Whether activations are quantized while roundings are learned."""
+    activation_drop: float = Field(default=0.0, ge=0, le=1)
+    """Share of the elements that a step leaves out of quantizing activations."""
     dtype: Literal["fp32", "bf16"] = "fp32"
     compile: bool = False
     checks: int = Field(default=5, ge=1, le=MOST)

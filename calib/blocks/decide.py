@@ -58,6 +58,8 @@ class Decider:
     needed: int
     """Bytes that are set aside for a task."""
     carried: Carried
+    importance: Sequence[float] = ()
+    """Of each sample, 1 on average over those to learn from, where the objective needs it."""
 
     def decide(
         self, task: Task, finished: Mapping[str, QuantizedTensor], inputs: BlockInputs
@@ -67,7 +69,7 @@ class Decider:
         `finished` holds the weights of the block that are decided already. Weights have the shape of their layer's,
         (out, in, ...). Parts and transforms go to the layers' states. Layers that the task holds go on in the next one.
         """
-        streams, options, device = self.streams, self.options, self.streams.device
+        streams, options = self.streams, self.options
         number, title, bar = inputs.number, inputs.title, inputs.bar
         targets = streams.full.get(task.output)
         own_targets = targets is None
@@ -81,7 +83,7 @@ class Decider:
             stack.enter_context(learning_layers(learners))
             self._enter_dtype(there.values(), task, stack)
             objective = options.objective.definition.start(
-                self._data(task, targets, number, device), options.objective.checked
+                self._data(task, learners, targets, number), options.objective.checked
             )
             learned, kept = learn(
                 task.output,
@@ -128,19 +130,37 @@ class Decider:
             if compiled:
                 stack.enter_context(replaced_forward(module, torch.compile(module.forward)))
 
-    def _data(self, task: Task, targets: Outputs, number: int, device: torch.device) -> UnitData:
+    def _data(self, task: Task, learners: Sequence[Learner], targets: Outputs, number: int) -> UnitData:
+        streams, following = self.streams, self.streams.blocks[number:] if self.streams.predictions else ()
+
         def that_counts(output: Any) -> Any:
             return output[..., self.counted[task.output]] if task.output in self.counted else output
 
-        streams = self.streams
+        def draw(generator: torch.Generator | None) -> None:
+            for learner in learners:
+                learner.drawing = generator
+
+        def run(batch: Sequence[int], generator: torch.Generator | None) -> Any:
+            draw(generator)
+            return that_counts(streams.run(streams.quantized, number, task.output, batch, generator))
+
+        def predict(batch: Sequence[int], generator: torch.Generator | None) -> tuple[Any, Tensor]:
+            draw(generator)
+            output, prediction = streams.predict(number, task.output, batch, generator)
+            return that_counts(output), prediction
+
+        def importance(batch: Sequence[int]) -> Tensor:
+            return torch.tensor([self.importance[index] for index in batch])
+
         return UnitData(
-            run=lambda batch, generator: that_counts(
-                streams.run(streams.quantized, number, task.output, batch, generator)
-            ),
-            target=lambda batch: that_counts(targets.read(batch, device)),
-            learning=self.samples.learning,
-            held_out=self.samples.held_out,
-            overwrites=any(block.overwrites for block in streams.blocks if block.name in task.blocks),
+            run,
+            lambda batch: that_counts(targets.read(batch, streams.device)),
+            self.samples.learning,
+            self.samples.held_out,
+            any(block.overwrites for block in streams.blocks if block.name in task.blocks or block in following),
+            predict if streams.predictions else None,
+            (lambda batch: streams.predictions.read(batch, streams.device)) if streams.predictions else None,
+            importance if self.importance else None,
         )
 
     def _learners(self, task: Task, inputs: BlockInputs) -> list[Learner]:
@@ -165,4 +185,5 @@ class Decider:
             for name in names:
                 state, moments = states[name], collected.pop(name, None)
                 learners[name] = self.rounder.start(state.layer, state.plan, layers[name], weights[name], moments)
-        return [replace(learners[name], held=name in task.held) for name in task.layers]
+        dropped, held = self.options.activation_drop, set(task.held)
+        return [replace(learners[name], held=name in held, dropped=dropped) for name in task.layers]

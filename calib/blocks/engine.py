@@ -7,10 +7,11 @@ the same streams again.
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from types import MappingProxyType
 from typing import Any
 
@@ -35,6 +36,7 @@ from dmquant.calib.data.store import CalibrationStore
 from dmquant.calib.layers.fitting import fit_transforms
 from dmquant.calib.layers.folding import folded_methods
 from dmquant.calib.layers.rounder import Rounder
+from dmquant.calib.objectives import IMPORTANCE, TAIL, needs_of
 from dmquant.convert import LayerReport
 from dmquant.errors import UsageError
 from dmquant.host.files import json_sha256
@@ -88,7 +90,7 @@ def calibrate_(
     if options.unit == "window" and not rounder.method.LEARNS:
         options = options.model_copy(update={"unit": "block"})  # nothing would go on from one window to the next
     device = next(backbone.parameters()).device
-    samples = _samples(store, options.batch_size)
+    samples, needs = _samples(store, options.batch_size), needs_of(options.objective)
     states = plan_layers(backbone, recipe, store)
     one = store.batch([samples.learning[0]], device)
     in_order = find_blocks(blocks, states, lambda names: trace(backbone, one, names))
@@ -96,7 +98,7 @@ def calibrate_(
     moments = _bytes_of_moments(rounder, states)
     total = default_budget(device) if memory_budget is None else memory_budget
     where = "GPU " if device.type == "cuda" else ""
-    needed = check_budget(total, backbone, in_order, options, rounder.method.LEARNS, moments, where)
+    needed = check_budget(total, backbone, in_order, options, rounder.method.LEARNS, moments, where, TAIL in needs)
     counted = {name: channels for name, channels in counted.items() if name in states}
     codes = CodesFolder(folder / "blocks", _key(recipe, store, made_for, counted))
 
@@ -108,9 +110,24 @@ def calibrate_(
     ranges = next(iter(states.values())).ranges
     full_of = _full_precision_of(samples, rounder, states)
     streams = Streams(backbone, in_order, store, ranges, Budget(held, folder / "spill"), options, full_of)
+    if TAIL in needs:
+        with bar("predictions") as shown:
+            streams.predictions = streams.predict_in_full("predictions: full precision", shown)
     counted = {name: channels.to(device) for name, channels in counted.items()}
     carried = Carried(codes, [block.name for block in in_order], states)
-    decider = Decider(backbone, states, streams, samples, rounder, options, counted, moments, needed, carried)
+    decider = Decider(
+        backbone,
+        states,
+        streams,
+        samples,
+        rounder,
+        options,
+        counted,
+        moments,
+        needed,
+        carried,
+        _importance(samples, needs, store),
+    )
     facts, learned_seconds = [], []
     with new_garbage_only():
         for number, block in enumerate(in_order):
@@ -146,6 +163,23 @@ def _samples(store: CalibrationStore, batch_size: int) -> Samples:
             f"{batch_size}: calibrate on more prompts, or lower learning.batch_size in the recipe"
         )
     return Samples(learning, [index for index in by_step if store.samples[index].held_out])
+
+
+def _importance(samples: Samples, needs: Collection[str], store: CalibrationStore) -> list[float]:
+    """The importance of every sample of the store, 1 on average over those to learn from; none where nothing needs it.
+
+    Raises UsageError where the data was captured without it.
+    """
+    if IMPORTANCE not in needs:
+        return []
+    if store.weights is None:
+        raise UsageError(
+            "learning.objective weighs steps by their importance, which this calibration data was captured without: "
+            "capture it anew, or use learning.objective: mse"
+        )
+    of_samples = [store.weights[sample.step] for sample in store.samples]
+    mean = fmean(of_samples[index] for index in samples.learning)
+    return [weight / mean for weight in of_samples]
 
 
 def _full_precision_of(samples: Samples, rounder: Rounder, states: dict[str, LayerState]) -> Sequence[int]:

@@ -34,6 +34,9 @@ class Learner:
     """Whether it learnt before, in the window before this one."""
     values: Tensor | None = None
     """Weights to compute with, float32 in matrix form (rows, columns); None for the weights of the rounding."""
+    dropped: float = 0.0
+    """Share of the input's elements that are not quantized where `drawing` draws them: arXiv 2203.05740, section 4."""
+    drawing: torch.Generator | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """The output of the layer, (rows, ..., out) or (rows, out, height, width), in the dtype of `x`.
@@ -56,6 +59,9 @@ class Learner:
         if self.quantized.activations is None:
             return x
         quantized = self.quantized.quantize_input(x.detach())
+        if self.dropped and self.drawing is not None:
+            kept = torch.rand(x.shape, generator=self.drawing).to(x.device) < self.dropped
+            quantized = torch.where(kept, x.detach(), quantized)
         return quantized + (x - x.detach())
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
