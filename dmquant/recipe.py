@@ -127,6 +127,11 @@ class Recipe(Settings):
             if merged.store == "table" and merged.candidates:
                 raise UsageError("a table is no format to choose: leave out candidates, or store: table")
             merged.check_transforms()
+            lossy = [one.method for one in merged.transforms or () if one.definition.loses(one.checked)]
+            if lossy and not self.rounding.definition.LEARNS:
+                raise UsageError(
+                    f"transform {lossy[0]} loses what only a rounding that learns, such as adaround, makes up"
+                )
         return self
 
     @property

@@ -28,7 +28,7 @@ from dmquant.calib.layers.correction import correct
 from dmquant.calib.layers.fitting import fit_transforms
 from dmquant.calib.layers.learner import Learner
 from dmquant.calib.layers.rounder import Rounder
-from dmquant.calib.objectives import UnitData
+from dmquant.calib.objectives import SAME_INPUTS, UnitData, needs_of
 from dmquant.layers import QuantConv2d, QuantLinear
 from dmquant.qtensor import QuantizedTensor
 from dmquant.recipe import Learning
@@ -79,11 +79,15 @@ class Decider:
             there = {name: self.states[name].with_weight(weight) for name, weight in finished.items()}
             for name, layer in there.items():
                 stack.enter_context(replaced_forward(self.states[name].layer, layer.forward))
+            same_inputs = None
+            if SAME_INPUTS in needs_of(options.objective):
+                same_inputs = streams.outputs(streams.quantized, number, task.output, title, bar)
+                stack.callback(same_inputs.close)
             learners = self._learners(task, inputs)
             stack.enter_context(learning_layers(learners))
             self._enter_dtype(there.values(), task, stack)
             objective = options.objective.definition.start(
-                self._data(task, learners, targets, number), options.objective.checked
+                self._data(task, learners, targets, same_inputs, number), options.objective.checked
             )
             learned, kept = learn(
                 task.output,
@@ -130,7 +134,9 @@ class Decider:
             if compiled:
                 stack.enter_context(replaced_forward(module, torch.compile(module.forward)))
 
-    def _data(self, task: Task, learners: Sequence[Learner], targets: Outputs, number: int) -> UnitData:
+    def _data(
+        self, task: Task, learners: Sequence[Learner], targets: Outputs, same_inputs: Outputs | None, number: int
+    ) -> UnitData:
         streams, following = self.streams, self.streams.blocks[number:] if self.streams.predictions else ()
 
         def that_counts(output: Any) -> Any:
@@ -161,6 +167,7 @@ class Decider:
             predict if streams.predictions else None,
             (lambda batch: streams.predictions.read(batch, streams.device)) if streams.predictions else None,
             importance if self.importance else None,
+            (lambda batch: that_counts(same_inputs.read(batch, streams.device))) if same_inputs else None,
         )
 
     def _learners(self, task: Task, inputs: BlockInputs) -> list[Learner]:
