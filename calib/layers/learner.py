@@ -40,6 +40,10 @@ class Learner:
     rounding: Rounding
     quantized: QuantLinear | QuantConv2d
     """The layer that takes its place; until then it quantizes the inputs."""
+    held: bool = False
+    """Whether it stays soft while others are decided: it learns with them, and goes on in the next window."""
+    goes_on: bool = False
+    """Whether it learnt before, in the window before this one."""
     values: Tensor | None = None
     """Weights to compute with, float32 in matrix form (rows, columns); None for the weights of the rounding."""
     dropped: float = 0.0
