@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dmquant.calib.blocks.budget import Held, bytes_a_weight, passes
+from dmquant.calib.blocks.carried import Carried
 from dmquant.calib.blocks.inputs import BlockInputs
 from dmquant.calib.blocks.learn import (
     DTYPES,
@@ -18,6 +19,7 @@ from dmquant.calib.blocks.learn import (
     learn,
     learning_layers,
 )
+from dmquant.calib.blocks.once import sharing_inputs
 from dmquant.calib.blocks.outputs import Outputs
 from dmquant.calib.blocks.replay import replaced_forward
 from dmquant.calib.blocks.state import LayerState
@@ -27,7 +29,7 @@ from dmquant.calib.layers.correction import correct
 from dmquant.calib.layers.fitting import fit_transforms
 from dmquant.calib.layers.learner import Learner
 from dmquant.calib.layers.rounder import Rounder
-from dmquant.calib.objectives import UnitData
+from dmquant.calib.objectives import SAME_INPUTS, UnitData, needs_of
 from dmquant.layers import QuantConv2d, QuantLinear
 from dmquant.qtensor import QuantizedTensor
 from dmquant.recipe import Learning
@@ -56,6 +58,7 @@ class Decider:
     moments: Mapping[str, Held]
     needed: int
     """Bytes that are set aside for a task."""
+    carried: Carried
     importance: Sequence[float] = ()
     """Of each sample, 1 on average over those to learn from, where the objective needs it."""
 
@@ -65,8 +68,7 @@ class Decider:
         """Decide the codes of the layers of a task; returns how their learning ended, and the weights by layer.
 
         `finished` holds the weights of the block that are decided already. Weights have the shape of their layer's,
-        (out, in, ...). Parts and transforms go to the layers' states. Layers of blocks that a window looks ahead at are
-        decided anew in their turn.
+        (out, in, ...). Parts and transforms go to the layers' states. Layers that the task holds go on in the next one.
         """
         streams, options = self.streams, self.options
         number, title, bar = inputs.number, inputs.title, inputs.bar
@@ -75,14 +77,20 @@ class Decider:
         if own_targets:
             targets = streams.outputs(streams.full, number, task.output, title, bar)
         with contextlib.ExitStack() as stack:
-            decided = {name: self.states[name].with_weight(weight) for name, weight in finished.items()}
-            for name, layer in decided.items():
+            there = {name: self.states[name].with_weight(weight) for name, weight in finished.items()}
+            for name, layer in there.items():
                 stack.enter_context(replaced_forward(self.states[name].layer, layer.forward))
+            same_inputs = None
+            if SAME_INPUTS in needs_of(options.objective):
+                same_inputs = streams.outputs(streams.quantized, number, task.output, title, bar)
+                stack.callback(same_inputs.close)
             learners = self._learners(task, inputs)
             stack.enter_context(learning_layers(learners))
-            self._enter_dtype(decided.values(), task, stack)
+            if not options.compile:
+                stack.enter_context(sharing_inputs(learners))
+            self._enter_dtype(there.values(), task, stack)
             objective = options.objective.definition.start(
-                self._data(task, learners, targets, number), options.objective.checked
+                self._data(task, learners, targets, same_inputs, number), options.objective.checked
             )
             learned, kept = learn(
                 task.output,
@@ -91,21 +99,24 @@ class Decider:
                 options,
                 lambda step, loss: bar(step, options.iterations, title, f"loss {loss:.3f}"),
             )
+            decided = [learner for learner in learners if not learner.held]
             error = correct(
-                learners,
+                decided,
                 {name: rounded.values for name, rounded in kept.items()},
                 learned.error,
                 streams.ranges,
                 lambda: inputs.run(task),
-                lambda: held_out_error(learners, objective, kept, options),
+                lambda: held_out_error(decided, objective, kept, options),
             )
         if own_targets:
             targets.close()
         for learner in learners:
+            if learner.held:
+                self.carried.learners[learner.name] = replace(learner, held=False, goes_on=True)
+                continue
             state, quantized = self.states[learner.name], learner.quantized
             state.parts = {one.name: quantized.parts(one) for one in quantized.transforms}
-            if learner.name in streams.blocks[number].layers:
-                state.keep_transforms(state.parts)
+            state.keep_transforms(state.parts)
         codes = {name: rounded.quantized() for name, rounded in kept.items()}
         return replace(learned, error=error), codes
 
@@ -126,7 +137,9 @@ class Decider:
             if compiled:
                 stack.enter_context(replaced_forward(module, torch.compile(module.forward)))
 
-    def _data(self, task: Task, learners: Sequence[Learner], targets: Outputs, number: int) -> UnitData:
+    def _data(
+        self, task: Task, learners: Sequence[Learner], targets: Outputs, same_inputs: Outputs | None, number: int
+    ) -> UnitData:
         streams, following = self.streams, self.streams.blocks[number:] if self.streams.predictions else ()
 
         def that_counts(output: Any) -> Any:
@@ -157,21 +170,22 @@ class Decider:
             predict if streams.predictions else None,
             (lambda batch: streams.predictions.read(batch, streams.device)) if streams.predictions else None,
             importance if self.importance else None,
+            (lambda batch: that_counts(same_inputs.read(batch, streams.device))) if same_inputs else None,
         )
 
     def _learners(self, task: Task, inputs: BlockInputs) -> list[Learner]:
-        """The layers of a task with their scales fitted and formats chosen."""
-        states = {name: self.states[name] for name in task.layers}
+        """The layers of a task with their scales fitted and formats chosen, or as the window before left them."""
+        learners = {name: self.carried.learners.pop(name) for name in task.layers if name in self.carried.learners}
+        states = {name: self.states[name] for name in task.layers if name not in learners}
         layers = {name: self.layer_to_be(name) for name in states}
-        dropped = self.options.activation_drop
         statistics = inputs.statistics(task, layers)
         weights = {
             name: fit_transforms(state.layer, state.plan, layers[name], statistics.get(name))
             for name, state in states.items()
         }
-        learners = {}
         sizes = {name: self.moments.get(name, Held(0, 0)) for name in layers}
-        held = bytes_a_weight(self.rounder.method.LEARNS) * sum(weight.numel() for weight in weights.values())
+        count = sum(self.states[name].layer.weight.numel() for name in task.layers)
+        held = bytes_a_weight(self.rounder.method.LEARNS) * count
         for names in passes(sizes, self.needed - held):
             device = self.streams.device
             collected = {
@@ -180,6 +194,6 @@ class Decider:
             collected = inputs.moments(task, layers, {name: one for name, one in collected.items() if one})
             for name in names:
                 state, moments = states[name], collected.pop(name, None)
-                learner = self.rounder.start(state.layer, state.plan, layers[name], weights[name], moments)
-                learners[name] = replace(learner, dropped=dropped)
-        return [learners[name] for name in task.layers]
+                learners[name] = self.rounder.start(state.layer, state.plan, layers[name], weights[name], moments)
+        dropped, held = self.options.activation_drop, set(task.held)
+        return [replace(learners[name], held=name in held, dropped=dropped) for name in task.layers]

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 import dmquant
 from dmquant.calib.blocks.block import FROM_DISK, calibrate_block_
 from dmquant.calib.blocks.budget import Held, check_budget
+from dmquant.calib.blocks.carried import Carried
 from dmquant.calib.blocks.codes import LAYOUT, CodesFolder, meaning_of
 from dmquant.calib.blocks.decide import Decider, Samples
 from dmquant.calib.blocks.input_specs import choose_formats_, fit_static_scales_
@@ -30,7 +31,7 @@ from dmquant.calib.blocks.resolved import resolved_recipe
 from dmquant.calib.blocks.state import LayerState, plan_layers, plans_of
 from dmquant.calib.blocks.streams import Bar, Streams
 from dmquant.calib.blocks.trace import trace
-from dmquant.calib.blocks.units import find_blocks
+from dmquant.calib.blocks.units import check_window, find_blocks
 from dmquant.calib.data.store import CalibrationStore
 from dmquant.calib.layers.fitting import fit_transforms
 from dmquant.calib.layers.folding import folded_methods
@@ -85,12 +86,15 @@ def calibrate_(
     NaN or infinity, with the name of the layer; what is finished stays.
     """
     backbone.requires_grad_(False).eval()
-    device, options = next(backbone.parameters()).device, recipe.learning
+    rounder, options = Rounder.of(recipe), recipe.learning
+    if options.unit == "window" and not rounder.method.LEARNS:
+        options = options.model_copy(update={"unit": "block"})  # nothing would go on from one window to the next
+    device = next(backbone.parameters()).device
     samples, needs = _samples(store, options.batch_size), needs_of(options.objective)
     states = plan_layers(backbone, recipe, store)
     one = store.batch([samples.learning[0]], device)
     in_order = find_blocks(blocks, states, lambda names: trace(backbone, one, names))
-    rounder = Rounder.of(recipe)
+    check_window(in_order, options)
     moments = _bytes_of_moments(rounder, states)
     total = default_budget(device) if memory_budget is None else memory_budget
     where = "GPU " if device.type == "cuda" else ""
@@ -110,6 +114,7 @@ def calibrate_(
         with bar("predictions") as shown:
             streams.predictions = streams.predict_in_full("predictions: full precision", shown)
     counted = {name: channels.to(device) for name, channels in counted.items()}
+    carried = Carried(codes, [block.name for block in in_order], states)
     decider = Decider(
         backbone,
         states,
@@ -120,6 +125,7 @@ def calibrate_(
         counted,
         moments,
         needed,
+        carried,
         _importance(samples, needs, store),
     )
     facts, learned_seconds = [], []
@@ -132,8 +138,8 @@ def calibrate_(
                     calibrate_block_(decider, codes, BlockInputs(streams, number, samples.learning, title, shown))
                 )
             return_freed_memory()
-            if facts[-1].pop(FROM_DISK, False):
-                say(f"{title}: already there")
+            if why := facts[-1].pop(FROM_DISK, None):
+                say(f"{title}: {why}")
                 continue
             learned_seconds.append(time.perf_counter() - began)
             say(f"{title}: {_in_words(facts[-1]['tasks'], learned_seconds, len(in_order) - number - 1)}")

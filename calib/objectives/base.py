@@ -11,6 +11,7 @@ from torch import Tensor
 from dmquant.calib.data.tree import flatten
 
 TAIL, IMPORTANCE = "tail", "importance"  # what an objective may need: `predict` and `prediction`, or `importance`
+SAME_INPUTS = "same_inputs"
 LEAST = 1e-6  # of the mean square of a batch: a row that is all but zero counts by this instead of its own
 _TINY = torch.finfo(torch.float32).tiny
 
@@ -26,6 +27,7 @@ class UnitData:
     output and the prediction that the rest of the network, in full precision, makes of it, (rows, ...);
     `prediction(indices)` is that of full precision throughout. `importance(indices)` are weights of the samples by how
     far an error of the prediction at their step moves the final latents, (samples,) float32, 1 on average.
+    `same_inputs(indices)` is the output of the unit in full precision on what the quantized blocks before it give.
     """
 
     run: Callable[[Sequence[int], torch.Generator | None], Any]
@@ -36,6 +38,7 @@ class UnitData:
     predict: Callable[[Sequence[int], torch.Generator | None], tuple[Any, Tensor]] | None = None
     prediction: Callable[[Sequence[int]], Tensor] | None = None
     importance: Callable[[Sequence[int]], Tensor] | None = None
+    same_inputs: Callable[[Sequence[int]], Any] | None = None
 
     def graph(self) -> contextlib.AbstractContextManager[Any]:
         """The context of a pass forward and back."""
