@@ -3,11 +3,12 @@
     python benchmarks/objectives.py --bits W3A16 --objectives mse,fisher,prediction:weight=10:guidance=3 [...]
 
 Roundings are AdaRound's from GPTQ's solution, weights in groups of 16 with scales in E4M3 by LeanQuant, inputs with a
-scale for every 16 channels: FP4 or INT3, FP6 or none, as --bits says. An objective is a name and its options, among which
-`full_precision_inputs=0.5`, `activation_drop=0.5` and `distribution_steps=500` are learning's own; `gptq` is what all begin
-with. Few prompts and few steps, so that the rows compare with each other and with nothing else. Final latents, PSNR and
-block outputs are measured as in benchmarks/calibration.py. The dB over the first row are those of the same images: their
-mean, and 1.96 of its standard errors. Seconds are processor time. Rows are kept in OUT: what is there is not done again.
+scale for every 16 channels: FP4 or INT3, FP6 or none, as --bits says. An objective is a name and its options, among
+which `full_precision_inputs=0.5`, `activation_drop=0.5` and `distribution_steps=500` are learning's own; `gptq` is
+what all begin with. Few prompts and few steps, so that the rows compare with each other and with nothing else. Final
+latents, PSNR and block outputs are measured as in benchmarks/calibration.py. The dB over the first row are those of
+the same images: their mean, and 1.96 of its standard errors. Seconds are processor time. Rows are kept in OUT: what
+is there is not done again.
 """
 
 import argparse

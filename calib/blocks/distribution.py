@@ -40,8 +40,8 @@ class Correction:
     def stream(self, learning: Sequence[int], title: str, bar: Bar) -> Stream:
         """The full-precision stream with the inputs of the samples `learning` corrected; to be closed by the caller.
 
-        Other samples stay as they are; so do all where the unit has no norm. The first unit's inputs are latents: it has
-        none to correct.
+        Other samples stay as they are; so do all where the unit has no norm. The first unit has none to correct: its
+        inputs are latents.
         """
         streams, stream = self.streams, {}
         full = {name: outputs for name, outputs in streams.full.items() if self._is_before(name)}
