@@ -1,5 +1,7 @@
 """Windows of blocks: what is learned together, what goes on from one to the next, and what a kill costs."""
 
+import itertools
+
 import pytest
 import torch
 from torch import nn
@@ -93,7 +95,7 @@ def test_roundings_go_on_where_the_window_before_left_them_and_are_decided_in_th
     names = [{f"blocks.{index}.{layer}" for layer in ("one", "two")} for index in range(BLOCKS)]
     assert [decided for *_, decided in watched] == [names[0], names[1] | names[2] | names[3]]
     assert [task.output for task, *_ in watched] == ["blocks.2", "blocks.3"]
-    for (_, _, left, _), (_, taken, *_) in zip(watched[:-1], watched[1:], strict=True):
+    for (_, _, left, _), (_, taken, *_) in itertools.pairwise(watched):
         assert left.keys() == taken.keys()
         assert all(torch.equal(left[name], taken[name]) for name in left)
     assert watched[0][2].keys() == names[1] | names[2]
