@@ -19,6 +19,7 @@ from dmquant.calib.blocks.learn import (
     learn,
     learning_layers,
 )
+from dmquant.calib.blocks.once import sharing_inputs
 from dmquant.calib.blocks.outputs import Outputs
 from dmquant.calib.blocks.replay import replaced_forward
 from dmquant.calib.blocks.state import LayerState
@@ -85,6 +86,8 @@ class Decider:
                 stack.callback(same_inputs.close)
             learners = self._learners(task, inputs)
             stack.enter_context(learning_layers(learners))
+            if not options.compile:
+                stack.enter_context(sharing_inputs(learners))
             self._enter_dtype(there.values(), task, stack)
             objective = options.objective.definition.start(
                 self._data(task, learners, targets, same_inputs, number), options.objective.checked

@@ -48,10 +48,11 @@ def learn(
     The values of a rounding are float32 in the shape of its grid's `weight`: the matrix form, (rows, columns).
 
     The loss is the objective's, by default the mean squared error of the unit's output, over that of nearest rounding,
-    plus the roundings' penalties averaged over all weights, so one setting serves units of all sizes. Adam, constant
-    rate. Mini-batches hold samples from all over the schedule. At `options.checks` points the hard roundings are tried
-    on held-out samples; the best of these, of nearest rounding and of what learning began with is returned. Roundings
-    without parameters are tried once, as they are. `report(step, loss)` is called now and then.
+    plus the roundings' penalties averaged over all weights, so one setting serves units of all sizes. The optimizer and
+    the course of its rate are the method's. Mini-batches hold samples from all over the schedule. At `options.checks`
+    points the hard roundings are tried on held-out samples; the best of these, of nearest rounding and of what learning
+    began with is returned. Roundings without parameters are tried once, as they are. `report(step, loss)` is called now
+    and then.
 
     Held learners learn too, without penalty, and are soft in all tries; they end where they were at the best one. The
     roundings returned, and the weights counted, are those of the others.
@@ -84,22 +85,23 @@ def learn(
     if not options.iterations:
         return Learned(nearest_error, least, 0, 0.0, solved), kept
     weights, best_step = sum(learner.grid.weight.numel() for learner in learners), 0
-    optimizer = torch.optim.Adam(parameters, lr=options.learning_rate, fused=True)
+    method = learners[0].rounding
+    optimizer = method.optimizer(parameters, options.learning_rate)
+    rates = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: method.rate(done / options.iterations))
     for step in range(1, options.iterations + 1):
         batch = spread_batch(data.learning, options.batch_size, generator)
         optimizer.zero_grad()
-        for learner in learners:  # one by one: the graph of a penalty is larger than that of the weights
-            penalty = learner.rounding.penalty((step - 1) / options.iterations)
-            if penalty is not None:
-                (penalty / weights).backward()
         with data.graph():
             loss = objective.loss(batch, generator, step) / max(nearest_error, _TINY)
             loss.backward()
+        for learner in learners:  # one by one: the graph of a penalty is larger than that of the weights
+            learner.rounding.add_penalty_gradient_((step - 1) / options.iterations, 1 / weights)
         if step % REPORT_EVERY == 0 or step == options.iterations:
             if not math.isfinite(loss.item()):
                 raise UserError(f"the loss of {unit} became {loss.item()} at step {step}: lower learning.learning_rate")
             report(step, loss.item())
         optimizer.step()
+        rates.step()
         if step * options.checks // options.iterations > (step - 1) * options.checks // options.iterations:
             hard = {learner.name: learner.rounding.rounded() for learner in learners}
             error = held_out_error(learners, objective, hard, options)

@@ -18,6 +18,18 @@ PRODUCTS: dict[type, Callable[[Tensor, Any], Tensor]] = {
 """The reference kernel's products: the one kernel that needs no codes, which a layer that learns does not have yet."""
 
 
+class _StraightThrough(torch.autograd.Function):
+    """A function of a tensor, with the gradient of the identity."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+        return function(x.detach())
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
+
+
 @dataclass
 class Learner:
     """A layer while its rounding is learned."""
@@ -58,11 +70,16 @@ class Learner:
         """Quantize a transformed input, with a straight-through gradient; same shape and dtype."""
         if self.quantized.activations is None:
             return x
-        quantized = self.quantized.quantize_input(x.detach())
-        if self.dropped and self.drawing is not None:
-            kept = torch.rand(x.shape, generator=self.drawing).to(x.device) < self.dropped
-            quantized = torch.where(kept, x.detach(), quantized)
-        return quantized + (x - x.detach())
+        if torch.compiler.is_compiling():
+            return self._quantized(x.detach()) + (x - x.detach())
+        return _StraightThrough.apply(x, self._quantized)
+
+    def _quantized(self, x: Tensor) -> Tensor:
+        quantized = self.quantized.quantize_input(x)
+        if not self.dropped or self.drawing is None:
+            return quantized
+        kept = torch.rand(x.shape, generator=self.drawing).to(x.device) < self.dropped
+        return torch.where(kept, x, quantized)
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """The weight to compute with, soft or hard, in `dtype` and the layer's shape, (out, in, ...)."""
