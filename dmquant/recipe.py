@@ -56,6 +56,8 @@ class Learning(BaseModel, extra="forbid", frozen=True):
     """Whether activations are quantized while roundings are learned."""
     activation_drop: float = Field(default=0.0, ge=0, le=1)
     """Share of the elements that a step leaves out of quantizing activations."""
+    distribution_steps: int = Field(default=0, ge=0, le=MOST)
+    """Steps by which full-precision inputs are moved to the mean statistics of all samples; PD-Quant takes 500."""
     dtype: Literal["fp32", "bf16"] = "fp32"
     compile: bool = False
     checks: int = Field(default=5, ge=1, le=MOST)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from dmquant.calib.blocks.budget import Held, bytes_a_weight, passes
 from dmquant.calib.blocks.carried import Carried
+from dmquant.calib.blocks.distribution import Correction
 from dmquant.calib.blocks.inputs import BlockInputs
 from dmquant.calib.blocks.learn import (
     DTYPES,
@@ -74,11 +75,14 @@ class Decider:
         """
         streams, options = self.streams, self.options
         number, title, bar = inputs.number, inputs.title, inputs.bar
-        targets = streams.full.get(task.output)
-        own_targets = targets is None
-        if own_targets:
-            targets = streams.outputs(streams.full, number, task.output, title, bar)
         with contextlib.ExitStack() as stack:
+            if options.distribution_steps and self.rounder.method.LEARNS:
+                correction = Correction(streams, number, task, options.distribution_steps)
+                stack.enter_context(streams.replacing_full(correction.stream(self.samples.learning, title, bar)))
+            targets = streams.full.get(task.output)
+            if targets is None:
+                targets = streams.outputs(streams.full, number, task.output, title, bar)
+                stack.callback(targets.close)
             there = {name: self.states[name].with_weight(weight) for name, weight in finished.items()}
             for name, layer in there.items():
                 stack.enter_context(replaced_forward(self.states[name].layer, layer.forward))
@@ -110,8 +114,6 @@ class Decider:
                 lambda: inputs.run(task),
                 lambda: held_out_error(decided, objective, kept, options),
             )
-        if own_targets:
-            targets.close()
         for learner in learners:
             if learner.held:
                 self.carried.learners[learner.name] = replace(learner, held=False, goes_on=True)
