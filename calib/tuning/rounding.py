@@ -5,9 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dmquant.grids import Grid
 from dmquant.grids.scaled import ScaledGrid
-from dmquant.qtensor import QuantizedTensor, WeightSpec
+from dmquant.qtensor import WeightSpec
 from dmquant.scaling import Scales, from_groups, to_groups
 from dmquant.stores import FINE_SEARCH, get_store
 
@@ -54,7 +53,7 @@ def moved(multiple: Tensor, scales: Scales, spec: WeightSpec) -> Scales:
 
 
 class RoundedWeight(torch.autograd.Function):
-    """Latent weights rounded to the nearest values of a format times the scale of their group.
+    """Latent weights, in units of the scale that their group began with, rounded to codes times the scale it has now.
 
     The gradient of a latent weight is that of its value; beyond the format's range it is zero unless it leads back. The
     gradient of a scale is the code less the latent inside, and the code beyond (Esser et al., arXiv 1902.08153,
@@ -62,20 +61,22 @@ class RoundedWeight(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, latent: Tensor, scale: Tensor, spec: WeightSpec, grouped: Grouped) -> Tensor:
+    def forward(ctx: Any, latent: Tensor, scale: Tensor, began: Tensor, spec: WeightSpec, grouped: Grouped) -> Tensor:
         """Values (rows, columns) of `latent` (rows, columns) and decoded scales (rows, columns), all float32."""
-        quotients = grouped.split(latent) / scale.unsqueeze(-1)
+        quotients = grouped.split(latent) * (began / scale).unsqueeze(-1)
         codes = spec.fmt.round(quotients)
         limits = spec.fmt.values.nan_to_num()
         beyond = (quotients > limits.max()).to(torch.int8) - (quotients < limits.min()).to(torch.int8)
         by_scale = torch.where(beyond == 0, codes - quotients, codes) if ctx.needs_input_grad[1] else None
-        ctx.save_for_backward(by_scale, beyond)
+        ctx.save_for_backward(by_scale, beyond, began)
         ctx.grouped = grouped
         return grouped.join(codes * scale.unsqueeze(-1))
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        by_scale, beyond = ctx.saved_tensors
-        groups = ctx.grouped.split(gradient)
-        of_latent = ctx.grouped.join(groups * (groups * beyond >= 0)) if ctx.needs_input_grad[0] else None
-        return of_latent, None if by_scale is None else (groups * by_scale).sum(-1), None, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+        by_scale, beyond, began = ctx.saved_tensors
+        groups, of_latent = ctx.grouped.split(gradient), None
+        if ctx.needs_input_grad[0]:
+            of_latent = groups * began.unsqueeze(-1)
+            of_latent = ctx.grouped.join(of_latent * (of_latent * beyond >= 0))
+        return of_latent, None if by_scale is None else (groups * by_scale).sum(-1), None, None, None
