@@ -5,7 +5,6 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from dmquant.calib.blocks.replay import replaced_forward
@@ -27,7 +26,15 @@ KINDS = {
     "branch": "the low-rank branch in 16 bits that a recipe with the transform lowrank stores",
 }
 """What may learn, by name, in words."""
-RATES = {"weights": 4e-3, "scales": 1e-3, "biases": 1e-3, "norms": 1e-3, "kept": 1e-3, "lora": 4e-3, "branch": 1e-3}
+RATES = {
+    "weights": 4e-3,
+    "scales": 1e-3,
+    "biases": 1e-3,
+    "norms": 1e-3,
+    "kept": 1e-3,
+    "lora": 4e-3,
+    "branch": 1e-3,
+}
 """Rates of Adam's steps: of `weights` in units of their scale, of `biases`, `norms`, `kept` and `branch` in units of their own
 root mean square, others as they are."""
 _LEAST = 1e-3
@@ -45,7 +52,9 @@ class Student:
         """Rates of the steps of each tensor that learns, before the schedule lowers them."""
         self.layers: dict[str, TunedLayer] = {}
         self._seed, found = seed, set()
-        quantized = [(name, one) for name, one in backbone.named_modules() if isinstance(one, tuple(QUANTIZED.values()))]
+        quantized = [
+            (name, one) for name, one in backbone.named_modules() if isinstance(one, tuple(QUANTIZED.values()))
+        ]
         for name, layer in quantized:
             started: dict[int, tuple[str, float]] = {}
 
