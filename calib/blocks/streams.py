@@ -58,6 +58,17 @@ class Streams:
             for name in [block.name for block in self.blocks if block.last_use <= number and block.name in stream]:
                 stream.pop(name).close()
 
+    @contextlib.contextmanager
+    def replacing_full(self, stream: Stream) -> Iterator[None]:
+        """Let the stream in full precision be this one until the block ends, which closes its outputs."""
+        before, self.full = self.full, stream
+        try:
+            yield
+        finally:
+            self.full = before
+            for outputs in stream.values():
+                outputs.close()
+
     def outputs(self, stream: Stream, number: int, until: str, title: str, bar: Bar) -> Outputs:
         """The output of the module `until`, of block `number` or after it, for every sample of the stream."""
         outputs, samples, kind = None, range(len(self.store.samples)), "quantized"
