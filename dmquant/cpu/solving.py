@@ -100,9 +100,7 @@ def fake_quantize(x: Tensor, spec: ActivationSpec, dim: int) -> Tensor | None:
     return rounded.movedim(-1, dim).to(x.dtype)
 
 
-def _call(
-    function: "ctypes._CFuncPtr", fmt: _Format | None, size: int, *arguments: int | float | Tensor
-) -> None:
+def _call(function: "ctypes._CFuncPtr", fmt: _Format | None, size: int, *arguments: int | float | Tensor) -> None:
     """Call with a format, if any, as many threads as torch uses where that pays for `size` elements, and arguments."""
     threads = threads_for(size)
     function(*((threads,) if fmt is None else (ctypes.byref(fmt), threads)), *map(passed, arguments))
