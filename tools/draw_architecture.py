@@ -30,6 +30,8 @@ ROOMS = {
     "calib/layers": ("what is fitted to the data of one layer", 0),
     "calib/objectives": ("what roundings are learned by", 1),
     "calib/blocks": ("the march from block to block", 0),
+    "calib/whole": ("all layers at once, end to end", 0),
+    "calib/tuning": ("a quantized backbone that learns from full precision", 1),
     "evaluation": ("images, metrics, reports", 1),
     "pipelines/models": ("which models there are, and where", 2),
     "pipelines/prompts": ("lists of prompts", 3),

@@ -87,7 +87,8 @@ class AdaRound(Rounding):
         if progress < self.options.warmup:
             return
         if not (compiled := self._compiled()):
-            return super().add_penalty_gradient_(progress, share)
+            super().add_penalty_gradient_(progress, share)
+            return
         if self.v.grad is None:
             self.v.grad = torch.zeros_like(self.v)
         factor = self.options.regularizer * share
