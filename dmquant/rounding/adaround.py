@@ -82,7 +82,7 @@ class AdaRound(Rounding):
 
     def add_penalty_gradient_(self, progress: float, share: float) -> None:
         if progress < self.options.warmup:
-            return
+            return None
         if not (compiled := self._compiled()):
             return super().add_penalty_gradient_(progress, share)
         if self.v.grad is None:
