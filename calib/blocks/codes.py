@@ -55,9 +55,9 @@ class CodesFolder:
         content = {"key": self.key, "name": name, "sha256": checksum, "facts": facts}
         write_text(record, json.dumps(content | {_SEAL: _seal(content)}, indent=1) + "\n")
 
-    def forget(self, number: int) -> None:
-        """Remove a unit, so that it is decided anew."""
-        for file in self._files(number):
+    def drop(self, number: int) -> None:
+        """Remove the files of a unit, if there are any."""
+        for file in reversed(self._files(number)):
             file.unlink(missing_ok=True)
 
     def _files(self, number: int) -> tuple[Path, Path]:

@@ -42,8 +42,15 @@ class Learner:
     rounding: Rounding
     quantized: QuantLinear | QuantConv2d
     """The layer that takes its place; until then it quantizes the inputs."""
+    held: bool = False
+    """Whether it stays soft while others are decided: it learns with them, and goes on in the next window."""
+    goes_on: bool = False
+    """Whether it learnt before, in the window before this one."""
     values: Tensor | None = None
     """Weights to compute with, float32 in matrix form (rows, columns); None for the weights of the rounding."""
+    dropped: float = 0.0
+    """Share of the input's elements that are not quantized where `drawing` draws them: arXiv 2203.05740, section 4."""
+    drawing: torch.Generator | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """The output of the layer, (rows, ..., out) or (rows, out, height, width), in the dtype of `x`.
@@ -66,8 +73,15 @@ class Learner:
         if self.quantized.activations is None:
             return x
         if torch.compiler.is_compiling():
-            return self.quantized.quantize_input(x.detach()) + (x - x.detach())
-        return _StraightThrough.apply(x, self.quantized.quantize_input)
+            return self._quantized(x.detach()) + (x - x.detach())
+        return _StraightThrough.apply(x, self._quantized)
+
+    def _quantized(self, x: Tensor) -> Tensor:
+        quantized = self.quantized.quantize_input(x)
+        if not self.dropped or self.drawing is None:
+            return quantized
+        kept = torch.rand(x.shape, generator=self.drawing).to(x.device) < self.dropped
+        return torch.where(kept, x, quantized)
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """The weight to compute with, soft or hard, in `dtype` and the layer's shape, (out, in, ...)."""
@@ -75,4 +89,6 @@ class Learner:
         return self.quantized.complete(self.grid.as_weight(weight).to(dtype))
 
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if weight.device.type == "cpu":  # the order in which products of wide convolutions take less time back
+            weight = weight.contiguous(memory_format=torch.channels_last)
         return self.layer._conv_forward(x, weight, bias)

@@ -8,7 +8,6 @@ import ctypes
 import torch
 from torch import Tensor
 
-from dmquant.cpu.addresses import is_plain
 from dmquant.cpu.compiling import library
 from dmquant.cpu.solving import passed, threads_for
 
@@ -16,14 +15,8 @@ from dmquant.cpu.solving import passed, threads_for
 def takes(*tensors: Tensor | None) -> bool:
     """Whether the compiled code is there and takes these: float32 in one piece, on the CPU; None stands for none."""
     given = [tensor for tensor in tensors if tensor is not None]
-    return (
-        not torch.compiler.is_compiling()
-        and all(
-            each.device.type == "cpu" and each.dtype == torch.float32 and each.is_contiguous() and is_plain(each)
-            for each in given
-        )
-        and library("learn") is not None
-    )
+    fit = (each.device.type == "cpu" and each.dtype == torch.float32 and each.is_contiguous() for each in given)
+    return all(fit) and library("learn") is not None
 
 
 def soft_weights(v: Tensor, step: Tensor | None, lower: Tensor, upper: Tensor, gate: tuple[float, float]) -> Tensor:

@@ -52,6 +52,9 @@ class _SoftWeights(torch.autograd.Function):
 class AdaRound(Rounding):
     """W~ = lower + h(V) (upper - lower), with h a sigmoid stretched beyond 0 and 1 and clipped to them."""
 
+    asked_on: torch.device | None = None
+    is_taken = False
+
     def __init__(self, grid: Grid, options: Options):
         super().__init__(grid)
         self.options = options
@@ -84,7 +87,8 @@ class AdaRound(Rounding):
         if progress < self.options.warmup:
             return None
         if not (compiled := self._compiled()):
-            return super().add_penalty_gradient_(progress, share)
+            super().add_penalty_gradient_(progress, share)
+            return
         if self.v.grad is None:
             self.v.grad = torch.zeros_like(self.v)
         factor = self.options.regularizer * share
@@ -95,9 +99,13 @@ class AdaRound(Rounding):
         return first + (last - first) * (progress - warmup) / (1 - warmup)
 
     def _compiled(self) -> Any:
-        """The module of compiled code, where that takes these weights."""
+        """The module of compiled code, where that takes these weights; asked once a device."""
+        if torch.compiler.is_compiling():
+            return None
         compiled = importlib.import_module(FASTER)
-        return compiled if compiled.takes(self.v, self.step, self.lower, self.upper) else None
+        if self.asked_on != self.v.device:
+            self.asked_on, self.is_taken = self.v.device, compiled.takes(self.v, self.step, self.lower, self.upper)
+        return compiled if self.is_taken else None
 
     def hard(self) -> Tensor:
         return torch.where(self.v >= 0, self.upper, self.lower)

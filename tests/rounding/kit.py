@@ -1,5 +1,7 @@
 """Synthetic layers on which roundings are compared: inputs of known correlation, and rows of unequal size."""
 
+from dataclasses import replace
+
 import torch
 from torch import nn
 
@@ -8,10 +10,11 @@ from dmquant.calib.layers.learner import Learner
 from dmquant.calib.layers.moments import fit_grid
 from dmquant.calib.objectives import UnitData, mse
 from dmquant.convert import LayerPlan
+from dmquant.grids import Grid
 from dmquant.layers import QUANTIZED
 from dmquant.qtensor import WeightSpec
 from dmquant.recipe import Learning
-from dmquant.rounding import Rounded, get_method
+from dmquant.rounding import Rounded, get_method, gptq
 
 SAMPLES, TOKENS, HELD_OUT = 96, 16, 32
 
@@ -37,24 +40,25 @@ def layer_of(columns: int = 64, rows: int = 48, seed: int = 0) -> nn.Linear:
     return layer
 
 
-def learned(
-    method: str,
-    kind: str,
-    learning: dict,
-    fmt: str = "fp4",
-    granularity: str = "channel",
-    begin: str | None = None,
-    **options,
-) -> tuple[Learned, Rounded, Learner]:
-    """A method's learning of one layer on inputs of a kind, on scales by absmax in float32 or, from GPTQ, E4M3."""
-    layer = layer_of()
+def learned(method: str, kind: str, learning: dict, solve: bool = False, **options) -> tuple[Learned, Rounded, Grid]:
+    """A method's learning of one layer in FP4 on inputs of a kind, on absmax scales of channels, in float32.
+
+    With `solve` it begins with GPTQ's solution. The learning's end, what it kept, and the grid that it began on.
+    """
+    layer, module = layer_of(), get_method(method)
     x = inputs(kind, layer.in_features, torch.Generator().manual_seed(1))
-    target = layer(x)
-    spec = WeightSpec.parse(fmt, granularity, "absmax", "fp32")
+    target, learning_rows = layer(x), x[: SAMPLES - HELD_OUT].flatten(0, 1)
+    spec = WeightSpec.parse("fp4", "channel", "absmax", "fp32")
     grid = fit_grid(layer.weight, LayerPlan("layer", spec, None), None)
-    module = get_method(method)
-    rounding = module.start(grid, module.Options(**options))
-    learner = Learner("layer", layer, grid, rounding, QUANTIZED[nn.Linear].like(layer, spec, None, device="meta"))
+    if solve:
+        grid = solved(grid, learning_rows)
+    learner = Learner(
+        "layer",
+        layer,
+        grid,
+        module.start(grid, module.Options(**options)),
+        QUANTIZED[nn.Linear].like(layer, spec, None, device="meta"),
+    )
     data = UnitData(
         lambda batch, _: learner.forward(x[list(batch)]),
         lambda batch: target[list(batch)],
@@ -62,4 +66,11 @@ def learned(
         range(SAMPLES - HELD_OUT, SAMPLES),
     )
     done, kept = learn("layer", [learner], mse.start(data, mse.Options()), Learning(**learning), lambda *_: None)
-    return done, kept["layer"], learner
+    return done, kept["layer"], grid
+
+
+def solved(grid: Grid, x: torch.Tensor) -> Grid:
+    """A grid with GPTQ's solution for inputs (n, columns), refined by one sweep."""
+    moments, options = [x.T @ x], gptq.Options(sweeps=1)
+    solution = gptq.start(grid, options, moments).values
+    return replace(grid, solution=solution, wanted=gptq.wanted(grid, moments, options, solution))
