@@ -85,7 +85,7 @@ class AdaRound(Rounding):
 
     def add_penalty_gradient_(self, progress: float, share: float) -> None:
         if progress < self.options.warmup:
-            return None
+            return
         if not (compiled := self._compiled()):
             super().add_penalty_gradient_(progress, share)
             return

@@ -55,5 +55,6 @@ def test_what_is_left_of_the_error_of_nearest_rounding(kind, most):
     assert isinstance(rounded.grid, ScaledGrid)
     assert rounded.quantized().dequantize().equal(rounded.values)
     x = learner.rounding.x
-    assert x.min() >= 0 and x.max() <= 1
+    assert x.min() >= 0
+    assert x.max() <= 1
     assert 0.2 <= 1 - done.undecided <= 0.9  # one layer's error has more directions than DiscQuant leaves undecided

@@ -1,4 +1,4 @@
-"""All layers learned at once: from what, by what error, and that neither a kill nor little memory changes the result."""
+"""All layers learned at once: from what, by what error, and that a kill or little memory changes nothing."""
 
 import copy
 
