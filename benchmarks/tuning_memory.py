@@ -54,18 +54,19 @@ def tuned(method: str, rate: float, options: argparse.Namespace) -> dict[str, An
         student = Student(model, ["weights"], Lean() if method == "qgalore" else None)
         adamw = adamw_of(student, rate) if method == "adamw" else None
         seconds = time.process_time()
-        with checkpointing(model, [str(n) for n in range(options.blocks if method == "qgalore" else 0)]):
-            with student.learning():
-                for step in range(options.steps):
-                    student.set_rates(0.0 if adamw else rate * (1 - step / options.steps))
-                    loss = (model(inputs[step % 32]) - targets[step % 32]).square().mean()
-                    loss.backward()
-                    losses.append(loss.item())
-                    if adamw:
-                        for group in adamw.param_groups:
-                            group["lr"] = group["begun"] * (1 - step / options.steps)
-                        adamw.step()
-                        adamw.zero_grad()
+        again = [str(number) for number in range(options.blocks if method == "qgalore" else 0)]
+        with checkpointing(model, again), student.learning():
+            for step in range(options.steps):
+                left = 1 - step / options.steps
+                student.set_rates(0.0 if adamw else rate * left)
+                loss = (model(inputs[step % 32]) - targets[step % 32]).square().mean()
+                loss.backward()
+                losses.append(loss.item())
+                if adamw:
+                    for group in adamw.param_groups:
+                        group["lr"] = group["begun"] * left
+                    adamw.step()
+                    adamw.zero_grad()
         seconds = time.process_time() - seconds
     last = losses[-max(1, options.steps // 10) :]
     held = student.optimizer_bytes if adamw is None else adamw_bytes(adamw)

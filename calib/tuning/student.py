@@ -35,8 +35,8 @@ RATES = {
     "lora": 4e-3,
     "branch": 1e-3,
 }
-"""Rates of Adam's steps: of `weights` in units of their scale, of `biases`, `norms`, `kept` and `branch` in units of their
-own root mean square, others as they are."""
+"""Rates of Adam's steps: of `weights` in units of their scale, of `biases`, `norms`, `kept` and `branch` in units of
+their own root mean square, others as they are."""
 _LEAST = 1e-3
 _MODULATION = "scale_shift_table"
 

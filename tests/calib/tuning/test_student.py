@@ -124,7 +124,7 @@ def test_gradients_of_rounding():
 
 
 def test_what_a_model_has_not_cannot_be_trained():
-    with pytest.raises(UsageError, match="--train branch: this model has nothing of that .the low-rank branch"):
+    with pytest.raises(UsageError, match="--train branch: this model has nothing of that"):
         Student(net(weights="int4"), ["biases", "branch"])
 
 
@@ -154,22 +154,22 @@ def started(data, tmp_path, train=ALL, lean=None, **options):
 
 
 @pytest.mark.parametrize("lean", [None, Lean(gap=3)])
-def test_a_recovery_that_is_stopped_goes_on_to_the_same_bytes_and_is_nearer_to_full_precision(data, tmp_path, lean):
+def test_a_recovery_that_is_stopped_goes_on_to_the_same_bytes_and_is_nearer_to_full_precision(
+    data, tmp_path, monkeypatch, lean
+):
     straight = started(data, tmp_path, lean=lean)
     ended = tune_(*straight[:5], folder=tmp_path / "straight", key="k")
     assert ended.error < ended.error_before
     assert ended.error == min(ended.errors)
 
-    class Stop(Exception):
-        pass
-
     def stop(done, total, what):
-        raise Stop
+        raise KeyboardInterrupt
 
     stopped, resumed, told = started(data, tmp_path, lean=lean), started(data, tmp_path, lean=lean), []
-    with pytest.raises(Stop), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "REPORT_EVERY", 5)
+    monkeypatch.setattr(loop, "REPORT_EVERY", 5)
+    with pytest.raises(KeyboardInterrupt):
         tune_(*stopped[:5], folder=tmp_path / "folder", key="k", bar=stop)
+    monkeypatch.undo()
     assert rehearse(*resumed[:3], resumed[4]) > 0  # changes nothing
     again = tune_(*resumed[:5], folder=tmp_path / "folder", key="k", say=told.append)
     assert told == ["tuning: continues after step 4 of 8"]
