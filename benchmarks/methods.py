@@ -1,10 +1,13 @@
 """Recipes side by side on both embedded models, at W4A16 and W4A6: one markdown table a model and pair of formats.
 
     python benchmarks/methods.py [--recipes rtn,default,mine.yaml] [--models emoji-pixart,emoji-sd] [--bits W4A16,W4A6]
+    python benchmarks/methods.py --one-grid --bits W3A16,W3A6,W4A6 [...]
 
-Round to nearest (the recipe rtn64) is always the first row. Formats are the recipes' own. Block outputs, final latents
-and PSNR are measured as in benchmarks/calibration.py, on prompts and timesteps that calibration does not have; the
-error of blocks is the mean over blocks of each one's squared error over that of the first row. FID is between the
+Round to nearest (the recipe rtn64) is always the first row. Formats are the recipes' own, unless with --one-grid: then
+all have the weights of the table's title (FP4 or INT3) in groups of 16 with scales in E4M3, 4.5 or 3.5 bits each, and a
+scale for every 16 channels of an FP6 input, so that the rows differ in their methods alone. Block outputs, final
+latents and PSNR are measured as in benchmarks/calibration.py, on prompts and timesteps that calibration does not have;
+the error of blocks is the mean over blocks of each one's squared error over that of the first row. FID is between the
 images and those of full precision, of 8 bits, through Inception. Seconds are those of quantizing, without capturing the
 data, which the recipes of a model share, and of blocks that an interrupted benchmark had finished. Peak memory is that
 of a process of its own, libraries included, while it quantizes. Every row is kept in OUT: what is there is not done
@@ -16,7 +19,7 @@ import json
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -38,7 +41,15 @@ from dmquant.pipelines.runs.settings import Options, Settings, resolve, with_rec
 from dmquant.pipelines.sweep.engines import Crew, local
 
 MODELS = "emoji-pixart,emoji-sd"
-ACTIVATIONS = {"W4A16": "none", "W4A6": None}  # None: the recipe's own
+BITS = "W4A16,W4A6"
+WEIGHTS, ACTIVATIONS = {"W4": "fp4", "W3": "int3"}, {"A16": "none", "A6": "fp6"}
+GRID = {
+    "granularity": "group:16",
+    "store": "e4m3",
+    "activation_granularity": "group:16",
+    "candidates": None,
+    "activation_candidates": None,
+}
 NEAREST = "rtn64"
 HEADER = [
     *("recipe", "bits a quantized weight", "block error, of nearest", "final latents", "latents, of nearest"),
@@ -125,13 +136,17 @@ def table(rows: dict[str, dict[str, Any] | str]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
-def tasks_of(options: Options, recipes: Sequence[str], activations: str | None, out: Path) -> dict[str, Task]:
-    """The rows of one table by name, round to nearest first."""
+def tasks_of(options: Options, recipes: Sequence[str], title: str, one_grid: bool, out: Path) -> dict[str, Task]:
+    """The rows of the table of this title, such as W4A6, by name, round to nearest first."""
     base, tasks = resolve(options), {}
+    weights, activations = WEIGHTS[title[:2]], ACTIVATIONS[title[2:]]
     for source in dict.fromkeys([NEAREST, *recipes]):
-        settings = with_recipe(base, source, None, activations)
-        name = settings.recipe.name.removesuffix(f"-{activations}" if activations else "")
-        tasks[name] = Task(settings, options.prompts, out / options.model)
+        settings = with_recipe(base, source, None, None)
+        changed = {"activations": activations} if activations == "none" else {}
+        if one_grid:
+            changed = {"weights": weights, "activations": activations, **GRID}
+        recipe = settings.recipe.with_settings(**changed)
+        tasks[recipe.name] = Task(replace(settings, recipe=recipe), options.prompts, out / options.model)
     return tasks
 
 
@@ -139,17 +154,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipes", default="rtn,default", help="names or YAML files, with commas")
     parser.add_argument("--models", default=MODELS, help="with commas")
-    parser.add_argument("--bits", default=",".join(ACTIVATIONS), help="W4A16, W4A6, or both")
+    parser.add_argument("--bits", default=BITS, help="of W4A16, W4A6, W3A16 and W3A6, with commas; default %(default)s")
+    parser.add_argument("--one-grid", action="store_true", help="all recipes on the grid of the title")
     parser.add_argument("--images", type=int, default=64)
     parser.add_argument("--prompts", default=PROMPTS, help="what images are made of; default %(default)s")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path, default=Path("runs/methods"))
     options = parser.parse_args()
+    if not options.one_grid and "W3" in options.bits:
+        parser.error("W3 is a grid for all recipes: add --one-grid")
     recipes = [source.strip() for source in options.recipes.split(",") if source.strip()]
     for model in options.models.split(","):
         measured = Options(model, recipe=NEAREST, prompts=options.prompts, num_prompts=options.images, device="cpu")
         for title in options.bits.split(","):
-            tasks = tasks_of(measured, recipes, ACTIVATIONS[title], options.out.resolve())
+            tasks = tasks_of(measured, recipes, title, options.one_grid, options.out.resolve())
             head = f"{model}, {title}, {options.images} images of {options.prompts}"
             print(f"\n{head}\n\n{table(rows_of(tasks, options.threads))}", flush=True)
 

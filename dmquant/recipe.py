@@ -40,9 +40,12 @@ class Learning(BaseModel, extra="forbid", frozen=True):
 
     objective: Objective = Objective()
 
-    unit: Literal["layer", "block", "window"] = "block"
-    window: int = Field(default=2, ge=2, le=MOST)
-    """Blocks a window; windows overlap by all but one block. Only for unit: window."""
+    unit: Literal["layer", "block", "window", "model"] = "block"
+    """`model`: blocks are solved, or rounded to nearest, and then all layers are learned together."""
+    window: int = Field(default=2, ge=1, le=MOST)
+    """Blocks a window. Only for unit: window."""
+    overlap: int | None = Field(default=None, ge=0, lt=MOST)
+    """Blocks that a window shares with the one before it, by default all but one."""
     iterations: int = Field(default=1000, ge=0, le=MOST)
     batch_size: int = Field(default=16, ge=1, le=MOST)
     """Backbone calls a step; each holds both guidance branches."""
@@ -51,11 +54,28 @@ class Learning(BaseModel, extra="forbid", frozen=True):
     """Share of a unit's input elements that come from full precision instead of the quantized units before it."""
     quantize_activations: bool = True
     """Whether activations are quantized while roundings are learned."""
+    activation_drop: float = Field(default=0.0, ge=0, le=1)
+    """Share of the elements that a step leaves out of quantizing activations."""
+    distribution_steps: int = Field(default=0, ge=0, le=MOST)
+    """Steps by which full-precision inputs are moved to the mean statistics of all samples; PD-Quant takes 500."""
     dtype: Literal["fp32", "bf16"] = "fp32"
     compile: bool = False
     checks: int = Field(default=5, ge=1, le=MOST)
     """The number of times the hard-rounded unit is tried on held-out data; the best of these is kept."""
+    checkpoint_every: int = Field(default=100, ge=1, le=MOST)
+    """Steps after which the state is kept on disk. Only for unit: model."""
     seed: int = Field(default=0, ge=0, lt=2**63)
+
+    @property
+    def stride(self) -> int:
+        """Blocks from the beginning of one window to that of the next."""
+        return 1 if self.overlap is None else self.window - self.overlap
+
+    @model_validator(mode="after")
+    def _moves_on(self) -> "Learning":
+        if self.stride < 1:
+            raise UsageError(f"overlap: windows of {self.window} blocks share at most {self.window - 1} with the next")
+        return self
 
 
 @dataclass(frozen=True)
@@ -112,6 +132,11 @@ class Recipe(Settings):
             if merged.store == "table" and merged.candidates:
                 raise UsageError("a table is no format to choose: leave out candidates, or store: table")
             merged.check_transforms()
+            lossy = [one.method for one in merged.transforms or () if one.definition.loses(one.checked)]
+            if lossy and not self.rounding.definition.LEARNS:
+                raise UsageError(
+                    f"transform {lossy[0]} loses what only a rounding that learns, such as adaround, makes up"
+                )
         return self
 
     @property

@@ -25,29 +25,21 @@ def calibrate_block_(decider: Decider, codes: CodesFolder, inputs: BlockInputs) 
     """Quantize the block of `inputs` in place, keep its codes, and carry both streams past it.
 
     Returns the block's name, seconds, formats and transforms by layer, and how the learning of each task ended; with
-    FROM_DISK where its codes were on disk.
+    FROM_DISK, which says why, where its codes were on disk.
     """
-    began, streams, number = time.perf_counter(), decider.streams, inputs.number
+    streams, number = decider.streams, inputs.number
     block = streams.blocks[number]
     tensors, facts = codes.load(number, block.name) or ({}, None)
     tensors = {key: tensor.to(streams.device) for key, tensor in tensors.items()}
-    factors = _fold_(decider, block, tensors, inputs)
-    streams.carry(streams.full, number, inputs.title, inputs.bar)
     if facts:
+        why = "already there" if number not in decider.carried.factors else "decided with the blocks before it"
+        _fold_(decider, number, tensors, inputs)
+        streams.carry(streams.full, number, inputs.title, inputs.bar)
         weights = _read_back(decider, block, tensors, facts)
-        facts[FROM_DISK] = True
+        facts[FROM_DISK] = why
     else:
-        weights, tasks = _decided(decider, block, inputs)
-        states = {name: decider.states[name] for name in block.layers}
-        facts = {
-            "name": block.name,
-            "formats": {name: weights[name].spec.fmt.name for name in block.layers},
-            "transforms": {name: [one.name for one in state.plan.transforms] for name, state in states.items()},
-            "tasks": tasks,
-            "seconds": time.perf_counter() - began,
-        }
-        parts = {name: state.parts for name, state in states.items()}
-        codes.save(number, block.name, tensors_of(weights, parts) | factors, facts)
+        weights, facts = _decided(decider, codes, inputs)
+    decider.carried.drop(number)
     for name, weight in weights.items():
         decider.states[name].put_in_place_(weight)
     with sharing_inputs([decider.states[name].layer for name in weights]):
@@ -56,15 +48,17 @@ def calibrate_block_(decider: Decider, codes: CodesFolder, inputs: BlockInputs) 
     return facts
 
 
-def _fold_(decider: Decider, block: Block, tensors: Mapping[str, Tensor], inputs: BlockInputs) -> dict[str, Tensor]:
-    """Fold transforms of a block's layers by the factors among its `tensors` on disk, or else by its inputs.
+def _fold_(decider: Decider, number: int, tensors: Mapping[str, Tensor], inputs: BlockInputs) -> None:
+    """Fold transforms of the layers of block `number` by the factors among these `tensors`, or else by its inputs.
 
-    Returns the factors by their keys.
+    Nothing is done where a window has done it already. The factors stay with what is carried on.
     """
-    states, factors, changed = decider.states, {}, {}
+    if number in decider.carried.factors:
+        return
+    states, factors, changed, block = decider.states, {}, {}, decider.streams.blocks[number]
     for method in folded_methods(plans_of(states)):
         folds = folds_of(decider.backbone, block.name, plans_of(states), method)
-        if tensors:
+        if all(fold.key in tensors for fold in folds):
             factors |= {fold.key: tensors[fold.key] for fold in folds}
         else:
             readers = tuple(name for fold in folds for name in fold.readers)
@@ -77,8 +71,8 @@ def _fold_(decider: Decider, block: Block, tensors: Mapping[str, Tensor], inputs
                 states[name].drop_transform(method)
             if (factors[fold.key] != 1).any():
                 changed |= dict.fromkeys(fold.readers)
-    fit_again_(states, changed, inputs)
-    return factors
+    fit_again_(states, changed, inputs, block.name)
+    decider.carried.factors[number] = factors
 
 
 def _read_back(
@@ -96,12 +90,41 @@ def _read_back(
 
 
 def _decided(
-    decider: Decider, block: Block, inputs: BlockInputs
-) -> tuple[dict[str, QuantizedTensor], list[dict[str, Any]]]:
-    """The weights of a block, decided task by task, and how the learning of each task ended."""
-    weights, tasks = {}, []
-    for task in tasks_of(decider.streams.blocks, inputs.number, decider.options):
-        learned, codes = decider.decide(task, weights, inputs)
-        weights |= {name: codes[name] for name in task.layers if name in block.layers}
-        tasks.append({"name": task.output, **asdict(learned)})
-    return {name: weights[name] for name in block.layers}, tasks
+    decider: Decider, codes: CodesFolder, inputs: BlockInputs
+) -> tuple[dict[str, QuantizedTensor], dict[str, Any]]:
+    """The weights of a block, decided task by task, and what is told of them.
+
+    They are kept on disk, and so is what its window leaves to the next one, and the codes of other blocks that the
+    window decides. The block's own come last: until they are there, all of it is done again.
+    """
+    began, streams, number, states = time.perf_counter(), decider.streams, inputs.number, decider.states
+    carried, blocks = decider.carried, decider.streams.blocks
+    tasks, weights, ended = tasks_of(blocks, number, decider.options), {}, []
+    members = [index for index, block in enumerate(blocks) if {*block.layers} & {*tasks[0].layers}]
+    kept, layers = carried.load(number)
+    kept = {key: tensor.to(streams.device) for key, tensor in kept.items()}
+    for member in members:
+        _fold_(decider, member, kept, inputs)
+    carried.take_up(kept, layers, decider)
+    streams.carry(streams.full, number, inputs.title, inputs.bar)
+    for task in tasks:
+        learned, decided = decider.decide(task, weights, inputs)
+        weights |= decided
+        ended.append({"name": task.output, **asdict(learned)})
+    decided = [member for member in members if weights.keys() >= {*blocks[member].layers}]
+    if len(decided) < len(members):
+        carried.save(decided[-1] + 1)
+    seconds = (time.perf_counter() - began) / len(decided)
+    for member in reversed(decided):
+        layers = blocks[member].layers
+        facts = {
+            "name": blocks[member].name,
+            "formats": {name: weights[name].spec.fmt.name for name in layers},
+            "transforms": {name: [one.name for one in states[name].plan.transforms] for name in layers},
+            "tasks": ended,
+            "seconds": seconds,
+        }
+        parts = {name: states[name].parts for name in layers}
+        tensors = tensors_of({name: weights[name] for name in layers}, parts) | carried.factors[member]
+        codes.save(member, blocks[member].name, tensors, facts)
+    return {name: weights[name] for name in blocks[number].layers}, facts

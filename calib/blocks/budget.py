@@ -38,14 +38,17 @@ def check_budget(
     learns: bool,
     moments: Mapping[str, Held] = MappingProxyType({}),
     where: str = "",
+    tail: bool = False,
 ) -> int:
     """Bytes that deciding the largest unit takes; UsageError where that is more than `total`.
 
     `learns`: whether roundings are learned, with gradients. `moments`: bytes of the second moments of those layers that
-    are solved by them, of which one at a time has to fit. `where`: the memory meant, in words, such as "GPU ".
+    are solved by them, of which one at a time has to fit. `where`: the memory meant, in words, such as "GPU ". `tail`:
+    whether gradients come back through the blocks behind the unit.
     """
     needed = {
-        block.name: _needed(backbone, blocks, number, learning, learns, moments) for number, block in enumerate(blocks)
+        block.name: _needed(backbone, blocks, number, learning, learns, moments, tail)
+        for number, block in enumerate(blocks)
     }
     largest = max(needed, key=needed.get)
     if needed[largest] > total:
@@ -86,6 +89,7 @@ def _needed(
     learning: Learning,
     learns: bool,
     moments: Mapping[str, Held],
+    tail: bool,
 ) -> int:
     own = next(backbone.parameters()).dtype.itemsize  # the dtype of the traced activations
     kept = BACKWARD * max(1, DTYPES[learning.dtype].itemsize / own) if learns else 0
@@ -95,6 +99,9 @@ def _needed(
         weights = sum(backbone.get_submodule(name).weight.numel() for name in task.layers)
         members = [by_name[name] for name in task.blocks]
         activations = sum(int(block.saved_bytes * kept) + 2 * nbytes(block.output) for block in members)
+        if tail:  # in the backbone's own dtype
+            behind = blocks[number + len(members) :]
+            activations += BACKWARD * sum(block.saved_bytes for block in behind)
         activations += WORKING * max(block.largest_input for block in members)
         solving = max((_solving([moments[name]]) for name in task.layers if name in moments), default=0)
         most = max(most, bytes_a_weight(learns) * weights + activations * learning.batch_size + solving)

@@ -55,6 +55,11 @@ class CodesFolder:
         content = {"key": self.key, "name": name, "sha256": checksum, "facts": facts}
         write_text(record, json.dumps(content | {_SEAL: _seal(content)}, indent=1) + "\n")
 
+    def drop(self, number: int) -> None:
+        """Remove the files of a unit, if there are any."""
+        for file in reversed(self._files(number)):
+            file.unlink(missing_ok=True)
+
     def _files(self, number: int) -> tuple[Path, Path]:
         return self.path / f"{number:03d}.safetensors", self.path / f"{number:03d}.json"
 

@@ -6,11 +6,13 @@ grows with the number of blocks. After a block its codes are on disk; a killed c
 the same streams again.
 """
 
+import importlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from types import MappingProxyType
 from typing import Any
 
@@ -20,6 +22,7 @@ from torch import Tensor, nn
 import dmquant
 from dmquant.calib.blocks.block import FROM_DISK, calibrate_block_
 from dmquant.calib.blocks.budget import Held, check_budget
+from dmquant.calib.blocks.carried import Carried
 from dmquant.calib.blocks.codes import LAYOUT, CodesFolder, meaning_of
 from dmquant.calib.blocks.decide import Decider, Samples
 from dmquant.calib.blocks.input_specs import choose_formats_, fit_static_scales_
@@ -29,18 +32,22 @@ from dmquant.calib.blocks.resolved import resolved_recipe
 from dmquant.calib.blocks.state import LayerState, plan_layers, plans_of
 from dmquant.calib.blocks.streams import Bar, Streams
 from dmquant.calib.blocks.trace import trace
-from dmquant.calib.blocks.units import find_blocks
+from dmquant.calib.blocks.units import check_window, find_blocks
 from dmquant.calib.data.store import CalibrationStore
 from dmquant.calib.layers.fitting import fit_transforms
 from dmquant.calib.layers.folding import folded_methods
 from dmquant.calib.layers.rounder import Rounder
+from dmquant.calib.objectives import IMPORTANCE, TAIL, needs_of
 from dmquant.convert import LayerReport
 from dmquant.errors import UsageError
 from dmquant.host.files import json_sha256
 from dmquant.host.memory import default_budget, new_garbage_only, return_freed_memory
 from dmquant.qtensor import QuantizedTensor
 from dmquant.recipe import Recipe
+from dmquant.settings import Objective
 from dmquant.transforms import fold_first_
+
+WHOLE = "dmquant.calib.whole.learning"  # where all layers are learned at once; by name alone, since it stands above
 
 
 @dataclass(frozen=True)
@@ -83,18 +90,31 @@ def calibrate_(
     NaN or infinity, with the name of the layer; what is finished stays.
     """
     backbone.requires_grad_(False).eval()
-    device, options = next(backbone.parameters()).device, recipe.learning
-    samples = _samples(store, options.batch_size)
+    rounder, options = Rounder.of(recipe), recipe.learning
+    if options.unit == "window" and not rounder.method.LEARNS:
+        options = options.model_copy(update={"unit": "block"})  # nothing would go on from one window to the next
+    if options.unit == "model":  # in the march nothing is learned
+        options = options.model_copy(update={"unit": "block", "objective": Objective()})
+    device = next(backbone.parameters()).device
+    samples, needs = _samples(store, options.batch_size), needs_of(options.objective)
     states = plan_layers(backbone, recipe, store)
     one = store.batch([samples.learning[0]], device)
     in_order = find_blocks(blocks, states, lambda names: trace(backbone, one, names))
-    rounder = Rounder.of(recipe)
+    check_window(in_order, options)
     moments = _bytes_of_moments(rounder, states)
     total = default_budget(device) if memory_budget is None else memory_budget
     where = "GPU " if device.type == "cuda" else ""
-    needed = check_budget(total, backbone, in_order, options, rounder.method.LEARNS, moments, where)
+    needed = check_budget(total, backbone, in_order, options, rounder.learns, moments, where, TAIL in needs)
+    whole = None
     counted = {name: channels for name, channels in counted.items() if name in states}
-    codes = CodesFolder(folder / "blocks", _key(recipe, store, made_for, counted))
+    key = _key(recipe, store, made_for, counted)
+    codes = CodesFolder(folder / "blocks", key)
+    if rounder.later:
+        begin = importlib.import_module(WHOLE).Whole.begin
+        of_whole = CodesFolder(folder / "whole", key)
+        whole = begin(backbone, in_order, samples, rounder, recipe.learning, of_whole, total, where)
+        needed = max(needed, whole.taken)
+        say(whole.in_words())
 
     fold_first_(backbone, {name: state.plan.transforms for name, state in states.items()})
     choose_formats_(backbone, states, store, options.batch_size, codes, len(in_order), bar)
@@ -103,9 +123,33 @@ def calibrate_(
     held = (memory_budget or default_budget()) if device.type == "cuda" else total - needed  # outputs are on the CPU
     ranges = next(iter(states.values())).ranges
     full_of = _full_precision_of(samples, rounder, states)
-    streams = Streams(backbone, in_order, store, ranges, Budget(held, folder / "spill"), options, full_of)
+    budget = Budget(held, folder / "spill")
+    streams = Streams(backbone, in_order, store, ranges, budget, options, full_of)
+    if TAIL in needs:
+        with bar("predictions") as shown:
+            streams.predictions = streams.predict_in_full("predictions: full precision", shown)
     counted = {name: channels.to(device) for name, channels in counted.items()}
-    decider = Decider(backbone, states, streams, samples, rounder, options, counted, moments, needed)
+    carried = Carried(codes, [block.name for block in in_order], states)
+    decider = Decider(
+        backbone,
+        states,
+        streams,
+        samples,
+        rounder,
+        options,
+        counted,
+        moments,
+        needed,
+        carried,
+        _importance(samples, needs, store),
+    )
+    if whole:
+        decider.on_decided = whole.keep
+        with bar("predictions") as shown:
+            whole.predict(store, ranges, budget, shown)
+        for number in range(len(in_order)):
+            if not whole.is_kept(number):
+                codes.drop(number)
     facts, learned_seconds = [], []
     with new_garbage_only():
         for number, block in enumerate(in_order):
@@ -116,11 +160,13 @@ def calibrate_(
                     calibrate_block_(decider, codes, BlockInputs(streams, number, samples.learning, title, shown))
                 )
             return_freed_memory()
-            if facts[-1].pop(FROM_DISK, False):
-                say(f"{title}: already there")
+            if why := facts[-1].pop(FROM_DISK, None):
+                say(f"{title}: {why}")
                 continue
             learned_seconds.append(time.perf_counter() - began)
             say(f"{title}: {_in_words(facts[-1]['tasks'], learned_seconds, len(in_order) - number - 1)}")
+    if whole:
+        facts.append(whole.learn_(states, say, bar))
     called = [name for block in in_order for name in block.layers]
     never_called = [name for name in states if name not in called]
     for name in never_called:
@@ -143,9 +189,26 @@ def _samples(store: CalibrationStore, batch_size: int) -> Samples:
     return Samples(learning, [index for index in by_step if store.samples[index].held_out])
 
 
+def _importance(samples: Samples, needs: Collection[str], store: CalibrationStore) -> list[float]:
+    """The importance of every sample of the store, 1 on average over those to learn from; none where nothing needs it.
+
+    Raises UsageError where the data was captured without it.
+    """
+    if IMPORTANCE not in needs:
+        return []
+    if store.weights is None:
+        raise UsageError(
+            "learning.objective weighs steps by their importance, which this calibration data was captured without: "
+            "capture it anew, or use learning.objective: mse"
+        )
+    of_samples = [store.weights[sample.step] for sample in store.samples]
+    mean = fmean(of_samples[index] for index in samples.learning)
+    return [weight / mean for weight in of_samples]
+
+
 def _full_precision_of(samples: Samples, rounder: Rounder, states: dict[str, LayerState]) -> Sequence[int]:
     """The samples whose block outputs are needed in full precision: to judge by, to learn from, or to fold by."""
-    if rounder.method.LEARNS or folded_methods(plans_of(states)):
+    if rounder.learns or folded_methods(plans_of(states)):
         return range(len(samples.learning) + len(samples.held_out))
     return samples.held_out
 

@@ -1,5 +1,6 @@
 """Formats and static scales of the layers' inputs: before the blocks, and again where folding changes an input."""
 
+import functools
 from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager
 
@@ -53,9 +54,10 @@ def fit_static_scales_(
                 states[name].input_scale = scale
 
 
-def fit_again_(states: Mapping[str, LayerState], folded: Collection[str], inputs: BlockInputs) -> None:
-    """Choose formats and fit static scales anew for layers of a block whose inputs folding has changed."""
-    backbone, timesteps, run = inputs.streams.backbone, inputs.streams.ranges, inputs.run_full_precision
+def fit_again_(states: Mapping[str, LayerState], folded: Collection[str], inputs: BlockInputs, block: str) -> None:
+    """Choose formats and fit static scales anew for layers of this block whose inputs folding has changed."""
+    backbone, timesteps = inputs.streams.backbone, inputs.streams.ranges
+    run = functools.partial(inputs.run_full_precision, block)
     plans = {name: states[name].plan for name in folded if states[name].plan.activation_candidates}
     if plans:
         for name, fmt in formats_of_least_error(backbone, plans, timesteps, run).items():

@@ -30,13 +30,13 @@ class BlockInputs:
         """Run a task over the samples, for what hooks see of it."""
         self._run(self.streams.quantized, task.output)
 
-    def run_full_precision(self, watchers: Watchers) -> None:
-        """Run the block in full precision over the samples with these watchers."""
-        backbone, block = self.streams.backbone, self.streams.blocks[self.number]
+    def run_full_precision(self, until: str, watchers: Watchers) -> None:
+        """Run in full precision over the samples, to the end of this block or one after it, with these watchers."""
+        backbone = self.streams.backbone
         with contextlib.ExitStack() as stack:
             for name, watcher in watchers.items():
                 stack.callback(backbone.get_submodule(name).register_forward_pre_hook(watcher).remove)
-            self._run(self.streams.full, block.name)
+            self._run(self.streams.full, until)
 
     def statistics(
         self, task: Task, layers: Mapping[str, QuantLinear | QuantConv2d]

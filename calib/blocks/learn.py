@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from dmquant.calib.blocks.midway import Midway, Reached
 from dmquant.calib.blocks.replay import replaced_forward
 from dmquant.calib.data.tree import map_floats
 from dmquant.calib.layers.learner import Learner
@@ -42,26 +43,33 @@ def learn(
     objective: Objective,
     options: Learning,
     report: Callable[[int, float], None],
+    midway: Midway | None = None,
 ) -> tuple[Learned, dict[str, Rounded]]:
     """Learn the roundings of a unit's layers against full precision; returns how it ended and the roundings by layer.
 
     The values of a rounding are float32 in the shape of its grid's `weight`: the matrix form, (rows, columns).
 
     The loss is the objective's, by default the mean squared error of the unit's output, over that of nearest rounding,
-    plus the roundings' penalties averaged over all weights, so one setting serves units of all sizes. Adam, constant
-    rate. Mini-batches hold samples from all over the schedule. At `options.checks` points the hard roundings are tried
-    on held-out samples; the best of these, of nearest rounding and of what learning began with is returned. Roundings
-    without parameters are tried once, as they are. `report(step, loss)` is called now and then.
+    plus the roundings' penalties averaged over all weights, so one setting serves units of all sizes. The optimizer and
+    the course of its rate are the method's. Mini-batches hold samples from all over the schedule. At `options.checks`
+    points the hard roundings are tried on held-out samples; the best of these, of nearest rounding and of what learning
+    began with is returned. Roundings without parameters are tried once, as they are. `report(step, loss)` is called now
+    and then. Where `midway` has kept the state of this loop, it goes on from there, to the same bits.
+
+    Held learners learn too, without penalty, and are soft in all tries; they end where they were at the best one. The
+    roundings returned, and the weights counted, are those of the others.
 
     Raises UserError for a loss that is not finite.
     """
     generator = torch.Generator().manual_seed(options.seed)
-    kept = {learner.name: Rounded(learner.grid.nearest, learner.grid) for learner in learners}
+    held = [parameter for learner in learners if learner.held for parameter in learner.rounding.parameters()]
+    parameters = [parameter for learner in learners for parameter in learner.rounding.parameters()]
+    learners = [learner for learner in learners if not learner.held]
+    kept, kept_soft = {learner.name: Rounded(learner.grid.nearest, learner.grid) for learner in learners}, _copies(held)
     data = objective.data
     nearest_error = least = held_out_error(learners, objective, kept, options)
     if not math.isfinite(nearest_error):
         raise UserError(f"the error of {unit} is {nearest_error}: its activations hold NaN or infinity")
-    parameters = [parameter for learner in learners for parameter in learner.rounding.parameters()]
     if not parameters:
         hard = {learner.name: learner.rounding.rounded() for learner in learners}
         if all(torch.equal(hard[name].values, nearest.values) for name, nearest in kept.items()):
@@ -70,37 +78,60 @@ def learn(
         solved = error < nearest_error
         return Learned(nearest_error, min(error, nearest_error), 0, 0.0, solved), hard if solved else kept
     solved = any(learner.grid.solution is not None for learner in learners)
-    if solved:
-        begun = {learner.name: Rounded(learner.grid.solution, learner.grid) for learner in learners}
+    if solved or any(learner.goes_on for learner in learners):
+        begun = {learner.name: _begun(learner) for learner in learners}
         error = held_out_error(learners, objective, begun, options)
-        if solved := error < least:
+        if better := error < least:
             kept, least = begun, error
+        solved = solved and better
     if not options.iterations:
         return Learned(nearest_error, least, 0, 0.0, solved), kept
-    weights, best_step = sum(learner.grid.weight.numel() for learner in learners), 0
-    optimizer = torch.optim.Adam(parameters, lr=options.learning_rate, fused=True)
-    for step in range(1, options.iterations + 1):
+    weights = sum(learner.grid.weight.numel() for learner in learners)
+    method = learners[0].rounding
+    optimizer = method.optimizer(parameters, options.learning_rate)
+    there = midway and midway.load_(learners, optimizer, generator)
+    done, kept, least, best_step, solved = there or (0, kept, least, 0, solved)
+    rates = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda more: method.rate((done + more) / options.iterations))
+    for step in range(done + 1, options.iterations + 1):
         batch = spread_batch(data.learning, options.batch_size, generator)
         optimizer.zero_grad()
-        for learner in learners:  # one by one: the graph of a penalty is larger than that of the weights
-            penalty = learner.rounding.penalty((step - 1) / options.iterations)
-            if penalty is not None:
-                (penalty / weights).backward()
         with data.graph():
             loss = objective.loss(batch, generator, step) / max(nearest_error, _TINY)
             loss.backward()
+        for learner in learners:  # one by one: the graph of a penalty is larger than that of the weights
+            learner.rounding.add_penalty_gradient_((step - 1) / options.iterations, 1 / weights)
         if step % REPORT_EVERY == 0 or step == options.iterations:
             if not math.isfinite(loss.item()):
                 raise UserError(f"the loss of {unit} became {loss.item()} at step {step}: lower learning.learning_rate")
             report(step, loss.item())
         optimizer.step()
+        rates.step()
+        for learner in learners:
+            learner.rounding.project_()
         if step * options.checks // options.iterations > (step - 1) * options.checks // options.iterations:
             hard = {learner.name: learner.rounding.rounded() for learner in learners}
             error = held_out_error(learners, objective, hard, options)
             if error < least:
                 kept, least, best_step, solved = hard, error, step, False
+                kept_soft = _copies(held)
+        if midway and step % midway.every == 0:
+            midway.save(Reached(step, kept, least, best_step, solved), learners, optimizer, generator)
     undecided = sum(learner.rounding.undecided() for learner in learners) / weights
+    with torch.no_grad():
+        for parameter, value in zip(held, kept_soft, strict=True):
+            parameter.copy_(value)
     return Learned(nearest_error, least, best_step, undecided, solved), kept
+
+
+def _copies(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+    return [parameter.detach().clone() for parameter in parameters]
+
+
+def _begun(learner: Learner) -> Rounded:
+    """What learning begins with: the solution or, where it goes on from another window, what that came to."""
+    if learner.goes_on or learner.grid.solution is None:
+        return learner.rounding.rounded()
+    return Rounded(learner.grid.solution, learner.grid)
 
 
 def spread_batch(samples: Sequence[int], size: int, generator: torch.Generator) -> list[int]:

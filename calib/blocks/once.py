@@ -5,6 +5,7 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 
 from torch import Tensor, nn
 
+from dmquant.calib.layers.learner import Learner
 from dmquant.layers import QuantConv2d, QuantLinear
 
 
@@ -30,12 +31,13 @@ def kind_of_input(layer: QuantLinear | QuantConv2d, name: Hashable) -> Hashable:
 
 
 @contextlib.contextmanager
-def sharing_inputs(layers: Sequence[nn.Module]) -> Iterator[None]:
+def sharing_inputs(layers: Sequence[nn.Module | Learner]) -> Iterator[None]:
     """Until the block ends, let layers that quantize one input alike do it once."""
     latest = Latest()
     try:
         for number, layer in enumerate(layers):
-            kind, quantize = kind_of_input(layer, number), layer.quantize_input
+            quantized = layer.quantized if isinstance(layer, Learner) else layer
+            kind, quantize = kind_of_input(quantized, number), layer.quantize_input
             layer.quantize_input = lambda x, kind=kind, quantize=quantize: latest.of(kind, x, quantize)
         yield
     finally:

@@ -57,7 +57,36 @@ def replay(backbone: nn.Module, arguments: Arguments, given: Mapping[str, Any], 
             backbone(*args, **kwargs)
         except _ReachedError as reached:
             return reached.output
-    raise UserError(f"{until} was not reached in the backbone's forward")
+    raise _not_reached(until)
+
+
+def replay_on(
+    backbone: nn.Module, arguments: Arguments, given: Mapping[str, Any], through: str, passed_on: Callable[[Any], Any]
+) -> tuple[Any, Any]:
+    """The output of the module `through`, and what the backbone returns where `passed_on(output)` goes on from there.
+
+    `given` is as for `replay`, and so are gradients. Raises UserError where the pass does not reach `through`.
+    """
+    args, kwargs = arguments
+    module, outputs = backbone.get_submodule(through), []
+    compute = module.forward
+
+    def keep(*args: Any, **kwargs: Any) -> Any:
+        outputs.append(compute(*args, **kwargs))
+        return passed_on(outputs[-1])
+
+    with contextlib.ExitStack() as stack:
+        for name, output in given.items():
+            stack.enter_context(replaced_forward(backbone.get_submodule(name), _giving(output)))
+        stack.enter_context(replaced_forward(module, keep))
+        returned = backbone(*args, **kwargs)
+    if not outputs:
+        raise _not_reached(through)
+    return outputs[0], returned
+
+
+def _not_reached(module: str) -> UserError:
+    return UserError(f"{module} was not reached in the backbone's forward")
 
 
 def _giving(output: Any) -> Callable[..., Any]:

@@ -9,10 +9,11 @@ from torch import Tensor, nn
 
 from dmquant.activations import TimestepRanges
 from dmquant.calib.blocks.outputs import Budget, Outputs, first_sample, mixed, stand_in
-from dmquant.calib.blocks.replay import replay
+from dmquant.calib.blocks.prediction import INSTEAD, prediction_of
+from dmquant.calib.blocks.replay import replay, replay_on
 from dmquant.calib.blocks.units import Block
 from dmquant.calib.data.store import CalibrationStore
-from dmquant.calib.data.tree import flatten
+from dmquant.calib.data.tree import flatten, map_floats
 from dmquant.errors import UserError
 from dmquant.recipe import Learning
 
@@ -23,7 +24,8 @@ Stream = dict[str, Outputs]
 class Streams:
     """`full` and `quantized` hold, by name, the outputs of finished blocks that others still need.
 
-    The quantized stream has every sample, the one in full precision those of `full_of`.
+    The quantized stream has every sample, the one in full precision those of `full_of`. `predictions` of the backbone
+    in full precision, of every sample, are there where an objective needs them.
     """
 
     def __init__(
@@ -41,6 +43,7 @@ class Streams:
         self.device = next(backbone.parameters()).device
         self.full_of = full_of
         self.full: Stream = {}
+        self.predictions: Outputs | None = None
         self.quantized: Stream = {}
 
     def carry(self, stream: Stream, number: int, title: str, bar: Bar) -> None:
@@ -54,6 +57,17 @@ class Streams:
         for stream in (self.full, self.quantized):
             for name in [block.name for block in self.blocks if block.last_use <= number and block.name in stream]:
                 stream.pop(name).close()
+
+    @contextlib.contextmanager
+    def replacing_full(self, stream: Stream) -> Iterator[None]:
+        """Let the stream in full precision be this one until the block ends, which closes its outputs."""
+        before, self.full = self.full, stream
+        try:
+            yield
+        finally:
+            self.full = before
+            for outputs in stream.values():
+                outputs.close()
 
     def outputs(self, stream: Stream, number: int, until: str, title: str, bar: Bar) -> Outputs:
         """The output of the module `until`, of block `number` or after it, for every sample of the stream."""
@@ -83,6 +97,49 @@ class Streams:
         Tensors of the output are (samples * rows, ...), with the rows of a sample together. With `mixing`, the recipe's
         share of the inputs comes from full precision (`mixed`).
         """
+        given = self._given(stream, number, batch, mixing)
+        return replay(self.backbone, self.store.batch(batch, self.device), given, until)
+
+    def predict(
+        self, number: int, until: str, batch: Sequence[int], mixing: torch.Generator | None = None
+    ) -> tuple[Any, Tensor]:
+        """The output of the module `until` in the quantized stream, as `run` gives it, and the backbone's prediction.
+
+        The prediction is `prediction_of`'s. What comes after `until` is in full precision, and computes in the
+        backbone's own dtype. With gradients, the prediction is differentiable by the output; UserError where it is not.
+        """
+        own = next(self.backbone.parameters()).dtype
+
+        def passed_on(leaf: Tensor) -> Tensor:
+            if torch.is_grad_enabled() and not leaf.requires_grad:
+                leaf.requires_grad_()
+            return leaf.to(own, copy=True)  # which the rest may overwrite
+
+        given, arguments = self._given(self.quantized, number, batch, mixing), self.store.batch(batch, self.device)
+        output, returned = replay_on(
+            self.backbone, arguments, given, until, lambda output: map_floats(passed_on, output)
+        )
+        prediction = prediction_of(returned, arguments)
+        if torch.is_grad_enabled() and not prediction.requires_grad:
+            raise UserError(f"no gradient goes from the backbone's prediction to {until}: {INSTEAD}")
+        return output, prediction
+
+    def predict_in_full(self, title: str, bar: Bar) -> Outputs:
+        """The prediction of the backbone as it is now, in full precision, for every sample."""
+        predictions, samples = None, range(len(self.store.samples))
+        with torch.no_grad():
+            for batch in self.batches(samples, title, bar):
+                arguments = self.store.batch(batch, self.device)
+                prediction = prediction_of(self.backbone(*arguments[0], **arguments[1]), arguments)
+                if predictions is None:
+                    predictions = Outputs(samples, first_sample(prediction, len(batch)), self.budget)
+                predictions.write(batch, prediction)
+        return predictions
+
+    def _given(
+        self, stream: Stream, number: int, batch: Sequence[int], mixing: torch.Generator | None
+    ) -> dict[str, Any]:
+        """Outputs of the blocks before block `number` for a batch, whose timesteps are the backbone's from now on."""
         timesteps = torch.tensor([self.store.timesteps[self.store.samples[index].step] for index in batch])
         self.ranges.set(timesteps.repeat_interleave(self.store.rows).to(self.device))
         given = {
@@ -95,7 +152,7 @@ class Streams:
         if share:
             for name in stream:
                 given[name] = mixed(given[name], self.full[name].read(batch, self.device), share, mixing)
-        return replay(self.backbone, self.store.batch(batch, self.device), given, until)
+        return given
 
     def batches(self, indices: Sequence[int], what: str, bar: Bar) -> Iterator[list[int]]:
         """The samples in mini-batches, with progress."""

@@ -38,6 +38,7 @@ def capture(
     folder: Path,
     made_for: dict[str, Any],
     shared: Sequence[str] = (),
+    weighted: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
     replace: bool = False,
 ) -> CalibrationStore:
@@ -51,6 +52,7 @@ def capture(
             sampling are added to it.
         shared: arguments of the backbone's forward that all rows of a call share, with everything in them; all other
             tensors have one entry a row in their first dimension, or no dimensions.
+        weighted: whether the importance of steps is measured also for a sampler that does not need it.
         progress: told how many prompts are done of how many; passes that measure importance count as prompts.
         replace: start anew where the folder holds something else, which is otherwise a UserError.
 
@@ -74,12 +76,13 @@ def capture(
     index = everyone.on_main(index_there)
     if index.shards:
         _drop_others(index, choose(sampling, len(calls), index.steps, index.weights, index.timesteps))
-    if not index.missing():
+    unmeasured = index.weights is None and (weighted or sampling.sampler == "importance")
+    if not index.missing() and not unmeasured:
         everyone.on_main(lambda: _complete(folder, index))
         return CalibrationStore(folder, index)
 
     total = len(calls)
-    if sampling.sampler == "importance" and index.weights is None:
+    if unmeasured:
         measured = [prompt for prompt in range(len(calls)) if prompt not in held_out][:PROMPTS]
         total += len(measured) * (index.steps + 1)
         index.weights = everyone.on_main(

@@ -10,19 +10,35 @@ from torch import Tensor
 
 from dmquant.calib.data.tree import flatten
 
+TAIL, IMPORTANCE = "tail", "importance"  # what an objective may need: `predict` and `prediction`, or `importance`
+SAME_INPUTS = "same_inputs"
+LEAST = 1e-6  # of the mean square of a batch: a row that is all but zero counts by this instead of its own
+_TINY = torch.finfo(torch.float32).tiny
+
 
 @dataclass(frozen=True)
 class UnitData:
     """Data of one unit: `run(indices, generator)` computes its output for a batch of samples, with its layers as
     `learning_layers` has them, `target(indices)` is the output in full precision, nested alike and of the same shapes.
     `learning` and `held_out` are indices of samples, sorted by step. `overwrites`: the unit's code writes into tensors
-    that autograd keeps."""
+    that autograd keeps.
+
+    The rest is there for objectives that need it (`needs` of their module). `predict(indices, generator)` gives the
+    output and the prediction that the rest of the network, in full precision, makes of it, (rows, ...);
+    `prediction(indices)` is that of full precision throughout. `importance(indices)` are weights of the samples by how
+    far an error of the prediction at their step moves the final latents, (samples,) float32, 1 on average.
+    `same_inputs(indices)` is the output of the unit in full precision on what the quantized blocks before it give.
+    """
 
     run: Callable[[Sequence[int], torch.Generator | None], Any]
     target: Callable[[Sequence[int]], Any]
     learning: Sequence[int]
     held_out: Sequence[int]
     overwrites: bool = False
+    predict: Callable[[Sequence[int], torch.Generator | None], tuple[Any, Tensor]] | None = None
+    prediction: Callable[[Sequence[int]], Tensor] | None = None
+    importance: Callable[[Sequence[int]], Tensor] | None = None
+    same_inputs: Callable[[Sequence[int]], Any] | None = None
 
     def graph(self) -> contextlib.AbstractContextManager[Any]:
         """The context of a pass forward and back."""
@@ -56,3 +72,21 @@ def squared_error(output: Any, target: Any) -> Tensor:
     pairs = zip(flatten(output)[1], flatten(target)[1], strict=True)
     floats = [(one.float(), other.float()) for (_, one), (_, other) in pairs if one.is_floating_point()]
     return torch.stack([(one - other).square().mean() for one, other in floats]).mean()
+
+
+def sample_errors(output: Any, target: Any, samples: int, relative: bool = False) -> Tensor:
+    """Mean squared differences of the samples, (samples,) float32, whose mean is `squared_error`.
+
+    Outputs are as there, of so many samples, whose rows are together. `relative`: every row's over the mean square of
+    its target.
+    """
+    errors = []
+    for (_, one), (_, other) in zip(flatten(output)[1], flatten(target)[1], strict=True):
+        if one.is_floating_point():
+            one, other = one.float().flatten(1), other.float().flatten(1)
+            of_rows = (one - other).square().mean(1)
+            if relative:
+                size = other.square().mean(1)
+                of_rows = of_rows / size.clamp(min=LEAST * size.mean().item() + _TINY)
+            errors.append(of_rows.unflatten(0, (samples, -1)).mean(1))
+    return torch.stack(errors).mean(0)

@@ -88,7 +88,7 @@ def fake_quantize(x: Tensor, spec: ActivationSpec, dim: int) -> Tensor | None:
     if spec.store == "fp32" and x.dtype in _ONLINE:
         exact = tokens.contiguous()
         count, rounded = x.numel() // size, torch.empty_like(exact)
-        largest = ctypes.c_float(LARGEST / spec.fmt.max)
+        largest = LARGEST / spec.fmt.max
         _call(getattr(compiled, _ONLINE[x.dtype]), fmt, x.numel(), exact, count, size, largest, rounded)
         return rounded.movedim(-1, dim)
     exact = tokens.float().contiguous()
@@ -100,15 +100,19 @@ def fake_quantize(x: Tensor, spec: ActivationSpec, dim: int) -> Tensor | None:
     return rounded.movedim(-1, dim).to(x.dtype)
 
 
-def _call(
-    function: "ctypes._CFuncPtr", fmt: _Format | None, size: int, *arguments: int | ctypes.c_float | Tensor
-) -> None:
+def _call(function: "ctypes._CFuncPtr", fmt: _Format | None, size: int, *arguments: int | float | Tensor) -> None:
     """Call with a format, if any, as many threads as torch uses where that pays for `size` elements, and arguments."""
-    threads = ctypes.c_int(min(torch.get_num_threads(), 1 + size // _WORTH_A_THREAD))
-    function(*((threads,) if fmt is None else (ctypes.byref(fmt), threads)), *map(_passed, arguments))
+    threads = threads_for(size)
+    function(*((threads,) if fmt is None else (ctypes.byref(fmt), threads)), *map(passed, arguments))
 
 
-def _passed(argument: int | ctypes.c_float | Tensor) -> "ctypes._SimpleCData":
-    if isinstance(argument, Tensor):
-        return ctypes.c_void_p(argument.data_ptr())
-    return ctypes.c_int64(argument) if isinstance(argument, int) else argument
+def threads_for(size: int) -> ctypes.c_int:
+    """The number of threads that pays for `size` elements, at most as many as torch uses."""
+    return ctypes.c_int(min(torch.get_num_threads(), 1 + size // _WORTH_A_THREAD))
+
+
+def passed(argument: int | float | Tensor | None) -> "ctypes._SimpleCData":
+    """An argument of a compiled function: a tensor or None as an address, int64, float32."""
+    if argument is None or isinstance(argument, Tensor):
+        return ctypes.c_void_p(None if argument is None else argument.data_ptr())
+    return ctypes.c_int64(argument) if isinstance(argument, int) else ctypes.c_float(argument)

@@ -8,12 +8,12 @@ from dmquant.errors import UsageError, unknown
 from dmquant.formats.floating import FloatFormat
 from dmquant.formats.format import Format
 from dmquant.formats.integer import IntFormat
-from dmquant.formats.lookup import GAUSSIAN, IQ4_NL, NF4, NL4, LookupFormat
+from dmquant.formats.lookup import GAUSSIAN, IQ4_NL, NF4, NL3, NL4, LookupFormat
 
 SHORT_NAMES = {"fp4": "fp4_e2m1", "fp6": "fp6_e2m3", "fp8": "fp8_e4m3"}
 
 _FLOAT_NAMES = ("fp4_e2m1", "fp4_e1m2", "fp4_e3m0", "fp6_e2m3", "fp6_e3m2", "fp8_e4m3", "fp8_e5m2", "fp8_e3m4")
-_TABLES = (NF4, NL4, IQ4_NL, GAUSSIAN)
+_TABLES = (NF4, NL4, NL3, IQ4_NL, GAUSSIAN)
 
 
 def known_formats() -> list[str]:

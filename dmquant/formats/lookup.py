@@ -101,6 +101,8 @@ NF4 = LookupFormat("lut4", (
 # Integers fitted to normal numbers in groups of 16 and of 32 whose scales have either sign (store: e3m4). The ends are
 # as unequal as those of ggml's IQ4_NL, which has no zero.
 NL4 = LookupFormat("nl4", (-127, -103, -81, -63, -48, -34, -21, -10, 0, 12, 24, 37, 51, 66, 84, 109))
+# The same with eight values, of either end the more.
+NL3 = LookupFormat("nl3", (-127, -82, -48, -20, 5, 30, 58, 97))
 # Of least error for values of a normal distribution in groups of 16, over the group's largest: comfy-kitchen's default.
 GAUSSIAN = LookupFormat("lut4_gaussian", (
     -0.980602, -0.794529, -0.638165, -0.500986, -0.377321, -0.263187, -0.155210, -0.050720,

@@ -56,9 +56,26 @@ class Rounding(nn.Module):
         super().__init__()
         self.grid = grid
 
+    def optimizer(self, parameters: list[nn.Parameter], learning_rate: float) -> torch.optim.Optimizer:
+        """What moves the parameters of all roundings of a unit."""
+        return torch.optim.Adam(parameters, lr=learning_rate, fused=True)
+
+    def rate(self, progress: float) -> float:
+        """The learning rate over that of the recipe when `progress` (0 to 1) of the steps are done."""
+        return 1.0
+
     def penalty(self, progress: float) -> Tensor | None:
         """A scalar to add to the loss, summed over the weights, when `progress` (0 to 1) of the steps are done."""
         return None
+
+    def add_penalty_gradient_(self, progress: float, share: float) -> None:
+        """Add the gradient of `share` times the penalty to those of the parameters."""
+        penalty = self.penalty(progress)
+        if penalty is not None:
+            (share * penalty).backward()
+
+    def project_(self) -> None:
+        """Bring the parameters back to where they may be, after every step."""
 
     def hard(self) -> Tensor:
         """The decision as it stands: values of `decided_grid()`, (rows, columns) float32."""

@@ -160,6 +160,8 @@ class Method:
     fit: Callable[[Any], Fit] = lambda options: Fit()
     correction: Callable[[Any], Correction | None] = lambda options: None
     folding: Callable[[Any], Folding | None] = lambda options: None
+    loses: Callable[[Any], bool] = lambda options: False
+    """Whether it changes the function of the layer, so that roundings have to learn back what is lost."""
 
     def takes_data(self, options: Any) -> bool:
         """Whether a layer with these options needs calibration data."""

@@ -13,6 +13,7 @@ from dmquant.calib.blocks.engine import Calibrated, calibrate_
 from dmquant.calib.blocks.state import plans_to_calibrate
 from dmquant.calib.data.capture import capture
 from dmquant.calib.data.sampling import Sampling
+from dmquant.calib.objectives import IMPORTANCE, needs_of
 from dmquant.diffusers.arguments import Calls
 from dmquant.diffusers.families import Family
 from dmquant.host.console import Console
@@ -99,6 +100,7 @@ def calibration_data(
             folder=folder,
             made_for=_made_for(settings, weights),
             shared=settings.family.shared,
+            weighted=IMPORTANCE in needs_of(settings.recipe.learning.objective),
             progress=bar,
             replace=folder.name == key,  # as runs and sweeps name those that are theirs alone
         )

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from dmquant.calib.blocks.replay import replaced_forward, replay
+from dmquant.calib.blocks.replay import replaced_forward, replay, replay_on
 from dmquant.calib.blocks.trace import trace
 from dmquant.calib.blocks.units import find_blocks
 from dmquant.calib.data.tree import flatten, map_floats
@@ -58,6 +58,22 @@ def test_a_replay_gives_the_bits_of_the_whole_forward(case):
         given = {other.name: whole[other.name] for other in blocks[:number]}
         with torch.no_grad():
             assert equal(replay(backbone, arguments, given, block.name), whole[block.name])
+
+
+def test_going_on_from_the_middle_ends_in_the_bits_of_the_backbone(case):
+    _, backbone, arguments, blocks = case
+    whole = outputs_of(backbone, arguments, [block.name for block in blocks])
+    with torch.no_grad():
+        returned = backbone(*arguments[0], **arguments[1])[0]
+        for number in (0, len(blocks) // 2, len(blocks) - 1):
+            given, through = {other.name: whole[other.name] for other in blocks[:number]}, blocks[number].name
+            output, found = replay_on(
+                backbone, arguments, given, through, lambda output: map_floats(torch.clone, output)
+            )
+            assert equal(output, whole[through])
+            assert torch.equal(found[0], returned)
+        poisoned = replay_on(backbone, arguments, {}, blocks[0].name, lambda output: map_floats(nan_like, output))
+    assert poisoned[1][0].isnan().any()
 
 
 def test_block_by_block_with_only_what_is_still_needed_ends_in_the_bits_of_the_backbone(case):

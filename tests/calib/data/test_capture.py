@@ -271,6 +271,23 @@ def test_progress_counts_prompts_and_the_passes_that_measure_importance(tmp_path
     assert CalibrationStore.open(tmp_path / "i").weights == store.weights
 
 
+def test_importance_that_is_asked_for_later_is_measured_for_the_data_that_is_there(tmp_path):
+    toy = Toy([0.0, 1.0])
+    plain = toy_capture(toy, tmp_path)
+    shards, calls, told = {name: at for name, at in files(tmp_path).items() if "prompts" in name}, toy.unet.calls, []
+    store = toy_capture(toy, tmp_path, weighted=True, progress=lambda *counts: told.append(counts))
+    assert plain.weights is None
+    assert store.weights == pytest.approx([0.0, 1.0], abs=0.1)
+    assert (store.key, store.samples) == (plain.key, plain.samples)
+    assert shards.items() <= files(tmp_path).items()
+    assert told[-1] == (13, 13)
+    measured = toy.unet.calls
+    assert measured > calls
+    assert toy_capture(toy, tmp_path, weighted=True).weights == CalibrationStore.open(tmp_path).weights == store.weights
+    assert toy_capture(toy, tmp_path).key == store.key
+    assert toy.unet.calls == measured
+
+
 SCRIPT = """
 import os, signal, sys
 from pathlib import Path

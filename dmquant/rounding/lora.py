@@ -1,0 +1,80 @@
+"""LoRA-Rounding: AdaRound whose V may move by a matrix of low rank, so that few numbers are learned.
+
+CBQ, arXiv 2312.07950, section 3.3: V = A1 A2. Such a V is 0.5 of every weight where it starts, and cannot take the
+sides of arbitrary weights; here V = V0 + A1 A2, with V0 from where each weight lies and A2 = 0 at the start.
+"""
+
+import math
+
+import torch
+from pydantic import BaseModel, Field
+from torch import Tensor, nn
+
+from dmquant.grids import Grid
+from dmquant.rounding.adaround import GAMMA, ZETA
+from dmquant.rounding.base import Box, Rounding
+
+LEARNS = True
+NEEDS_MOMENTS = False
+
+
+class Options(BaseModel, extra="forbid"):
+    """Options of LoRA-Rounding in a recipe."""
+
+    rank: int = Field(default=5, ge=1)
+    """Columns of A1 and rows of A2, at most as many as the weight's shorter side."""
+    regularizer: float = Field(default=1.0, ge=0)
+    """Weight of AdaRound's penalty. A matrix of low rank cannot decide every weight: from 100 on it takes their sides
+    away from them, all together, and with none there is nothing to learn, since it starts at the float weights."""
+    warmup: float = Field(default=0.2, ge=0, lt=1)
+    """Share of the steps without penalty."""
+    beta: tuple[float, float] = (20.0, 2.0)
+    """The penalty's exponent after the warm-up and at the end; linear in between."""
+
+
+class LoRARounding(Rounding):
+    """W~ = lower + h(V0 + A1 A2) (upper - lower), with h as AdaRound has it."""
+
+    def __init__(self, grid: Grid, options: Options):
+        super().__init__(grid)
+        self.options = options
+        lower, upper, fraction = Box.around(grid)
+        fraction = torch.where(upper > lower, fraction, -1)  # a weight with nowhere to go starts decided
+        v = torch.logit(((fraction - GAMMA) / (ZETA - GAMMA)).clamp(1e-4, 1 - 1e-4))
+        for name, value in (("lower", lower), ("upper", upper), ("start", v)):
+            self.register_buffer(name, value)
+        rank = min(options.rank, *v.shape)
+        first = torch.randn(len(v), rank, generator=torch.Generator().manual_seed(0)) / math.sqrt(rank)
+        self.first, self.second = nn.Parameter(first.to(v.device)), nn.Parameter(v.new_zeros(rank, v.shape[1]))
+
+    @property
+    def v(self) -> Tensor:
+        """V, (rows, columns) float32."""
+        return torch.addmm(self.start, self.first, self.second)
+
+    def gate(self) -> Tensor:
+        """h(V), (rows, columns) float32, from 0 (the lower value) to 1 (the upper one)."""
+        return (torch.sigmoid(self.v) * (ZETA - GAMMA) + GAMMA).clamp(0, 1)
+
+    def forward(self) -> Tensor:
+        return torch.lerp(self.lower, self.upper, self.gate())
+
+    def penalty(self, progress: float) -> Tensor | None:
+        """regularizer * sum(1 - |2 h - 1|^beta), a scalar: CBQ's L_com; None during the warm-up."""
+        options = self.options
+        if progress < options.warmup:
+            return None
+        first, last = options.beta
+        beta = first + (last - first) * (progress - options.warmup) / (1 - options.warmup)
+        return options.regularizer * (1 - (2 * self.gate() - 1).abs().pow(beta)).sum()
+
+    def hard(self) -> Tensor:
+        return torch.where(self.v >= 0, self.upper, self.lower)
+
+    def undecided(self) -> int:
+        gate = self.gate()
+        return int(((gate > 0) & (gate < 1)).sum())
+
+
+start = LoRARounding
+"""Soft weights equal to the float weights (clipped to the grid), or to what a solution wanted, to float32 precision."""
