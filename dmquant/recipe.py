@@ -40,7 +40,8 @@ class Learning(BaseModel, extra="forbid", frozen=True):
 
     objective: Objective = Objective()
 
-    unit: Literal["layer", "block", "window"] = "block"
+    unit: Literal["layer", "block", "window", "model"] = "block"
+    """`model`: blocks are solved, or rounded to nearest, and then all layers are learned together."""
     window: int = Field(default=2, ge=1, le=MOST)
     """Blocks a window. Only for unit: window."""
     overlap: int | None = Field(default=None, ge=0, lt=MOST)
@@ -61,6 +62,8 @@ class Learning(BaseModel, extra="forbid", frozen=True):
     compile: bool = False
     checks: int = Field(default=5, ge=1, le=MOST)
     """The number of times the hard-rounded unit is tried on held-out data; the best of these is kept."""
+    checkpoint_every: int = Field(default=100, ge=1, le=MOST)
+    """Steps after which the state is kept on disk. Only for unit: model."""
     seed: int = Field(default=0, ge=0, lt=2**63)
 
     @property

@@ -31,6 +31,7 @@ ROOMS = {
     "calib/objectives": ("what roundings are learned by", 1),
     "calib/blocks": ("the march from block to block", 0),
     "calib/whole": ("all layers at once, end to end", 0),
+    "calib/tuning": ("a quantized backbone that learns from full precision", 1),
     "evaluation": ("images, metrics, reports", 1),
     "pipelines/models": ("which models there are, and where", 2),
     "pipelines/prompts": ("lists of prompts", 3),

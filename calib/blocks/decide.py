@@ -1,7 +1,7 @@
 """Decide the codes of the layers of one task: fit, learn or solve, correct."""
 
 import contextlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -62,6 +62,8 @@ class Decider:
     carried: Carried
     importance: Sequence[float] = ()
     """Of each sample, 1 on average over those to learn from, where the objective needs it."""
+    on_decided: Callable[[int, Sequence[Learner]], None] = lambda number, learners: None
+    """Told the number of a block and its learners, once their codes are decided."""
 
     def decide(
         self, task: Task, finished: Mapping[str, QuantizedTensor], inputs: BlockInputs
@@ -92,7 +94,7 @@ class Decider:
             stack.enter_context(learning_layers(learners))
             if not options.compile:
                 stack.enter_context(sharing_inputs(learners))
-            self._enter_dtype(there.values(), task, stack)
+            enter_dtype(self.backbone, task.blocks, there.values(), options, stack)
             objective = options.objective.definition.start(
                 self._data(task, learners, targets, same_inputs, number), options.objective.checked
             )
@@ -119,25 +121,13 @@ class Decider:
             state, quantized = self.states[learner.name], learner.quantized
             state.parts = {one.name: quantized.parts(one) for one in quantized.transforms}
             state.keep_transforms(state.parts)
+        self.on_decided(number, [learner for learner in learners if not learner.held])
         codes = {name: rounded.quantized() for name, rounded in kept.items()}
         return replace(learned, error=error), codes
 
     def layer_to_be(self, name: str) -> QuantLinear | QuantConv2d:
         """A quantized layer without weight, which quantizes its input if learning is to."""
         return self.states[name].without_weight(self.options.quantize_activations)
-
-    def _enter_dtype(self, decided: Iterable[nn.Module], task: Task, stack: contextlib.ExitStack) -> None:
-        """Let decided layers and the blocks of a task compute as the recipe's learning says, until `stack` ends."""
-        dtype, compiled = DTYPES[self.options.dtype], self.options.compile
-        for layer in decided:
-            stack.enter_context(computing_in(layer, dtype))
-        if compiled:
-            torch._dynamo.reset()  # every unit is a function of its own: together they pass its limit of variants
-        for name in task.blocks:
-            module = self.backbone.get_submodule(name)
-            stack.enter_context(computing_in(module, dtype))
-            if compiled:
-                stack.enter_context(replaced_forward(module, torch.compile(module.forward)))
 
     def _data(
         self, task: Task, learners: Sequence[Learner], targets: Outputs, same_inputs: Outputs | None, number: int
@@ -187,7 +177,7 @@ class Decider:
         }
         sizes = {name: self.moments.get(name, Held(0, 0)) for name in layers}
         count = sum(self.states[name].layer.weight.numel() for name in task.layers)
-        held = bytes_a_weight(self.rounder.method.LEARNS) * count
+        held = bytes_a_weight(self.rounder.learns) * count
         for names in passes(sizes, self.needed - held):
             device = self.streams.device
             collected = {
@@ -199,3 +189,23 @@ class Decider:
                 learners[name] = self.rounder.start(state.layer, state.plan, layers[name], weights[name], moments)
         dropped, held = self.options.activation_drop, set(task.held)
         return [replace(learners[name], held=name in held, dropped=dropped) for name in task.layers]
+
+
+def enter_dtype(
+    backbone: nn.Module,
+    blocks: Iterable[str],
+    decided: Iterable[nn.Module],
+    options: Learning,
+    stack: contextlib.ExitStack,
+) -> None:
+    """Let blocks, and decided layers in them, compute as the recipe's learning says, until `stack` ends."""
+    dtype, compiled = DTYPES[options.dtype], options.compile
+    for layer in decided:
+        stack.enter_context(computing_in(layer, dtype))
+    if compiled:
+        torch._dynamo.reset()  # every unit is a function of its own: together they pass its limit of variants
+    for name in blocks:
+        module = backbone.get_submodule(name)
+        stack.enter_context(computing_in(module, dtype))
+        if compiled:
+            stack.enter_context(replaced_forward(module, torch.compile(module.forward)))

@@ -6,6 +6,7 @@ grows with the number of blocks. After a block its codes are on disk; a killed c
 the same streams again.
 """
 
+import importlib
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -43,7 +44,10 @@ from dmquant.host.files import json_sha256
 from dmquant.host.memory import default_budget, new_garbage_only, return_freed_memory
 from dmquant.qtensor import QuantizedTensor
 from dmquant.recipe import Recipe
+from dmquant.settings import Objective
 from dmquant.transforms import fold_first_
+
+WHOLE = "dmquant.calib.whole.learning"  # where all layers are learned at once; by name alone, since it stands above
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,8 @@ def calibrate_(
     rounder, options = Rounder.of(recipe), recipe.learning
     if options.unit == "window" and not rounder.method.LEARNS:
         options = options.model_copy(update={"unit": "block"})  # nothing would go on from one window to the next
+    if options.unit == "model":  # in the march nothing is learned
+        options = options.model_copy(update={"unit": "block", "objective": Objective()})
     device = next(backbone.parameters()).device
     samples, needs = _samples(store, options.batch_size), needs_of(options.objective)
     states = plan_layers(backbone, recipe, store)
@@ -98,9 +104,17 @@ def calibrate_(
     moments = _bytes_of_moments(rounder, states)
     total = default_budget(device) if memory_budget is None else memory_budget
     where = "GPU " if device.type == "cuda" else ""
-    needed = check_budget(total, backbone, in_order, options, rounder.method.LEARNS, moments, where, TAIL in needs)
+    needed = check_budget(total, backbone, in_order, options, rounder.learns, moments, where, TAIL in needs)
+    whole = None
     counted = {name: channels for name, channels in counted.items() if name in states}
-    codes = CodesFolder(folder / "blocks", _key(recipe, store, made_for, counted))
+    key = _key(recipe, store, made_for, counted)
+    codes = CodesFolder(folder / "blocks", key)
+    if rounder.later:
+        begin = importlib.import_module(WHOLE).Whole.begin
+        of_whole = CodesFolder(folder / "whole", key)
+        whole = begin(backbone, in_order, samples, rounder, recipe.learning, of_whole, total, where)
+        needed = max(needed, whole.taken)
+        say(whole.in_words())
 
     fold_first_(backbone, {name: state.plan.transforms for name, state in states.items()})
     choose_formats_(backbone, states, store, options.batch_size, codes, len(in_order), bar)
@@ -109,7 +123,8 @@ def calibrate_(
     held = (memory_budget or default_budget()) if device.type == "cuda" else total - needed  # outputs are on the CPU
     ranges = next(iter(states.values())).ranges
     full_of = _full_precision_of(samples, rounder, states)
-    streams = Streams(backbone, in_order, store, ranges, Budget(held, folder / "spill"), options, full_of)
+    budget = Budget(held, folder / "spill")
+    streams = Streams(backbone, in_order, store, ranges, budget, options, full_of)
     if TAIL in needs:
         with bar("predictions") as shown:
             streams.predictions = streams.predict_in_full("predictions: full precision", shown)
@@ -128,6 +143,13 @@ def calibrate_(
         carried,
         _importance(samples, needs, store),
     )
+    if whole:
+        decider.on_decided = whole.keep
+        with bar("predictions") as shown:
+            whole.predict(store, ranges, budget, shown)
+        for number in range(len(in_order)):
+            if not whole.is_kept(number):
+                codes.drop(number)
     facts, learned_seconds = [], []
     with new_garbage_only():
         for number, block in enumerate(in_order):
@@ -143,6 +165,8 @@ def calibrate_(
                 continue
             learned_seconds.append(time.perf_counter() - began)
             say(f"{title}: {_in_words(facts[-1]['tasks'], learned_seconds, len(in_order) - number - 1)}")
+    if whole:
+        facts.append(whole.learn_(states, say, bar))
     called = [name for block in in_order for name in block.layers]
     never_called = [name for name in states if name not in called]
     for name in never_called:
@@ -184,7 +208,7 @@ def _importance(samples: Samples, needs: Collection[str], store: CalibrationStor
 
 def _full_precision_of(samples: Samples, rounder: Rounder, states: dict[str, LayerState]) -> Sequence[int]:
     """The samples whose block outputs are needed in full precision: to judge by, to learn from, or to fold by."""
-    if rounder.method.LEARNS or folded_methods(plans_of(states)):
+    if rounder.learns or folded_methods(plans_of(states)):
         return range(len(samples.learning) + len(samples.held_out))
     return samples.held_out
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dmquant.calib.blocks.midway import Midway, Reached
 from dmquant.calib.blocks.replay import replaced_forward
 from dmquant.calib.data.tree import map_floats
 from dmquant.calib.layers.learner import Learner
@@ -42,6 +43,7 @@ def learn(
     objective: Objective,
     options: Learning,
     report: Callable[[int, float], None],
+    midway: Midway | None = None,
 ) -> tuple[Learned, dict[str, Rounded]]:
     """Learn the roundings of a unit's layers against full precision; returns how it ended and the roundings by layer.
 
@@ -52,7 +54,7 @@ def learn(
     the course of its rate are the method's. Mini-batches hold samples from all over the schedule. At `options.checks`
     points the hard roundings are tried on held-out samples; the best of these, of nearest rounding and of what learning
     began with is returned. Roundings without parameters are tried once, as they are. `report(step, loss)` is called now
-    and then.
+    and then. Where `midway` has kept the state of this loop, it goes on from there, to the same bits.
 
     Held learners learn too, without penalty, and are soft in all tries; they end where they were at the best one. The
     roundings returned, and the weights counted, are those of the others.
@@ -84,11 +86,13 @@ def learn(
         solved = solved and better
     if not options.iterations:
         return Learned(nearest_error, least, 0, 0.0, solved), kept
-    weights, best_step = sum(learner.grid.weight.numel() for learner in learners), 0
+    weights = sum(learner.grid.weight.numel() for learner in learners)
     method = learners[0].rounding
     optimizer = method.optimizer(parameters, options.learning_rate)
-    rates = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: method.rate(done / options.iterations))
-    for step in range(1, options.iterations + 1):
+    there = midway and midway.load_(learners, optimizer, generator)
+    done, kept, least, best_step, solved = there or (0, kept, least, 0, solved)
+    rates = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda more: method.rate((done + more) / options.iterations))
+    for step in range(done + 1, options.iterations + 1):
         batch = spread_batch(data.learning, options.batch_size, generator)
         optimizer.zero_grad()
         with data.graph():
@@ -102,12 +106,16 @@ def learn(
             report(step, loss.item())
         optimizer.step()
         rates.step()
+        for learner in learners:
+            learner.rounding.project_()
         if step * options.checks // options.iterations > (step - 1) * options.checks // options.iterations:
             hard = {learner.name: learner.rounding.rounded() for learner in learners}
             error = held_out_error(learners, objective, hard, options)
             if error < least:
                 kept, least, best_step, solved = hard, error, step, False
                 kept_soft = _copies(held)
+        if midway and step % midway.every == 0:
+            midway.save(Reached(step, kept, least, best_step, solved), learners, optimizer, generator)
     undecided = sum(learner.rounding.undecided() for learner in learners) / weights
     with torch.no_grad():
         for parameter, value in zip(held, kept_soft, strict=True):

@@ -8,13 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from dmquant.kernels import reference
-from dmquant.layers import QuantConv2d, QuantLinear
+from dmquant.layers import QUANTIZED, QuantConv2d, QuantLinear
 from dmquant.rounding import Grid, Rounding
 
 PRODUCTS: dict[type, Callable[[Tensor, Any], Tensor]] = {
     nn.Linear: reference.KERNEL.linear,
     nn.Conv2d: reference.KERNEL.conv2d,
 }
+PRODUCTS |= {QUANTIZED[kind]: product for kind, product in PRODUCTS.items()}
 """The reference kernel's products: the one kernel that needs no codes, which a layer that learns does not have yet."""
 
 
@@ -36,6 +37,7 @@ class Learner:
 
     name: str
     layer: nn.Linear | nn.Conv2d
+    """In full precision, or already quantized where what was decided is learned on."""
     grid: Grid
     rounding: Rounding
     quantized: QuantLinear | QuantConv2d

@@ -25,11 +25,19 @@ class Rounder:
     solver: Any
     """The method that scales are fitted to: what a method that learns begins with, by default the method itself."""
     solver_options: BaseModel
+    later: bool = False
+    """Whether the method learns after the march, from the codes that the march leaves: nearest or solved ones."""
 
     @classmethod
     def of(cls, recipe: Recipe) -> "Rounder":
         own, solver = recipe.rounding, recipe.rounding.solver
-        return cls(own.definition, own.checked, solver.definition, solver.checked)
+        later = own.definition.LEARNS and recipe.learning.unit == "model"
+        return cls(own.definition, own.checked, solver.definition, solver.checked, later)
+
+    @property
+    def learns(self) -> bool:
+        """Whether the units of the march are learned."""
+        return self.method.LEARNS and not self.later
 
     @property
     def solving(self) -> BaseModel:
@@ -67,7 +75,10 @@ class Rounder:
             if solved is not None and moments is not None and moments.in_full:
                 wanted = gptq.wanted(grid, moments.blocks(), self.solving, solved.values)
                 grid = replace(grid, solution=solved.values, wanted=wanted)
-            rounding = self.method.start(grid, self.options)
+            if not self.later:
+                rounding = self.method.start(grid, self.options)
+            else:
+                rounding = solved or nearest.start(grid, nearest.Options())
         else:
             rounding = solved
         return Learner(plan.name, layer, grid, rounding, quantized)

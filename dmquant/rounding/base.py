@@ -74,6 +74,9 @@ class Rounding(nn.Module):
         if penalty is not None:
             (share * penalty).backward()
 
+    def project_(self) -> None:
+        """Bring the parameters back to where they may be, after every step."""
+
     def hard(self) -> Tensor:
         """The decision as it stands: values of `decided_grid()`, (rows, columns) float32."""
         raise NotImplementedError

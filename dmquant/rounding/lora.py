@@ -23,8 +23,9 @@ class Options(BaseModel, extra="forbid"):
 
     rank: int = Field(default=5, ge=1)
     """Columns of A1 and rows of A2, at most as many as the weight's shorter side."""
-    regularizer: float = Field(default=0.0, ge=0)
-    """Weight of AdaRound's penalty. A matrix of low rank cannot decide every weight: they go to the nearer side."""
+    regularizer: float = Field(default=1.0, ge=0)
+    """Weight of AdaRound's penalty. A matrix of low rank cannot decide every weight: from 100 on it takes their sides
+    away from them, all together, and with none there is nothing to learn, since it starts at the float weights."""
     warmup: float = Field(default=0.2, ge=0, lt=1)
     """Share of the steps without penalty."""
     beta: tuple[float, float] = (20.0, 2.0)
@@ -59,9 +60,9 @@ class LoRARounding(Rounding):
         return torch.lerp(self.lower, self.upper, self.gate())
 
     def penalty(self, progress: float) -> Tensor | None:
-        """regularizer * sum(1 - |2 h - 1|^beta), a scalar: CBQ's L_com; None where it is 0 and during the warm-up."""
+        """regularizer * sum(1 - |2 h - 1|^beta), a scalar: CBQ's L_com; None during the warm-up."""
         options = self.options
-        if not options.regularizer or progress < options.warmup:
+        if progress < options.warmup:
             return None
         first, last = options.beta
         beta = first + (last - first) * (progress - options.warmup) / (1 - options.warmup)

@@ -43,6 +43,7 @@ class CoarseToFine(Smooth):
     """`smooth` by factors that are 1 but for outliers, of weights without any."""
 
     name = "cfp"
+    STAGE = 8
 
     def to_quantize(self, weight: Tensor, parts: Parts) -> Tensor:
         if self.options.weights:

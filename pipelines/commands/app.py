@@ -9,7 +9,7 @@ import signal
 import sys
 
 from dmquant.host import streams
-from dmquant.pipelines.commands import on_models, on_results  # noqa: F401  (which register their commands)
+from dmquant.pipelines.commands import on_models, on_results, on_tuning  # noqa: F401  (which register their commands)
 from dmquant.pipelines.commands.command import DEBUG, app
 
 PIPE_CLOSED = 141  # what a shell expects of a program whose reader has gone

@@ -38,6 +38,7 @@ from dmquant.pipelines.runs.source import source_of
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
+    from dmquant.pipelines.runs.tuning import Recovery
     from dmquant.pipelines.sweep.space import Space
 
 
@@ -124,6 +125,26 @@ def quantize(settings: Settings, out: Path, overwrite: bool) -> None:
         room = everyone.on_main(lambda: held.enter_context(_place_of_model(out, overwrite)))
         weights = source_of(settings, path, console).key if settings.recipe.calibrated else ""
         make_model_together(load, settings, out, console, room / runfolder.CALIBRATION, weights)
+    console.say(f"model: {out}")
+
+
+def tune(settings: Settings, recovery: "Recovery", out: Path, overwrite: bool) -> None:
+    """Let a quantized model learn from full precision, and write its pipeline to the folder `out`.
+
+    What is finished is kept beside it, as `quantize` does.
+    """
+    from dmquant.pipelines.runs import tuning
+
+    if isinstance(settings.recipe, FileRecipe):
+        raise UsageError("a file that is quantized already is no recipe to quantize with: give --recipe a name or YAML")
+    quiet_libraries()
+    console = Console()
+    _refuse_own_place(out)
+    path = checked_folder(settings.model, console.say)
+    for source in filter(None, (path, recovery.begin)):
+        _keep_apart(source, out)
+    with _explaining_a_full_disk(out), _place_of_model(out, overwrite) as room:
+        tuning.tune(settings, recovery, out, console, room, source_of(settings, path, console).key)
     console.say(f"model: {out}")
 
 

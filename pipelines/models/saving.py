@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import torch
@@ -29,11 +30,13 @@ def save_whole(
     card: str,
     backbone: str,
     shared: SharedParts | None = None,
+    records: Mapping[str, str] = MappingProxyType({}),
 ) -> Path | None:
     """Save `pipeline` with its model card to `folder`; a model that is there is replaced at the end.
 
-    Parts other than the `backbone` are taken from `shared`, or put there, where it is given. Files of the user's in a
-    folder that was replaced stay in it. Returns where a model without checksums, of versions up to 0.2, went, or None.
+    `records` are texts to save beside the card, by name. Parts other than the `backbone` are taken from `shared`, or
+    put there, where it is given. Files of the user's in a folder that was replaced stay in it. Returns where a model
+    without checksums, of versions up to 0.2, went, or None.
     """
     place, folder = folder, folder.resolve()
     with owned.workspace(folder) as room:
@@ -42,7 +45,8 @@ def save_whole(
         new.mkdir(parents=True)
         try:
             _save(pipeline, new, backbone, shared)
-            (new / CARD).write_text(card, encoding="utf-8")
+            for name, text in {CARD: card, **records}.items():
+                (new / name).write_text(text, encoding="utf-8")
             checksums.write(new)
             replaced = take_place(new, folder, room, listed)
         except BaseException:

@@ -79,23 +79,9 @@ def make_model(
     parameters = sum(parameter.numel() for parameter in backbone.parameters())
     elements = sum(tensor.numel() for tensor in backbone.state_dict().values())
     began = time.perf_counter()
-    if warning := unmatched(backbone, settings.recipe):
-        console.say(f"warning: {warning}")
-    recipe = settings.recipe_for(backbone)
-    for rule in recipe.rules:
-        if rule.keep and rule.reason:
-            _say_of(console, as_list(rule.match), f"in high precision, since it {rule.reason}")
-    if recipe.calibrated:
-        calibrated = calibrate(pipeline, replace(settings, recipe=recipe), workspace, console, weights)
-        layers, recipe = calibrated.layers, calibrated.recipe
-    else:
-        if settings.offload:
-            place_backbone_alone(pipeline, settings.family.component, settings.device)
-        with console.bar("quantizing") as bar:
-            layers = quantize_layers_(backbone, recipe, lambda done, total, name: bar(done, total))
+    layers = quantize_in_place(pipeline, settings, workspace, console, weights)
     for note, names in _notes(backbone, layers).items():
         _say_of(console, names, note)
-    mark_quantized(backbone, recipe)
     narrow_exactly(backbone)
     size, stored = footprint(backbone), sum(tensor.nbytes for tensor in backbone.state_dict().values())
     kind = type(pipeline).__name__
@@ -125,6 +111,29 @@ def make_model(
         f"({size_text(facts['full_precision_bytes'])} in 16 bit), in {seconds:.1f} s"
     )
     return facts
+
+
+def quantize_in_place(
+    pipeline: "DiffusionPipeline", settings: Settings, workspace: Path, console: Console, weights: str
+) -> list[LayerReport]:
+    """Quantize the backbone of a full-precision pipeline, whose key is `weights`, in place, as `make_model` says."""
+    backbone = getattr(pipeline, settings.family.component)
+    if warning := unmatched(backbone, settings.recipe):
+        console.say(f"warning: {warning}")
+    recipe = settings.recipe_for(backbone)
+    for rule in recipe.rules:
+        if rule.keep and rule.reason:
+            _say_of(console, as_list(rule.match), f"in high precision, since it {rule.reason}")
+    if recipe.calibrated:
+        calibrated = calibrate(pipeline, replace(settings, recipe=recipe), workspace, console, weights)
+        layers, recipe = calibrated.layers, calibrated.recipe
+    else:
+        if settings.offload:
+            place_backbone_alone(pipeline, settings.family.component, settings.device)
+        with console.bar("quantizing") as bar:
+            layers = quantize_layers_(backbone, recipe, lambda done, total, name: bar(done, total))
+    mark_quantized(backbone, recipe)
+    return layers
 
 
 def _say_of(console: Console, names: Sequence[str], note: str) -> None:

@@ -172,7 +172,7 @@ def test_what_they_store_counts_in_the_bits_per_weight():
 def test_transforms_apply_in_their_own_order_whatever_the_recipe_says():
     layer = made("linear")
     names = [one.name for one in create([(name, {}) for name in reversed(method_names())], layer, None)]
-    assert names == ["equalize", "subspace", "smooth", "rotate", "outliers", "lowrank", "bias"]
+    assert names == ["equalize", "subspace", "cfp", "smooth", "rotate", "outliers", "lowrank", "bias"]
 
 
 class TestRecipe:
