@@ -195,19 +195,18 @@ class _Progress:
 
     def __init__(self, steps: int, say: Callable[[str], None], bar: Bar):
         self.steps, self.say, self.bar = steps, say, bar
-        self.first, self.loss = (0, time.perf_counter()), 0.0
+        self.first: tuple[int, float] | None = None
+        """The step first kept in this process, and when: resuming does not begin with the first step."""
 
     def __call__(self, step: int, loss: float) -> None:
-        if self.loss == 0.0:
-            self.first = step, time.perf_counter()  # the first report: what came before is the beginning's
-        self.loss = loss
         self.bar(step, self.steps, TITLE, f"loss {loss:.3f}")
 
     def kept(self, step: int) -> None:
-        began, seconds = self.first[0], time.perf_counter() - self.first[1]
-        to_go = (self.steps - step) * seconds / (step - began) if step > began else 0
-        more = f"; about {to_go:.0f} s to go" if to_go else ""
-        self.say(f"{TITLE}: step {step} of {self.steps}, loss {self.loss:.3f}{more}")
+        now = time.perf_counter()
+        self.first = self.first or (step, now)
+        done, to_go = step - self.first[0], self.steps - step
+        left = f"; about {to_go * (now - self.first[1]) / done:.0f} s to go" if done and to_go else ""
+        self.say(f"{TITLE}: step {step} of {self.steps} done and kept{left}")
 
 
 def _change(learner: Learner, rounded: Rounded) -> float:
