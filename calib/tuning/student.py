@@ -35,8 +35,8 @@ RATES = {
     "lora": 4e-3,
     "branch": 1e-3,
 }
-"""Rates of Adam's steps: of `weights` in units of their scale, of `biases`, `norms`, `kept` and `branch` in units of their own
-root mean square, others as they are."""
+"""Rates of Adam's steps: of `weights` in units of their scale, of `biases`, `norms`, `kept` and `branch` in units of
+their own root mean square, others as they are."""
 _LEAST = 1e-3
 _MODULATION = "scale_shift_table"
 
@@ -74,7 +74,9 @@ class Student:
             self.rates[name] = RATES[kind] * _unit_of(kind, parameter)
             found.add(kind)
         if missing := sorted(self.train - found):
-            raise UsageError(f"--train {missing[0]}: the model has no {KINDS[missing[0]]}: leave it out")
+            raise UsageError(
+                f"--train {missing[0]}: this model has nothing of that ({KINDS[missing[0]]}): leave it out"
+            )
 
     def _next_seed(self) -> int:
         self._seed += 1

@@ -38,8 +38,8 @@ def tune(
     iterations: Iterations = 1000,
     minibatch: Minibatch = 16,
     rate: Rate = 1.0,
-    weighting: Weighting = "none",
-    tuning_prompts: TuningPrompts = 128,
+    weighting: Weighting = "sampler",
+    tuning_prompts: TuningPrompts = 256,
     overwrite: Overwrite = False,
     **given: Any,
 ) -> None:

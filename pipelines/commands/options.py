@@ -325,7 +325,8 @@ TuningPrompts = Annotated[
     int,
     typer.Option(
         min=2,
-        help="Prompts of --calibration-prompts to learn from; an eighth of them only judge what is kept.",
+        help="Prompts of --calibration-prompts to run for states to learn from, over again where there are fewer; a "
+        "sixteenth of them only judge what is kept.",
         rich_help_panel="Tuning",
     ),
 ]

@@ -75,10 +75,18 @@ def calibrate(
 
 
 def calibration_data(
-    pipeline: "DiffusionPipeline", settings: CalibrationSettings, workspace: Path, console: Console, weights: str
+    pipeline: "DiffusionPipeline",
+    settings: CalibrationSettings,
+    workspace: Path,
+    console: Console,
+    weights: str,
+    apart: bool = True,
 ) -> "CalibrationStore":
-    """The recipe's calibration data; what is missing of it is captured now, by all processes of a command together."""
-    wanted, calls, key = settings.recipe.calibration, calls_of(settings), data_key(settings, weights)[:8]
+    """The recipe's calibration data; what is missing of it is captured now, by all processes of a command together.
+
+    Where held-out calls are not `apart` they share steps with the others (`Sampling.apart`).
+    """
+    wanted, calls, key = settings.recipe.calibration, calls_of(settings), data_key(settings, weights, apart)[:8]
     if len(calls) < wanted.prompts:
         console.say(f"note: the recipe asks for {wanted.prompts} calibration prompts, the list has {len(calls)}")
     folder = settings.calibration_data or workspace / DATA / key
@@ -87,7 +95,7 @@ def calibration_data(
             settings.family.prompted(pipeline),
             settings.family.component,
             calls,
-            sampling=_sampling(settings),
+            sampling=_sampling(settings, apart),
             batch_size=settings.batch_size,
             folder=folder,
             made_for=_made_for(settings, weights),
@@ -110,12 +118,12 @@ def calls_of(settings: CalibrationSettings) -> Calls:
     return listed.only(range(min(settings.recipe.calibration.prompts, len(listed))))
 
 
-def data_key(settings: CalibrationSettings, weights: str) -> str:
+def data_key(settings: CalibrationSettings, weights: str, apart: bool = True) -> str:
     """Fingerprint of all that calibration data depends on, `weights` being the key of the full-precision pipeline."""
     calls = calls_of(settings)
     return fingerprint(
         made_for=_made_for(settings, weights),
-        sampling=vars(_sampling(settings)),
+        sampling=vars(_sampling(settings, apart)),
         prompts=calls.prompts,
         call=calls.described(),
     )
@@ -126,9 +134,9 @@ def _made_for(settings: CalibrationSettings, weights: str) -> dict[str, str]:
     return {"weights": weights, "dtype": settings.dtype_name}
 
 
-def _sampling(settings: CalibrationSettings) -> Sampling:
+def _sampling(settings: CalibrationSettings, apart: bool) -> Sampling:
     wanted = settings.recipe.calibration
-    return Sampling(wanted.sampler, wanted.steps_per_prompt, wanted.held_out, wanted.seed)
+    return Sampling(wanted.sampler, wanted.steps_per_prompt, wanted.held_out, wanted.seed, apart)
 
 
 def weights_key(pipeline: "DiffusionPipeline") -> str:

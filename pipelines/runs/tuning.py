@@ -4,6 +4,7 @@ import contextlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import cycle, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,7 @@ from dmquant.pipelines.runs.calibration import calibration_data
 from dmquant.pipelines.runs.footprint import footprint
 from dmquant.pipelines.runs.model_stage import load_quantized, load_source, quantize_in_place
 from dmquant.pipelines.runs.settings import Settings
+from dmquant.recipe import Calibration
 from dmquant.settings import format_name
 
 if TYPE_CHECKING:
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
 
 OPTIMIZERS = {"adamw": None, "qgalore": Lean()}
 MOST = {"steps": 10_000_000, "batch_size": 10_000, "prompts": 1_000_000, "rate": 1_000}
+HELD_OUT = 1 / 16  # of the prompts
 PREDICTIONS = 4  # one part in so many of the memory is for the teacher's predictions; more go to disk
 
 
@@ -143,10 +146,18 @@ def _data(
     console: Console,
     weights: str,
 ) -> "CalibrationStore":
-    sampler = {"sampler": "importance"} if recovery.weighting == "sampler" else {}
-    wanted = settings.recipe.calibration.model_copy(update={"prompts": recovery.prompts, **sampler})
+    """Calls at every step of runs with the calibration prompts, taken from the beginning again where they do not reach:
+    with other noise they are other runs."""
+    wanted = Calibration(
+        prompts=recovery.prompts,
+        steps_per_prompt=settings.steps,
+        sampler="importance" if recovery.weighting == "sampler" else "uniform",
+        held_out=HELD_OUT,
+    )
+    prompts = tuple(islice(cycle(settings.calibration_prompts), recovery.prompts))
     recipe = settings.recipe.model_copy(update={"calibration": wanted})
-    return calibration_data(pipeline, replace(settings, recipe=recipe), workspace, console, weights)
+    asked = replace(settings, recipe=recipe, calibration_prompts=prompts)
+    return calibration_data(pipeline, asked, workspace, console, weights, apart=False)
 
 
 def _begun(folder: Path, settings: Settings, full: nn.Module) -> tuple[nn.Module, str]:

@@ -99,3 +99,25 @@ def test_the_engine_saves_scales_that_moved(registered, tmp_path):
     assert any(task["best_step"] > 0 for block in done.blocks for task in block["tasks"])
     assert is_same(calibrated(case, recipe, tmp_path / "out")[0], backbone)  # from the blocks on disk
     assert is_same(saved_and_loaded("pixart-sigma", backbone, done.recipe, tmp_path / "saved"), backbone)
+
+
+def test_convolutions_learn_with_scales_of_either_sign_from_a_solution(tmp_path):
+    case = captured("sd15", tmp_path / "data")
+    recipe = recipe_of(
+        [
+            {"match": "*", "keep": True},
+            {"match": ["down_blocks.0.resnets.0.*", "up_blocks.1.resnets.0.*"], "keep": False},
+        ],
+        keep=False,
+        weights="int3",
+        store="e3m4",
+        scale="lean",
+        rounding={"method": "flexround", "begin": {"method": "gptq", "damping": 0.1}},
+        learning={"learning_rate": 0.003, "iterations": 6},
+    )
+    backbone, done = calibrated(case, recipe, tmp_path / "out")
+    tasks = [task for block in done.blocks for task in block["tasks"]]
+    assert all(task["error"] < task["nearest_error"] for task in tasks)
+    assert any(task["best_step"] > 0 for task in tasks)
+    assert any((layer.scale.view(torch.uint8) >= 128).any() for layer in quantized_layers(backbone).values())
+    assert is_same(saved_and_loaded("sd15", backbone, done.recipe, tmp_path / "saved"), backbone)

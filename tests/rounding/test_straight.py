@@ -177,8 +177,8 @@ def test_signs_of_gradients_move_offsets_to_half_a_step_and_no_further():
     assert [rounding.rate(done) for done in (0, 0.5, 1)] == [1, 0.5, 0]
 
 
-RATES = {"flexround": 3e-3, "lrq": 1e-2, "autoround": 1 / 200}
-LEARNING = {"iterations": 200, "batch_size": 16, "checks": 10}
+RATES = {"flexround": 5e-3, "lrq": 1e-2, "autoround": 1 / 120}
+LEARNING = {"iterations": 120, "batch_size": 16, "checks": 5}
 
 
 @EVERY

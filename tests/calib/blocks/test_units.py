@@ -25,9 +25,9 @@ B0, B1, B2 = (one.layers for one in BLOCKS[1:4])
     [
         ("layer", 1, [Task("b.0.q", ("b.0.q",), ("b.0",)), Task("b.0.ff", ("b.0.ff",), ("b.0",))]),
         ("block", 1, [Task("b.0", B0, ("b.0",))]),
-        ("window", 1, [Task("b.1", (*B0, *B1), ("b.0", "b.1"))]),
-        ("window", 2, [Task("b.2", (*B1, *B2), ("b.1", "b.2"))]),
-        ("window", 3, [Task("b.2", B2, ("b.2",))]),  # nothing but a layer follows
+        ("window", 1, [Task("b.1", (*B0, *B1), ("b.0", "b.1"), held=B1)]),
+        ("window", 2, [Task("b.2", (*B1, *B2), ("b.1", "b.2"))]),  # the last: it decides all of its blocks
+        ("window", 3, [Task("b.2", B2, ("b.2",))]),  # when codes of its window are lost
         ("window", 0, [Task("embed", ("embed",), ("embed",))]),
         ("layer", 4, [Task("out", ("out",), ("out",))]),
         ("window", 4, [Task("out", ("out",), ("out",))]),
