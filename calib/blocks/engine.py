@@ -112,7 +112,8 @@ def calibrate_(
     if rounder.later:
         begin = importlib.import_module(WHOLE).Whole.begin
         of_whole = CodesFolder(folder / "whole", key)
-        whole = begin(backbone, in_order, samples, rounder, recipe.learning, of_whole, total, where)
+        importance = _importance(samples, needs_of(recipe.learning.objective), store)
+        whole = begin(backbone, in_order, samples, rounder, recipe.learning, of_whole, total, where, importance)
         needed = max(needed, whole.taken)
         say(whole.in_words())
 
