@@ -95,7 +95,7 @@ def test_a_recipe_is_quantized_first_and_a_model_for_q_galore_takes_less(origina
 
 
 def test_bad_input(tuned, original, tmp_path):
-    out, settings = tuned
+    _, settings = tuned
     for wrong, said in (
         ({"train": "wieghts"}, "did you mean"),
         ({"train": ","}, "--train is empty"),
