@@ -24,7 +24,7 @@ class Options(mse.Options):
     weight: float = Field(default=1.0, ge=0)
     """Of the prediction's relative error against the output's."""
     every: int = Field(default=8, ge=1)
-    """Steps from one that looks at the prediction to the next; its gradient there counts for all of them."""
+    """Steps from one that looks at the prediction to the next."""
     guidance: float = Field(default=1.0, ge=1)
     """Scale by which the sampler puts both rows of a sample together, the unconditional one first; at 1 the error is
     that of each row, which is also that of models without guidance."""
@@ -55,8 +55,7 @@ class Prediction(mse.SquaredError):
         return self._error(batch, generator, self.options.weight)
 
     def loss(self, batch: Sequence[int], generator: torch.Generator, step: int) -> Tensor:
-        every = self.options.every
-        return self._error(batch, generator, 0 if step % every else every * self.options.weight)
+        return self._error(batch, generator, 0 if step % self.options.every else self.options.weight)
 
     def _error(self, batch: Sequence[int], generator: torch.Generator | None, weight: float) -> Tensor:
         if not weight:

@@ -45,6 +45,12 @@ def test_the_penalty_is_that_of_adaround():
     assert rounding.penalty(0.6).item() == pytest.approx(other.penalty(0.6).item(), rel=1e-5)
 
 
+def test_a_large_penalty_throws_all_weights_to_a_few_patterns_and_nearest_is_kept():
+    done, _ = learned(problem(ar, method="lora", regularizer=100.0), iterations=60)
+    assert done.undecided < 0.1
+    assert done.error == done.nearest_error
+
+
 @pytest.mark.parametrize(("rank", "left"), [(5, 0.75), (16, 0.5)])
 @pytest.mark.parametrize("inputs", [ar, low_rank])
 def test_on_correlated_inputs_it_gains_with_a_fraction_of_the_numbers(inputs, rank, left):

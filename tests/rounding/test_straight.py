@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dmquant.cpu import solving
 from dmquant.grids import grid_type
 from dmquant.qtensor import QuantizedTensor, WeightSpec
 from dmquant.rounding import get_method
@@ -213,3 +214,21 @@ def test_a_division_moves_some_codes_by_two_and_an_offset_none():
         by_two[method] = ((ended - nearest).abs() >= 2).float().mean().item()
     assert by_two["flexround"] > 0.05
     assert by_two["autoround"] == 0
+
+
+@pytest.mark.parametrize(
+    "form", [("fp4", "group:16", "e4m3"), ("int3", "group:16", "e3m4"), ("fp6", "channel", "bf16")]
+)
+def test_compiled_code_gives_the_same_values_and_gradients(form, monkeypatch):
+    grid, results = grid_of(*form, shape=(12, 48)), []
+    upstream = torch.randn(grid.weight.shape, generator=torch.Generator().manual_seed(4))
+    assert solving.round_straight(grid, grid.weight) is not None or solving.library("solve") is None
+    for _ in range(2):
+        rounding = disturbed(start("flexround", grid), by=0.1)
+        values = rounding()
+        (values * upstream).sum().backward()
+        results.append([values.detach(), *(parameter.grad for parameter in rounding.parameters())])
+        monkeypatch.setattr(solving, "_runs", lambda *given: None)
+    compiled, eager = results
+    assert torch.equal(compiled[0], eager[0])
+    torch.testing.assert_close(compiled[1:], eager[1:], rtol=1e-4, atol=1e-5)

@@ -15,7 +15,7 @@ from dmquant.calib.data.sampling import Sample
 from dmquant.calib.layers.learner import PRODUCTS
 from dmquant.errors import UsageError, UserError
 from dmquant.recipe import Learning
-from tests.calib.runs import calibrated, is_same, recipe_of
+from tests.calib.runs import calibrated, captured, is_same, recipe_of
 
 SAMPLES, TOKENS, WIDTH = 64, 8, 32
 BATCH = [0, 9, 33]
@@ -204,3 +204,16 @@ def test_dropped_inputs_are_not_quantized_in_learning_and_always_are_when_judged
     assert len(learning) == 4
     assert all((0.4 < quantized < 0.75) == between for quantized in learning)
     assert all((quantized == 1) == (share == 0) for quantized in learning)
+
+
+@pytest.mark.parametrize("model", ["sd15", "flux"])
+def test_tails_with_skip_connections_and_of_blocks_that_give_several_tensors_are_learned_through(tmp_path, model):
+    case = captured(model, tmp_path / "data")
+    first, *_, last = case[1]
+    rules = [{"match": "*", "keep": True}, {"match": [f"{first}.*", f"{last}.*"], "keep": False}]
+    learning = {"iterations": 6, "full_precision_inputs": 0.5, "activation_drop": 0.5, "distribution_steps": 2}
+    for objective in (PREDICTION, {"method": "fisher", "samples": 2}):
+        recipe = recipe_of(rules, keep=False, activations="fp6", learning=learning | {"objective": objective})
+        _, done = calibrated(case, recipe, tmp_path / objective["method"])
+        assert [block["name"] for block in done.blocks] == [first, last]
+        assert all(0 < task["error"] <= task["nearest_error"] for block in done.blocks for task in block["tasks"])
