@@ -136,7 +136,9 @@ def table(rows: dict[str, dict[str, Any] | str]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
-def tasks_of(options: Options, recipes: Sequence[str], title: str, one_grid: bool, out: Path) -> dict[str, Task]:
+def tasks_of(
+    options: Options, recipes: Sequence[str], title: str, one_grid: bool, iterations: int | None, out: Path
+) -> dict[str, Task]:
     """The rows of the table of this title, such as W4A6, by name, round to nearest first."""
     base, tasks = resolve(options), {}
     weights, activations = WEIGHTS[title[:2]], ACTIVATIONS[title[2:]]
@@ -145,6 +147,8 @@ def tasks_of(options: Options, recipes: Sequence[str], title: str, one_grid: boo
         changed = {"activations": activations} if activations == "none" else {}
         if one_grid:
             changed = {"weights": weights, "activations": activations, **GRID}
+        if iterations:
+            changed["learning"] = settings.recipe.learning.model_copy(update={"iterations": iterations})
         recipe = settings.recipe.with_settings(**changed)
         tasks[recipe.name] = Task(replace(settings, recipe=recipe), options.prompts, out / options.model)
     return tasks
@@ -156,6 +160,7 @@ def main() -> None:
     parser.add_argument("--models", default=MODELS, help="with commas")
     parser.add_argument("--bits", default=BITS, help="of W4A16, W4A6, W3A16 and W3A6, with commas; default %(default)s")
     parser.add_argument("--one-grid", action="store_true", help="all recipes on the grid of the title")
+    parser.add_argument("--iterations", type=int, help="steps of all that learn; default: the recipe's own")
     parser.add_argument("--images", type=int, default=64)
     parser.add_argument("--prompts", default=PROMPTS, help="what images are made of; default %(default)s")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -167,7 +172,7 @@ def main() -> None:
     for model in options.models.split(","):
         measured = Options(model, recipe=NEAREST, prompts=options.prompts, num_prompts=options.images, device="cpu")
         for title in options.bits.split(","):
-            tasks = tasks_of(measured, recipes, title, options.one_grid, options.out.resolve())
+            tasks = tasks_of(measured, recipes, title, options.one_grid, options.iterations, options.out.resolve())
             head = f"{model}, {title}, {options.images} images of {options.prompts}"
             print(f"\n{head}\n\n{table(rows_of(tasks, options.threads))}", flush=True)
 

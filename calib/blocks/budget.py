@@ -1,8 +1,9 @@
 """The memory that learning takes."""
 
-from collections.abc import Mapping, Sequence
+import bisect
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -46,18 +47,35 @@ def check_budget(
     are solved by them, of which one at a time has to fit. `where`: the memory meant, in words, such as "GPU ". `tail`:
     whether gradients come back through the blocks behind the unit.
     """
-    needed = {
-        block.name: _needed(backbone, blocks, number, learning, learns, moments, tail)
-        for number, block in enumerate(blocks)
-    }
-    largest = max(needed, key=needed.get)
-    if needed[largest] > total:
-        least = size_text(needed[largest], round_up=True)
+
+    def needed(learning: Learning) -> tuple[int, str]:
+        """Of the unit that takes most, with its name."""
+        units = range(len(blocks))
+        return max((_needed(backbone, blocks, at, learning, learns, moments, tail), blocks[at].name) for at in units)
+
+    taken, largest = needed(learning)
+    if taken > total:
+        least = size_text(taken, round_up=True)
         raise UsageError(
             f"a budget of {size_text(total)} of {where}memory is too small: {largest} alone takes {least}; "
-            f"use --memory-budget {least.replace(' ', '')} or more, or a smaller learning.batch_size"
+            f"use --memory-budget {least.replace(' ', '')} or more{_what_fits(learning, total, needed)}"
         )
-    return needed[largest]
+    return taken
+
+
+def _what_fits(learning: Learning, total: int, needed: Callable[[Learning], tuple[int, str]]) -> str:
+    """Settings with which `total` bytes are enough, each alone: the end of a line."""
+
+    def taken(**changes: Any) -> int:
+        return needed(learning.model_copy(update=changes))[0]
+
+    sizes = bisect.bisect_right(range(1, learning.batch_size), total, key=lambda size: taken(batch_size=size))
+    fits = [f"learning.batch_size: {sizes}"] if sizes else []
+    smaller = {"window": ("block", "layer"), "block": ("layer",)}.get(learning.unit, ())
+    fits += [f"learning.unit: {unit}" for unit in smaller if taken(unit=unit) <= total][:1]
+    if not fits:
+        return f"; no smaller learning.batch_size{' or learning.unit' if smaller else ''} is enough"
+    return f", or {' or '.join(fits)}"
 
 
 def bytes_a_weight(learns: bool) -> int:

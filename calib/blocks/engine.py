@@ -112,7 +112,8 @@ def calibrate_(
     if rounder.later:
         begin = importlib.import_module(WHOLE).Whole.begin
         of_whole = CodesFolder(folder / "whole", key)
-        whole = begin(backbone, in_order, samples, rounder, recipe.learning, of_whole, total, where)
+        importance = _importance(samples, needs_of(recipe.learning.objective), store)
+        whole = begin(backbone, in_order, samples, rounder, recipe.learning, of_whole, total, where, importance)
         needed = max(needed, whole.taken)
         say(whole.in_words())
 
@@ -250,4 +251,7 @@ def _in_words(tasks: Sequence[dict[str, Any]], seconds: Sequence[float], left: i
     ratio = sum(task["error"] / max(task["nearest_error"], 1e-30) for task in tasks) / len(tasks)
     undecided = max(task["undecided"] for task in tasks)
     to_go = f"; about {left * sum(seconds) / len(seconds):.0f} s to go" if left else ""
-    return f"held-out error {ratio:.2f} of nearest rounding, {undecided:.1%} undecided in {seconds[-1]:.0f} s{to_go}"
+    gave_up = [f"{task['name']} at step {task['diverged']}" for task in tasks if task["diverged"]]
+    said = f"; learning diverged ({', '.join(gave_up)}) and its best was kept: lower learning.learning_rate"
+    line = f"held-out error {ratio:.2f} of nearest rounding, {undecided:.1%} undecided in {seconds[-1]:.0f} s{to_go}"
+    return line + (said if gave_up else "")

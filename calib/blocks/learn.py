@@ -20,6 +20,9 @@ from dmquant.rounding import Rounded
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 REPORT_EVERY = 10  # steps
+DIVERGED = 100.0
+"""Times the loss of nearest rounding that a loss may become and stay for REPORT_EVERY steps. Were every weight at the
+farther of its two values, the error would be 7 times that of nearest rounding, unless inputs make errors add up."""
 _TINY = torch.finfo(torch.float32).tiny
 
 
@@ -35,6 +38,8 @@ class Learned:
     """Share of the weights that were between two values when the last step ended."""
     solved: bool = False
     """Whether the roundings kept were found by a method without steps."""
+    diverged: int | None = None
+    """Step at which learning was given up: its loss was NaN or infinite, or had stayed beyond DIVERGED."""
 
 
 def learn(
@@ -59,7 +64,8 @@ def learn(
     Held learners learn too, without penalty, and are soft in all tries; they end where they were at the best one. The
     roundings returned, and the weights counted, are those of the others.
 
-    Raises UserError for a loss that is not finite.
+    Where the loss diverges learning ends, with the best so far. Raises UserError where that of nearest rounding is not
+    finite.
     """
     generator = torch.Generator().manual_seed(options.seed)
     held = [parameter for learner in learners if learner.held for parameter in learner.rounding.parameters()]
@@ -88,10 +94,12 @@ def learn(
         return Learned(nearest_error, least, 0, 0.0, solved), kept
     weights = sum(learner.grid.weight.numel() for learner in learners)
     method = learners[0].rounding
-    optimizer = method.optimizer(parameters, options.learning_rate)
+    optimizer = method.optimizer(parameters, options.learning_rate or method.learning_rate)
     there = midway and midway.load_(learners, optimizer, generator)
     done, kept, least, best_step, solved = there or (0, kept, least, 0, solved)
     rates = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda more: method.rate((done + more) / options.iterations))
+    losses: list[Tensor] = []
+    diverged = None
     for step in range(done + 1, options.iterations + 1):
         batch = spread_batch(data.learning, options.batch_size, generator)
         optimizer.zero_grad()
@@ -100,10 +108,13 @@ def learn(
             loss.backward()
         for learner in learners:  # one by one: the graph of a penalty is larger than that of the weights
             learner.rounding.add_penalty_gradient_((step - 1) / options.iterations, 1 / weights)
+        losses.append(loss.detach())
         if step % REPORT_EVERY == 0 or step == options.iterations:
-            if not math.isfinite(loss.item()):
-                raise UserError(f"the loss of {unit} became {loss.item()} at step {step}: lower learning.learning_rate")
-            report(step, loss.item())
+            recent, losses = torch.stack(losses).tolist(), []
+            if not all(map(math.isfinite, recent)) or min(recent) > DIVERGED:
+                diverged = step
+                break
+            report(step, recent[-1])
         optimizer.step()
         rates.step()
         for learner in learners:
@@ -120,7 +131,7 @@ def learn(
     with torch.no_grad():
         for parameter, value in zip(held, kept_soft, strict=True):
             parameter.copy_(value)
-    return Learned(nearest_error, least, best_step, undecided, solved), kept
+    return Learned(nearest_error, least, best_step, undecided, solved, diverged), kept
 
 
 def _copies(parameters: Sequence[nn.Parameter]) -> list[Tensor]:

@@ -28,9 +28,10 @@ from dmquant.calib.blocks.units import Block
 from dmquant.calib.data.store import CalibrationStore
 from dmquant.calib.layers.learner import Learner
 from dmquant.calib.layers.rounder import Rounder
-from dmquant.calib.objectives import UnitData
+from dmquant.calib.objectives import SAME_INPUTS, UnitData, needs_of
 from dmquant.calib.whole.budget import Needed, needed
 from dmquant.calib.whole.teacher import Teacher, checkpointing
+from dmquant.errors import UsageError
 from dmquant.host.units import size_text
 from dmquant.qtensor import QuantizedTensor
 from dmquant.recipe import Learning
@@ -55,6 +56,8 @@ class Whole:
     """Whether blocks keep their inputs alone for the backward pass, and compute the rest again."""
     taken: int
     """Bytes of memory that it takes."""
+    importance: Sequence[float]
+    """Of each sample, where the objective needs it."""
     teacher: Teacher | None = None
     """None where the codes learned are already there."""
 
@@ -68,12 +71,25 @@ class Whole:
         options: Learning,
         codes: CodesFolder,
         total: int,
-        where: str = "",
+        where: str,
+        importance: Sequence[float],
     ) -> "Whole":
-        """Begin, within `total` bytes; UsageError where they are too few. `where`: the memory meant, such as "GPU "."""
+        """Begin, within `total` bytes; UsageError where they are too few, and for an objective that needs blocks.
+
+        `where`: the memory meant, such as "GPU ".
+        """
+        if SAME_INPUTS in needs_of(options.objective):
+            raise UsageError(
+                f"learning.objective: {options.objective.method} compares a block with itself in full precision: "
+                "learning.unit: model has the prediction alone, use mse"
+            )
+        if options.activation_drop or options.full_precision_inputs:
+            raise UsageError(
+                "learning.activation_drop and full_precision_inputs are of blocks: unit: model has neither"
+            )
         takes = needed(backbone, blocks, options)
         taken, recomputes = takes.check(total, options.batch_size, where), takes.recomputes(total)
-        return cls(backbone, blocks, samples, rounder, options, codes, takes, recomputes, taken)
+        return cls(backbone, blocks, samples, rounder, options, codes, takes, recomputes, taken, importance)
 
     def in_words(self) -> str:
         """A line on the memory that it takes."""
@@ -169,7 +185,10 @@ class Whole:
             teacher.target,
             self.samples.learning,
             self.samples.held_out,
-            overwrites=bool(overwriting),
+            bool(overwriting),
+            lambda batch, generator: (teacher.predict(batch),) * 2,
+            teacher.target,
+            lambda batch: torch.tensor([self.importance[index] for index in batch]),
         )
         objective = options.objective.definition.start(data, options.objective.checked)
         progress = _Progress(options.iterations, say, bar)

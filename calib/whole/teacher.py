@@ -5,7 +5,6 @@ is the student's prediction, what it is compared with was kept.
 """
 
 import contextlib
-import inspect
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dmquant.activations import TimestepRanges
 from dmquant.calib.blocks.outputs import Budget, Outputs, first_sample
+from dmquant.calib.blocks.prediction import prediction_of
 from dmquant.calib.blocks.replay import replaced_forward
 from dmquant.calib.data.store import CalibrationStore
 from dmquant.errors import UsageError, UserError, check_choice
@@ -61,7 +61,6 @@ class Teacher:
             )
         self.backbone, self.store, self.samples, self._ranges = backbone, store, list(samples), ranges
         self.device = next(backbone.parameters()).device
-        self._latents = list(inspect.signature(type(backbone).forward).parameters)[1]  # the first after self
         kept, squares, count = None, torch.zeros(store.steps), torch.zeros(store.steps)
         with torch.no_grad():
             for start in range(0, len(self.samples), batch_size):
@@ -93,10 +92,7 @@ class Teacher:
             timesteps = torch.tensor([self.store.timesteps[self.store.samples[index].step] for index in batch])
             self._ranges.set(timesteps.repeat_interleave(self.store.rows).to(self.device))
         args, kwargs = self.store.batch(batch, self.device)
-        output = self.backbone(*args, **kwargs)
-        if not isinstance(output, Tensor):
-            output = next(iter(output.values())) if isinstance(output, dict) else output[0]
-        return output[:, : kwargs[self._latents].shape[1]]
+        return prediction_of(self.backbone(*args, **kwargs), (args, kwargs))
 
     def target(self, batch: Sequence[int]) -> Tensor:
         """What it predicted in full precision, of the shape and dtype of `predict`."""

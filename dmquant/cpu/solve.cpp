@@ -246,4 +246,27 @@ void round_runs(
     if (format->floating) runs(FloatRounding(*format), threads, x, count, size, scales, to);
     else runs(IntRounding(*format), threads, x, count, size, scales, to);
 }
+
+// The gradient straight through `round_runs`: by x, that by the values where x is within the ends of the format, and by
+// the logarithm of each scale.
+void straight_gradient(
+    const Format* format, int threads, const float* x, const float* values, const float* gradient, int64_t count,
+    int64_t size, const float* scales, float* by_x, float* by_scale
+) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t run = 0; run < count; run++) {
+        const float one = scales[run] * format->min, other = scales[run] * format->max;
+        const float low = std::min(one, other), high = std::max(one, other);  // a negative scale turns them around
+        Floats sum{};
+        for (int64_t i = run * size; i < (run + 1) * size; i += LANES) {
+            const Floats from = loaded(x + i), by_value = loaded(gradient + i);
+            const Floats passed = (from < low) | (from > high) ? all(0.0f) : by_value;
+            store(by_x + i, passed, LANES);
+            sum += by_value * loaded(values + i) - passed * from;
+        }
+        float total = 0;
+        for (int lane = 0; lane < LANES; lane++) total += sum[lane];
+        by_scale[run] = total;
+    }
+}
 }

@@ -100,6 +100,44 @@ def fake_quantize(x: Tensor, spec: ActivationSpec, dim: int) -> Tensor | None:
     return rounded.movedim(-1, dim).to(x.dtype)
 
 
+def round_straight(grid: Grid, x: Tensor) -> Tensor | None:
+    """The values of `grid` nearest to `x` (rows, columns), float32; None for what the compiled code does not take."""
+    if (runs := _runs(grid, x)) is None:
+        return None
+    fmt, count, size = runs
+    values = torch.empty_like(x)
+    _call(library("solve").round_runs, fmt, x.numel(), x, count, size, grid.scale, values)
+    return values
+
+
+def straight_gradient(grid: Grid, x: Tensor, values: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor] | None:
+    """The gradients by `x` and by the logarithms of the scales, of the values that `round_straight` gave for it.
+
+    All are (rows, columns), float32, but the last, which has the shape of the scales. None as there.
+    """
+    gradient = gradient.contiguous()
+    if (runs := _runs(grid, x, values, gradient)) is None:
+        return None
+    fmt, count, size = runs
+    by_x, by_scale = torch.empty_like(x), torch.empty_like(grid.scale)
+    tensors = (grid.scale, by_x, by_scale)
+    _call(library("solve").straight_gradient, fmt, x.numel(), x, values, gradient, count, size, *tensors)
+    return by_x, by_scale
+
+
+def _runs(grid: Grid, *tensors: Tensor) -> "tuple[_Format, int, int] | None":
+    """The format of a grid, its number of scales, and the number of weights, one after another, that share each."""
+    fmt, count = _Format.of(grid.spec.fmt), grid.scale.numel()
+    whole = not any(columns % (grid.spec.granularity.size or columns) for columns in grid.segments)
+    whole = whole and (grid.spec.granularity.kind == "group" or len(grid.segments) == 1)
+    if fmt is None or not isinstance(grid, ScaledGrid) or not whole or grid.weight.numel() // count % LANES:
+        return None
+    plain = (each.device.type == "cpu" and each.dtype == torch.float32 and is_plain(each) for each in tensors)
+    if not all(plain) or not all(each.is_contiguous() for each in (grid.scale, *tensors)) or library("solve") is None:
+        return None
+    return fmt, count, grid.weight.numel() // count
+
+
 def _call(function: "ctypes._CFuncPtr", fmt: _Format | None, size: int, *arguments: int | float | Tensor) -> None:
     """Call with a format, if any, as many threads as torch uses where that pays for `size` elements, and arguments."""
     threads = threads_for(size)

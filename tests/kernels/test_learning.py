@@ -77,7 +77,9 @@ def test_learning_goes_the_way_of_the_eager_code(scale_aware, eager):
         losses = []
         case = problem(ar, activations=activations, scale_aware=scale_aware)
         rate = 0.01 if scale_aware else 0.1
-        done, kept = learned(case, lambda step, loss: losses.append(loss), iterations=60, learning_rate=rate, checks=1)
+        done, kept = learned(
+            case, lambda step, loss, to=losses: to.append(loss), iterations=60, learning_rate=rate, checks=1
+        )
         runs.append((losses, done.error, kept["layer"].values))
     compiled, plain = runs
     assert compiled[0] == pytest.approx(plain[0], rel=1e-5)

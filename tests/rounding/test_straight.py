@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dmquant.cpu import solving
 from dmquant.grids import grid_type
 from dmquant.qtensor import QuantizedTensor, WeightSpec
 from dmquant.rounding import get_method
@@ -202,6 +203,16 @@ def test_learning_from_a_solution_is_never_worse_than_it_and_nearer_where_scales
         assert done.error <= begun.error, kind
 
 
+def test_without_a_rate_in_the_recipe_the_method_has_its_own_and_a_tenth_of_it_from_a_solution():
+    learning = {"iterations": 20, "batch_size": 16, "checks": 4}
+    for solve, rate in ((False, 0.003), (True, 0.0003)):
+        _, unnamed, _ = learned("flexround", "ar", learning, solve=solve)
+        _, named, _ = learned("flexround", "ar", learning | {"learning_rate": rate}, solve=solve)
+        assert torch.equal(unnamed.values, named.values)
+        assert torch.equal(unnamed.grid.scale, named.grid.scale)
+    assert start("adaround", grid_of()).learning_rate == 0.1
+
+
 def test_a_division_moves_some_codes_by_two_and_an_offset_none():
     by_two = {}
     for method, rate in (("flexround", 0.1), ("autoround", RATES["autoround"])):
@@ -213,3 +224,21 @@ def test_a_division_moves_some_codes_by_two_and_an_offset_none():
         by_two[method] = ((ended - nearest).abs() >= 2).float().mean().item()
     assert by_two["flexround"] > 0.05
     assert by_two["autoround"] == 0
+
+
+@pytest.mark.parametrize(
+    "form", [("fp4", "group:16", "e4m3"), ("int3", "group:16", "e3m4"), ("fp6", "channel", "bf16")]
+)
+def test_compiled_code_gives_the_same_values_and_gradients(form, monkeypatch):
+    grid, results = grid_of(*form, shape=(12, 48)), []
+    upstream = torch.randn(grid.weight.shape, generator=torch.Generator().manual_seed(4))
+    assert solving.round_straight(grid, grid.weight) is not None or solving.library("solve") is None
+    for _ in range(2):
+        rounding = disturbed(start("flexround", grid), by=0.1)
+        values = rounding()
+        (values * upstream).sum().backward()
+        results.append([values.detach(), *(parameter.grad for parameter in rounding.parameters())])
+        monkeypatch.setattr(solving, "_runs", lambda *given: None)
+    compiled, eager = results
+    assert torch.equal(compiled[0], eager[0])
+    torch.testing.assert_close(compiled[1:], eager[1:], rtol=1e-4, atol=1e-5)

@@ -53,6 +53,31 @@ def test_a_budget_too_small_names_the_unit_and_the_least_that_works():
     check_budget(least, model(widths), blocks(widths), options, True)
 
 
+@pytest.mark.parametrize("unit", ["layer", "block", "window"])
+@pytest.mark.parametrize("share", [0.05, 0.4, 0.8, 0.99])
+def test_a_budget_too_small_says_which_settings_fit_and_no_larger_ones_do(unit, share):
+    """Two blocks of two layers each, whose activations take about as much as their weights."""
+    backbone = nn.Sequential(*(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)) for _ in range(2)))
+    layers = [Block(f"{at}", (f"{at}.0", f"{at}.1"), False, torch.zeros(2, 64), 2, 20_000, 128) for at in range(2)]
+
+    def needed(budget=1 << 40, **changes):
+        return check_budget(
+            budget, backbone, layers, Learning(batch_size=8, unit=unit).model_copy(update=changes), True
+        )
+
+    budget = int(share * needed())
+    with pytest.raises(UsageError) as caught:
+        needed(budget)
+    line, offered = str(caught.value), dict(re.findall(r"learning\.(\w+): (\w+)", str(caught.value)))
+    size = int(offered.get("batch_size", 0))
+    assert size == 0 or needed(batch_size=size) <= budget
+    assert size == 7 or needed(batch_size=size + 1) > budget
+    smaller = ["block", "layer"][["window", "block", "layer"].index(unit) :]
+    fitting = [one for one in smaller if needed(unit=one) <= budget]
+    assert offered.get("unit") == next(iter(fitting), None)
+    assert ("is enough" in line) == (not offered)
+
+
 def test_by_default_it_is_a_part_of_the_memory_there_is():
     assert 1 << 26 < default_budget() < 1 << 46
 

@@ -67,6 +67,21 @@ def test_learning_gains_on_nearest_rounding_where_nothing_was_learned(pixart, tm
         assert block["tasks"][0]["error"] < 0.9 * block["tasks"][0]["nearest_error"]
 
 
+def test_a_block_whose_learning_diverges_is_told_and_the_next_one_follows(pixart, tmp_path):
+    few = [{"match": "*", "keep": True}, {"match": "transformer_blocks.[01].ff.net.2", "keep": False}]
+    told, recipe = (
+        [],
+        recipe_of(few, rounding={"method": "flexround"}, learning={"learning_rate": 1e4, "iterations": 30}),
+    )
+    _, done = calibrated(pixart, recipe, tmp_path, say=told.append)
+    task = done.blocks[0]["tasks"][0]
+    assert task["diverged"] in (10, 20, 30)
+    assert task["error"] <= task["nearest_error"]
+    step = f"transformer_blocks.0 at step {task['diverged']}"
+    assert len(told) == 2
+    assert told[0].endswith(f"; learning diverged ({step}) and its best was kept: lower learning.learning_rate")
+
+
 def test_codes_are_neighbours_of_the_weights(pixart, reference):
     for name, quantized in quantized_layers(reference[0]).items():
         exact = pixart[0].get_submodule(name)

@@ -215,12 +215,37 @@ def test_activations_that_are_not_finite_name_the_unit(bad):
         learned((learner, data, x))
 
 
-def test_a_loss_that_is_not_finite_names_the_unit_and_the_step():
+@pytest.mark.parametrize(("bad", "step"), [(math.nan, 10), (math.inf, 10), (1e4, 10)])
+def test_where_the_loss_diverges_learning_ends_and_the_best_is_kept(bad, step):
     learner, data, x = problem(ar)
-    x[list(LEARNING)] = math.inf
-    with pytest.raises(UserError, match=r"the loss of layer became (nan|inf) at step 10"):
-        learned((learner, data, x))
+    kept_before = learned((learner, data, x), iterations=0)[1]["layer"].values
+    told = []
+    x[list(LEARNING)] *= bad
+    done, kept = learned((learner, data, x), lambda step, loss: told.append(step))
+    assert (done.diverged, done.best_step, done.error) == (step, 0, done.nearest_error)
+    assert torch.equal(kept["layer"].values, kept_before)
+    assert not told
     assert "forward" not in vars(learner.layer)
+
+
+def test_scales_that_run_away_leave_the_best_that_was_tried():
+    done, kept = learned(problem(ar, method="flexround"), learning_rate=50.0, checks=100)
+    assert 10 <= done.diverged < 300
+    assert done.error <= done.nearest_error
+    assert kept["layer"].values.isfinite().all()
+    assert learned(problem(ar, method="flexround"), learning_rate=1e-3)[0].diverged is None
+
+
+def test_a_loss_that_is_large_once_is_no_divergence():
+    learner, data, x = problem(ar)
+    passes = []
+
+    def target(batch):
+        passes.append(batch)
+        return data.target(batch) * (1e3 if len(passes) == 30 else 1)
+
+    done, _ = learned((learner, UnitData(data.run, target, LEARNING, HELD_OUT), x), iterations=60)
+    assert done.diverged is None
 
 
 @settings(max_examples=100, deadline=None)

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from dmquant.calib.tuning.eight_bit import BLOCK, GROUP, Int4, Int8, Moments, dynamic_map
 from dmquant.calib.tuning.held import Held, Mirrored, as_stored, predicted_bytes, storable
 from dmquant.calib.tuning.optimizers import AdamW, Lean, QGaLore
-from dmquant.calib.tuning.subspace import Subspace, leading
 from dmquant.calib.tuning.student import facts_of, load_facts
+from dmquant.calib.tuning.subspace import Subspace, leading
 
 CPU = torch.device("cpu")
 

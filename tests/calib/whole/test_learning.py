@@ -113,3 +113,16 @@ def test_where_memory_is_short_activations_are_computed_again_or_it_is_told_what
     backbone, _ = calibrated(case, recipe("flexround"), tmp_path, memory_budget=budget, say=told.append)
     assert "compute their activations twice" in told[0]
     assert is_same(backbone, learned[0])
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"objective": "homologous"}, "homologous compares a block with itself"),
+        ({"objective": "sampler"}, "captured without"),
+        ({"activation_drop": 0.5}, "are of blocks"),
+    ],
+)
+def test_what_only_blocks_have_is_refused(case, changes, said, tmp_path):
+    with pytest.raises(UsageError, match=said):
+        calibrated(case, recipe("flexround", **changes), tmp_path)
