@@ -1,14 +1,17 @@
 """Objectives of learning side by side, with one rounding on one grid: a markdown table.
 
     python benchmarks/objectives.py --bits W3A16 --objectives mse,fisher,prediction:weight=10:guidance=3 [...]
+    python benchmarks/objectives.py --block transformer_blocks.2 [...]
 
 Roundings are AdaRound's from GPTQ's solution, weights in groups of 16 with scales in E4M3 by LeanQuant, inputs with a
 scale for every 16 channels: FP4 or INT3, FP6 or none, as --bits says. An objective is a name and its options, among
-which `full_precision_inputs=0.5`, `activation_drop=0.5` and `distribution_steps=500` are learning's own; `gptq` is
-what all begin with. Few prompts and few steps, so that the rows compare with each other and with nothing else. Final
-latents, PSNR and block outputs are measured as in benchmarks/calibration.py. The dB over the first row are those of
-the same images: their mean, and 1.96 of its standard errors. Seconds are processor time. Rows are kept in OUT: what
-is there is not done again.
+which `learning_rate=0.02`, `full_precision_inputs=0.5`, `activation_drop=0.5` and `distribution_steps=500` are
+learning's own; `gptq` is what all begin with. Few prompts and few steps, so that the rows compare with each other and
+with nothing else. Final latents, PSNR and block outputs are measured as in benchmarks/calibration.py. The dB over the
+first row are those of the same images: their mean, and 1.96 of its standard errors. Seconds are processor time. With
+--block, that block alone is quantized, and its own error and those of predictions are measured, on prompts and
+timesteps that calibration does not have: of each guidance branch, and of both as guidance puts them together,
+relative to full precision's. Rows are kept in OUT: what is there is not done again.
 """
 
 import argparse
@@ -22,15 +25,16 @@ from typing import Any
 import torch
 import yaml
 from calibration import PROMPTS, Bench, psnr_of
-from torch import Tensor
+from torch import Tensor, nn
 
+from dmquant.calib.blocks.prediction import prediction_of
 from dmquant.host.files import fingerprint, write_text
 from dmquant.recipe import Recipe
 
 WEIGHTS, ACTIVATIONS = {"W4": "fp4", "W3": "int3"}, {"A16": "none", "A6": "fp6"}
 SOLVER = {"method": "gptq", "damping": 0.1, "sweeps": 4}
 LEARNING = {"learning_rate": 0.1, "checks": 4}
-OF_LEARNING = {"full_precision_inputs", "activation_drop", "distribution_steps"}
+OF_LEARNING = {"learning_rate", "full_precision_inputs", "activation_drop", "distribution_steps"}
 HEADER = ["objective", "block error, of the first row", "final latents, of it", "PSNR, dB", "dB over it", "seconds"]
 
 
@@ -88,6 +92,70 @@ def cells(objective: str, row: dict[str, Any], first: dict[str, Any]) -> list[st
     return [f"`{objective}`", f"{blocks:.3f}", latents, f"{row['psnr']:.2f}", interval, f"{row['seconds']:.0f}"]
 
 
+def one_block_row(objective: str, options: argparse.Namespace, bench: Bench) -> dict[str, float]:
+    """Errors with one block quantized, from OUT where they are there."""
+    recipe = recipe_of(objective, options)
+    rules = [{"match": "*", "keep": True}, {"match": f"{options.block}.*", "keep": False}]
+    recipe = recipe.with_settings(rules=rules, keep="none")
+    key = fingerprint(recipe=recipe.to_dict(), model=options.model)
+    path = bench.out / "rows" / f"{key[:12]}.json"
+    if not path.exists():
+        began = time.process_time()
+        backbone, _ = bench.quantized(replace(bench.settings, recipe=recipe))
+        seconds = time.process_time() - began
+        errors = errors_of(backbone, options.block, bench)
+        write_text(path, json.dumps({"seconds": seconds} | errors))
+    return json.loads(path.read_text())
+
+
+@torch.no_grad()
+def errors_of(backbone: nn.Module, block: str, bench: Bench) -> dict[str, float]:
+    """Relative squared errors of the block's output, of predictions and of what guidance makes of them."""
+    (store, _), guidance = bench.held_out, bench.settings.call.get("guidance_scale", 1.0)
+    sums = {"block": [0.0, 0.0], "prediction": [0.0, 0.0], "guided": [0.0, 0.0]}
+    for batch in bench.batches():
+        arguments = store.batch(batch)
+        own, exact = ({}, {})
+        for model, found in ((backbone, own), (bench.full, exact)):
+            keep = model.get_submodule(block).register_forward_hook(
+                lambda module, args, output, found=found: found.update(block=output)
+            )
+            found["prediction"] = prediction_of(model(**arguments[1]), arguments)
+            keep.remove()
+            unconditional, conditional = found["prediction"].unflatten(0, (len(batch), 2)).unbind(1)
+            found["guided"] = torch.lerp(unconditional, conditional, guidance)
+        for name, (error, size) in sums.items():
+            sums[name] = [
+                error + float((own[name] - exact[name]).square().sum()),
+                size + float(exact[name].square().sum()),
+            ]
+    return {name: error / size for name, (error, size) in sums.items()}
+
+
+def one_block(options: argparse.Namespace, bench: Bench) -> list[list[str]]:
+    """The table of --block."""
+    rows = [["objective", "block error", "error of predictions", "of guided ones", "seconds"], ["---"] * 5]
+    for objective in options.objectives.split(","):
+        row = one_block_row(objective, options, bench)
+        errors = [f"{row[name]:.5f}" for name in ("block", "prediction", "guided")]
+        rows.append([f"`{objective}`", *errors, f"{row['seconds']:.0f}"])
+        print(f"| {' | '.join(rows[-1])} |", flush=True)
+    return rows
+
+
+def whole(options: argparse.Namespace, bench: Bench) -> list[list[str]]:
+    """The table of whole models."""
+    with torch.no_grad():
+        _ = bench.reference  # before anything is quantized
+    rows, first = [HEADER, ["---"] * len(HEADER)], None
+    for objective in options.objectives.split(","):
+        row = row_of(objective, options, bench)
+        first = first or row
+        rows.append(cells(objective, row, first))
+        print(f"| {' | '.join(rows[-1])} |", flush=True)
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--objectives", default="mse,mse:rows=relative,fisher,sampler,prediction")
@@ -98,18 +166,11 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--images", type=int, default=32)
     parser.add_argument("--prompts", default=PROMPTS, help="what images are made of; default %(default)s")
+    parser.add_argument("--block", help="the name of a block: that one alone, of a transformer with guidance")
     parser.add_argument("--out", type=Path, default=Path("runs/objectives"))
     options = parser.parse_args()
     bench = Bench(options.out / options.model, options.images, options.model, options.prompts)
-    with torch.no_grad():
-        _ = bench.reference  # before anything is quantized
-    rows: list[list[str]] = [HEADER, ["---"] * len(HEADER)]
-    first = None
-    for objective in options.objectives.split(","):
-        row = row_of(objective, options, bench)
-        first = first or row
-        rows.append(cells(objective, row, first))
-        print(f"| {' | '.join(rows[-1])} |", flush=True)
+    rows = one_block(options, bench) if options.block else whole(options, bench)
     print(f"\n{options.model}, {options.bits}, {options.images} images of {options.prompts}\n")
     print("\n".join(f"| {' | '.join(row)} |" for row in rows))
 

@@ -55,7 +55,7 @@ def test_the_distance_of_statistics_falls_with_every_step_and_samples_to_judge_b
     before, _ = corrected(InMemory(), 0)
     means = [one.mean(0) for one in statistics(before[LEARNING])]
     distances = [distance(before, means)]
-    for steps in (1, 10, 40):
+    for steps in (1, 10, 30):
         _, after = corrected(InMemory(), steps)
         distances.append(distance(after, means))
         assert torch.equal(after[OTHERS], before[OTHERS])
@@ -78,9 +78,9 @@ def test_it_changes_what_is_learned_and_repeats(tmp_path):
     case = backbone, ["blocks.0", "blocks.1"], InMemory()
 
     def learned(folder, **learning):
-        recipe = recipe_of(learning={"iterations": 20, "batch_size": 8, "full_precision_inputs": 0.5} | learning)
+        recipe = recipe_of(learning={"iterations": 6, "batch_size": 8, "full_precision_inputs": 0.5} | learning)
         return calibrated(case, recipe, tmp_path / folder)[0]
 
-    first, again = (learned(name, distribution_steps=10) for name in ("first", "again"))
+    first, again = (learned(name, distribution_steps=5) for name in ("first", "again"))
     assert is_same(first, again)
     assert not is_same(first, learned("without"))
