@@ -4,11 +4,11 @@
 
 Roundings are AdaRound's from GPTQ's solution, weights in groups of 16 with scales in E4M3 by LeanQuant, inputs with a
 scale for every 16 channels: FP4 or INT3, FP6 or none, as --bits says. An objective is a name and its options, among
-which `full_precision_inputs=0.5`, `activation_drop=0.5` and `distribution_steps=500` are learning's own; `gptq` is
-what all begin with. Few prompts and few steps, so that the rows compare with each other and with nothing else. Final
-latents, PSNR and block outputs are measured as in benchmarks/calibration.py. The dB over the first row are those of
-the same images: their mean, and 1.96 of its standard errors. Seconds are processor time. Rows are kept in OUT: what
-is there is not done again.
+which `full_precision_inputs=0.5`, `activation_drop=0.5`, `distribution_steps=500`, `unit=window`, `window=3` and
+`overlap=1` are learning's own; `gptq` is what all begin with. Few prompts and few steps, so that the rows compare with
+each other and with nothing else. Final latents, PSNR and block outputs are measured as in benchmarks/calibration.py.
+The dB over the first row are those of the same images: their mean, and 1.96 of its standard errors. Seconds are
+processor time. Rows are kept in OUT: what is there is not done again.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from dmquant.recipe import Recipe
 WEIGHTS, ACTIVATIONS = {"W4": "fp4", "W3": "int3"}, {"A16": "none", "A6": "fp6"}
 SOLVER = {"method": "gptq", "damping": 0.1, "sweeps": 4}
 LEARNING = {"learning_rate": 0.1, "checks": 4}
-OF_LEARNING = {"full_precision_inputs", "activation_drop", "distribution_steps"}
+OF_LEARNING = {"full_precision_inputs", "activation_drop", "distribution_steps", "unit", "window", "overlap"}
 HEADER = ["objective", "block error, of the first row", "final latents, of it", "PSNR, dB", "dB over it", "seconds"]
 
 
