@@ -11,14 +11,14 @@ from dmquant.calib.tuning.optimizers import Lean
 from dmquant.calib.tuning.rounding import Grouped, RoundedWeight, StoredScale, has_learned_scales, moved
 from dmquant.grids import Grid
 from dmquant.grids.scaled import ScaledGrid
-from dmquant.layers import QUANTIZED, QuantConv2d, QuantLinear
+from dmquant.layers import QuantConv2d, QuantLinear
 from dmquant.qtensor import QuantizedTensor
 from dmquant.transforms import Parts, Storage
 
 BRANCH = "lowrank"
 LORA_RANK = 16
 _TINY = torch.finfo(torch.float32).tiny
-_PRODUCTS = {QUANTIZED[kind]: product for kind, product in PRODUCTS.items()}
+
 
 Hold = Callable[[str, Tensor, Lean | None], Held]
 """Begins to hold values of a kind of what is trained."""
@@ -65,7 +65,7 @@ class TunedLayer:
         given = [x]
         for transform in self.layer.transforms:
             given.append(transform.input(given[-1], self.parts(transform), self.layer.channel_dim))
-        y = _PRODUCTS[type(self.layer)](given[-1], self)
+        y = PRODUCTS[type(self.layer)](given[-1], self)
         for transform, x in zip(self.layer.transforms, given[:-1], strict=True):
             y = transform.add_to(y, self.layer, x, self.parts(transform))
         return y

@@ -27,7 +27,7 @@ KINDS = {
 }
 """What may learn, by name, in words."""
 RATES = {
-    "weights": 4e-3,
+    "weights": 3e-3,
     "scales": 1e-3,
     "biases": 1e-3,
     "norms": 1e-3,

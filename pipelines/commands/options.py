@@ -278,58 +278,6 @@ KeepImages = Annotated[
     bool,
     typer.Option("--keep-images", help="Keep the images of every trial.", rich_help_panel="Output"),
 ]
-Begin = Annotated[
-    Path | None,
-    typer.Option(
-        "--from",
-        metavar="DIR",
-        help="A pipeline of MODEL that dmquant quantized, to begin with. Default: MODEL is quantized first, by "
-        "--recipe, --w and --a.",
-        rich_help_panel="Quantization",
-        show_default=False,
-    ),
-]
-Train = Annotated[
-    str,
-    typer.Option(
-        metavar="LIST",
-        help="What learns, comma separated: weights (all codes, by latent weights that are rounded to them), lora "
-        "(codes, by a change of low rank), scales (of the weights), biases, norms, kept (the weights of layers in high "
-        "precision), branch (that of a recipe with the transform lowrank).",
-        rich_help_panel="Tuning",
-    ),
-]
-Optimizer = Annotated[
-    str,
-    typer.Option(
-        metavar="adamw|qgalore",
-        help="How: adamw holds 12 bytes a number; qgalore about 1.3 for weights, in a quarter of their dimensions, and "
-        "computes each block twice.",
-        rich_help_panel="Tuning",
-    ),
-]
-Iterations = Annotated[
-    int, typer.Option(min=1, help="Steps of the optimizer; more are better.", rich_help_panel="Tuning")
-]
-Minibatch = Annotated[int, typer.Option(min=1, help="Calls of the backbone a step.", rich_help_panel="Tuning")]
-Rate = Annotated[float, typer.Option(help="Factor of all learning rates.", rich_help_panel="Tuning")]
-Weighting = Annotated[
-    str,
-    typer.Option(
-        metavar="none|relative|sampler",
-        help="How the errors of timesteps count: alike, relative to the predictions, or by how far they move images.",
-        rich_help_panel="Tuning",
-    ),
-]
-TuningPrompts = Annotated[
-    int,
-    typer.Option(
-        min=2,
-        help="Prompts of --calibration-prompts to run for states to learn from, over again where there are fewer; a "
-        "sixteenth of them only judge what is kept.",
-        rich_help_panel="Tuning",
-    ),
-]
 
 _MODEL = {"family": (Family, None)}
 _RECIPE = {"recipe": (Recipe, None), "purpose": (Purpose, None)}

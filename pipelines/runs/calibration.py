@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 FIRST_SEED = 1_000_000  # of the noise of calibration prompts: far from the seeds of images
 DATA = "data"
+APART = ("apart", True)  # how held-out calls of versions before the setting were, whose data has the same key
 
 
 class CalibrationSettings(Protocol):
@@ -123,7 +124,7 @@ def data_key(settings: CalibrationSettings, weights: str, apart: bool = True) ->
     calls = calls_of(settings)
     return fingerprint(
         made_for=_made_for(settings, weights),
-        sampling=vars(_sampling(settings, apart)),
+        sampling={name: value for name, value in vars(_sampling(settings, apart)).items() if (name, value) != APART},
         prompts=calls.prompts,
         call=calls.described(),
     )

@@ -146,12 +146,13 @@ def _data(
     console: Console,
     weights: str,
 ) -> "CalibrationStore":
-    """Calls at every step of runs with the calibration prompts, taken from the beginning again where they do not reach:
-    with other noise they are other runs."""
+    """Calls of runs with the calibration prompts, taken from the beginning again where they do not reach: with other
+    noise they are other runs. By the sampler half of the steps of a run, those that move the image most."""
+    by_sampler = recovery.weighting == "sampler"
     wanted = Calibration(
         prompts=recovery.prompts,
-        steps_per_prompt=settings.steps,
-        sampler="importance" if recovery.weighting == "sampler" else "uniform",
+        steps_per_prompt=-(-settings.steps // 2) if by_sampler else settings.steps,
+        sampler="importance" if by_sampler else "uniform",
         held_out=HELD_OUT,
     )
     prompts = tuple(islice(cycle(settings.calibration_prompts), recovery.prompts))
