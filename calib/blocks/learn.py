@@ -69,7 +69,8 @@ def learn(
     """
     generator = torch.Generator().manual_seed(options.seed)
     held = [parameter for learner in learners if learner.held for parameter in learner.rounding.parameters()]
-    parameters = [parameter for learner in learners for parameter in learner.rounding.parameters()]
+    roundings = [learner.rounding for learner in learners]
+    parameters = [parameter for rounding in roundings for parameter in rounding.parameters()]
     learners = [learner for learner in learners if not learner.held]
     kept, kept_soft = {learner.name: Rounded(learner.grid.nearest, learner.grid) for learner in learners}, _copies(held)
     data = objective.data
@@ -115,8 +116,8 @@ def learn(
             report(step, recent[-1])
         optimizer.step()
         rates.step()
-        for learner in learners:
-            learner.rounding.project_()
+        for rounding in roundings:
+            rounding.project_()
         if step * options.checks // options.iterations > (step - 1) * options.checks // options.iterations:
             hard = {learner.name: learner.rounding.rounded() for learner in learners}
             error = held_out_error(learners, objective, hard, options)
