@@ -3,8 +3,8 @@
     python benchmarks/gradient_steps.py --older PYTHON [--turns 3] [--steps 100] [--recipe adaround]
 
 One thread, the processor's seconds, a mini-batch of 8 backbone calls with both guidance branches. Each unit is learned
-for STEPS steps in a process of its own, by the two in turns; a step is the mean over all but the first ten, warm-up
-included, checks on held-out samples not. `--older` is the interpreter of an environment that has an older dmquant.
+for STEPS steps in a process of its own, by the two in turns; a step is a tenth of the median of ten, without the first
+ten and without checks on held-out samples. `--older` is the interpreter of an environment that has an older dmquant.
 `held out` is the error of the unit at the end of these few steps over that of nearest rounding: of this one, and of the
 older. Data are 8 prompts, scales are absmax: of the time of a step nothing depends on these.
 """
@@ -32,7 +32,7 @@ UNITS = {
     "emoji-pixart": ("transformer_blocks.0", "transformer_blocks.3"),
     "emoji-sd": ("up_blocks.1.resnets.0", "up_blocks.1.attentions.0", "up_blocks.2.attentions.0"),
 }
-FIRST = 10  # steps that are not counted
+TOLD = 10  # steps from one report of the loop to the next; the first are not counted
 
 
 class DoneError(Exception):
@@ -58,7 +58,7 @@ def measure(model: str, steps: int, recipe: str) -> dict[str, dict[str, float]]:
             return learn(unit, learners, data, options.model_copy(update={"iterations": 0}), report)
         at = {}
         learned = learn(unit, learners, data, options, lambda step, loss: at.update({step: time.process_time()}))
-        step = (at[steps] - at[FIRST]) / (steps - FIRST)
+        step = median(at[last] - at[last - TOLD] for last in at if last > TOLD) / TOLD
         found[unit] = {"step": 1e3 * step, "error": learned[0].error / learned[0].nearest_error}
         if len(found) == len(UNITS[model]):
             raise DoneError

@@ -49,7 +49,8 @@ class Learning(BaseModel, extra="forbid", frozen=True):
     iterations: int = Field(default=1000, ge=0, le=MOST)
     batch_size: int = Field(default=16, ge=1, le=MOST)
     """Backbone calls a step; each holds both guidance branches."""
-    learning_rate: float = Field(default=0.1, gt=0)
+    learning_rate: float | None = Field(default=None, gt=0)
+    """By default the rounding method's own."""
     full_precision_inputs: float = Field(default=0.0, ge=0, le=1)
     """Share of a unit's input elements that come from full precision instead of the quantized units before it."""
     quantize_activations: bool = True

@@ -94,7 +94,7 @@ def learn(
         return Learned(nearest_error, least, 0, 0.0, solved), kept
     weights = sum(learner.grid.weight.numel() for learner in learners)
     method = learners[0].rounding
-    optimizer = method.optimizer(parameters, options.learning_rate)
+    optimizer = method.optimizer(parameters, options.learning_rate or method.learning_rate)
     there = midway and midway.load_(learners, optimizer, generator)
     done, kept, least, best_step, solved = there or (0, kept, least, 0, solved)
     rates = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda more: method.rate((done + more) / options.iterations))

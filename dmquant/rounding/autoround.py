@@ -43,6 +43,8 @@ class SignDescent(torch.optim.Optimizer):
 class AutoRound(Straight):
     """W~ = Q(W + V step), with V from -0.5 to 0.5."""
 
+    learning_rate = 1 / 200  # over that many steps of a falling rate, half a step of the grid
+
     def __init__(self, grid: Grid, options: Options):
         super().__init__(grid, options.learn_scales)
         self.register_buffer("step", grid.step)

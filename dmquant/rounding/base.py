@@ -52,6 +52,9 @@ class Rounding(nn.Module):
     `forward()` gives the weight to compute with while learning, (rows, columns) float32, differentiable.
     """
 
+    learning_rate = 0.1
+    """Where a recipe names none."""
+
     def __init__(self, grid: Grid):
         super().__init__()
         self.grid = grid

@@ -28,6 +28,8 @@ class Options(BaseModel, extra="forbid"):
 class FlexRound(Straight):
     """W~ = s1 c(W / (s1 S2 s3 s4)), with c the format's nearest value; exp(-factor) is S2 s3 s4."""
 
+    learning_rate = 0.003
+
     def __init__(self, grid: Grid, options: Options):
         super().__init__(grid, options.learn_scales)
         rows, channels = grid.shape[:2]

@@ -20,11 +20,13 @@ class Options(flexround.Options):
     """Options of LRQ in a recipe."""
 
     rank: int = Field(default=32, ge=1)
-    """Width of the two matrices; at most half of what would be of full rank."""
+    """Width of the two matrices, at most the smaller side of the layer."""
 
 
 class LRQ(flexround.FlexRound):
     """S2 = exp(-L U), L = 0 at the start."""
+
+    learning_rate = 0.01
 
     def _start_factors(self, options: Options) -> None:
         rows, columns = self.grid.weight.shape

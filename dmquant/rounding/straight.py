@@ -15,9 +15,8 @@ from dmquant.rounding.base import Rounding
 from dmquant.scaling import Scales, from_groups, to_groups
 from dmquant.stores import get_store
 
-FASTER = (
-    "dmquant.cpu.solving"  # a rounding and its gradient in one pass each on a CPU; by name alone, since it is above
-)
+FASTER = "dmquant.cpu.solving"  # one pass forward and one back on a CPU; by name alone, since it stands above
+FROM_SOLUTION = 0.1  # of a method's rate: what is balanced already is lost in larger steps
 NEAR = 0.1  # a store that tries a multiple of absmax so near to 1 has scales near to one another
 
 
@@ -32,6 +31,8 @@ class Straight(Rounding):
         self.register_buffer("source", _source(grid))
         moves = learn_scales and can_move(grid)
         self.shift = nn.Parameter(torch.zeros_like(grid.scale)) if moves else None
+        if grid.solution is not None:
+            self.learning_rate = FROM_SOLUTION * self.learning_rate
 
     def rounded_from(self) -> Tensor:
         """What the weights are rounded from, (rows, columns) float32, differentiable."""
@@ -45,7 +46,9 @@ class Straight(Rounding):
         return self.forward().detach()
 
     def decided_grid(self) -> Grid:
-        return self.grid if self.shift is None else replace(self.grid, scales=moved(self.grid, self.shift.detach()))
+        if self.shift is None:
+            return self.grid
+        return replace(_at(self.grid, self.grid.weight), scales=moved(self.grid, self.shift.detach()))
 
 
 def _source(grid: Grid) -> Tensor:

@@ -203,6 +203,16 @@ def test_learning_from_a_solution_is_never_worse_than_it_and_nearer_where_scales
         assert done.error <= begun.error, kind
 
 
+def test_without_a_rate_in_the_recipe_the_method_has_its_own_and_a_tenth_of_it_from_a_solution():
+    learning = {"iterations": 20, "batch_size": 16, "checks": 4}
+    for solve, rate in ((False, 0.003), (True, 0.0003)):
+        _, unnamed, _ = learned("flexround", "ar", learning, solve=solve)
+        _, named, _ = learned("flexround", "ar", learning | {"learning_rate": rate}, solve=solve)
+        assert torch.equal(unnamed.values, named.values)
+        assert torch.equal(unnamed.grid.scale, named.grid.scale)
+    assert start("adaround", grid_of()).learning_rate == 0.1
+
+
 def test_a_division_moves_some_codes_by_two_and_an_offset_none():
     by_two = {}
     for method, rate in (("flexround", 0.1), ("autoround", RATES["autoround"])):

@@ -8,6 +8,7 @@ from dmquant.activations import ActivationSpec
 from dmquant.calib.blocks.once import Latest, kind_of_input, sharing_inputs
 from dmquant.layers import quantize_layer
 from dmquant.qtensor import WeightSpec
+from tests.calib.blocks.test_learn import COLUMNS, iid, problem
 
 
 def layer_of(activations="fp6", seed=0):
@@ -53,3 +54,19 @@ def test_layers_give_what_they_give_alone_and_are_as_they_were_afterwards(fails)
         pass
     layers[0].qweight.zero_()
     assert torch.equal(layers[0](inputs[0]), layers[0].bias.expand(5, -1))
+
+
+def test_layers_that_learn_share_an_input_and_its_gradient_is_that_of_both():
+    learners = [problem(iid, activations=ActivationSpec.parse("fp6", "token"))[0] for _ in range(2)]
+    x, counted = torch.randn(3, 5, COLUMNS), []
+    given = x.clone().requires_grad_()
+    sum(learner.forward(given).square().sum() for learner in learners).backward()
+    shared = x.clone().requires_grad_()
+    for learner in learners:
+        quantize = learner.quantized.quantize_input
+        learner.quantized.quantize_input = lambda x, quantize=quantize: counted.append(1) or quantize(x)
+    with sharing_inputs(learners):
+        sum(learner.forward(shared).square().sum() for learner in learners).backward()
+    assert len(counted) == 1
+    assert torch.allclose(shared.grad, given.grad, rtol=1e-5, atol=1e-6)
+    assert "quantize_input" not in vars(learners[0])
