@@ -187,7 +187,7 @@ def test_a_recipe_may_use_anchors(tmp_path):
         ),
         (
             "name: x\nlearning:\n  unit: tensor\n",
-            r"line 3: learning.unit: Input should be 'layer', 'block' or 'window'",
+            r"line 3: learning.unit: Input should be 'layer', 'block', 'window' or 'model'",
         ),
         (
             "name: x\nlearning:\n  iterations: -1\n",

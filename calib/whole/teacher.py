@@ -28,8 +28,8 @@ class Teacher:
     The error of a sample is the mean square of the difference of the two predictions (rows, channels, ...), in float32,
     over what the pipeline reads of them: a backbone that also predicts a variance has twice the channels of its input.
     With a scale of `guidance`, the rows of a sample are without the prompt and with it, and the difference is that of
-    what the sampler makes of them, d_without + guidance (d_with - d_without): mostly what the two do not have in common,
-    which may stay as it is while the errors of both rows halve. It is weighted by the sample's step of the schedule:
+    what the sampler makes of them, d_without + guidance (d_with - d_without): mostly what the two do not share, which
+    may stay as it is while the errors of both rows halve. It is weighted by the sample's step of the schedule:
 
     - `none`: all alike.
     - `relative`: by the inverse of the mean square of the predictions at that step. It is twice the Kullback-Leibler

@@ -156,8 +156,8 @@ def _data(
     console: Console,
     weights: str,
 ) -> "CalibrationStore":
-    """Calls of runs with the calibration prompts, which are taken from the beginning again where they do not reach:
-    with other noise they are other runs. By the sampler half of the steps of a run, those that move the image most."""
+    """Calls of runs with the calibration prompts, taken from the beginning again where they do not reach: with other
+    noise they are other runs. By the sampler half of the steps of a run, those that move the image most."""
     by_sampler = recovery.weighting == "sampler"
     wanted = Calibration(
         prompts=recovery.prompts,
