@@ -166,9 +166,10 @@ def rounding_row(one: OneBlock, row: str, regularizer: float, out: Path) -> dict
             learned, kept = learn(row, learners, mse.start(data, mse.Options()), options, lambda step, loss: None)
         seconds = time.perf_counter() - began
         nearest = one.error(one.measured, learners, _nearest(learners))
-        flipped = sum(int((kept[learner.name] != learner.grid.nearest).sum()) for learner in learners)
+        values = {name: rounded.values for name, rounded in kept.items()}
+        flipped = sum(int((values[learner.name] != learner.grid.nearest).sum()) for learner in learners)
         facts = {
-            "ratio": one.error(one.measured, learners, kept) / nearest,
+            "ratio": one.error(one.measured, learners, values) / nearest,
             "flipped": flipped / sum(learner.grid.weight.numel() for learner in learners),
             "seconds": seconds,
             **asdict(learned),

@@ -5,13 +5,10 @@
 
 Roundings are AdaRound's from GPTQ's solution, weights in groups of 16 with scales in E4M3 by LeanQuant, inputs with a
 scale for every 16 channels: FP4 or INT3, FP6 or none, as --bits says. An objective is a name and its options, among
-which `learning_rate=0.02`, `full_precision_inputs=0.5`, `activation_drop=0.5` and `distribution_steps=500` are
-learning's own; `gptq` is what all begin with. Few prompts and few steps, so that the rows compare with each other and
-with nothing else. Final latents, PSNR and block outputs are measured as in benchmarks/calibration.py. The dB over the
-first row are those of the same images: their mean, and 1.96 of its standard errors. Seconds are processor time. With
---block, that block alone is quantized, and its own error and those of predictions are measured, on prompts and
-timesteps that calibration does not have: of each guidance branch, and of both as guidance puts them together,
-relative to full precision's. Rows are kept in OUT: what is there is not done again.
+OF_LEARNING = {
+    *("learning_rate", "full_precision_inputs", "activation_drop", "distribution_steps"),
+    *("unit", "window", "overlap"),
+}
 """
 
 import argparse
@@ -34,7 +31,10 @@ from dmquant.recipe import Recipe
 WEIGHTS, ACTIVATIONS = {"W4": "fp4", "W3": "int3"}, {"A16": "none", "A6": "fp6"}
 SOLVER = {"method": "gptq", "damping": 0.1, "sweeps": 4}
 LEARNING = {"learning_rate": 0.1, "checks": 4}
-OF_LEARNING = {"learning_rate", "full_precision_inputs", "activation_drop", "distribution_steps"}
+OF_LEARNING = {
+    *("learning_rate", "full_precision_inputs", "activation_drop", "distribution_steps"),
+    *("unit", "window", "overlap"),
+}
 HEADER = ["objective", "block error, of the first row", "final latents, of it", "PSNR, dB", "dB over it", "seconds"]
 
 

@@ -69,7 +69,8 @@ def learn(
     """
     generator = torch.Generator().manual_seed(options.seed)
     held = [parameter for learner in learners if learner.held for parameter in learner.rounding.parameters()]
-    parameters = [parameter for learner in learners for parameter in learner.rounding.parameters()]
+    roundings = [learner.rounding for learner in learners]
+    parameters = [parameter for rounding in roundings for parameter in rounding.parameters()]
     learners = [learner for learner in learners if not learner.held]
     kept, kept_soft = {learner.name: Rounded(learner.grid.nearest, learner.grid) for learner in learners}, _copies(held)
     data = objective.data
@@ -83,13 +84,11 @@ def learn(
         error = held_out_error(learners, objective, hard, options)
         solved = error < nearest_error
         return Learned(nearest_error, min(error, nearest_error), 0, 0.0, solved), hard if solved else kept
-    solved = any(learner.grid.solution is not None for learner in learners)
-    if solved or any(learner.goes_on for learner in learners):
-        begun = {learner.name: _begun(learner) for learner in learners}
+    solved = False
+    for begun, is_solution in _beginnings(learners):
         error = held_out_error(learners, objective, begun, options)
-        if better := error < least:
-            kept, least = begun, error
-        solved = solved and better
+        if error < least:
+            kept, least, solved = begun, error, is_solution
     if not options.iterations:
         return Learned(nearest_error, least, 0, 0.0, solved), kept
     weights = sum(learner.grid.weight.numel() for learner in learners)
@@ -117,8 +116,8 @@ def learn(
             report(step, recent[-1])
         optimizer.step()
         rates.step()
-        for learner in learners:
-            learner.rounding.project_()
+        for rounding in roundings:
+            rounding.project_()
         if step * options.checks // options.iterations > (step - 1) * options.checks // options.iterations:
             hard = {learner.name: learner.rounding.rounded() for learner in learners}
             error = held_out_error(learners, objective, hard, options)
@@ -138,11 +137,14 @@ def _copies(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
     return [parameter.detach().clone() for parameter in parameters]
 
 
-def _begun(learner: Learner) -> Rounded:
-    """What learning begins with: the solution or, where it goes on from another window, what that came to."""
-    if learner.goes_on or learner.grid.solution is None:
-        return learner.rounding.rounded()
-    return Rounded(learner.grid.solution, learner.grid)
+def _beginnings(learners: Sequence[Learner]) -> Iterator[tuple[dict[str, Rounded], bool]]:
+    """What learning may begin with, and whether it is solved: solutions, and what the window before came to."""
+    solutions = {one.name: Rounded(one.grid.solution, one.grid) for one in learners if one.grid.solution is not None}
+    begun = {learner.name: learner.rounding.rounded() for learner in learners}
+    if solutions:
+        yield begun | solutions, True
+    if any(learner.goes_on for learner in learners):
+        yield begun, False
 
 
 def spread_batch(samples: Sequence[int], size: int, generator: torch.Generator) -> list[int]:

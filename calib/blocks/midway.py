@@ -44,7 +44,8 @@ class Midway:
         """Keep the state of a loop."""
         tensors = {"generator": generator.get_state()} | _of_optimizer(optimizer)
         for learner in learners:
-            tensors |= {f"{learner.name}/own/{part}": each for part, each in learner.rounding.state_dict().items()}
+            learnt = learner.rounding.named_parameters()  # its buffers are what it began with
+            tensors |= {f"{learner.name}/own/{part}": parameter for part, parameter in learnt}
             values, grid = reached.kept[learner.name]
             tensors |= {f"{learner.name}/kept/values": values, f"{learner.name}/kept/scale": grid.scales.stored}
             if grid.scales.base is not None:
@@ -68,7 +69,8 @@ class Midway:
         for learner in learners:
             device = learner.grid.weight.device
             own, best = (_below(f"{learner.name}/{part}/", tensors, device) for part in ("own", "kept"))
-            learner.rounding.load_state_dict(own)
+            for part, parameter in learner.rounding.named_parameters():
+                parameter.data.copy_(own[part])
             scales = replace(learner.grid.scales, stored=best["scale"], base=best.get("base"))
             kept[learner.name] = Rounded(best["values"], replace(learner.grid, scales=scales))
         return Reached(**facts | {"kept": kept})

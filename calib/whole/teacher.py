@@ -27,7 +27,9 @@ class Teacher:
 
     The error of a sample is the mean square of the difference of the two predictions (rows, channels, ...), in float32,
     over what the pipeline reads of them: a backbone that also predicts a variance has twice the channels of its input.
-    It is weighted by the sample's step of the schedule:
+    With a scale of `guidance`, the rows of a sample are without the prompt and with it, and the difference is that of
+    what the sampler makes of them, d_without + guidance (d_with - d_without): mostly what the two do not share, which
+    may stay as it is while the errors of both rows halve. It is weighted by the sample's step of the schedule:
 
     - `none`: all alike.
     - `relative`: by the inverse of the mean square of the predictions at that step. It is twice the Kullback-Leibler
@@ -46,6 +48,7 @@ class Teacher:
         batch_size: int,
         ranges: TimestepRanges | None = None,
         weighting: str = "none",
+        guidance: float | None = None,
         bar: Callable[[int, int, str], None] = lambda done, total, what: None,
     ):
         """Compute the predictions of the samples, indices into `store`, once, in batches.
@@ -60,7 +63,7 @@ class Teacher:
                 "calibration.sampler: importance"
             )
         self.backbone, self.store, self.samples, self._ranges = backbone, store, list(samples), ranges
-        self.device = next(backbone.parameters()).device
+        self.device, self.guidance = next(backbone.parameters()).device, guidance
         kept, squares, count = None, torch.zeros(store.steps), torch.zeros(store.steps)
         with torch.no_grad():
             for start in range(0, len(self.samples), batch_size):
@@ -101,6 +104,9 @@ class Teacher:
     def errors(self, batch: Sequence[int]) -> Tensor:
         """The weighted error of each sample of a batch, (samples,) float32; differentiable."""
         difference = self.predict(batch).float() - self.target(batch).float()
+        if self.guidance is not None:
+            without, given = difference.unflatten(0, (len(batch), 2)).unbind(1)
+            difference = without + self.guidance * (given - without)
         weights = self.weights[[self.store.samples[index].step for index in batch]].to(self.device)
         return _by_sample(difference.square(), len(batch)) * weights
 

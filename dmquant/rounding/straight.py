@@ -63,9 +63,11 @@ def _at(grid: Grid, weight: Tensor) -> Grid:
 
 
 def can_move(grid: Grid) -> bool:
-    """Whether scales of this grid can be moved a little: not tables, and not scales that lie octaves apart."""
-    multiples = get_store(grid.spec.store).search
-    return isinstance(grid, ScaledGrid) and any(abs(multiple - 1) < NEAR for multiple in multiples)
+    """Whether scales of this grid can be moved a little: not tables, not scales that lie octaves apart, and not one of
+    a whole weight that other layers share."""
+    spec = grid.spec
+    near = any(abs(multiple - 1) < NEAR for multiple in get_store(spec.store).search)
+    return isinstance(grid, ScaledGrid) and near and (spec.amplitude is None or spec.granularity.kind != "tensor")
 
 
 def moved(grid: Grid, shift: Tensor) -> Scales:

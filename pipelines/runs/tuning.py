@@ -106,10 +106,20 @@ def tune(
     total = settings.memory_budget or default_budget(device)
     if settings.offload:
         place_backbone_alone(pipeline, component, settings.device)
+    guidance = None
+    if settings.family.guidance == "rows" and store.rows == 2:
+        guidance = 1 - settings.guidance if settings.family.prompt_first else settings.guidance
     with console.bar("full precision") as bar:
         predictions = Budget(total // PREDICTIONS, workspace / "spill")
         teacher = Teacher(
-            full, store, by_step, predictions, batch_size=settings.batch_size, weighting=recovery.weighting, bar=bar
+            full,
+            store,
+            by_step,
+            predictions,
+            batch_size=settings.batch_size,
+            weighting=recovery.weighting,
+            guidance=guidance,
+            bar=bar,
         )
     with contextlib.closing(teacher):
         if recovery.begin is None:

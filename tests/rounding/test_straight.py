@@ -83,6 +83,14 @@ def test_whatever_was_learned_survives_its_codes_with_the_scales_that_moved(meth
     assert torch.equal(fixed.rounded().grid.scale, grid.scale)
 
 
+def test_a_scale_that_other_layers_share_stays():
+    grid = grid_of("int4", "tensor", "fp16")
+    shared = replace(grid, spec=replace(grid.spec, amplitude=4.0))
+    rounded = disturbed(start("flexround", shared)).rounded()
+    assert torch.equal(rounded.grid.scale, grid.scale)
+    assert not torch.equal(rounded.values, grid.nearest)
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     form=st.sampled_from(MOVING),

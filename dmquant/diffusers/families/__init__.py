@@ -88,6 +88,8 @@ class Family:
     guidance: Literal["rows", "embedded"] = "rows"
     """Computation of classifier-free guidance: with and without the prompt as `rows` of one call, or `embedded` as an
     input of a distilled backbone, which is then called with one row an image."""
+    prompt_first: bool = False
+    """Whether of the two rows of a call the one with the prompt is the first; in most pipelines it is the second."""
     concatenations: "Callable[[nn.Module], dict[str, int]]" = _nothing
     """Layers whose input is the concatenation of a stream and a skip connection, with the channels of the stream. The
     two halves differ in distribution, so each gets scales of its own."""

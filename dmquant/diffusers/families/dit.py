@@ -94,4 +94,5 @@ FAMILY = Family(
     blocks=blocks_in("transformer_blocks"),
     counted=_counted,
     prompted=PromptedDiT,
+    prompt_first=True,
 )

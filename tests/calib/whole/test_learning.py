@@ -67,25 +67,32 @@ def test_the_error_told_is_that_of_the_model_and_less_than_what_it_began_with(ca
     assert errors[layer] == pytest.approx(expected.item(), rel=1e-3)
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_a_killed_learning_goes_on_to_the_same_bytes(case, method, tmp_path):
+def test_a_killed_learning_goes_on_to_the_same_bytes(case, learned, tmp_path):
     def stop(line):
         if line.startswith("all layers: step 4"):
             raise KeyboardInterrupt
 
-    once, done = calibrated(case, recipe(method), tmp_path / "once")
+    once, done, _ = learned
     with pytest.raises(KeyboardInterrupt):
-        calibrated(case, recipe(method), tmp_path / "killed", say=stop)
+        calibrated(case, recipe("flexround"), tmp_path, say=stop)
     told = []
-    backbone, again = calibrated(case, recipe(method), tmp_path / "killed", say=told.append)
+    backbone, again = calibrated(case, recipe("flexround"), tmp_path, say=told.append)
     assert not any("step 2" in line or "step 4" in line for line in told)
     assert is_same(backbone, once)
     assert again.blocks[-1]["tasks"] == done.blocks[-1]["tasks"]
     told.clear()
-    backbone, again = calibrated(case, recipe(method), tmp_path / "killed", say=told.append)
+    backbone, again = calibrated(case, recipe("flexround"), tmp_path, say=told.append)
     assert told[-1] == "all layers: already there"
     assert is_same(backbone, once)
     assert [layer.error for layer in again.layers] == [layer.error for layer in done.layers]
+
+
+def test_a_method_that_begins_at_random_ends_no_further_than_nearest_rounding(case, tmp_path):
+    backbone, done = calibrated(case, recipe("discquant"), tmp_path / "learned")
+    task = done.blocks[-1]["tasks"][0]
+    assert task["error"] <= task["nearest_error"]
+    assert task["error"] == pytest.approx(held_out_error(case, backbone, tmp_path), rel=1e-3)
+    assert 0 < task["undecided"] < 1
 
 
 def test_what_learning_begins_with_is_made_anew_where_its_file_is_damaged(case, learned, tmp_path):

@@ -109,3 +109,14 @@ def test_what_cannot_be_taught_is_told(case, tmp_path):
     broken.proj_out.bias.data[0] = torch.nan
     with pytest.raises(UserError, match="NaN"):
         teacher_of((broken, *case[1:]), tmp_path)
+
+
+def test_with_guidance_the_error_is_that_of_what_the_sampler_makes_of_both_rows(case, tmp_path):
+    plain, guided = teacher_of(case, tmp_path), teacher_of(case, tmp_path, guidance=3.0)
+    every = plain.samples[:4]
+    for teacher in (plain, guided):
+        scaled_(teacher.backbone.proj_out, slice(None), 1 + OFF)
+    without, given = (plain.predict(every) - plain.target(every)).unflatten(0, (4, 2)).unbind(1)
+    assert torch.allclose(guided.errors(every), (3 * given - 2 * without).square().flatten(1).mean(1), rtol=1e-4)
+    plain.guidance = 1.0
+    assert torch.allclose(plain.errors(every), given.square().flatten(1).mean(1), rtol=1e-4)

@@ -143,6 +143,7 @@ def test_wrong_usage_is_one_line_exits_with_2_and_writes_nothing(capsys, model, 
         ("run", "KERNEL", "reference"),
         ("generate", "KERNEL", "reference"),
         ("quantize", "WEIGHTS", "memory"),
+        ("tune", "KERNEL", "reference"),
         ("compare", "MAX_CPU_ISA", "portable"),
     ],
 )
