@@ -37,6 +37,8 @@ class DiscQuant(Rounding):
     Without an error, that ends at nearest rounding, or at the solution that learning began with.
     """
 
+    learning_rate = 0.05
+
     def __init__(self, grid: Grid, options: Options):
         super().__init__(grid)
         self.options = options
