@@ -147,7 +147,7 @@ def tasks_of(
         changed = {"activations": activations} if activations == "none" else {}
         if one_grid:
             changed = {"weights": weights, "activations": activations, **GRID}
-        if iterations:
+        if iterations and settings.recipe.rounding.definition.LEARNS:
             changed["learning"] = settings.recipe.learning.model_copy(update={"iterations": iterations})
         recipe = settings.recipe.with_settings(**changed)
         tasks[recipe.name] = Task(replace(settings, recipe=recipe), options.prompts, out / options.model)

@@ -25,7 +25,7 @@ from dmquant.convert import quantize_
 from dmquant.host.memory import peak_memory, resident_memory, return_freed_memory
 from dmquant.recipe import Recipe
 
-RATES = (0.25, 0.5, 1.0, 2.0)  # factors of those of `dmquant tune`
+RATES = (4.0, 8.0, 16.0)  # factors of those of `dmquant tune`
 
 
 class Block(nn.Module):

@@ -27,8 +27,8 @@ KINDS = {
 }
 """What may learn, by name, in words."""
 RATES = {
-    "weights": 3e-3,
-    "scales": 1e-3,
+    "weights": 6e-3,
+    "scales": 2e-3,
     "biases": 1e-3,
     "norms": 1e-3,
     "kept": 1e-3,
