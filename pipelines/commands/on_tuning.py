@@ -78,7 +78,7 @@ def tune(
     iterations: Iterations = 1000,
     minibatch: Minibatch = 16,
     rate: Rate = 1.0,
-    weighting: Weighting = "sampler",
+    weighting: Weighting = "relative",
     tuning_prompts: TuningPrompts = 256,
     overwrite: Overwrite = False,
     **given: Any,
