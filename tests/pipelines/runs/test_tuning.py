@@ -31,7 +31,7 @@ def tuned(original, tmp_path_factory):
     out = tmp_path_factory.mktemp("tuned")
     settings = settings_of(original)
     stages.quantize(settings, out / "before", overwrite=False)
-    recovery = Recovery.of("weights,scales,biases", begin=out / "before", **SMALL)
+    recovery = Recovery.of("weights,scales,biases,norms,kept", begin=out / "before", **SMALL)
     stages.tune(settings, recovery, out / "after", overwrite=False)
     return out, settings
 
@@ -46,11 +46,11 @@ def test_it_is_a_pipeline_of_the_same_size_that_says_how_it_was_made(tuned, orig
     assert layers
     assert before.config.quantization_config == after.config.quantization_config
     record = yaml.safe_load((out / "after" / "run.yaml").read_text())["tuning"]
-    assert record["train"] == ["weights", "scales", "biases"]
+    assert record["train"] == ["weights", "scales", "biases", "norms", "kept"]
     assert record["begin"] == "before"
     assert 0 < record["error"] <= record["error_before"]
     card = (out / "after" / "README.md").read_text()
-    assert "weights, scales and biases learned from the full-precision model: 4 steps of\n4 calls" in card
+    assert "weights, scales, biases, norms and kept learned from the full-precision model: 4" in card
     assert str(out) not in card
 
 
@@ -64,7 +64,7 @@ def test_what_is_saved_has_the_error_that_is_told(tuned, original):
 
 def test_a_recovery_that_was_stopped_goes_on_to_the_same_bytes(tuned, original, monkeypatch):
     out, settings = tuned
-    recovery = Recovery.of("weights,scales,biases", begin=out / "before", **SMALL)
+    recovery = Recovery.of("weights,scales,biases,norms,kept", begin=out / "before", **SMALL)
 
     def stopped(*args, **options):
         @contextlib.contextmanager
