@@ -199,7 +199,7 @@ def test_the_data_free_scales_lose_little_at_their_bits():
     assert error(*own) < 0.6 * error("fp4", "group:64", "mse", "bf16")
     assert error("nl4", "group:64", "mse", "e3m4") < 0.85 * error("lut4", "group:64", "absmax", "fp32")
     assert error("nl4", "group:16", "mse", "e3m4") < 0.65 * error("nvfp4", "group:16", "mse")
-    assert error("nl3", "group:16", "mse", "e3m4") < 0.65 * error("int3", "group:16", "mse", "e4m3")
+    assert error("nl3", "group:16", "mse", "e3m4") < 0.7 * error("int3", "group:16", "mse", "e4m3")
 
 
 def test_scales_of_both_signs_are_no_whole_multiples():

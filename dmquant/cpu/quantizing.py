@@ -211,13 +211,15 @@ def _parts(rows: int, columns: int) -> list[slice]:
 
 @functools.cache
 def _as_struct(fmt: Format) -> _Format | None:
-    """None for a format that is not compiled: of too many binades, or a table but of 16 integers of 8 bits."""
+    """None for a format that is not compiled: of too many binades, or a table but of at most 16 integers of 8 bits."""
     if type(fmt) is FloatFormat and fmt.min_exponent > _FEWEST_BINADES:
         return _Format(1, fmt.bits, fmt.mantissa, fmt.min_exponent, -fmt.max, fmt.max)
     if type(fmt) is IntFormat:
         return _Format(0, fmt.bits, 0, 0, fmt.min, fmt.max)
-    if type(fmt) is LookupFormat and len(fmt.table) == 16 and set(fmt.table) <= set(range(-128, 128)):
-        held = fmt.values, torch.tensor((*fmt.ends, math.inf))
+    if type(fmt) is LookupFormat and len(fmt.table) <= 16 and set(fmt.table) <= set(range(-128, 128)):
+        unused = 16 - len(fmt.table)  # entries that no value reaches
+        padded = (*fmt.table, *(fmt.max,) * unused), (*fmt.ends, *(math.inf,) * (unused + 1))
+        held = tuple(torch.tensor(each, dtype=torch.float32) for each in padded)
         made = _Format(2, fmt.bits, 0, 0, fmt.table[0], fmt.max, *(each.data_ptr() for each in held))
         made.held = held
         return made

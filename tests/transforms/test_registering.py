@@ -67,5 +67,5 @@ def test_a_name_is_given_once(mean, name):
 
 
 def test_without_it_the_recipe_says_what_there_is():
-    with pytest.raises(ValueError, match=r"mean.*known: bias, equalize"):
+    with pytest.raises(ValueError, match=r"mean.*known: bias, cfp, equalize"):
         Recipe(name="x", transforms=["mean"])

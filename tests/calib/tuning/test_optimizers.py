@@ -94,6 +94,16 @@ def test_a_basis_of_four_bits_projects_gradients_nearly_as_its_own():
     assert Int4.of(basis).packed.nbytes == basis.numel() // 2
 
 
+@pytest.mark.parametrize("ends", [(1.0, 1.0), (0.5, 1.5), (-1.0, 1.0)])
+def test_a_basis_of_four_bits_holds_directions_of_one_sign_too(ends):
+    """q-galore-torch 1.0 loses up to all of them: its zero point cannot be negative."""
+    gradient = torch.randn(300, 1, generator=generator()) @ torch.linspace(*ends, 256)[None]
+    subspace = Subspace(rank=1, gap=1, stable=0.4)
+    subspace.update(gradient)
+    back = subspace.back(subspace.project(gradient), gradient.shape)
+    assert torch.linalg.norm(back - gradient) < 0.1 * torch.linalg.norm(gradient)
+
+
 @pytest.mark.parametrize("shape", [(48, 24), (24, 48), (24, 24)])
 def test_a_basis_of_full_rank_loses_nothing_and_a_smaller_one_keeps_the_most(shape):
     gradient = torch.randn(shape, generator=generator()).double()
