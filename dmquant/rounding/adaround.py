@@ -49,23 +49,27 @@ class _SoftWeights(torch.autograd.Function):
         return ctx.compiled.soft_gradient(*ctx.saved_tensors, GATE, gradient), None, None, None, None
 
 
-class AdaRound(Rounding):
-    """W~ = lower + h(V) (upper - lower), with h a sigmoid stretched beyond 0 and 1 and clipped to them."""
+class Gated(Rounding):
+    """W~ = lower + h(V) (upper - lower), with h a sigmoid stretched beyond 0 and 1 and clipped to them.
 
-    asked_on: torch.device | None = None
-    is_taken = False
+    `v`, of which V is a multiple where `step` is not None, is a parameter or made of parameters; (rows, columns).
+    """
 
-    def __init__(self, grid: Grid, options: Options):
+    def __init__(self, grid: Grid, options: BaseModel):
+        """`options` has AdaRound's `regularizer`, `warmup` and `beta`."""
         super().__init__(grid)
         self.options = options
         lower, upper, fraction = Box.around(grid)
         self.register_buffer("lower", lower.contiguous())
         self.register_buffer("upper", upper.contiguous())
-        self.register_buffer("step", grid.step if options.scale_aware else None)
+        self.register_buffer("step", None)
         # h(v) = fraction. A weight with nowhere to go keeps its value whatever h says: it starts decided.
         fraction = torch.where(upper > lower, fraction, -1)
-        v = torch.logit(((fraction - GAMMA) / (ZETA - GAMMA)).clamp(1e-4, 1 - 1e-4))
-        self.v = nn.Parameter(v * grid.step if options.scale_aware else v)
+        self.begin(torch.logit(((fraction - GAMMA) / (ZETA - GAMMA)).clamp(1e-4, 1 - 1e-4)))
+
+    def begin(self, v: Tensor) -> None:
+        """Make the parameters, with which V is `v`, (rows, columns) float32, in the beginning."""
+        raise NotImplementedError
 
     def gate(self) -> Tensor:
         """h(V), (rows, columns) float32, from 0 (the lower value) to 1 (the upper one): arXiv 2004.10568, eq. 23."""
@@ -73,8 +77,6 @@ class AdaRound(Rounding):
         return (torch.sigmoid(v) * (ZETA - GAMMA) + GAMMA).clamp(0, 1)
 
     def forward(self) -> Tensor:
-        if compiled := self._compiled():
-            return _SoftWeights.apply(self.v, self.step, self.lower, self.upper, compiled)
         return torch.lerp(self.lower, self.upper, self.gate())
 
     def penalty(self, progress: float) -> Tensor | None:
@@ -82,6 +84,34 @@ class AdaRound(Rounding):
         if progress < self.options.warmup:
             return None
         return self.options.regularizer * (1 - (2 * self.gate() - 1).abs().pow(self._beta(progress))).sum()
+
+    def _beta(self, progress: float) -> float:
+        (first, last), warmup = self.options.beta, self.options.warmup
+        return first + (last - first) * (progress - warmup) / (1 - warmup)
+
+    def hard(self) -> Tensor:
+        return torch.where(self.v >= 0, self.upper, self.lower)
+
+    def undecided(self) -> int:
+        gate = self.gate()
+        return int(((gate > 0) & (gate < 1)).sum())
+
+
+class AdaRound(Gated):
+    """V learned for each weight."""
+
+    asked_on: torch.device | None = None
+    is_taken = False
+
+    def begin(self, v: Tensor) -> None:
+        if self.options.scale_aware:
+            self.step = self.grid.step
+        self.v = nn.Parameter(v if self.step is None else v * self.step)
+
+    def forward(self) -> Tensor:
+        if compiled := self._compiled():
+            return _SoftWeights.apply(self.v, self.step, self.lower, self.upper, compiled)
+        return super().forward()
 
     def add_penalty_gradient_(self, progress: float, share: float) -> None:
         if progress < self.options.warmup:
@@ -94,10 +124,6 @@ class AdaRound(Rounding):
         factor = self.options.regularizer * share
         compiled.add_penalty_gradient_(self.v.grad, self.v, self.step, GATE, self._beta(progress), factor)
 
-    def _beta(self, progress: float) -> float:
-        (first, last), warmup = self.options.beta, self.options.warmup
-        return first + (last - first) * (progress - warmup) / (1 - warmup)
-
     def _compiled(self) -> Any:
         """The module of compiled code, where that takes these weights; asked once a device."""
         if torch.compiler.is_compiling():
@@ -106,13 +132,6 @@ class AdaRound(Rounding):
         if self.asked_on != self.v.device:
             self.asked_on, self.is_taken = self.v.device, compiled.takes(self.v, self.step, self.lower, self.upper)
         return compiled if self.is_taken else None
-
-    def hard(self) -> Tensor:
-        return torch.where(self.v >= 0, self.upper, self.lower)
-
-    def undecided(self) -> int:
-        gate = self.gate()
-        return int(((gate > 0) & (gate < 1)).sum())
 
 
 start = AdaRound

@@ -10,9 +10,7 @@ import torch
 from pydantic import BaseModel, Field
 from torch import Tensor, nn
 
-from dmquant.grids import Grid
-from dmquant.rounding.adaround import GAMMA, ZETA
-from dmquant.rounding.base import Box, Rounding
+from dmquant.rounding.adaround import Gated
 
 LEARNS = True
 NEEDS_MOMENTS = False
@@ -32,18 +30,12 @@ class Options(BaseModel, extra="forbid"):
     """The penalty's exponent after the warm-up and at the end; linear in between."""
 
 
-class LoRARounding(Rounding):
-    """W~ = lower + h(V0 + A1 A2) (upper - lower), with h as AdaRound has it."""
+class LoRARounding(Gated):
+    """V = V0 + A1 A2, with V0 as AdaRound begins."""
 
-    def __init__(self, grid: Grid, options: Options):
-        super().__init__(grid)
-        self.options = options
-        lower, upper, fraction = Box.around(grid)
-        fraction = torch.where(upper > lower, fraction, -1)  # a weight with nowhere to go starts decided
-        v = torch.logit(((fraction - GAMMA) / (ZETA - GAMMA)).clamp(1e-4, 1 - 1e-4))
-        for name, value in (("lower", lower), ("upper", upper), ("start", v)):
-            self.register_buffer(name, value)
-        rank = min(options.rank, *v.shape)
+    def begin(self, v: Tensor) -> None:
+        self.register_buffer("start", v)
+        rank = min(self.options.rank, *v.shape)
         first = torch.randn(len(v), rank, generator=torch.Generator().manual_seed(0)) / math.sqrt(rank)
         self.first, self.second = nn.Parameter(first.to(v.device)), nn.Parameter(v.new_zeros(rank, v.shape[1]))
 
@@ -51,29 +43,6 @@ class LoRARounding(Rounding):
     def v(self) -> Tensor:
         """V, (rows, columns) float32."""
         return torch.addmm(self.start, self.first, self.second)
-
-    def gate(self) -> Tensor:
-        """h(V), (rows, columns) float32, from 0 (the lower value) to 1 (the upper one)."""
-        return (torch.sigmoid(self.v) * (ZETA - GAMMA) + GAMMA).clamp(0, 1)
-
-    def forward(self) -> Tensor:
-        return torch.lerp(self.lower, self.upper, self.gate())
-
-    def penalty(self, progress: float) -> Tensor | None:
-        """regularizer * sum(1 - |2 h - 1|^beta), a scalar: CBQ's L_com; None during the warm-up."""
-        options = self.options
-        if progress < options.warmup:
-            return None
-        first, last = options.beta
-        beta = first + (last - first) * (progress - options.warmup) / (1 - options.warmup)
-        return options.regularizer * (1 - (2 * self.gate() - 1).abs().pow(beta)).sum()
-
-    def hard(self) -> Tensor:
-        return torch.where(self.v >= 0, self.upper, self.lower)
-
-    def undecided(self) -> int:
-        gate = self.gate()
-        return int(((gate > 0) & (gate < 1)).sum())
 
 
 start = LoRARounding
