@@ -19,6 +19,7 @@ from dmquant.activations import ranges_of
 from dmquant.calib.blocks.outputs import Outputs, first_sample
 from dmquant.calib.blocks.streams import Bar, Stream, Streams
 from dmquant.calib.blocks.units import Task
+from dmquant.calib.data.store import timesteps_of
 from dmquant.calib.data.tree import flatten, unflatten
 
 RANGES = 4  # of timesteps
@@ -62,8 +63,7 @@ class Correction:
         return name in [block.name for block in self.streams.blocks[: self.number]]
 
     def _ranges(self, batch: Sequence[int]) -> Tensor:
-        store = self.streams.store
-        return ranges_of(torch.tensor([store.timesteps[store.samples[index].step] for index in batch]), RANGES)
+        return ranges_of(timesteps_of(self.streams.store, batch), RANGES)
 
     @torch.no_grad()
     def _wanted(self, learning: Sequence[int], title: str, bar: Bar) -> Statistics:

@@ -12,7 +12,7 @@ from dmquant.calib.blocks.outputs import Budget, Outputs, first_sample, mixed, s
 from dmquant.calib.blocks.prediction import INSTEAD, prediction_of
 from dmquant.calib.blocks.replay import replay, replay_on
 from dmquant.calib.blocks.units import Block
-from dmquant.calib.data.store import CalibrationStore
+from dmquant.calib.data.store import CalibrationStore, timesteps_of
 from dmquant.calib.data.tree import flatten, map_floats
 from dmquant.errors import UserError
 from dmquant.recipe import Learning
@@ -140,8 +140,7 @@ class Streams:
         self, stream: Stream, number: int, batch: Sequence[int], mixing: torch.Generator | None
     ) -> dict[str, Any]:
         """Outputs of the blocks before block `number` for a batch, whose timesteps are the backbone's from now on."""
-        timesteps = torch.tensor([self.store.timesteps[self.store.samples[index].step] for index in batch])
-        self.ranges.set(timesteps.repeat_interleave(self.store.rows).to(self.device))
+        self.ranges.set(timesteps_of(self.store, batch).repeat_interleave(self.store.rows).to(self.device))
         given = {
             block.name: stream[block.name].read(batch, self.device)
             if block.last_use >= number

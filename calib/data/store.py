@@ -75,3 +75,8 @@ class CalibrationStore:
         if not all(torch.equal(first, other) for other in others):
             raise UserError("these samples cannot share a batch: a tensor that all rows share differs between them")
         return first.clone()
+
+
+def timesteps_of(store: CalibrationStore, indices: Sequence[int]) -> Tensor:
+    """The timesteps of the samples `indices`, (samples,), in the dtype that torch gives such numbers."""
+    return torch.tensor([store.timesteps[store.samples[index].step] for index in indices])

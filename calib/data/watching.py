@@ -1,25 +1,24 @@
 """Show the inputs of the layers of a full-precision backbone, over the samples to learn from."""
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from dmquant.calib.data.store import CalibrationStore, timesteps_of
 
 Watchers = Mapping[str, Callable[..., Any]]
 """Forward pre-hooks of layers, by name."""
 Run = Callable[[Watchers], None]
 """Runs a full-precision backbone, or a part of it, over the samples to learn from with these watchers in place."""
 
-if TYPE_CHECKING:
-    from dmquant.calib.data.store import CalibrationStore
-
 
 @torch.inference_mode()
 def run_watched(
     backbone: nn.Module,
     watchers: Watchers,
-    store: "CalibrationStore",
+    store: CalibrationStore,
     batch_size: int,
     timesteps: Callable[[Tensor], None],
     progress: Callable[[int, int], None],
@@ -34,8 +33,7 @@ def run_watched(
     try:
         for start in range(0, len(learning), batch_size):
             batch = learning[start : start + batch_size]
-            of_samples = torch.tensor([store.timesteps[store.samples[index].step] for index in batch])
-            timesteps(of_samples.repeat_interleave(store.rows))
+            timesteps(timesteps_of(store, batch).repeat_interleave(store.rows))
             args, kwargs = store.batch(batch, device)
             backbone(*args, **kwargs)
             progress(start + len(batch), len(learning))

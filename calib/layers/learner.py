@@ -19,7 +19,7 @@ PRODUCTS |= {QUANTIZED[kind]: product for kind, product in PRODUCTS.items()}
 """The reference kernel's products: the one kernel that needs no codes, which a layer that learns does not have yet."""
 
 
-class _StraightThrough(torch.autograd.Function):
+class StraightThrough(torch.autograd.Function):
     """A function of a tensor, with the gradient of the identity."""
 
     @staticmethod
@@ -74,7 +74,7 @@ class Learner:
             return x
         if torch.compiler.is_compiling():
             return self._quantized(x.detach()) + (x - x.detach())
-        return _StraightThrough.apply(x, self._quantized)
+        return StraightThrough.apply(x, self._quantized)
 
     def _quantized(self, x: Tensor) -> Tensor:
         quantized = self.quantized.quantize_input(x)

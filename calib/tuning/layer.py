@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from dmquant.calib.layers.learner import PRODUCTS
+from dmquant.calib.layers.learner import PRODUCTS, StraightThrough
 from dmquant.calib.tuning.held import Held, as_stored, storable
 from dmquant.calib.tuning.optimizers import Lean
 from dmquant.calib.tuning.rounding import Grouped, RoundedWeight, StoredScale, has_learned_scales, moved
@@ -90,7 +90,7 @@ class TunedLayer:
         """Quantize a transformed input, with a straight-through gradient; same shape and dtype."""
         if self.layer.activations is None:
             return x
-        return self.layer.quantize_input(x.detach()) + (x - x.detach())
+        return StraightThrough.apply(x, self.layer.quantize_input)
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """The weight to compute with, in `dtype` and the layer's shape, (out, in, ...)."""

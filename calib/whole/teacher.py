@@ -16,7 +16,7 @@ from dmquant.activations import TimestepRanges
 from dmquant.calib.blocks.outputs import Budget, Outputs, first_sample
 from dmquant.calib.blocks.prediction import prediction_of
 from dmquant.calib.blocks.replay import replaced_forward
-from dmquant.calib.data.store import CalibrationStore
+from dmquant.calib.data.store import CalibrationStore, timesteps_of
 from dmquant.errors import UsageError, UserError, check_choice
 
 WEIGHTINGS = ("none", "relative", "sampler")
@@ -92,8 +92,7 @@ class Teacher:
     def predict(self, batch: Sequence[int]) -> Tensor:
         """What the backbone predicts now for a batch of samples, (samples * rows, channels, ...); differentiable."""
         if self._ranges is not None:
-            timesteps = torch.tensor([self.store.timesteps[self.store.samples[index].step] for index in batch])
-            self._ranges.set(timesteps.repeat_interleave(self.store.rows).to(self.device))
+            self._ranges.set(timesteps_of(self.store, batch).repeat_interleave(self.store.rows).to(self.device))
         args, kwargs = self.store.batch(batch, self.device)
         return prediction_of(self.backbone(*args, **kwargs), (args, kwargs))
 
