@@ -8,11 +8,12 @@ from torch import Tensor
 from dmquant.calib.layers.learner import PRODUCTS, StraightThrough
 from dmquant.calib.tuning.held import Held, as_stored, storable
 from dmquant.calib.tuning.optimizers import Lean
-from dmquant.calib.tuning.rounding import Grouped, RoundedWeight, StoredScale, has_learned_scales, moved
+from dmquant.calib.tuning.rounding import Grouped, RoundedWeight, StoredScale
 from dmquant.grids import Grid
 from dmquant.grids.scaled import ScaledGrid
 from dmquant.layers import QuantConv2d, QuantLinear
 from dmquant.qtensor import QuantizedTensor
+from dmquant.rounding.straight import can_move, moved
 from dmquant.transforms import Parts, Storage
 
 BRANCH = "lowrank"
@@ -45,7 +46,7 @@ class TunedLayer:
             drawn = torch.randn(rank, begun.shape[1], generator=torch.Generator().manual_seed(rank)) / rank**0.5
             self.held["up"] = hold("lora", begun.new_zeros(begun.shape[0], rank), None)
             self.held["down"] = hold("lora", drawn.to(begun.device), None)
-        if "scales" in train and has_learned_scales(self.spec):
+        if "scales" in train and can_move(self.spec):
             self.held["scales"] = hold("scales", torch.ones_like(self._scales.decode()), None)
         if "biases" in train and layer.bias is not None:
             self.held["bias"] = hold("biases", layer.bias, None)
@@ -108,7 +109,7 @@ class TunedLayer:
         """Give the layer what was learned: codes, scales, bias and branch, as they were computed with."""
         scales, values = self._scales, self._values()
         if "scales" in self.held:
-            scales = moved(self.held["scales"].values(), scales, self.spec)
+            scales = moved(scales, self.spec.fmt, self.held["scales"].values())
         grid = self.spec.grid_type(values, self.spec, scales, self.layer.weight_shape)
         parts = {one.name: self.parts(one) for one in self.layer.transforms if one.name == BRANCH}
         bias = self.bias

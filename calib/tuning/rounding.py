@@ -5,10 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dmquant.grids.scaled import ScaledGrid
 from dmquant.qtensor import WeightSpec
+from dmquant.rounding.straight import moved
 from dmquant.scaling import Scales, from_groups, to_groups
-from dmquant.stores import FINE_SEARCH, get_store
 
 
 class Grouped:
@@ -26,11 +25,6 @@ class Grouped:
         return from_groups(groups, self.granularity, self.segments)
 
 
-def has_learned_scales(spec: WeightSpec) -> bool:
-    """Whether scales can be learned: not those that are octaves or whole multiples, nor tables."""
-    return spec.grid_type is ScaledGrid and get_store(spec.store).search is FINE_SEARCH
-
-
 class StoredScale(torch.autograd.Function):
     """Multiples (rows, columns) of scales, as the store can hold them; the gradient goes straight through."""
 
@@ -39,17 +33,11 @@ class StoredScale(torch.autograd.Function):
         """Decoded scales, float32 (rows, columns), of which the stored one is the nearest to `multiple` x the old."""
         old = scales.decode()
         ctx.save_for_backward(old)
-        return moved(multiple, scales, spec).decode()
+        return moved(scales, spec.fmt, multiple).decode()
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         return gradient * ctx.saved_tensors[0], None, None
-
-
-def moved(multiple: Tensor, scales: Scales, spec: WeightSpec) -> Scales:
-    """Scales that are these multiples (rows, columns) of the old ones, as stored; where it is 1, the very same."""
-    stored = get_store(spec.store).encode(scales.decode() * multiple * spec.fmt.max, spec.fmt, scales.base)
-    return Scales(torch.where(multiple == 1, scales.stored, stored), scales.base, spec.store)
 
 
 class RoundedWeight(torch.autograd.Function):

@@ -11,10 +11,10 @@ from dmquant.calib.blocks.replay import replaced_forward
 from dmquant.calib.tuning.held import Held, Mirrored, predicted_bytes, storable
 from dmquant.calib.tuning.layer import BRANCH, LORA_RANK, TunedLayer
 from dmquant.calib.tuning.optimizers import Lean
-from dmquant.calib.tuning.rounding import has_learned_scales
 from dmquant.errors import UsageError
 from dmquant.layers import QUANTIZED
 from dmquant.packing import unpack
+from dmquant.rounding.straight import can_move
 
 KINDS = {
     "weights": "all codes, by latent weights behind them",
@@ -162,7 +162,7 @@ def bytes_to_hold(backbone: nn.Module, train: Sequence[str], lean: Lean | None) 
             total += predicted_bytes((rows, columns), lean)
         if "lora" in train:
             total += predicted_bytes((rows, rank), None) + predicted_bytes((rank, columns), None)
-        if "scales" in train and has_learned_scales(layer.weight_spec):
+        if "scales" in train and can_move(layer.weight_spec):
             total += predicted_bytes(layer.weight_spec.scale_shape(layer.weight_shape), None)
         if "biases" in train and layer.bias is not None:
             total += predicted_bytes((rows,), None)

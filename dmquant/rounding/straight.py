@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dmquant.formats import Format
 from dmquant.grids import Grid, ScaledGrid, TableGrid
+from dmquant.grids.base import Spec
 from dmquant.rounding.base import Rounding
 from dmquant.scaling import Scales, from_groups, to_groups
 from dmquant.stores import get_store
@@ -29,7 +31,7 @@ class Straight(Rounding):
     def __init__(self, grid: Grid, learn_scales: bool):
         super().__init__(grid)
         self.register_buffer("source", _source(grid))
-        moves = learn_scales and can_move(grid)
+        moves = learn_scales and can_move(grid.spec)
         self.shift = nn.Parameter(torch.zeros_like(grid.scale)) if moves else None
         if grid.solution is not None:
             self.learning_rate = FROM_SOLUTION * self.learning_rate
@@ -48,7 +50,8 @@ class Straight(Rounding):
     def decided_grid(self) -> Grid:
         if self.shift is None:
             return self.grid
-        return replace(_at(self.grid, self.grid.weight), scales=moved(self.grid, self.shift.detach()))
+        scales = moved(self.grid.scales, self.grid.spec.fmt, self.shift.detach().exp())
+        return replace(_at(self.grid, self.grid.weight), scales=scales)
 
 
 def _source(grid: Grid) -> Tensor:
@@ -62,19 +65,17 @@ def _at(grid: Grid, weight: Tensor) -> Grid:
     return replace(grid, weight=weight, solution=None, wanted=None)
 
 
-def can_move(grid: Grid) -> bool:
-    """Whether scales of this grid can be moved a little: not tables, not scales that lie octaves apart, and not one of
-    a whole weight that other layers share."""
-    spec = grid.spec
+def can_move(spec: Spec) -> bool:
+    """Whether scales of weights of this specification can be moved a little: not tables, not scales that lie octaves
+    apart, and not one of a whole weight that other layers share."""
     near = any(abs(multiple - 1) < NEAR for multiple in get_store(spec.store).search)
-    return isinstance(grid, ScaledGrid) and near and (spec.amplitude is None or spec.granularity.kind != "tensor")
+    return spec.grid_type is ScaledGrid and near and (spec.amplitude is None or spec.granularity.kind != "tensor")
 
 
-def moved(grid: Grid, shift: Tensor) -> Scales:
-    """The scales of a grid times exp(shift), as they are stored; `shift` has the shape of the decoded scales."""
-    scales, fmt = grid.scales, grid.spec.fmt
-    stored = get_store(scales.store).encode(grid.scale * shift.exp() * fmt.max, fmt, scales.base)
-    return replace(scales, stored=torch.where(shift == 0, scales.stored, stored))
+def moved(scales: Scales, fmt: Format, multiple: Tensor) -> Scales:
+    """Scales that are these multiples (rows, columns) of the old ones, as stored; where it is 1, the very same."""
+    stored = get_store(scales.store).encode(scales.decode() * multiple * fmt.max, fmt, scales.base)
+    return replace(scales, stored=torch.where(multiple == 1, scales.stored, stored))
 
 
 def held(grid: Grid, x: Tensor) -> Tensor:

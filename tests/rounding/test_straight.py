@@ -78,7 +78,7 @@ def test_whatever_was_learned_survives_its_codes_with_the_scales_that_moved(meth
     assert (values != grid.nearest).any()
     assert decided.scales.stored.dtype == grid.scales.stored.dtype
     moves = not torch.equal(decided.scale, grid.scale)
-    assert moves == can_move(grid) == (form in MOVING)
+    assert moves == can_move(grid.spec) == (form in MOVING)
     fixed = disturbed(start(method, grid, learn_scales=False))
     assert torch.equal(fixed.rounded().grid.scale, grid.scale)
 
@@ -105,7 +105,7 @@ def test_scales_that_move_are_the_store_s_nearest_to_the_multiple(form, exponent
         grid = replace(grid, scales=replace(grid.scales, base=base * 2.0**exponent))
     else:
         grid = replace(grid, scales=replace(grid.scales, stored=scale * 2.0 ** (exponent // 4)))
-    result = moved(grid, torch.full_like(grid.scale, shift)).decode()
+    result = moved(grid.scales, grid.spec.fmt, torch.full_like(grid.scale, shift).exp()).decode()
     wanted = grid.scale * torch.tensor(shift).exp()
     largest = torch.where(wanted.abs() > 2 * grid.scale.abs().amax(), grid.scale.abs(), wanted.abs())
     near = (result - wanted).abs() <= 0.07 * largest  # three mantissa bits: half of 1/8
