@@ -61,6 +61,7 @@ def tuned(method: str, rate: float, options: argparse.Namespace) -> dict[str, An
                 student.set_rates(0.0 if adamw else rate * left)
                 loss = (model(inputs[step % 32]) - targets[step % 32]).square().mean()
                 loss.backward()
+                student.step()
                 losses.append(loss.item())
                 if adamw:
                     for group in adamw.param_groups:

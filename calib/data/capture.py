@@ -147,8 +147,6 @@ def _batches(prompts: Sequence[int], size: int) -> list[range]:
 def _dependencies(component: str, calls: Calls, sampling: Sampling) -> dict[str, Any]:
     """Everything that `capture` was given and its data depends on; batches change it by rounding at most."""
     drawn = asdict(sampling)
-    if drawn.pop("apart") is False:
-        drawn["held-out steps"] = "all"
     return {"component": component, **calls.dependencies(), "sampling seed": drawn.pop("seed"), **drawn}
 
 

@@ -70,8 +70,6 @@ class Sampling:
     held_out: float
     """Fraction of the prompts that is kept out of learning; at least one prompt is."""
     seed: int = 0
-    apart: bool = True
-    """Whether held-out samples keep to steps of their own, which are not learned from; else they have all steps."""
 
     def __post_init__(self) -> None:
         if self.sampler not in SAMPLERS:
@@ -92,15 +90,14 @@ def choose(
     """The samples of `prompts` prompts on a schedule of `steps` backbone calls, in the order of prompts and steps.
 
     Held-out samples share neither prompt nor step with those that are learned from, wherever the schedule has 8 steps
-    or more and `sampling.apart` says so; else they share steps. Nor do they share timesteps then, which some schedulers
-    have for two steps.
+    or more; on a shorter one they share steps. Nor do they share timesteps, which some schedulers have for two steps.
 
     Args:
         weights: importance of every step, not negative; only the `importance` sampler reads them.
         timesteps: the timestep of every step, where two may have the same.
     """
     held_out = held_out_prompts(sampling, prompts)
-    apart = held_out_steps(steps) if sampling.apart else []
+    apart = held_out_steps(steps)
     unseen = {timesteps[step] for step in apart} if timesteps else set()
     shared = [step for step in range(steps) if step not in apart and not (timesteps and timesteps[step] in unseen)]
     count = min(sampling.steps_per_prompt, len(shared))

@@ -1,5 +1,5 @@
-"""Tensors that learn while gradients arrive: each takes its step as soon as its own gradient is whole, which is then
-freed, so that never more than one is held."""
+"""Tensors that learn while gradients arrive: by AdamW each takes its step once its own gradient is whole, which is then
+freed; by Q-GaLore each part of a gradient is projected as it comes, and freed. One at most is held at a time."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -29,6 +29,7 @@ class Held:
         self._follower = follower(self.shape, lean, self._device)
         self._generator = torch.Generator(self._device).manual_seed(seed)
         self._weights = Int8.of(values.float(), self._generator) if is_lean(self.shape, lean) else None
+        self._has_gradient = False
         self._anchor = torch.zeros((), requires_grad=True)
         self._parameter = None
         if self._weights is None:
@@ -36,19 +37,27 @@ class Held:
             self._parameter.register_post_accumulate_grad_hook(self._arrived)
 
     def read(self) -> Tensor:
-        """The values, float32, whose gradient makes the step of this tensor when it arrives."""
+        """The values, float32, for one use, whose gradient this tensor takes when it arrives. By AdamW it then takes
+        its step too, as autograd has added up the gradients of all uses; by Q-GaLore `step` is to be called."""
         return _Read.apply(self._anchor, self) if self._parameter is None else self._parameter
 
     def values(self) -> Tensor:
         """The values, float32, without gradient."""
         return self._weights.decode() if self._parameter is None else self._parameter.detach()
 
-    def step(self, gradient: Tensor) -> None:
-        """Follow a gradient of any float dtype."""
+    def take(self, gradient: Tensor) -> None:
+        """Add a part of the gradient of the next step, of any float dtype."""
         if not bool(torch.isfinite(gradient.sum())):
             self.broken = True
             return
-        update = self._follower.step(gradient.detach().float()).mul_(-self.rate)
+        self._follower.take(gradient.detach().float())
+        self._has_gradient = True
+
+    def step(self) -> None:
+        """Follow the gradient that was taken; without one nothing happens."""
+        if not self._has_gradient:
+            return
+        update, self._has_gradient = self._follower.step().mul_(-self.rate), False
         if not self.rate:
             return
         if self._parameter is None:
@@ -58,7 +67,8 @@ class Held:
 
     def _arrived(self, parameter: Tensor) -> None:
         gradient, parameter.grad = parameter.grad, None
-        self.step(gradient)
+        self.take(gradient)
+        self.step()
 
     def forget(self) -> None:
         """Begin anew with the optimizer's state."""
@@ -94,8 +104,9 @@ class Held:
 
     @property
     def optimizer_bytes(self) -> int:
-        """Bytes of the optimizer's state as it is now."""
-        return sum(tensor.nbytes for tensor in self._follower.state()[0].values())
+        """Bytes of the optimizer's state as it is now, and of what is held of a gradient."""
+        held = [*self._follower.state()[0].values(), self._follower.gradient]
+        return sum(tensor.nbytes for tensor in held if tensor is not None)
 
 
 class Mirrored(Held):
@@ -106,8 +117,8 @@ class Mirrored(Held):
         self._place, self._dtype = parameter.requires_grad_(True), dtype
         parameter.register_post_accumulate_grad_hook(self._arrived)
 
-    def step(self, gradient: Tensor) -> None:
-        super().step(gradient)
+    def step(self) -> None:
+        super().step()
         self._show()
 
     def restore(self, snapshot: Mapping[str, Tensor]) -> None:
@@ -119,7 +130,7 @@ class Mirrored(Held):
 
 
 class _Read(torch.autograd.Function):
-    """The values of a tensor that is held in 8 bits; their gradient goes to its step and no further."""
+    """The values of a tensor that is held in 8 bits; their gradient goes to its next step and no further."""
 
     @staticmethod
     def forward(ctx: Any, anchor: Tensor, held: Held) -> Tensor:
@@ -128,18 +139,19 @@ class _Read(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, None]:
-        ctx.held.step(gradient)
+        ctx.held.take(gradient)
         return None, None
 
 
 def predicted_bytes(shape: tuple[int, ...], lean: Lean | None) -> int:
-    """Bytes that a tensor of this shape and its optimizer will hold, without its gradient."""
+    """Bytes that a tensor of this shape and its optimizer will hold, without a gradient of full rank."""
     count = torch.Size(shape).numel()
     if not is_lean(shape, lean):
         return 12 * count
     smaller, larger = sorted((shape[0], count // shape[0]))
     rank = max(1, round(lean.rank * smaller))
-    return count + 8 * -(-count // GROUP) + 2 * rank * larger + rank * smaller // 2 + 8 * -(-rank * smaller // GROUP)
+    basis = rank * smaller
+    return count + 8 * -(-count // GROUP) + (2 + 4) * rank * larger + basis // 2 + 8 * -(-basis // GROUP)
 
 
 def storable(values: Tensor) -> torch.dtype:

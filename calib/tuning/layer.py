@@ -28,15 +28,20 @@ Hold = Callable[[str, Tensor, Lean | None], Held]
 class TunedLayer:
     """A quantized layer while it is tuned; `train` names what of it learns, as far as it has that.
 
-    Latent weights begin at the layer's own codes, in units of the scale of their group, so that one rate suits all
-    layers; a LoRA is a low-rank change of the latent weights, and ends in the codes as well. Scales are multiples of
-    those that the layer begins with. Without latent weights codes stay as they are, and scales move under them.
+    Latent weights begin at the layer's own codes, in units of the mean step between two codes of their group, so that
+    one rate suits all layers and formats; a LoRA is a low-rank change of the latent weights, and ends in the codes as
+    well. Scales are multiples of those that the layer begins with. Without latent weights codes stay as they are, and
+    scales move under them.
     """
 
     def __init__(self, layer: QuantLinear | QuantConv2d, train: frozenset[str], lean: Lean | None, hold: Hold):
         self.layer, self.spec = layer, layer.weight_spec
         self._scales, self._grouped = layer.scales, Grouped(self.spec, layer.weight_shape)
         self._is_scaled = self.spec.grid_type is ScaledGrid
+        self._step = 1.0
+        if self._is_scaled:
+            values = self.spec.fmt.values
+            self._step = float(values[-1] - values[0]) / (len(values) - 1)
         begun = self._begun()
         self.held: dict[str, Held] = {}
         if "weights" in train:
@@ -129,18 +134,19 @@ class TunedLayer:
             if "up" in self.held:
                 latent = latent + self.held["up"].read() @ self.held["down"].read()
             if self._is_scaled:
-                return RoundedWeight.apply(latent, scale, began, self.spec, self._grouped)
+                return RoundedWeight.apply(latent * self._step, scale, began, self.spec, self._grouped)
             latent = latent * self._unit()
             return latent + (self._grid(latent.detach()).nearest - latent.detach())
         if "scales" in self.held:
-            return self._grouped.join(self._grouped.split(self._begun()) * scale.unsqueeze(-1))
+            codes = self._grouped.split(self._decoded(torch.ones_like(scale)))
+            return self._grouped.join(codes * scale.unsqueeze(-1))
         return self._decoded(began)
 
     def _begun(self) -> Tensor:
-        """The values that the layer began with, in units of `_unit` or of the scale of their group; (rows, columns)."""
+        """The values that the layer began with, in units of the mean step of their row or group; (rows, columns)."""
         scale = self._scales.decode()
         if self._is_scaled:
-            return self._decoded(torch.ones_like(scale))
+            return self._decoded(torch.ones_like(scale)) / self._step
         return self._decoded(scale) / self._unit()
 
     def _decoded(self, scale: Tensor) -> Tensor:

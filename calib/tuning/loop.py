@@ -1,8 +1,8 @@
-"""The loop of a recovery: mini-batches of the sampler's states, steps, held-out checks, and the best that was seen."""
+"""The loop of a recovery: batches of runs, steps, held-out checks, and the best that was seen."""
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dmquant.calib.blocks.learn import spread_batch
 from dmquant.calib.tuning.optimizers import Lean
+from dmquant.calib.tuning.runs import Runs
 from dmquant.calib.tuning.student import Student, facts_of, load_facts
-from dmquant.calib.whole.teacher import Teacher
 from dmquant.errors import UserError
 from dmquant.host.sealed import load_sealed, save_sealed
 
@@ -31,7 +30,6 @@ class Tuning:
     lean: Lean | None = None
     """Q-GaLore for weights; None for AdamW."""
     steps: int = 1000
-    batch_size: int = 16
     rate: float = 1.0
     """Factor of all rates."""
     checks: int = 10
@@ -40,7 +38,7 @@ class Tuning:
 
 @dataclass
 class Tuned:
-    """How a recovery went. Errors are the teacher's, on held-out samples."""
+    """How a recovery went. Errors are those of held-out runs, of which the student answers every call."""
 
     error_before: float
     error: float
@@ -54,9 +52,8 @@ class Tuned:
 
 def tune_(
     student: Student,
-    teacher: Teacher,
-    learning: Sequence[int],
-    held_out: Sequence[int],
+    learning: Runs,
+    held_out: Runs,
     options: Tuning,
     *,
     folder: Path,
@@ -64,24 +61,25 @@ def tune_(
     bar: Callable[..., None] = lambda done, total, what: None,
     say: Callable[[str], None] = lambda line: None,
 ) -> Tuned:
-    """Let the student learn the teacher's predictions; at the end it has the values of least held-out error.
+    """Let the student learn to end where full precision does; at the end it has the values of least held-out error.
 
-    The loss is the teacher's error on a mini-batch drawn from all over the schedule, over that on held-out samples at
-    the beginning; rates fall to zero with a cosine. After each of `options.checks` checks the state is in `folder`,
-    under the hash `key` of all that it depends on: a command that was killed continues there, to the same bytes.
+    The loss is the error of a batch of runs, over that of held-out ones at the beginning; all batches come in one
+    order, then in another. Rates fall to zero with a cosine. After each of `options.checks` checks the state is in
+    `folder`, under the hash `key` of all that it depends on: a command that was killed continues there, to the same
+    bytes.
     A loss, gradient or check that is not finite, or an error DIVERGED times that of the beginning, ends it; what it had
     best until then stays. Raises UserError where the error is not finite to begin with.
     """
-    path, batch_size = folder / STATE, options.batch_size
+    path = folder / STATE
     with student.learning():
         student.set_rates(0.0)
         best, done = student.snapshot(), 0
         if (found := _load(path, key, student)) is not None:
             best, done, ended = found
         else:
-            before = _held_out_error(teacher, held_out, batch_size)
+            before = _mean_error(held_out)
             if not math.isfinite(before):
-                raise UserError("the quantized model predicts NaN or infinity on held-out samples: tuning cannot begin")
+                raise UserError("the quantized model ends in NaN or infinity in held-out runs: tuning cannot begin")
             ended = Tuned(before, before, 0)
         if done:
             say(f"tuning: continues after step {done} of {options.steps}")
@@ -89,9 +87,9 @@ def tune_(
             if ended.diverged:
                 break
             student.set_rates(options.rate * (1 + math.cos(math.pi * (step - 1) / options.steps)) / 2)
-            batch = spread_batch(learning, batch_size, torch.Generator().manual_seed(options.seed + (step << 20)))
-            loss = teacher.error(batch) / max(ended.error_before, _TINY)
+            loss = learning.error(_batch_of(step - 1, len(learning), options.seed)) / max(ended.error_before, _TINY)
             loss.backward()
+            student.step()
             if step % REPORT_EVERY == 0 or step == options.steps:
                 lately = f", {ended.errors[-1] / ended.error_before:.3f} on others" if ended.errors else ""
                 bar(step, options.steps, f"tuning: {loss.item():.3f} of the error at first{lately}")
@@ -99,7 +97,7 @@ def tune_(
             if not math.isfinite(loss.item()) or student.broken:
                 ended.diverged = f"at step {step} the loss or a gradient was NaN or infinity"
             elif is_check:
-                error = _held_out_error(teacher, held_out, batch_size)
+                error = _mean_error(held_out)
                 ended.errors.append(error)
                 if error < ended.error:
                     best, ended.error, ended.best_step = student.snapshot(), error, step
@@ -111,25 +109,29 @@ def tune_(
     return ended
 
 
-def rehearse(student: Student, teacher: Teacher, samples: Sequence[int], options: Tuning) -> float:
+def rehearse(student: Student, learning: Runs) -> float:
     """Seconds of one step, which is computed and changes nothing."""
     student.set_rates(0.0)
     with student.learning():
         for _ in range(2):  # the first also computes subspaces, and allocates
             began = time.perf_counter()
-            teacher.error(list(samples[: options.batch_size])).backward()
+            learning.error(0).backward()
+            student.step()
             seconds = time.perf_counter() - began
     student.forget()
     return seconds
 
 
-def _held_out_error(teacher: Teacher, held_out: Sequence[int], batch_size: int) -> float:
-    total = 0.0
+def _batch_of(step: int, batches: int, seed: int) -> int:
+    """The batch of a step, both from 0: every epoch takes each once, in an order of its own."""
+    epoch, place = divmod(step, batches)
+    return int(torch.randperm(batches, generator=torch.Generator().manual_seed(seed + epoch))[place])
+
+
+def _mean_error(runs: Runs) -> float:
     with torch.no_grad():
-        for start in range(0, len(held_out), batch_size):
-            batch = held_out[start : start + batch_size]
-            total += teacher.error(batch).item() * len(batch)
-    return total / len(held_out)
+        sums = [runs.error(number).item() * len(batch) for number, batch in enumerate(runs.batches)]
+    return sum(sums) / sum(map(len, runs.batches))
 
 
 def _save(path: Path, key: str, student: Student, best: dict[str, dict[str, Tensor]], step: int, ended: Tuned) -> None:

@@ -17,10 +17,16 @@ SMALL = 4096  # elements: a tensor with fewer, or a vector, is left to AdamW in 
 
 
 class Follower(Protocol):
-    """The optimizer of one tensor."""
+    """The optimizer of one tensor, whose gradient may come in parts: one of every call of the backbone in a run."""
 
-    def step(self, gradient: Tensor) -> Tensor:
-        """What is to be subtracted from the tensor, for a rate of 1; shape and dtype of the gradient, float32."""
+    gradient: Tensor | None
+    """What is held of the gradient of the next step."""
+
+    def take(self, gradient: Tensor) -> None:
+        """Add a part of the gradient of the next step, of the tensor's shape, float32."""
+
+    def step(self) -> Tensor:
+        """What is to be subtracted from the tensor, for a rate of 1, of its shape, float32; the gradient is used up."""
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors and facts that JSON can hold, which bring another of the same shape to the same point."""
@@ -35,8 +41,13 @@ class AdamW:
     def __init__(self, shape: tuple[int, ...], device: torch.device):
         self.steps = 0
         self.first, self.second = torch.zeros(shape, device=device), torch.zeros(shape, device=device)
+        self.gradient: Tensor | None = None
 
-    def step(self, gradient: Tensor) -> Tensor:
+    def take(self, gradient: Tensor) -> None:
+        self.gradient = gradient if self.gradient is None else self.gradient + gradient
+
+    def step(self) -> Tensor:
+        gradient, self.gradient = self.gradient, None
         self.steps += 1
         self.first.lerp_(gradient, 1 - BETAS[0])
         self.second.mul_(BETAS[1]).addcmul_(gradient, gradient, value=1 - BETAS[1])
@@ -66,9 +77,10 @@ class Lean:
 class QGaLore:
     """Q-GaLore (arXiv 2407.08296) for a tensor (rows, ...), which is flattened to (rows, columns).
 
-    Adam with 8-bit moments in a low-rank subspace of the gradients. When the subspace turns by Q = P_new^T P_old, the
-    first moment turns with it, and the second by Q's squares, as it would for independent components; published is to
-    keep both as they are, in a basis that they do not belong to.
+    Adam with 8-bit moments in a low-rank subspace of the gradients, of which only the part in it is held until the
+    step. The subspace is that of the first part of a step's gradient, from the last call of a run. When the subspace
+    turns by Q = P_new^T P_old, the first moment turns with it, and the second by Q's squares, as it would for
+    independent components; published is to keep both as they are, in a basis that they do not belong to.
     """
 
     def __init__(self, shape: tuple[int, ...], options: Lean, device: torch.device):
@@ -78,23 +90,31 @@ class QGaLore:
         low = (self.matrix[0], rank) if self.matrix[0] >= self.matrix[1] else (rank, self.matrix[1])
         self.subspace, self.scale, self.steps = Subspace(rank, options.gap, options.stable), options.scale, 0
         self.first, self.second = Moments.zeros(low, True, device), Moments.zeros(low, False, device)
+        self._shape, self._turned = shape, None
+        self.gradient: Tensor | None = None
 
-    def step(self, gradient: Tensor) -> Tensor:
+    def take(self, gradient: Tensor) -> None:
         matrix = gradient.reshape(self.matrix)
-        turned = self.subspace.update(matrix)
-        low = self.subspace.project(matrix)
+        if self.gradient is None:
+            self._turned = self.subspace.update(matrix)
+            self.gradient = self.subspace.project(matrix)
+        else:
+            self.gradient += self.subspace.project(matrix)
+
+    def step(self) -> Tensor:
+        low, turned, self.gradient = self.gradient, self._turned, None
         first, second = self.first.decode(), self.second.decode()
         if turned is not None:
-            first, second = self._turned(turned, first), self._turned(turned.square(), second)
+            first, second = self._turn(turned, first), self._turn(turned.square(), second)
         self.steps += 1
         first.lerp_(low, 1 - BETAS[0])
         second.mul_(BETAS[1]).addcmul_(low, low, value=1 - BETAS[1])
         update = _direction(first, second, self.steps)
         self.first.encode(first)
         self.second.encode(second)
-        return self.subspace.back(update.mul_(self.scale), self.matrix).view(gradient.shape)
+        return self.subspace.back(update.mul_(self.scale), self.matrix).view(self._shape)
 
-    def _turned(self, by: Tensor, moment: Tensor) -> Tensor:
+    def _turn(self, by: Tensor, moment: Tensor) -> Tensor:
         return moment @ by.T if self.matrix[0] >= self.matrix[1] else by @ moment
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:

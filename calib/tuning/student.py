@@ -35,8 +35,8 @@ RATES = {
     "lora": 4e-3,
     "branch": 1e-3,
 }
-"""Rates of Adam's steps: of `weights` in units of their scale, of `biases`, `norms`, `kept` and `branch` in units of
-their own root mean square, others as they are."""
+"""Rates of Adam's steps: of `weights` in units of the mean step between two codes, of `biases`, `norms`, `kept` and
+`branch` in units of their own root mean square, others as they are."""
 _LEAST = 1e-3
 _MODULATION = "scale_shift_table"
 
@@ -98,6 +98,11 @@ class Student:
         """The rates of the next step, as a factor of those at the beginning; with 0 no step changes anything."""
         for name, held in self.held.items():
             held.rate = self.rates[name] * factor
+
+    def step(self) -> None:
+        """Take the steps that wait for gradients to be whole: after every backward pass."""
+        for held in self.held.values():
+            held.step()
 
     @property
     def broken(self) -> list[str]:

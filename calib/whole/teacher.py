@@ -17,25 +17,14 @@ from dmquant.calib.blocks.outputs import Budget, Outputs, first_sample
 from dmquant.calib.blocks.prediction import prediction_of
 from dmquant.calib.blocks.replay import replaced_forward
 from dmquant.calib.data.store import CalibrationStore, timesteps_of
-from dmquant.errors import UsageError, UserError, check_choice
-
-WEIGHTINGS = ("none", "relative", "sampler")
+from dmquant.errors import UserError
 
 
 class Teacher:
     """Predictions of a backbone, kept for some samples of its calibration data, and the error of what it predicts now.
 
-    The error of a sample is the mean square of the difference of the two predictions (rows, channels, ...), in float32,
+    The error of a batch is the mean square of the difference of the two predictions (rows, channels, ...), in float32,
     over what the pipeline reads of them: a backbone that also predicts a variance has twice the channels of its input.
-    With a scale of `guidance`, the rows of a sample are without the prompt and with it, and the difference is that of
-    what the sampler makes of them, d_without + guidance (d_with - d_without): mostly what the two do not share, which
-    may stay as it is while the errors of both rows halve. It is weighted by the sample's step of the schedule:
-
-    - `none`: all alike.
-    - `relative`: by the inverse of the mean square of the predictions at that step. It is twice the Kullback-Leibler
-      divergence |d|^2 / (2 sigma^2) of two Gaussians around the predictions, with that mean square as variance sigma^2.
-    - `sampler`: the relative error by how much it moves the final latents, the measured importance of the step
-      (`dmquant.calib.data.importance`) over the mean of all steps.
     """
 
     def __init__(
@@ -47,24 +36,15 @@ class Teacher:
         *,
         batch_size: int,
         ranges: TimestepRanges | None = None,
-        weighting: str = "none",
-        guidance: float | None = None,
         bar: Callable[[int, int, str], None] = lambda done, total, what: None,
     ):
         """Compute the predictions of the samples, indices into `store`, once, in batches.
 
         They are held in the budget and in files beyond it. `ranges` are told the timesteps of every call, where nothing
-        else tells them. Raises UsageError for an unknown weighting, and for `sampler` where the data was captured
-        without importances; UserError for predictions that hold NaN or infinity.
+        else tells them. Raises UserError for predictions that hold NaN or infinity.
         """
-        if check_choice("weighting", weighting, WEIGHTINGS) == "sampler" and store.weights is None:
-            raise UsageError(
-                "weighting by the sampler needs the importance of every step, which calibration data has with "
-                "calibration.sampler: importance"
-            )
         self.backbone, self.store, self.samples, self._ranges = backbone, store, list(samples), ranges
-        self.device, self.guidance = next(backbone.parameters()).device, guidance
-        kept, squares, count = None, torch.zeros(store.steps), torch.zeros(store.steps)
+        self.device, kept = next(backbone.parameters()).device, None
         with torch.no_grad():
             for start in range(0, len(self.samples), batch_size):
                 bar(start, len(self.samples), "full precision")
@@ -76,18 +56,7 @@ class Teacher:
                     )
                 kept = kept or Outputs(self.samples, first_sample(prediction, len(batch)), budget)
                 kept.write(batch, prediction)
-                steps = torch.tensor([store.samples[index].step for index in batch])
-                squares.index_add_(0, steps, _by_sample(prediction.float().square(), len(batch)).cpu())
-                count.index_add_(0, steps, torch.ones(len(batch)))
         self._kept = kept
-        weights = torch.ones(store.steps)
-        if weighting != "none":
-            weights = count / squares.clamp(min=torch.finfo().tiny)
-        if weighting == "sampler":
-            importance = torch.tensor(store.weights)
-            weights *= importance / importance.mean()
-        self.weights = weights
-        """How much the error of each step of the schedule counts, (steps,) float32."""
 
     def predict(self, batch: Sequence[int]) -> Tensor:
         """What the backbone predicts now for a batch of samples, (samples * rows, channels, ...); differentiable."""
@@ -100,27 +69,13 @@ class Teacher:
         """What it predicted in full precision, of the shape and dtype of `predict`."""
         return self._kept.read(batch, self.device)
 
-    def errors(self, batch: Sequence[int]) -> Tensor:
-        """The weighted error of each sample of a batch, (samples,) float32; differentiable."""
-        difference = self.predict(batch).float() - self.target(batch).float()
-        if self.guidance is not None:
-            without, given = difference.unflatten(0, (len(batch), 2)).unbind(1)
-            difference = without + self.guidance * (given - without)
-        weights = self.weights[[self.store.samples[index].step for index in batch]].to(self.device)
-        return _by_sample(difference.square(), len(batch)) * weights
-
     def error(self, batch: Sequence[int]) -> Tensor:
-        """The mean over a batch of the samples' weighted errors, a scalar float32; differentiable."""
-        return self.errors(batch).mean()
+        """The error of a batch of samples, a scalar float32; differentiable."""
+        return (self.predict(batch).float() - self.target(batch).float()).square().mean()
 
     def close(self) -> None:
         """Give back memory or disk."""
         self._kept.close()
-
-
-def _by_sample(values: Tensor, samples: int) -> Tensor:
-    """Means over all that belongs to each sample, (samples,)."""
-    return values.reshape(samples, -1).mean(1)
 
 
 @contextlib.contextmanager

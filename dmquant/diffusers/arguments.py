@@ -72,7 +72,7 @@ class Calls:
         prompts = None if self.prompts is None else [self.prompts[index] for index in indices]
         return replace(self, prompts=prompts, arguments={**self.arguments, **self._with_entries(indices)})
 
-    def latents(self, pipeline: Any, batch: range) -> Tensor:
+    def latents(self, pipeline: Any, batch: range, differentiable: bool = False) -> Tensor:
         """Latents (images, channels, height, width) at the end of a call with a batch of the prompts."""
         count = len(batch)
         cut = self._with_entries(batch)
@@ -83,7 +83,7 @@ class Calls:
             arguments[name] = each if each is None or len(each) == count else list(each) * count
         seeds = [self.seed + image for image in range(batch.start * self.images, batch.stop * self.images)]
         prompts = None if self.prompts is None else self.prompts[batch.start : batch.stop]
-        return call_pipeline(pipeline, prompts, seeds, "latent", arguments)
+        return call_pipeline(pipeline, prompts, seeds, "latent", arguments, differentiable)
 
     def described(self) -> dict[str, Any]:
         """The arguments as JSON can hold them: equal where they are, and never for those whose content is not known."""

@@ -1,6 +1,7 @@
 """Calls of a diffusers pipeline, to make images and to learn from it alike."""
 
 import contextlib
+import inspect
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -16,9 +17,15 @@ READERS = ("text_encoder", "tokenizer")  # names of the parts that read prompts 
 
 
 def call_pipeline(
-    pipeline: Any, prompts: Sequence[str] | None, seeds: Sequence[int], output_type: str, call: dict[str, Any]
+    pipeline: Any,
+    prompts: Sequence[str] | None,
+    seeds: Sequence[int],
+    output_type: str,
+    call: dict[str, Any],
+    differentiable: bool = False,
 ) -> Any:
-    """The images (or latents, by `output_type`) of one call, without a progress bar and without gradients.
+    """The images (or latents, by `output_type`) of one call, without a progress bar, and without gradients unless the
+    call is to be `differentiable`: then through the sampler as well.
 
     Every image starts from the noise of its own seed, drawn on the CPU, so that it depends neither on the batch nor on
     the device. `call` holds the arguments other than prompt, generator and output type; with the embeddings of prompts
@@ -28,8 +35,14 @@ def call_pipeline(
     _check_parts(pipeline, prompts is not None, output_type != "latent")
     given = {} if prompts is None else {"prompt": list(prompts)}
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-    with _no_progress_bar(pipeline), torch.no_grad(), _refusing(type(pipeline).__name__, call):
-        return pipeline(**given, generator=generators, output_type=output_type, **call).images
+    # diffusers decorates the call with torch.no_grad
+    run = inspect.unwrap(type(pipeline).__call__) if differentiable else type(pipeline).__call__
+    with (
+        _no_progress_bar(pipeline),
+        torch.set_grad_enabled(differentiable),
+        _refusing(type(pipeline).__name__, call),
+    ):
+        return run(pipeline, **given, generator=generators, output_type=output_type, **call).images
 
 
 @contextlib.contextmanager

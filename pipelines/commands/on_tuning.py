@@ -41,22 +41,24 @@ Optimizer = Annotated[
 Iterations = Annotated[
     int, typer.Option(min=1, help="Steps of the optimizer; more are better.", rich_help_panel="Tuning")
 ]
-Minibatch = Annotated[int, typer.Option(min=1, help="Calls of the backbone a step.", rich_help_panel="Tuning")]
+Minibatch = Annotated[int, typer.Option(min=1, help="Runs of the pipeline a step.", rich_help_panel="Tuning")]
 Rate = Annotated[float, typer.Option(help="Factor of all learning rates.", rich_help_panel="Tuning")]
-Weighting = Annotated[
-    str,
+Last = Annotated[
+    int | None,
     typer.Option(
-        metavar="none|relative|sampler",
-        help="How the errors of timesteps count: alike, relative to the predictions, or by how far they move images.",
+        min=1,
+        help="How many calls of the backbone at the end of a run are learned; those before are full precision's. Each "
+        "takes its time and memory. Default: as many as have 99 % of what moves the image, measured; 8 at most.",
         rich_help_panel="Tuning",
+        show_default=False,
     ),
 ]
 TuningPrompts = Annotated[
     int,
     typer.Option(
         min=2,
-        help="Prompts of --calibration-prompts to run for states to learn from, over again where there are fewer; a "
-        "sixteenth of them only judge what is kept.",
+        help="Runs to learn from, with the prompts of --calibration-prompts, over again with other noise where there "
+        "are fewer; a sixteenth of the prompts only judge what is kept.",
         rich_help_panel="Tuning",
     ),
 ]
@@ -76,19 +78,19 @@ def tune(
     train: Train = "weights,scales,biases,norms,kept",
     optimizer: Optimizer = "adamw",
     iterations: Iterations = 1000,
-    minibatch: Minibatch = 16,
+    minibatch: Minibatch = 8,
     rate: Rate = 1.0,
-    weighting: Weighting = "relative",
+    last: Last = None,
     tuning_prompts: TuningPrompts = 256,
     overwrite: Overwrite = False,
     **given: Any,
 ) -> None:
     """Quantize MODEL and let what is quantized learn from MODEL in full precision: for the fewest bits.
 
-    It learns to predict what MODEL predicts in runs of its own sampler, with weights and inputs quantized as they will
-    be. What is best on prompts that it does not learn from is saved, as a diffusers pipeline folder of the same size.
-    It takes minutes to hours where quantizing takes seconds; memory and time are said before it begins. The same
-    command on the same folder resumes.
+    It learns to end runs of MODEL's own sampler where MODEL ends them, with weights and inputs quantized as they will
+    be. What is nearest on prompts that it does not learn from is saved, as a diffusers pipeline folder of the same
+    size. It takes minutes to hours where quantizing takes seconds; memory and time are said before it begins. The
+    same command on the same folder resumes.
     """
     from dmquant.pipelines.commands import stages
     from dmquant.pipelines.runs import settings
@@ -101,7 +103,7 @@ def tune(
         batch_size=minibatch,
         rate=rate,
         prompts=tuning_prompts,
-        weighting=weighting,
+        last=last,
         begin=begin,
     )
     resolved = settings.resolve(settings.Options(model=model, command=typed(), **given))

@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
 FIRST_SEED = 1_000_000  # of the noise of calibration prompts: far from the seeds of images
 DATA = "data"
-APART = ("apart", True)  # how held-out calls of versions before the setting were, whose data has the same key
 
 
 class CalibrationSettings(Protocol):
@@ -81,13 +80,9 @@ def calibration_data(
     workspace: Path,
     console: Console,
     weights: str,
-    apart: bool = True,
 ) -> "CalibrationStore":
-    """The recipe's calibration data; what is missing of it is captured now, by all processes of a command together.
-
-    Where held-out calls are not `apart` they share steps with the others (`Sampling.apart`).
-    """
-    wanted, calls, key = settings.recipe.calibration, calls_of(settings), data_key(settings, weights, apart)[:8]
+    """The recipe's calibration data; what is missing of it is captured now, by all processes of a command together."""
+    wanted, calls, key = settings.recipe.calibration, calls_of(settings), data_key(settings, weights)[:8]
     if len(calls) < wanted.prompts:
         console.say(f"note: the recipe asks for {wanted.prompts} calibration prompts, the list has {len(calls)}")
     folder = settings.calibration_data or workspace / DATA / key
@@ -96,7 +91,7 @@ def calibration_data(
             settings.family.prompted(pipeline),
             settings.family.component,
             calls,
-            sampling=_sampling(settings, apart),
+            sampling=_sampling(settings),
             batch_size=settings.batch_size,
             folder=folder,
             made_for=_made_for(settings, weights),
@@ -119,12 +114,12 @@ def calls_of(settings: CalibrationSettings) -> Calls:
     return listed.only(range(min(settings.recipe.calibration.prompts, len(listed))))
 
 
-def data_key(settings: CalibrationSettings, weights: str, apart: bool = True) -> str:
+def data_key(settings: CalibrationSettings, weights: str) -> str:
     """Fingerprint of all that calibration data depends on, `weights` being the key of the full-precision pipeline."""
     calls = calls_of(settings)
     return fingerprint(
         made_for=_made_for(settings, weights),
-        sampling={name: value for name, value in vars(_sampling(settings, apart)).items() if (name, value) != APART},
+        sampling=vars(_sampling(settings)),
         prompts=calls.prompts,
         call=calls.described(),
     )
@@ -135,9 +130,9 @@ def _made_for(settings: CalibrationSettings, weights: str) -> dict[str, str]:
     return {"weights": weights, "dtype": settings.dtype_name}
 
 
-def _sampling(settings: CalibrationSettings, apart: bool) -> Sampling:
+def _sampling(settings: CalibrationSettings) -> Sampling:
     wanted = settings.recipe.calibration
-    return Sampling(wanted.sampler, wanted.steps_per_prompt, wanted.held_out, wanted.seed, apart)
+    return Sampling(wanted.sampler, wanted.steps_per_prompt, wanted.held_out, wanted.seed)
 
 
 def weights_key(pipeline: "DiffusionPipeline") -> str:

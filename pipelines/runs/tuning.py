@@ -3,7 +3,7 @@
 import contextlib
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from itertools import cycle, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 import dmquant
-from dmquant.calib.blocks.outputs import Budget
+from dmquant.calib.blocks.replay import Arguments
 from dmquant.calib.blocks.trace import trace
 from dmquant.calib.tuning.loop import Tuned, Tuning, rehearse, tune_
 from dmquant.calib.tuning.optimizers import Lean
+from dmquant.calib.tuning.runs import Runs, backbone_calls, last_calls
 from dmquant.calib.tuning.student import KINDS, Student, bytes_to_hold
-from dmquant.calib.whole.teacher import WEIGHTINGS, Teacher, checkpointing
+from dmquant.calib.whole.teacher import checkpointing
+from dmquant.diffusers.arguments import Calls
 from dmquant.diffusers.quantizer import QuantMethod
 from dmquant.errors import UsageError, UserError, check_choice
 from dmquant.host.console import Console
@@ -29,22 +31,19 @@ from dmquant.pipelines.models.hashes import pipeline_hashes
 from dmquant.pipelines.models.placing import place_backbone_alone
 from dmquant.pipelines.models.saving import model_card, narrow_exactly, save_whole
 from dmquant.pipelines.runs import runfolder
-from dmquant.pipelines.runs.calibration import calibration_data
+from dmquant.pipelines.runs.calibration import FIRST_SEED
 from dmquant.pipelines.runs.footprint import footprint
 from dmquant.pipelines.runs.model_stage import load_quantized, load_source, quantize_in_place
 from dmquant.pipelines.runs.settings import Settings
-from dmquant.recipe import Calibration
 from dmquant.settings import format_name
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-    from dmquant.calib.data.store import CalibrationStore
-
+RUNS = "runs"  # folder of those in full precision
 OPTIMIZERS = {"adamw": None, "qgalore": Lean()}
-MOST = {"steps": 10_000_000, "batch_size": 10_000, "prompts": 1_000_000, "rate": 1_000}
-HELD_OUT = 1 / 16  # of the prompts
-PREDICTIONS = 4  # one part in so many of the memory is for the teacher's predictions; more go to disk
+MOST = {"steps": 10_000_000, "batch_size": 10_000, "prompts": 1_000_000, "rate": 1_000, "last": 10_000}
+HELD_OUT = 16  # one prompt in so many
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,8 @@ class Recovery:
     batch_size: int
     rate: float
     prompts: int
-    weighting: str
+    last: int | None = None
+    """How many calls of the backbone at the end of a run the student answers; None for those that move the image."""
     begin: Path | None = None
     """The folder of a quantized pipeline to begin with; by default the model is quantized first."""
 
@@ -73,9 +73,9 @@ class Recovery:
             raise UsageError("--train weights changes all that lora would: name one of the two")
         self = cls(kinds, **others)
         check_choice("optimizer", self.optimizer, OPTIMIZERS)
-        check_choice("weighting", self.weighting, WEIGHTINGS)
         for name, most in MOST.items():
-            if not 0 < (given := getattr(self, name)) <= most or not math.isfinite(given):
+            given = getattr(self, name)
+            if given is not None and not (0 < given <= most and math.isfinite(given)):
                 raise UsageError(f"{given} is no number of {name.replace('_', ' ')}: it is above 0, and {most} at most")
         if self.optimizer == "qgalore" and "weights" not in kinds:
             raise UsageError("--optimizer qgalore is for --train weights; what else there is to train is small")
@@ -84,7 +84,7 @@ class Recovery:
     @property
     def tuning(self) -> Tuning:
         """What the loop takes of it."""
-        return Tuning(self.train, OPTIMIZERS[self.optimizer], self.steps, self.batch_size, self.rate)
+        return Tuning(self.train, OPTIMIZERS[self.optimizer], self.steps, self.rate)
 
 
 def tune(
@@ -98,77 +98,59 @@ def tune(
     component, workspace = settings.family.component, workspace / runfolder.CALIBRATION
     pipeline = load_source(settings, console)
     full = getattr(pipeline, component).requires_grad_(False)
-    store = _data(pipeline, settings, recovery, workspace, console, weights)
-    by_step = sorted(range(len(store)), key=lambda index: store.samples[index].step)
-    learning = [index for index in by_step if not store.samples[index].held_out]
-    held_out = [index for index in by_step if store.samples[index].held_out]
     device = next(full.parameters()).device
     total = settings.memory_budget or default_budget(device)
     if settings.offload:
         place_backbone_alone(pipeline, component, settings.device)
-    guidance = None
-    if settings.family.guidance == "rows" and store.rows == 2:
-        guidance = 1 - settings.guidance if settings.family.prompt_first else settings.guidance
-    with console.bar("full precision") as bar:
-        predictions = Budget(total // PREDICTIONS, workspace / "spill")
-        teacher = Teacher(
-            full,
-            store,
-            by_step,
-            predictions,
-            batch_size=settings.batch_size,
-            weighting=recovery.weighting,
-            guidance=guidance,
-            bar=bar,
-        )
-    with contextlib.closing(teacher):
-        if recovery.begin is None:
-            quantize_in_place(pipeline, settings, workspace, console, weights)
-            began = settings.saved_model_key(weights)
-        else:
-            teacher.backbone, began = _begun(recovery.begin, settings, full)
-            setattr(pipeline, component, teacher.backbone)
-        backbone = teacher.backbone
-        options = recovery.tuning
-        _check_memory(backbone, options, total - total // PREDICTIONS)
-        student = Student(backbone, options.train, options.lean)
-        with _checkpointed(settings, backbone, store, options):
-            seconds = rehearse(student, teacher, learning, options)
-            _forecast(student, backbone, options, seconds, console)
-            key = fingerprint(began=began, data=store.key, **asdict(recovery) | {"begin": None}, of=dmquant.__version__)
-            with console.bar("tuning") as bar:
-                ended = tune_(
-                    student, teacher, learning, held_out, options, folder=workspace, key=key, bar=bar, say=console.say
-                )
-        changed = student.commit_()
-    facts = _facts(recovery, ended, changed, len(learning))
+    learning, held_out = _runs(pipeline, settings, recovery, workspace, console, weights)
+    example = backbone_calls(settings.family.prompted(pipeline), component, learning.calls)[0]
+    if recovery.begin is None:
+        quantize_in_place(pipeline, settings, workspace, console, weights)
+        began = settings.saved_model_key(weights)
+    else:
+        backbone, began = _begun(recovery.begin, settings, full)
+        setattr(pipeline, component, backbone)
+    backbone, options = getattr(pipeline, component), recovery.tuning
+    _check_memory(backbone, options, total)
+    student = Student(backbone, options.train, options.lean)
+    with _checkpointed(settings, backbone, example, options):
+        seconds = rehearse(student, learning)
+        _forecast(student, backbone, recovery, learning, seconds, console)
+        key = fingerprint(began=began, data=learning.key, **asdict(recovery) | {"begin": None}, of=dmquant.__version__)
+        with console.bar("tuning") as bar:
+            ended = tune_(student, learning, held_out, options, folder=workspace, key=key, bar=bar, say=console.say)
+    changed = student.commit_()
+    facts = _facts(recovery, ended, changed, learning)
     console.say(_in_words(facts))
     narrow_exactly(backbone)
     _save(pipeline, settings, out, facts, console)
     return facts
 
 
-def _data(
+def _runs(
     pipeline: "DiffusionPipeline",
     settings: Settings,
     recovery: Recovery,
     workspace: Path,
     console: Console,
     weights: str,
-) -> "CalibrationStore":
-    """Calls of runs with the calibration prompts, taken from the beginning again where they do not reach: with other
-    noise they are other runs. By the sampler half of the steps of a run, those that move the image most."""
-    by_sampler = recovery.weighting == "sampler"
-    wanted = Calibration(
-        prompts=recovery.prompts,
-        steps_per_prompt=-(-settings.steps // 2) if by_sampler else settings.steps,
-        sampler="importance" if by_sampler else "uniform",
-        held_out=HELD_OUT,
-    )
-    prompts = tuple(islice(cycle(settings.calibration_prompts), recovery.prompts))
-    recipe = settings.recipe.model_copy(update={"calibration": wanted})
-    asked = replace(settings, recipe=recipe, calibration_prompts=prompts)
-    return calibration_data(pipeline, asked, workspace, console, weights, apart=False)
+) -> tuple[Runs, Runs]:
+    """Runs to learn from and to judge by, with other prompts. Where the list of prompts does not reach it is taken from
+    the beginning again: with other noise they are other runs."""
+    prompted, component = settings.family.prompted(pipeline), settings.family.component
+    listed = settings.calibration_prompts[: recovery.prompts]
+    if len(listed) < 2:
+        raise UsageError("tuning takes two prompts at least: one to learn from and one to judge by")
+    apart = max(1, len(listed) // HELD_OUT)
+    judging, others = listed[:apart], listed[apart:]
+    wanted = max(recovery.prompts - apart, len(others))
+    calls = Calls(tuple(islice(cycle(others), wanted)), FIRST_SEED + apart, settings.call)
+    size, folder, made_for = recovery.batch_size, workspace / RUNS, {"weights": weights, "dtype": settings.dtype_name}
+    with console.bar("full precision") as bar:
+        last = recovery.last or last_calls(prompted, component, calls, size, bar)
+        key, common = fingerprint(**made_for), {"batch_size": size, "folder": folder, "bar": bar}
+        held_out = Runs(prompted, component, Calls(judging, FIRST_SEED, settings.call), last=None, key=key, **common)
+        return Runs(prompted, component, calls, last=last, key=key, **common), held_out
 
 
 def _begun(folder: Path, settings: Settings, full: nn.Module) -> tuple[nn.Module, str]:
@@ -187,15 +169,12 @@ def _begun(folder: Path, settings: Settings, full: nn.Module) -> tuple[nn.Module
 
 
 @contextlib.contextmanager
-def _checkpointed(
-    settings: Settings, backbone: nn.Module, store: "CalibrationStore", options: Tuning
-) -> Iterator[None]:
+def _checkpointed(settings: Settings, backbone: nn.Module, example: Arguments, options: Tuning) -> Iterator[None]:
     """With Q-GaLore, blocks compute again in the backward pass what they would keep: else that would be the most."""
     if options.lean is None:
         yield
         return
-    device = next(backbone.parameters()).device
-    traced = trace(backbone, store.batch([0], device), settings.family.blocks(backbone))
+    traced = trace(backbone, example, settings.family.blocks(backbone))
     with checkpointing(backbone, [one.name for one in traced if not one.overwrites and not one.is_overwritten]):
         yield
 
@@ -218,24 +197,27 @@ def _check_memory(backbone: nn.Module, options: Tuning, available: int) -> None:
     raise UsageError(f"{said}: {remedy}")
 
 
-def _forecast(student: Student, backbone: nn.Module, options: Tuning, seconds: float, console: Console) -> None:
+def _forecast(
+    student: Student, backbone: nn.Module, recovery: Recovery, learning: Runs, seconds: float, console: Console
+) -> None:
+    options, runs = recovery.tuning, min(recovery.batch_size, len(learning.batches[0]))
     numbers = sum(math.prod(held.shape) for held in student.held.values())
     held = size_text(bytes_to_hold(backbone, options.train, options.lean))
     optimizer = "AdamW" if options.lean is None else "Q-GaLore"
     console.say(
         f"tuning: {numbers:,} numbers learn ({', '.join(options.train)}) by {optimizer}, in {held} beside the model; "
-        f"{options.steps} steps of {options.batch_size} calls, {seconds:.2f} s each: "
+        f"{options.steps} steps of the last {learning.last} calls of {runs} runs, {seconds:.2f} s each: "
         f"{time_text(options.steps * seconds)} and its checks"
     )
 
 
-def _facts(recovery: Recovery, ended: Tuned, changed: float, calls: int) -> dict[str, Any]:
+def _facts(recovery: Recovery, ended: Tuned, changed: float, learning: Runs) -> dict[str, Any]:
     own = {key: value for key, value in asdict(recovery).items() if key not in ("train", "begin")}
     return {
         "train": list(recovery.train),
         "begin": None if recovery.begin is None else recovery.begin.name,
-        **own,
-        "calls": calls,
+        **own | {"last": learning.last},
+        "runs": sum(map(len, learning.batches)),
         "error_before": ended.error_before,
         "error": ended.error,
         "best_step": ended.best_step,
@@ -246,10 +228,10 @@ def _facts(recovery: Recovery, ended: Tuned, changed: float, calls: int) -> dict
 
 def _in_words(facts: dict[str, Any]) -> str:
     share = facts["error"] / facts["error_before"] if facts["error_before"] else 1.0
-    line = f"tuned: the error on held-out calls is {share:.3f} of what it was, after step {facts['best_step']}"
-    line += f"; {facts['codes_changed']:.1%} of the codes changed"
+    line = f"tuned: the error of final latents is {share:.3f} of what it was on held-out prompts"
+    line += f", after step {facts['best_step']}; {facts['codes_changed']:.1%} of the codes changed"
     if not facts["best_step"]:
-        line = "tuned: nothing was better on held-out calls than the model that it began with, which is what is saved"
+        line = "tuned: nothing was nearer on held-out prompts than the model that it began with, which is what is saved"
     if facts["diverged"]:
         line += f". It diverged: {facts['diverged']}; the best before that is kept: take a lower --rate"
     return line
@@ -278,10 +260,10 @@ def _section(facts: dict[str, Any]) -> str:
     return f"""
 ## Tuned
 
-After quantizing, {_listed(facts["train"])} learned from the full-precision model: {facts["steps"]} steps of
-{facts["batch_size"]} calls of its sampler, of the {facts["calls"]} calls of {facts["prompts"]} prompts, by
-{facts["optimizer"]}. The squared error of predictions on calls that it did not learn from is {share:.3f} of what it
-was. All settings are in `{runfolder.SETTINGS}`.
+After quantizing, {_listed(facts["train"])} learned from the full-precision model: {facts["steps"]} steps of the last
+{facts["last"]} calls of {facts["batch_size"]} of its {facts["runs"]} runs, by {facts["optimizer"]}. The squared error
+of final latents is {share:.3f} of what it was on prompts that it did not learn from. All settings are in
+`{runfolder.SETTINGS}`.
 """
 
 

@@ -132,12 +132,28 @@ def test_moments_turn_with_the_subspace():
     optimizer = QGaLore((64, 128), Lean(rank=0.5, gap=2), CPU)
     gradient = torch.randn(64, 128, generator=generator())
     for _ in range(2):
-        optimizer.step(gradient)
+        optimizer.take(gradient)
+        optimizer.step()
     before = optimizer.subspace.back(optimizer.first.decode(), (64, 128))
-    optimizer.step(-gradient)  # a new basis of the same space, of other signs perhaps
+    optimizer.take(-gradient)
+    optimizer.step()  # a new basis of the same space, of other signs perhaps
     first = optimizer.first.decode() + 0.1 * optimizer.subspace.project(gradient)  # without this gradient's part
     after = optimizer.subspace.back(first / 0.9, (64, 128))
     assert torch.cosine_similarity(before.flatten(), after.flatten(), dim=0) > 0.98
+
+
+@pytest.mark.parametrize("kind", [AdamW, lambda shape, device: QGaLore(shape, Lean(rank=0.5, gap=1), device)])
+def test_a_gradient_may_come_in_parts(kind):
+    parts = torch.randn(3, 64, 96, generator=generator())
+    whole, by_parts = kind((64, 96), CPU), kind((64, 96), CPU)
+    for part in (parts[0], *parts[1:]):
+        by_parts.take(part)
+    whole.take(parts[0])
+    whole.take(parts[1] + parts[2])
+    assert torch.allclose(whole.step(), by_parts.step(), atol=1e-5)
+    whole.take(parts[0])
+    by_parts.take(parts[0])
+    assert torch.allclose(whole.step(), by_parts.step(), atol=1e-5)  # nothing is left of the parts
 
 
 def test_adamw_is_torchs_without_decay():
@@ -147,7 +163,8 @@ def test_adamw_is_torchs_without_decay():
     for seed in range(20):
         theirs.grad = torch.randn(7, 5, generator=generator(seed))
         reference.step()
-        own -= 0.01 * ours.step(theirs.grad)
+        ours.take(theirs.grad)
+        own -= 0.01 * ours.step()
     assert torch.allclose(own, theirs, atol=1e-6)
 
 
@@ -161,6 +178,7 @@ def learned(lean, steps=250):
         x = torch.randn(64, 16, generator=draws) @ mixed + 0.1 * torch.randn(64, 128, generator=draws)
         loss = (x @ (held.read() - wanted).T).square().mean()
         loss.backward()
+        held.step()
         losses.append(loss.item())
     return sum(losses[-20:]) / 20 / losses[0], held.optimizer_bytes
 
@@ -176,7 +194,8 @@ def test_a_tensor_that_is_stopped_and_loaded_takes_the_same_steps_to_the_byte(le
     def steps(held, count, seed):
         for number in range(count):
             held.rate = 0.01
-            held.step(torch.randn(80, 64, generator=generator(seed + number)))
+            held.take(torch.randn(80, 64, generator=generator(seed + number)))
+            held.step()
 
     straight, stopped, resumed = (Held(torch.ones(80, 64), lean, seed=5) for _ in range(3))
     steps(straight, 7, 0)
@@ -205,7 +224,8 @@ def test_memory_is_predicted_and_no_gradient_is_left(shape, lean):
 def test_a_gradient_that_is_not_finite_changes_nothing_and_is_remembered():
     held = Held(torch.ones(3))
     held.rate = 1.0
-    held.step(torch.tensor([1.0, torch.inf, 0.0]))
+    held.take(torch.tensor([1.0, torch.inf, 0.0]))
+    held.step()
     assert held.broken
     assert torch.equal(held.values(), torch.ones(3))
 

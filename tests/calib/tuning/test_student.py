@@ -6,19 +6,20 @@ import pytest
 import torch
 from torch import nn
 
-from dmquant.calib.blocks.outputs import Budget
 from dmquant.calib.tuning import loop
 from dmquant.calib.tuning.loop import Tuning, rehearse, tune_
 from dmquant.calib.tuning.optimizers import Lean
 from dmquant.calib.tuning.rounding import Grouped, RoundedWeight
 from dmquant.calib.tuning.student import Student, bytes_to_hold
-from dmquant.calib.whole.teacher import Teacher, checkpointing
+from dmquant.calib.whole.teacher import checkpointing
 from dmquant.convert import quantize_
+from dmquant.diffusers.families import families
 from dmquant.errors import UsageError
 from dmquant.kernels import forced
 from dmquant.qtensor import WeightSpec
 from dmquant.recipe import Recipe
-from tests.calib.runs import KEEP, captured, has_same_state
+from tests.calib.runs import KEEP, has_same_state
+from tests.calib.tuning.cases import runs_of, tiny
 
 ALL = ("weights", "scales", "biases", "norms", "kept")
 
@@ -46,6 +47,7 @@ def moved(student, x, steps=3, factor=80.0):
     for _ in range(steps):
         student.set_rates(factor)
         student.backbone(x).square().mean().backward()
+        student.step()
 
 
 RECIPES = {
@@ -138,40 +140,39 @@ def test_memory_is_known_before_and_less_with_q_galore():
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    return captured("pixart-sigma", tmp_path_factory.mktemp("data"))
+    """A tiny pipeline in full precision, and the folder of its runs."""
+    return tiny("pixart-sigma"), tmp_path_factory.mktemp("runs")
 
 
-def started(data, tmp_path, train=ALL, lean=None, **options):
-    """A tiny quantized backbone with its teacher and student, and what to learn from."""
-    backbone, blocks, store = copy.deepcopy(data[0]), data[1], data[2]
-    every = range(len(store.samples))
-    teacher = Teacher(backbone, store, every, Budget(1 << 30, tmp_path), batch_size=4)
+def started(data, train=ALL, lean=None, **options):
+    """A student of a tiny pipeline, its runs to learn from and to judge by, how it is tuned, and its blocks."""
+    pipeline, folder = copy.deepcopy(data[0]), data[1]
+    learning, held_out = runs_of("pixart-sigma", pipeline, folder, last=2), runs_of("pixart-sigma", pipeline, folder)
+    backbone = pipeline.transformer
     quantize_(backbone, Recipe(name="test", keep="none", weights="int3", granularity="group:16", rules=[KEEP]))
-    learning = [index for index in every if not store.samples[index].held_out]
-    held_out = [index for index in every if store.samples[index].held_out]
-    tuning = Tuning(train, lean, **{"steps": 8, "batch_size": 4, "checks": 4} | options)
-    return Student(backbone, train, lean), teacher, learning, held_out, tuning, blocks
+    tuning = Tuning(train, lean, **{"steps": 8, "checks": 4} | options)
+    return Student(backbone, train, lean), learning, held_out, tuning, families()["pixart"].blocks(backbone)
 
 
 @pytest.mark.parametrize("lean", [None, Lean(gap=3)])
 def test_a_recovery_that_is_stopped_goes_on_to_the_same_bytes_and_is_nearer_to_full_precision(
     data, tmp_path, monkeypatch, lean
 ):
-    straight = started(data, tmp_path, lean=lean)
-    ended = tune_(*straight[:5], folder=tmp_path / "straight", key="k")
+    straight = started(data, lean=lean)
+    ended = tune_(*straight[:4], folder=tmp_path / "straight", key="k")
     assert ended.error < ended.error_before
     assert ended.error == min(ended.errors)
 
     def stop(done, total, what):
         raise KeyboardInterrupt
 
-    stopped, resumed, told = started(data, tmp_path, lean=lean), started(data, tmp_path, lean=lean), []
+    stopped, resumed, told = started(data, lean=lean), started(data, lean=lean), []
     monkeypatch.setattr(loop, "REPORT_EVERY", 5)
     with pytest.raises(KeyboardInterrupt):
-        tune_(*stopped[:5], folder=tmp_path / "folder", key="k", bar=stop)
+        tune_(*stopped[:4], folder=tmp_path / "folder", key="k", bar=stop)
     monkeypatch.undo()
-    assert rehearse(*resumed[:3], resumed[4]) > 0  # changes nothing
-    again = tune_(*resumed[:5], folder=tmp_path / "folder", key="k", say=told.append)
+    assert rehearse(*resumed[:2]) > 0  # changes nothing
+    again = tune_(*resumed[:4], folder=tmp_path / "folder", key="k", say=told.append)
     assert told == ["tuning: continues after step 4 of 8"]
     assert again == ended
     assert straight[0].commit_() == resumed[0].commit_()
@@ -179,16 +180,16 @@ def test_a_recovery_that_is_stopped_goes_on_to_the_same_bytes_and_is_nearer_to_f
 
 
 def test_another_recovery_does_not_continue_what_is_there(data, tmp_path):
-    first, other, told = started(data, tmp_path), started(data, tmp_path), []
-    tune_(*first[:5], folder=tmp_path, key="one")
-    tune_(*other[:5], folder=tmp_path, key="two", say=told.append)
+    first, other, told = started(data), started(data), []
+    tune_(*first[:4], folder=tmp_path, key="one")
+    tune_(*other[:4], folder=tmp_path, key="two", say=told.append)
     assert told == []
 
 
 def test_a_recovery_that_diverges_ends_with_the_best_and_says_so(data, tmp_path):
-    case = started(data, tmp_path, rate=1000.0, checks=8)
+    case = started(data, rate=1000.0, checks=8)
     before = case[0].snapshot()
-    ended = tune_(*case[:5], folder=tmp_path, key="k")
+    ended = tune_(*case[:4], folder=tmp_path, key="k")
     assert "times the first" in ended.diverged or "NaN" in ended.diverged
     assert ended.best_step == 0
     after = case[0].snapshot()
@@ -196,10 +197,10 @@ def test_a_recovery_that_diverges_ends_with_the_best_and_says_so(data, tmp_path)
 
 
 def test_checkpointed_blocks_learn_the_same(data, tmp_path):
-    plain, checkpointed = started(data, tmp_path, lean=Lean()), started(data, tmp_path, lean=Lean())
-    tune_(*plain[:5], folder=tmp_path / "plain", key="k")
-    with checkpointing(checkpointed[0].backbone, checkpointed[5]):
-        tune_(*checkpointed[:5], folder=tmp_path / "checkpointed", key="k")
+    plain, checkpointed = started(data, lean=Lean()), started(data, lean=Lean())
+    tune_(*plain[:4], folder=tmp_path / "plain", key="k")
+    with checkpointing(checkpointed[0].backbone, checkpointed[4]):
+        tune_(*checkpointed[:4], folder=tmp_path / "checkpointed", key="k")
     plain[0].commit_()
     checkpointed[0].commit_()
     assert has_same_state(plain[0].backbone, checkpointed[0].backbone)

@@ -1,4 +1,4 @@
-"""The teacher's predictions: what an error of them is, how it is weighted, and what checkpointing leaves the same."""
+"""The teacher's predictions: what an error of them is, and what checkpointing leaves the same."""
 
 import copy
 
@@ -7,7 +7,7 @@ import torch
 
 from dmquant.calib.blocks.outputs import Budget
 from dmquant.calib.whole.teacher import Teacher, checkpointing
-from dmquant.errors import UsageError, UserError
+from dmquant.errors import UserError
 from tests.calib.runs import captured
 
 OFF = 0.25  # relative error of a student
@@ -44,22 +44,6 @@ def test_only_what_the_pipeline_reads_of_a_prediction_is_an_error(case, tmp_path
     scaled_(last, read, 1 + OFF)
     expected = OFF**2 * teacher.target(every).square().mean()
     assert teacher.error(every).item() == pytest.approx(expected.item(), rel=1e-4)
-
-
-def test_errors_are_relative_to_their_step_and_weighted_by_its_importance(case, tmp_path):
-    store = copy.copy(case[-1])
-    store.weights = [float(1 + step) for step in range(store.steps)]
-    relative, sampler = (teacher_of((*case[:2], store), tmp_path, weighting=each) for each in ("relative", "sampler"))
-    steps = sorted({sample.step for sample in store.samples})
-    for step in steps:
-        batch = [index for index, sample in enumerate(store.samples) if sample.step == step]
-        found = []
-        for teacher in (relative, sampler):
-            scaled_(teacher.backbone.proj_out, slice(None), 1 + OFF)
-            found.append(teacher.error(batch).item())
-            scaled_(teacher.backbone.proj_out, slice(None), 1 / (1 + OFF))
-        assert found[0] == pytest.approx(OFF**2, rel=1e-4)
-        assert found[1] == pytest.approx(OFF**2 * (1 + step) * store.steps / sum(store.weights), rel=1e-4)
 
 
 def test_predictions_that_do_not_fit_are_the_same_from_a_file(case, tmp_path):
@@ -101,22 +85,7 @@ def test_a_checkpointed_pass_gives_the_same_bits_and_keeps_less(case, tmp_path):
 
 
 def test_what_cannot_be_taught_is_told(case, tmp_path):
-    with pytest.raises(UsageError, match="needs the importance of every step"):
-        teacher_of(case, tmp_path, weighting="sampler")
-    with pytest.raises(UsageError, match="relativ"):
-        teacher_of(case, tmp_path, weighting="relativ")
     broken = copy.deepcopy(case[0])
     broken.proj_out.bias.data[0] = torch.nan
     with pytest.raises(UserError, match="NaN"):
         teacher_of((broken, *case[1:]), tmp_path)
-
-
-def test_with_guidance_the_error_is_that_of_what_the_sampler_makes_of_both_rows(case, tmp_path):
-    plain, guided = teacher_of(case, tmp_path), teacher_of(case, tmp_path, guidance=3.0)
-    every = plain.samples[:4]
-    for teacher in (plain, guided):
-        scaled_(teacher.backbone.proj_out, slice(None), 1 + OFF)
-    without, given = (plain.predict(every) - plain.target(every)).unflatten(0, (4, 2)).unbind(1)
-    assert torch.allclose(guided.errors(every), (3 * given - 2 * without).square().flatten(1).mean(1), rtol=1e-4)
-    plain.guidance = 1.0
-    assert torch.allclose(plain.errors(every), given.square().flatten(1).mean(1), rtol=1e-4)

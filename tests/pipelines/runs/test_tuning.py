@@ -16,7 +16,7 @@ from dmquant.pipelines.runs.settings import Options, resolve
 from dmquant.pipelines.runs.tuning import Recovery
 from tests.tiny import TINY, tiny_sd3
 
-SMALL = {"steps": 4, "batch_size": 4, "rate": 1.0, "prompts": 3, "weighting": "none", "optimizer": "adamw"}
+SMALL = {"steps": 4, "batch_size": 4, "rate": 1.0, "prompts": 3, "last": 2, "optimizer": "adamw"}
 
 
 def settings_of(folder, **options):
@@ -102,14 +102,14 @@ def test_bad_input(tuned, original, tmp_path):
         ({"train": "weights,lora"}, "name one of the two"),
         ({"train": "scales", "optimizer": "qgalore"}, "is for --train weights"),
         ({"train": "scales", "rate": float("nan")}, "is no number of rate"),
-        ({"train": "scales", "weighting": "all"}, "weighting"),
+        ({"train": "scales", "last": 0}, "is no number of last"),
     ):
         with pytest.raises(UsageError, match=said):
             Recovery.of(**SMALL | wrong)
     with pytest.raises(UsageError, match="this model has nothing of that"):
         stages.tune(settings, Recovery.of("branch", **SMALL), tmp_path / "out", overwrite=False)
     little = settings_of(original, memory_budget="50kB")
-    with pytest.raises(UsageError, match=r"takes .* more than the 37.5 kB there are"):
+    with pytest.raises(UsageError, match=r"takes .* more than the 50.0 kB there are"):
         stages.tune(little, Recovery.of("weights", **SMALL), tmp_path / "out", overwrite=False)
     with pytest.raises(UserError, match="no pipeline that dmquant quantized"):
         stages.tune(settings, Recovery.of("scales", begin=original, **SMALL), tmp_path / "out", overwrite=False)
