@@ -140,10 +140,10 @@ HARMFUL = {
 @pytest.mark.parametrize(("text", "message"), HARMFUL.values(), ids=HARMFUL)
 def test_a_harmful_file_is_refused_in_a_short_line_at_once(tmp_path, text, message):
     (tmp_path / "mine.yaml").write_text(text)
-    began = time.monotonic()
+    began = time.process_time()
     with pytest.raises(UsageError, match=message) as error:
         Recipe.load(tmp_path / "mine.yaml")
-    assert time.monotonic() - began < 5
+    assert time.process_time() - began < 5
     assert "\n" not in str(error.value)
     assert len(str(error.value)) < 1000
 

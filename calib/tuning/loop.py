@@ -18,8 +18,7 @@ from dmquant.host.sealed import load_sealed, save_sealed
 
 STATE = "tuning.safetensors"
 REPORT_EVERY = 10  # steps
-DIVERGED = 10  # times the error at the beginning
-_TINY = torch.finfo(torch.float32).tiny
+DIVERGED = 10  # dB above the error at the beginning
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,7 @@ class Tuning:
 
 @dataclass
 class Tuned:
-    """How a recovery went. Errors are those of held-out runs, of which the student answers every call."""
+    """How a recovery went. Errors are those of held-out runs, of which the student answers every call, in dB."""
 
     error_before: float
     error: float
@@ -63,11 +62,10 @@ def tune_(
 ) -> Tuned:
     """Let the student learn to end where full precision does; at the end it has the values of least held-out error.
 
-    The loss is the error of a batch of runs, over that of held-out ones at the beginning; all batches come in one
-    order, then in another. Rates fall to zero with a cosine. After each of `options.checks` checks the state is in
-    `folder`, under the hash `key` of all that it depends on: a command that was killed continues there, to the same
-    bytes.
-    A loss, gradient or check that is not finite, or an error DIVERGED times that of the beginning, ends it; what it had
+    The loss is the error of a batch of runs; all batches come in one order, then in another. Rates fall to zero with a
+    cosine. After each of `options.checks` checks the state is in `folder`, under the hash `key` of all that it depends
+    on: a command that was killed continues there, to the same bytes.
+    A loss, gradient or check that is not finite, or an error DIVERGED above that of the beginning, ends it; what it had
     best until then stays. Raises UserError where the error is not finite to begin with.
     """
     path = folder / STATE
@@ -87,12 +85,12 @@ def tune_(
             if ended.diverged:
                 break
             student.set_rates(options.rate * (1 + math.cos(math.pi * (step - 1) / options.steps)) / 2)
-            loss = learning.error(_batch_of(step - 1, len(learning), options.seed)) / max(ended.error_before, _TINY)
+            loss = learning.error(_batch_of(step - 1, len(learning), options.seed))
             loss.backward()
             student.step()
             if step % REPORT_EVERY == 0 or step == options.steps:
-                lately = f", {ended.errors[-1] / ended.error_before:.3f} on others" if ended.errors else ""
-                bar(step, options.steps, f"tuning: {loss.item():.3f} of the error at first{lately}")
+                lately = f", {ended.errors[-1] - ended.error_before:+.2f} dB on others" if ended.errors else ""
+                bar(step, options.steps, f"tuning: {loss.item():.2f} dB{lately}")
             is_check = step * options.checks // options.steps > (step - 1) * options.checks // options.steps
             if not math.isfinite(loss.item()) or student.broken:
                 ended.diverged = f"at step {step} the loss or a gradient was NaN or infinity"
@@ -101,8 +99,10 @@ def tune_(
                 ended.errors.append(error)
                 if error < ended.error:
                     best, ended.error, ended.best_step = student.snapshot(), error, step
-                if not error < DIVERGED * ended.error_before:
-                    ended.diverged = f"after step {step} the error is {error / ended.error_before:.0f} times the first"
+                if not error < ended.error_before + DIVERGED:
+                    ended.diverged = (
+                        f"after step {step} the error is {error - ended.error_before:.0f} dB above the first"
+                    )
             if is_check or ended.diverged:
                 _save(path, key, student, best, step, ended)
         student.restore(best)

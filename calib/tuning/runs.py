@@ -23,6 +23,7 @@ from dmquant.host.sealed import save_sealed, sealed_about
 SHARE = 0.99  # of what moves the final latents that the student answers for
 MOST_CALLS = 8  # that it answers by default: each costs a forward and a backward pass, and their activations
 _ENCODE = "encode_prompt"
+_TINY = 1e-20  # of a mean square, -200 dB: that of a student which is full precision itself
 Bar = Callable[[int, int, str], None]
 
 
@@ -34,8 +35,9 @@ class Runs:
     predictions count by what becomes of them in an image: they add up over steps, or cancel, as the steps of a
     multistep solver make those cancel that agree from step to step.
 
-    The error of a batch is the mean square of the difference of final latents, a scalar float32, from which gradients
-    flow back through the sampler. What prompts are encoded as is kept as well, so that encoders run once.
+    The error of a run is the mean square of the difference of final latents; that of a batch, the mean of its runs' in
+    dB, as PSNR is of images, so that every run counts by what part of its error is gone. Gradients flow back through
+    the sampler. What prompts are encoded as is kept as well, so that encoders run once.
     """
 
     def __init__(
@@ -78,7 +80,7 @@ class Runs:
         return len(self.batches)
 
     def error(self, number: int) -> Tensor:
-        """The error of the student's runs of one batch; with gradients where they are enabled.
+        """The error of the student's runs of one batch, in dB, a scalar; with gradients where they are enabled.
 
         Raises UserError for a pipeline that lets no gradients through.
         """
@@ -90,7 +92,8 @@ class Runs:
                 f"{type(self._pipeline).__name__} with {type(self._pipeline.scheduler).__name__} lets no gradients "
                 "through, so that it cannot be tuned: try another scheduler"
             )
-        return (latents.float() - kept["final"].to(latents.device).float()).square().mean()
+        difference = latents.float() - kept["final"].to(latents.device).float()
+        return 10 * difference.square().flatten(1).mean(1).clamp(min=_TINY).log10().mean()
 
     @property
     def _backbone(self) -> nn.Module:

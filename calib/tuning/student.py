@@ -28,12 +28,12 @@ KINDS = {
 """What may learn, by name, in words."""
 RATES = {
     "weights": 6e-3,
-    "scales": 2e-3,
-    "biases": 1e-3,
-    "norms": 1e-3,
-    "kept": 1e-3,
+    "scales": 3e-3,
+    "biases": 1.5e-3,
+    "norms": 1.5e-3,
+    "kept": 1.5e-3,
     "lora": 4e-3,
-    "branch": 1e-3,
+    "branch": 1.5e-3,
 }
 """Rates of Adam's steps: of `weights` in units of the mean step between two codes, of `biases`, `norms`, `kept` and
 `branch` in units of their own root mean square, others as they are."""

@@ -75,7 +75,7 @@ def tune(
     out: Annotated[Path, typer.Option(metavar="DIR", help="Where the model folder goes.", rich_help_panel="Output")],
     *,
     begin: Begin = None,
-    train: Train = "weights,scales,biases,norms,kept",
+    train: Train = "scales,biases,norms,kept",
     optimizer: Optimizer = "adamw",
     iterations: Iterations = 1000,
     minibatch: Minibatch = 8,

@@ -156,6 +156,8 @@ def _runs(
 def _begun(folder: Path, settings: Settings, full: nn.Module) -> tuple[nn.Module, str]:
     """The backbone of a pipeline that dmquant quantized, and the fingerprint of its files."""
     component = settings.family.component
+    if not folder.is_dir():
+        raise UsageError(f"--from {folder}: there is no such folder")
     if folders.quantization(folder, component) != QuantMethod.DMQUANT.value:
         raise UserError(
             f"{folder} holds no pipeline that dmquant quantized: leave out --from to quantize the model first"
@@ -227,9 +229,9 @@ def _facts(recovery: Recovery, ended: Tuned, changed: float, learning: Runs) -> 
 
 
 def _in_words(facts: dict[str, Any]) -> str:
-    share = facts["error"] / facts["error_before"] if facts["error_before"] else 1.0
-    line = f"tuned: the error of final latents is {share:.3f} of what it was on held-out prompts"
-    line += f", after step {facts['best_step']}; {facts['codes_changed']:.1%} of the codes changed"
+    gained = facts["error_before"] - facts["error"]
+    line = f"tuned: final latents are {gained:.2f} dB nearer on held-out prompts after step {facts['best_step']}"
+    line += f"; {facts['codes_changed']:.1%} of the codes changed"
     if not facts["best_step"]:
         line = "tuned: nothing was nearer on held-out prompts than the model that it began with, which is what is saved"
     if facts["diverged"]:
@@ -256,13 +258,13 @@ def _save(
 
 def _section(facts: dict[str, Any]) -> str:
     """The part of a model card on the recovery."""
-    share = facts["error"] / facts["error_before"] if facts["error_before"] else 1.0
+    gained = facts["error_before"] - facts["error"]
     return f"""
 ## Tuned
 
 After quantizing, {_listed(facts["train"])} learned from the full-precision model: {facts["steps"]} steps of the last
-{facts["last"]} calls of {facts["batch_size"]} of its {facts["runs"]} runs, by {facts["optimizer"]}. The squared error
-of final latents is {share:.3f} of what it was on prompts that it did not learn from. All settings are in
+{facts["last"]} calls of {facts["batch_size"]} of its {facts["runs"]} runs, by {facts["optimizer"]}. On prompts that it
+did not learn from, its final latents are {gained:.2f} dB nearer than before. All settings are in
 `{runfolder.SETTINGS}`.
 """
 

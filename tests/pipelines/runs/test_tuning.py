@@ -48,7 +48,7 @@ def test_it_is_a_pipeline_of_the_same_size_that_says_how_it_was_made(tuned, orig
     record = yaml.safe_load((out / "after" / "run.yaml").read_text())["tuning"]
     assert record["train"] == ["weights", "scales", "biases", "norms", "kept"]
     assert record["begin"] == "before"
-    assert 0 < record["error"] <= record["error_before"]
+    assert record["error"] <= record["error_before"]
     card = (out / "after" / "README.md").read_text()
     assert "weights, scales, biases, norms and kept learned from the full-precision model: 4" in card
     assert str(out) not in card
@@ -59,7 +59,7 @@ def test_what_is_saved_has_the_error_that_is_told(tuned, original):
     record = yaml.safe_load((out / "after" / "run.yaml").read_text())["tuning"]
     recovery = Recovery.of("biases", begin=out / "after", **SMALL | {"rate": 1e-9})
     again = tuning.tune(settings, recovery, out / "again", Console(), out / "room", "weights")
-    assert again["error_before"] == pytest.approx(record["error"], rel=1e-3)
+    assert again["error_before"] == pytest.approx(record["error"], abs=0.01)
 
 
 def test_a_recovery_that_was_stopped_goes_on_to_the_same_bytes(tuned, original, monkeypatch):
@@ -111,6 +111,10 @@ def test_bad_input(tuned, original, tmp_path):
     little = settings_of(original, memory_budget="50kB")
     with pytest.raises(UsageError, match=r"takes .* more than the 50.0 kB there are"):
         stages.tune(little, Recovery.of("weights", **SMALL), tmp_path / "out", overwrite=False)
+    with pytest.raises(UsageError, match="there is no such folder"):
+        stages.tune(
+            settings, Recovery.of("scales", begin=tmp_path / "none", **SMALL), tmp_path / "out", overwrite=False
+        )
     with pytest.raises(UserError, match="no pipeline that dmquant quantized"):
         stages.tune(settings, Recovery.of("scales", begin=original, **SMALL), tmp_path / "out", overwrite=False)
     tiny_sd3(tmp_path / "sd3")
