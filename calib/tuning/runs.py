@@ -200,21 +200,33 @@ def _flat(encoded: list[Any]) -> tuple[Any, list[Leaf]]:
 
 
 def last_calls(
-    pipeline: Any, component: str, calls: Calls, batch_size: int, bar: Bar = lambda done, total, what: None
+    pipeline: Any,
+    component: str,
+    calls: Calls,
+    *,
+    batch_size: int,
+    folder: Path,
+    key: str,
+    bar: Bar = lambda done, total, what: None,
 ) -> int:
     """How many of the last calls of a run have SHARE of what moves the final latents; MOST_CALLS at most.
 
-    A call counts by its measured importance (`dmquant.calib.data.importance`), with the first PROMPTS of the calls.
+    A call counts by its measured importance (`dmquant.calib.data.importance`), with the first PROMPTS of the calls;
+    `folder` has what was measured for the same `key`.
     """
     some = calls.only(range(min(PROMPTS, len(calls))))
-    weights = measure_importance(
-        pipeline,
-        component,
-        some,
-        steps=len(backbone_calls(pipeline, component, some)),
-        batch_size=1 if calls.one_by_one else batch_size,
-        progress=lambda done, total: bar(done, total, "which calls move the image"),
-    )
+    path = folder / f"importance-{fingerprint(key=key, calls=some.dependencies())[:8]}.safetensors"
+    if (weights := sealed_about(path)) is None:
+        weights = measure_importance(
+            pipeline,
+            component,
+            some,
+            steps=len(backbone_calls(pipeline, component, some)),
+            batch_size=1 if calls.one_by_one else batch_size,
+            progress=lambda done, total: bar(done, total, "which calls move the image"),
+        )
+        folder.mkdir(parents=True, exist_ok=True)
+        save_sealed(path, {}, weights)
     sums = accumulate(reversed(weights))
     return min(MOST_CALLS, next(count for count, part in enumerate(sums, 1) if part >= SHARE * sum(weights)))
 

@@ -145,12 +145,12 @@ def _runs(
     judging, others = listed[:apart], listed[apart:]
     wanted = max(recovery.prompts - apart, len(others))
     calls = Calls(tuple(islice(cycle(others), wanted)), FIRST_SEED + apart, settings.call)
-    size, folder, made_for = recovery.batch_size, workspace / RUNS, {"weights": weights, "dtype": settings.dtype_name}
+    key = fingerprint(weights=weights, dtype=settings.dtype_name)
     with console.bar("full precision") as bar:
-        last = recovery.last or last_calls(prompted, component, calls, size, bar)
-        key, common = fingerprint(**made_for), {"batch_size": size, "folder": folder, "bar": bar}
-        held_out = Runs(prompted, component, Calls(judging, FIRST_SEED, settings.call), last=None, key=key, **common)
-        return Runs(prompted, component, calls, last=last, key=key, **common), held_out
+        common = {"batch_size": recovery.batch_size, "folder": workspace / RUNS, "key": key, "bar": bar}
+        last = recovery.last or last_calls(prompted, component, calls, **common)
+        held_out = Runs(prompted, component, Calls(judging, FIRST_SEED, settings.call), last=None, **common)
+        return Runs(prompted, component, calls, last=last, **common), held_out
 
 
 def _begun(folder: Path, settings: Settings, full: nn.Module) -> tuple[nn.Module, str]:

@@ -95,12 +95,21 @@ def test_a_damaged_run_is_made_again(pipeline, tmp_path):
     assert path.read_bytes() == whole
 
 
-def test_how_many_calls_move_the_image(pipeline):
+def test_how_many_calls_move_the_image(pipeline, tmp_path):
     calls = calls_of(MODEL)
     given = backbone_calls(pipeline, "transformer", calls)
     assert len(given) == STEPS
     assert given[0][1]["timestep"][0] > given[-1][1]["timestep"][0]
-    assert 1 <= last_calls(pipeline, "transformer", calls, 4) <= min(STEPS, MOST_CALLS)
+    computed, own = [], copy.deepcopy(pipeline)
+    handle = own.transformer.register_forward_hook(lambda *call: computed.append(True))
+    options = {"batch_size": 4, "folder": tmp_path, "key": "k"}
+    last = last_calls(own, "transformer", calls, **options)
+    assert 1 <= last <= min(STEPS, MOST_CALLS)
+    assert computed
+    computed.clear()
+    assert last_calls(own, "transformer", calls, **options) == last
+    assert not computed
+    handle.remove()
 
 
 def test_what_cannot_be_learned_is_told(pipeline, tmp_path):
