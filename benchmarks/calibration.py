@@ -115,8 +115,8 @@ class Bench:
     @cached_property
     def reference(self) -> tuple[list[list[Tensor]], Tensor, Tensor]:
         """Block outputs of every batch, final latents and images of full precision."""
-        latents = self._latents(self.full)
-        return [self._block_outputs(self.full, batch) for batch in self.batches()], latents, self._decode(latents)
+        latents = self.final_latents(self.full)
+        return [self._block_outputs(self.full, batch) for batch in self.batches()], latents, self.decode(latents)
 
     def measure(
         self, backbone: nn.Module, seconds: float = 0.0, on_images: Callable[[Tensor], None] = lambda images: None
@@ -133,20 +133,20 @@ class Bench:
         ]
         sizes = torch.tensor([len(batch) for batch in batches], dtype=torch.float64)
         blocks = (torch.tensor(errors, dtype=torch.float64) * sizes[:, None]).sum(0) / sizes.sum()
-        its_latents = self._latents(backbone)
-        its_images = self._decode(its_latents)
+        its_latents = self.final_latents(backbone)
+        its_images = self.decode(its_latents)
         on_images(its_images)
         psnr = psnr_of(its_images, images)
         return Measured(blocks.tolist(), float((its_latents - latents).square().mean()), float(psnr.mean()), seconds)
 
     def psnr(self, backbone: nn.Module) -> list[float]:
         """PSNR of every image of `backbone` against full precision's, in dB."""
-        return psnr_of(self._decode(self._latents(backbone)), self.images).tolist()
+        return psnr_of(self.decode(self.final_latents(backbone)), self.images).tolist()
 
     @cached_property
     def images(self) -> Tensor:
         """Those of full precision, in [0, 1]."""
-        return self._decode(self._latents(self.full))
+        return self.decode(self.final_latents(self.full))
 
     def measured(self, settings: Settings) -> Measured:
         """The measurement of the model that a recipe makes, from OUT where it is there."""
@@ -197,7 +197,7 @@ class Bench:
             handle.remove()
         return outputs
 
-    def _latents(self, backbone: nn.Module) -> Tensor:
+    def final_latents(self, backbone: nn.Module) -> Tensor:
         """Final latents for the prompts of the images, seeds 0, 1, ..."""
         self._install(backbone)
         prompts = self.settings.prompts
@@ -207,7 +207,7 @@ class Bench:
         ]
         return torch.cat(batches)
 
-    def _decode(self, latents: Tensor) -> Tensor:
+    def decode(self, latents: Tensor) -> Tensor:
         """Images in [0, 1]."""
         vae = self.pipeline.vae
         with torch.inference_mode():

@@ -107,8 +107,8 @@ class Rows(Bench):
                 for step in self.steps(settings):
                     if kind != "share" or kind_of(step.name) == name:
                         round_by_hooks(backbone.get_submodule(step.name), step, quantizer)
-            own, (latents, images) = self._latents(backbone), self.full_precision
-            psnr = -10 * (self._decode(own) - images).square().mean((1, 2, 3)).log10()
+            own, (latents, images) = self.final_latents(backbone), self.full_precision
+            psnr = -10 * (self.decode(own) - images).square().mean((1, 2, 3)).log10()
             found = {"bits": bits, "psnr": psnr.tolist(), "latents": float((own - latents).square().mean())}
             write_text(path, json.dumps(found))
         return json.loads(path.read_text())
@@ -120,8 +120,8 @@ class Rows(Bench):
     @cached_property
     def full_precision(self) -> tuple[Tensor, Tensor]:
         """Final latents and images."""
-        latents = self._latents(self.full)
-        return latents, self._decode(latents)
+        latents = self.final_latents(self.full)
+        return latents, self.decode(latents)
 
 
 def kind_of(layer: str) -> str:
