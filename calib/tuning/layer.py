@@ -134,7 +134,7 @@ class TunedLayer:
             if "up" in self.held:
                 latent = latent + self.held["up"].read() @ self.held["down"].read()
             if self._is_scaled:
-                return RoundedWeight.apply(latent * self._step, scale, began, self.spec, self._grouped)
+                return RoundedWeight.apply(latent, scale, began * self._step, self.spec, self._grouped)
             latent = latent * self._unit()
             return latent + (self._grid(latent.detach()).nearest - latent.detach())
         if "scales" in self.held:
