@@ -79,6 +79,11 @@ class Runs:
     def __len__(self) -> int:
         return len(self.batches)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes on disk."""
+        return sum(self._path(number).stat().st_size for number in range(len(self)))
+
     def error(self, number: int) -> Tensor:
         """The error of the student's runs of one batch, in dB, a scalar; with gradients where they are enabled.
 

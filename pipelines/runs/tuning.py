@@ -150,7 +150,12 @@ def _runs(
         common = {"batch_size": recovery.batch_size, "folder": workspace / RUNS, "key": key, "bar": bar}
         last = recovery.last or last_calls(prompted, component, calls, **common)
         held_out = Runs(prompted, component, Calls(judging, FIRST_SEED, settings.call), last=None, **common)
-        return Runs(prompted, component, calls, last=last, **common), held_out
+        learning = Runs(prompted, component, calls, last=last, **common)
+    console.say(
+        f"full precision: {len(calls)} runs to learn from and {len(judging)} to judge by, "
+        f"{size_text(learning.nbytes + held_out.nbytes)} on disk; the last {last} calls of each are learned"
+    )
+    return learning, held_out
 
 
 def _begun(folder: Path, settings: Settings, full: nn.Module) -> tuple[nn.Module, str]:
