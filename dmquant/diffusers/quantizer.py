@@ -5,9 +5,10 @@ quantized one fills empty quantized layers with its bytes. Registered by `dmquan
 """
 
 import enum
+import inspect
 import json
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,12 @@ from torch import nn
 
 from dmquant.convert import LayerPlan, layers_in, plan, plan_without_data, quantize_layers_, unmatched
 from dmquant.diffusers import families, pairs, tensors  # noqa: F401  (enter what they know)
+from dmquant.diffusers.aliases import format_of, globs_of, granularity_of
 from dmquant.diffusers.attach import attach, detach
 from dmquant.diffusers.dequantize import dequantize_
 from dmquant.diffusers.methods import refuse_fusing
 from dmquant.diffusers.state import apart, check_unchanged
-from dmquant.errors import UsageError, UserError
+from dmquant.errors import UsageError, UserError, unknown
 from dmquant.host import checksums
 from dmquant.host.files import as_umask_says
 from dmquant.layers import QUANTIZED, become_, quantize_layer
@@ -46,10 +48,14 @@ class QuantMethod(str, enum.Enum):
 class QuantConfig(QuantizationConfigMixin):
     """A `quantization_config` for diffusers: a recipe by name, by bits (`w4a6`), from a YAML file, or as a dict.
 
-    `w` and `a` set its formats and `keep` names more layers (a glob or several) to leave in high precision. In a saved
-    model's config.json it is the recipe in full, every rule written out, with the `version` of its codes. Keys that
-    are not known here are ignored; UserError for a version that is. `from_pretrained` raises UsageError for a recipe
-    that needs calibration data or quantizes no layer.
+    `w` and `a` set its formats and `keep` names more layers (a glob or several) to leave in high precision. The names
+    that other quantizers of diffusers have for these are taken as well: `weights_dtype` and `activations_dtype`
+    (`"float8"`, `torch.int8`), `modules_to_not_convert` (modules, wherever they are, with all in them), `group_size`.
+    In a saved model's config.json it is the recipe in full, every rule written out, with the `version` of its codes.
+
+    Raises UsageError for a keyword that is not known and for a setting given under two names, and UserError for a
+    version that is not known. `from_pretrained` raises UsageError for a recipe that needs calibration data or quantizes
+    no layer.
     """
 
     def __init__(
@@ -59,29 +65,52 @@ class QuantConfig(QuantizationConfigMixin):
         a: str | None = None,
         keep: str | tuple[str, ...] = (),
         version: int = VERSION,
-        **_later_versions: Any,
+        *,
+        weights_dtype: "str | torch.dtype | None" = None,
+        activations_dtype: "str | torch.dtype | None" = None,
+        modules_to_not_convert: str | Sequence[str] | None = None,
+        group_size: int | None = None,
+        quant_method: str = QuantMethod.DMQUANT.value,
+        **unknown_keywords: Any,
     ):
         _check_version(version)
+        for name in unknown_keywords:
+            raise unknown("keyword", name, KEYWORDS, f"QuantConfig takes {', '.join(KEYWORDS)}")
+        _refuse_both(w=w, weights_dtype=weights_dtype)
+        _refuse_both(a=a, activations_dtype=activations_dtype)
+        w = w if weights_dtype is None else format_of(weights_dtype)
+        a = a if activations_dtype is None else format_of(activations_dtype)
         self.quant_method, self.version = QuantMethod.DMQUANT, version
-        if isinstance(recipe, dict):
-            recipe = Recipe.from_dict(recipe, "recipe")
-        elif isinstance(recipe, str | Path):
+        if isinstance(recipe, str | Path):
             recipe = Recipe.load(recipe, w, a)
-        elif not isinstance(recipe, Recipe):
+        elif isinstance(recipe, dict | Recipe):
+            recipe = recipe if isinstance(recipe, Recipe) else Recipe.from_dict(recipe, "recipe")
+            given = {"weights": w, "activations": a}
+            recipe = recipe.with_settings(**{name: value for name, value in given.items() if value is not None})
+        else:
             raise UsageError(f"a recipe is a name, a YAML file, a dict or a Recipe, not {type(recipe).__name__}")
-        self.recipe = recipe.keeping((keep,) if isinstance(keep, str) else keep)
+        if group_size is not None:
+            recipe = recipe.with_settings(granularity=granularity_of(group_size))
+        kept = (keep,) if isinstance(keep, str) else tuple(keep)
+        self.recipe = recipe.keeping((*kept, *globs_of(modules_to_not_convert or ())))
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
         """Read the content of a config.json, also of versions without `keep` in recipes, which wrote all rules out.
 
-        UserError where it is none, or names a recipe by a file instead of holding it.
+        UserError where it is none, names a recipe by a file instead of holding it, or holds what its version has not.
         """
         recipe = config_dict.get("recipe") if isinstance(config_dict, dict) else None
         if isinstance(recipe, dict):
             config_dict = config_dict | {"recipe": {"keep": "none"} | recipe}
         elif recipe not in (*recipe_names(), *bits_names()):
             raise UserError("the quantization_config of this model holds no recipe: get its config.json again")
+        _check_version(config_dict.get("version", VERSION))
+        if strange := sorted(config_dict.keys() - {*KEYWORDS, "quant_method"}):
+            raise UserError(
+                f"the quantization_config of this model holds '{strange[0]}', which version {VERSION} does not have: "
+                "get its config.json again"
+            )
         try:
             return super().from_dict(config_dict, return_unused_kwargs, **kwargs)
         except UsageError as error:  # whoever loads a model has not typed its recipe
@@ -93,6 +122,12 @@ class QuantConfig(QuantizationConfigMixin):
     def to_diff_dict(self) -> dict[str, Any]:
         """The settings that diffusers logs."""
         return self.to_dict()
+
+
+KEYWORDS = tuple(
+    name for name in inspect.signature(QuantConfig).parameters if name not in ("quant_method", "unknown_keywords")
+)
+"""Names that a QuantConfig takes; `quant_method` is read from config.json."""
 
 
 class DMQuantizer(DiffusersQuantizer):
@@ -249,6 +284,12 @@ def empty_layers_(model: nn.Module, config: QuantConfig) -> list[LayerPlan]:
         empty = QUANTIZED[type(layer)].like(layer, step.weights, step.activations, "meta", step.transforms)
         become_(layer, empty)
     return plans
+
+
+def _refuse_both(**one: Any) -> None:
+    """UsageError where a setting is given under both of its names."""
+    if all(value is not None for value in one.values()):
+        raise UsageError(f"{' and '.join(one)} are one setting: give one of them")
 
 
 def _check_version(version: Any) -> None:
