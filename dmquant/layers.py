@@ -8,9 +8,11 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.grad import conv2d_input
 
 from dmquant import kernels
 from dmquant.activations import ActivationSpec, TimestepRanges, static_scale
+from dmquant.backward import Product
 from dmquant.errors import UsageError
 from dmquant.packing import packed_size
 from dmquant.qtensor import QuantizedTensor, WeightSpec, check_finite, quantize
@@ -65,7 +67,11 @@ class _QuantizedLayer(kernels.Chosen):
         if not x.is_floating_point():
             raise TypeError(f"a quantized layer takes floating point, not {x.dtype}: something cast its input")
         *given, x = self.inputs(x)
-        return self.complete_output(type(self).multiply(x, self), given)
+        if torch.is_grad_enabled() and (x.requires_grad or (self.bias is not None and self.bias.requires_grad)):
+            y = Product.apply(x, self.bias, self)
+        else:
+            y = type(self).multiply(x, self)
+        return self.complete_output(y, given)
 
     @property
     def part_names(self) -> tuple[str, ...]:
@@ -188,6 +194,10 @@ class QuantLinear(_QuantizedLayer, nn.Linear):
     geometry = ("in_features", "out_features")
     multiply = staticmethod(kernels.linear)
 
+    def input_gradient(self, gradient: Tensor, shape: torch.Size) -> Tensor:
+        """The gradient of a quantized input of `shape` from that of the output, in its dtype."""
+        return gradient @ self.dequantize(gradient.dtype)
+
 
 class QuantConv2d(_QuantizedLayer, nn.Conv2d):
     """`nn.Conv2d` with a packed weight. Input (batch, channels, height, width); computes in the input's dtype."""
@@ -195,6 +205,16 @@ class QuantConv2d(_QuantizedLayer, nn.Conv2d):
     channel_dim = -3
     geometry = (*nn.Conv2d.__constants__, "transposed", "_reversed_padding_repeated_twice")
     multiply = staticmethod(kernels.conv2d)
+
+    def input_gradient(self, gradient: Tensor, shape: torch.Size) -> Tensor:
+        """The gradient of a quantized input of `shape` from that of the output, in its dtype."""
+        weight = self.dequantize(gradient.dtype)
+        if self.padding_mode == "zeros" and not isinstance(self.padding, str) and len(shape) == 4:
+            return conv2d_input(shape, weight, gradient, self.stride, self.padding, self.dilation, self.groups)
+        with torch.enable_grad():
+            x = gradient.new_zeros(shape, requires_grad=True)
+            y = self._conv_forward(x, weight, None)
+        return torch.autograd.grad(y, x, gradient)[0]
 
     def __new__(cls, *args, **kwargs):
         # peft makes a convolution's adapter by calling the convolution's own class as it would nn.Conv2d.

@@ -11,10 +11,12 @@ from torch import nn
 
 from dmquant import kernels
 from dmquant.activations import ActivationSpec, fake_quantize
+from dmquant.convert import quantize_
 from dmquant.diffusers.timesteps import share_timesteps
 from dmquant.errors import UsageError
 from dmquant.layers import QuantConv2d, QuantLinear, quantize_layer
 from dmquant.qtensor import WeightSpec, quantize_tensor
+from dmquant.recipe import Recipe
 
 FP4, FP6 = WeightSpec.parse("fp4"), ActivationSpec.parse("fp6")
 ACTIVATIONS = [None, FP6, ActivationSpec.parse("int8", "tensor"), ActivationSpec.parse("mxfp6")]
@@ -208,6 +210,52 @@ def test_gradients_reach_the_input_for_adapters_below():
     x = torch.randn(4, 32, requires_grad=True)
     quantized(x).sum().backward()
     assert torch.allclose(x.grad, quantized.dequantize(torch.float32).sum(0).expand(4, -1), atol=1e-6)
+
+
+LAYERS = {
+    "linear": (lambda: nn.Linear(32, 8), (4, 5, 32)),
+    "no bias": (lambda: nn.Linear(32, 8, bias=False), (4, 32)),
+    "conv": (lambda: nn.Conv2d(8, 6, 3, stride=2, padding=1, dilation=2), (2, 8, 9, 11)),
+    "groups": (lambda: nn.Conv2d(8, 6, 3, groups=2), (2, 8, 9, 9)),
+    "reflect": (lambda: nn.Conv2d(8, 6, 3, padding=1, padding_mode="reflect"), (2, 8, 9, 9)),
+    "same": (lambda: nn.Conv2d(8, 6, 3, padding="same"), (2, 8, 9, 9)),
+    "no batch": (lambda: nn.Conv2d(8, 6, 3), (8, 9, 9)),
+}
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("transforms", [(), ("rotate", "lowrank")])
+def test_gradients_go_straight_through_the_rounding_of_inputs(kind, transforms):
+    if transforms and kind == "groups":
+        pytest.skip("low-rank branches are not for grouped convolutions")
+    build, shape = LAYERS[kind]
+    torch.manual_seed(0)
+    recipe = Recipe(name="test", keep="none", weights="fp4", activations="fp6", transforms=list(transforms))
+    layer = nn.Sequential(build())
+    quantize_(layer, recipe)
+    quantized = layer[0]
+    x = torch.randn(shape, requires_grad=True)
+    upstream = torch.randn_like(quantized(x))
+    quantized(x).backward(upstream)
+    own = x.detach().clone().requires_grad_()
+    *given, y = quantized.inputs(own)
+    rounded = y + (quantized.quantize_input(y) - y).detach()
+    weight = quantized.dequantize(torch.float32)
+    is_linear = isinstance(quantized, nn.Linear)
+    out = F.linear(rounded, weight) if is_linear else quantized._conv_forward(rounded, weight, None)
+    quantized.complete_output(out, given).backward(upstream)
+    assert torch.allclose(x.grad, own.grad, atol=1e-4)
+
+
+def test_a_quantized_layer_keeps_no_activations_for_its_gradient_and_its_bias_may_learn():
+    quantized = quantize_layer(nn.Linear(256, 128), FP4, FP6)
+    quantized.bias.requires_grad_(True)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.numel()), lambda nothing: nothing):
+        y = quantized(torch.randn(64, 256, requires_grad=True))
+    assert not kept
+    y.sum().backward()
+    assert torch.equal(quantized.bias.grad, torch.full((128,), 64.0))
 
 
 def test_the_reference_kernels_can_be_forced_and_agree():

@@ -22,6 +22,14 @@ def format_of(dtype: Any) -> str:
     return f"fp{found['bits']}{split}"
 
 
+def one_of(**names: Any) -> str | None:
+    """The format that is given under our name, which is first, or under the other; UsageError where both are given."""
+    ours, theirs = names.values()
+    if ours is not None and theirs is not None:
+        raise UsageError(f"{' and '.join(names)} are one setting: give one of them")
+    return ours if theirs is None else format_of(theirs)
+
+
 def globs_of(modules: str | Sequence[str]) -> tuple[str, ...]:
     """Globs of the layers that `modules_to_not_convert` names: modules, wherever they are, and all in them."""
     names = (modules,) if isinstance(modules, str) else tuple(modules)

@@ -20,7 +20,7 @@ from torch import nn
 
 from dmquant.convert import LayerPlan, layers_in, plan, plan_without_data, quantize_layers_, unmatched
 from dmquant.diffusers import families, pairs, tensors  # noqa: F401  (enter what they know)
-from dmquant.diffusers.aliases import format_of, globs_of, granularity_of
+from dmquant.diffusers.aliases import globs_of, granularity_of, one_of
 from dmquant.diffusers.attach import attach, detach
 from dmquant.diffusers.dequantize import dequantize_
 from dmquant.diffusers.methods import refuse_fusing
@@ -76,10 +76,7 @@ class QuantConfig(QuantizationConfigMixin):
         _check_version(version)
         for name in unknown_keywords:
             raise unknown("keyword", name, KEYWORDS, f"QuantConfig takes {', '.join(KEYWORDS)}")
-        _refuse_both(w=w, weights_dtype=weights_dtype)
-        _refuse_both(a=a, activations_dtype=activations_dtype)
-        w = w if weights_dtype is None else format_of(weights_dtype)
-        a = a if activations_dtype is None else format_of(activations_dtype)
+        w, a = one_of(w=w, weights_dtype=weights_dtype), one_of(a=a, activations_dtype=activations_dtype)
         self.quant_method, self.version = QuantMethod.DMQUANT, version
         if isinstance(recipe, str | Path):
             recipe = Recipe.load(recipe, w, a)
@@ -265,7 +262,7 @@ class DMQuantizer(DiffusersQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        return False
+        return True
 
     @property
     def is_compileable(self) -> bool:
@@ -284,12 +281,6 @@ def empty_layers_(model: nn.Module, config: QuantConfig) -> list[LayerPlan]:
         empty = QUANTIZED[type(layer)].like(layer, step.weights, step.activations, "meta", step.transforms)
         become_(layer, empty)
     return plans
-
-
-def _refuse_both(**one: Any) -> None:
-    """UsageError where a setting is given under both of its names."""
-    if all(value is not None for value in one.values()):
-        raise UsageError(f"{' and '.join(one)} are one setting: give one of them")
 
 
 def _check_version(version: Any) -> None:

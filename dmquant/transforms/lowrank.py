@@ -74,7 +74,7 @@ class LowRank(Storage):
             convolved: Any = layer._conv_forward(x, down.view(-1, *self.shape[1:]), None)
             hidden = convolved.movedim(-3, -1)
         hidden, outputs = hidden.to(y.dtype).reshape(-1, self.rank), y.movedim(layer.channel_dim, -1)
-        if not outputs.is_contiguous():
+        if y.requires_grad or not outputs.is_contiguous():  # autograd forbids to write into what a kernel returns
             return y + (hidden @ up.T).view(outputs.shape).movedim(-1, layer.channel_dim)
         # A product and then a sum take three times as long, nearly all of it for memory.
         outputs.view(-1, self.shape[0]).addmm_(hidden, up.T)
