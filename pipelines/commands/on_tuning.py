@@ -65,7 +65,7 @@ TuningPrompts = Annotated[
 
 
 @command(
-    "dmquant tune emoji-pixart --w int3 --out tuned",
+    "dmquant tune emoji-pixart --recipe w3 --calibration-prompts emoji-tuning --tuning-prompts 1000 --out tuned",
     "dmquant tune emoji-pixart --from runs/w3/model --train scales,biases,norms --iterations 200 --out tuned",
     "dmquant tune pixart-sigma --train weights --optimizer qgalore --memory-budget 16GB --device cuda --out tuned",
 )
