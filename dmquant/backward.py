@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 class Product(torch.autograd.Function):
-    """The product of a quantized layer by its kernel, whose gradient goes straight through the rounding of the input.
+    """The reference's product of a quantized layer, whose gradient goes straight through the rounding of the input.
 
     Rounding has a derivative of zero almost everywhere: through it an adapter learns nothing of the layers above.
     Straight through (Bengio et al., arXiv 1308.3432) the gradient of the input is that of the dequantized weight alone.
@@ -18,7 +18,7 @@ class Product(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, layer: nn.Module) -> Tensor:
         """Output of `layer` without its transforms, for an input that has them; in its dtype."""
         ctx.layer, ctx.shape = layer, x.shape
-        return type(layer).multiply(x, layer)
+        return type(layer).reference(x, layer)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:

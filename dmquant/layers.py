@@ -14,6 +14,7 @@ from dmquant import kernels
 from dmquant.activations import ActivationSpec, TimestepRanges, static_scale
 from dmquant.backward import Product
 from dmquant.errors import UsageError
+from dmquant.kernels.reference import KERNEL
 from dmquant.packing import packed_size
 from dmquant.qtensor import QuantizedTensor, WeightSpec, check_finite, quantize
 from dmquant.scaling import Scales
@@ -30,6 +31,7 @@ class _QuantizedLayer(kernels.Chosen):
     geometry: tuple[str, ...]
     """Attributes taken from the float layer."""
     multiply: Callable[[Tensor, nn.Module], Tensor]
+    reference: Callable[[Tensor, nn.Module], Tensor]
     timestep_ranges: TimestepRanges | None = None  # set by whoever runs the whole model
 
     @classmethod
@@ -192,7 +194,7 @@ class QuantLinear(_QuantizedLayer, nn.Linear):
 
     channel_dim = -1
     geometry = ("in_features", "out_features")
-    multiply = staticmethod(kernels.linear)
+    multiply, reference = staticmethod(kernels.linear), staticmethod(KERNEL.linear)
 
     def input_gradient(self, gradient: Tensor, shape: torch.Size) -> Tensor:
         """The gradient of a quantized input of `shape` from that of the output, in its dtype."""
@@ -204,7 +206,7 @@ class QuantConv2d(_QuantizedLayer, nn.Conv2d):
 
     channel_dim = -3
     geometry = (*nn.Conv2d.__constants__, "transposed", "_reversed_padding_repeated_twice")
-    multiply = staticmethod(kernels.conv2d)
+    multiply, reference = staticmethod(kernels.conv2d), staticmethod(KERNEL.conv2d)
 
     def input_gradient(self, gradient: Tensor, shape: torch.Size) -> Tensor:
         """The gradient of a quantized input of `shape` from that of the output, in its dtype."""
