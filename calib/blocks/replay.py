@@ -23,17 +23,22 @@ class _ReachedError(Exception):
 
 
 @contextlib.contextmanager
-def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Let `module` compute with `forward` until the block ends; its hooks still run."""
-    before = module.__dict__.get("forward")
-    module.forward = forward
+def replaced(owner: Any, method: str, by: Callable[..., Any]) -> Iterator[None]:
+    """Let `owner` compute with another method until the block ends; it need not have one of that name."""
+    before = vars(owner).get(method)
+    setattr(owner, method, by)
     try:
         yield
     finally:
         if before is None:
-            del module.forward
+            delattr(owner, method)
         else:
-            module.forward = before
+            setattr(owner, method, before)
+
+
+def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> contextlib.AbstractContextManager[None]:
+    """Let `module` compute with `forward` until the block ends; its hooks still run."""
+    return replaced(module, "forward", forward)
 
 
 def replay(backbone: nn.Module, arguments: Arguments, given: Mapping[str, Any], until: str) -> Any:

@@ -11,7 +11,7 @@ import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
-from dmquant.calib.blocks.replay import Arguments, replaced_forward
+from dmquant.calib.blocks.replay import Arguments, replaced, replaced_forward
 from dmquant.calib.data.importance import PROMPTS, measure_importance
 from dmquant.calib.data.tree import Leaf, flatten, unflatten
 from dmquant.diffusers.arguments import Calls
@@ -161,7 +161,7 @@ class Runs:
             return encoded[-1]
 
         encode = getattr(self._pipeline, _ENCODE, None)
-        with _replaced(self._pipeline, _ENCODE, keep):
+        with replaced(self._pipeline, _ENCODE, keep):
             yield encoded
 
     @contextlib.contextmanager
@@ -177,18 +177,8 @@ class Runs:
                 return encode(*args, **kwargs)
 
         encode = getattr(self._pipeline, _ENCODE, None)
-        with _replaced(self._pipeline, _ENCODE, give):
+        with replaced(self._pipeline, _ENCODE, give):
             yield
-
-
-@contextlib.contextmanager
-def _replaced(pipeline: Any, method: str, by: Callable[..., Any]) -> Iterator[None]:
-    """Let the pipeline compute with another method until the block ends; it need not have that method."""
-    setattr(pipeline, method, by)
-    try:
-        yield
-    finally:
-        delattr(pipeline, method)
 
 
 def _first(output: Any) -> Tensor:
@@ -226,7 +216,7 @@ def last_calls(
             pipeline,
             component,
             some,
-            steps=len(backbone_calls(pipeline, component, some)),
+            steps=len(rehearsed_calls(pipeline, component, some)),
             batch_size=1 if calls.one_by_one else batch_size,
             progress=lambda done, total: bar(done, total, "which calls move the image"),
         )
@@ -236,7 +226,7 @@ def last_calls(
     return min(MOST_CALLS, next(count for count, part in enumerate(sums, 1) if part >= SHARE * sum(weights)))
 
 
-def backbone_calls(pipeline: Any, component: str, calls: Calls) -> list[Arguments]:
+def rehearsed_calls(pipeline: Any, component: str, calls: Calls) -> list[Arguments]:
     """What the backbone is given in a run with the first prompt, call by call; those after the first at no price."""
     backbone, given = getattr(pipeline, component), []
     handle = backbone.register_forward_pre_hook(

@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 import dmquant
-from dmquant.calib.blocks.replay import Arguments
 from dmquant.calib.blocks.trace import trace
 from dmquant.calib.tuning.loop import Tuned, Tuning, rehearse, tune_
 from dmquant.calib.tuning.optimizers import Lean
-from dmquant.calib.tuning.runs import Runs, backbone_calls, last_calls
+from dmquant.calib.tuning.runs import Runs, last_calls, rehearsed_calls
 from dmquant.calib.tuning.student import KINDS, Student, bytes_to_hold
 from dmquant.calib.whole.teacher import checkpointing
 from dmquant.diffusers.arguments import Calls
@@ -103,7 +102,6 @@ def tune(
     if settings.offload:
         place_backbone_alone(pipeline, component, settings.device)
     learning, held_out = _runs(pipeline, settings, recovery, workspace, console, weights)
-    example = backbone_calls(settings.family.prompted(pipeline), component, learning.calls)[0]
     if recovery.begin is None:
         quantize_in_place(pipeline, settings, workspace, console, weights)
         began = settings.saved_model_key(weights)
@@ -113,7 +111,7 @@ def tune(
     backbone, options = getattr(pipeline, component), recovery.tuning
     _check_memory(backbone, options, total)
     student = Student(backbone, options.train, options.lean)
-    with _checkpointed(settings, backbone, example, options):
+    with _checkpointed(pipeline, settings, learning, options):
         seconds = rehearse(student, learning)
         _forecast(student, backbone, recovery, learning, seconds, console)
         key = fingerprint(began=began, data=learning.key, **asdict(recovery) | {"begin": None}, of=dmquant.__version__)
@@ -176,11 +174,14 @@ def _begun(folder: Path, settings: Settings, full: nn.Module) -> tuple[nn.Module
 
 
 @contextlib.contextmanager
-def _checkpointed(settings: Settings, backbone: nn.Module, example: Arguments, options: Tuning) -> Iterator[None]:
+def _checkpointed(pipeline: "DiffusionPipeline", settings: Settings, learning: Runs, options: Tuning) -> Iterator[None]:
     """With Q-GaLore, blocks compute again in the backward pass what they would keep: else that would be the most."""
     if options.lean is None:
         yield
         return
+    component = settings.family.component
+    backbone = getattr(pipeline, component)
+    example = rehearsed_calls(settings.family.prompted(pipeline), component, learning.calls)[0]
     traced = trace(backbone, example, settings.family.blocks(backbone))
     with checkpointing(backbone, [one.name for one in traced if not one.overwrites and not one.is_overwritten]):
         yield

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from dmquant.calib.tuning.runs import MOST_CALLS, Runs, backbone_calls, last_calls
+from dmquant.calib.tuning.runs import MOST_CALLS, Runs, last_calls, rehearsed_calls
 from dmquant.diffusers.families import families
 from dmquant.errors import UserError
 from tests.calib.tuning.cases import STEPS, calls_of, runs_of, tiny
@@ -97,7 +97,7 @@ def test_a_damaged_run_is_made_again(pipeline, tmp_path):
 
 def test_how_many_calls_move_the_image(pipeline, tmp_path):
     calls = calls_of(MODEL)
-    given = backbone_calls(pipeline, "transformer", calls)
+    given = rehearsed_calls(pipeline, "transformer", calls)
     assert len(given) == STEPS
     assert given[0][1]["timestep"][0] > given[-1][1]["timestep"][0]
     computed, own = [], copy.deepcopy(pipeline)
