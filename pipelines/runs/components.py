@@ -1,6 +1,6 @@
 """Parts of a pipeline beside its backbone, such as text encoders, quantized without data by the rules on them."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -9,7 +9,6 @@ from dmquant.convert import component_names, component_recipe, plan_without_data
 from dmquant.errors import UsageError, UserError, unknown
 from dmquant.host.console import Console
 from dmquant.host.units import size_text
-from dmquant.pipelines.models.saving import narrow_exactly
 from dmquant.pipelines.runs.footprint import footprint
 from dmquant.recipe import Recipe
 from dmquant.settings import Rule, Settings, format_name
@@ -57,16 +56,16 @@ def check_components(pipeline: "DiffusionPipeline", recipe: Recipe) -> None:
     for name in component_names(recipe):
         part = getattr(pipeline, name, None)
         if not isinstance(part, nn.Module):
-            raise UserError(
-                f"component {name} of this pipeline is {type(part).__name__}, which has no layers to quantize"
-            )
+            raise UserError(f"component {name} of this pipeline is a {type(part).__name__}, which has no layers")
         own = component_recipe(recipe, name)
         _check_encoder(part, own)
         plan_without_data(part, own)
 
 
-def quantize_components(pipeline: "DiffusionPipeline", recipe: Recipe, console: Console) -> dict[str, dict[str, Any]]:
-    """Quantize in place the parts that rules of the recipe name; what a report says of each, by its name.
+def quantize_components(
+    pipeline: "DiffusionPipeline", recipe: Recipe, console: Console, finish: Callable[[nn.Module], None] | None = None
+) -> dict[str, dict[str, Any]]:
+    """Quantize in place the parts that rules of the recipe name, and `finish` each; what a report says of it, by name.
 
     Numbers of layers and of weights, bits a quantized weight, and bytes, also of the same in 16 bit.
     """
@@ -78,7 +77,8 @@ def quantize_components(pipeline: "DiffusionPipeline", recipe: Recipe, console: 
             layers = quantize_(
                 part, component_recipe(recipe, name), lambda done, total, layer, bar=bar: bar(done, total)
             )
-        narrow_exactly(part)
+        if finish is not None:
+            finish(part)
         size = footprint(part)
         formats = sorted({format_name(layer.plan.weights.fmt.name) for layer in layers})
         facts[name] = {

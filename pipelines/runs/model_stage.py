@@ -82,7 +82,7 @@ def make_model(
     layers = quantize_in_place(pipeline, settings, workspace, console, weights)
     for note, names in _notes(backbone, layers).items():
         _say_of(console, names, note)
-    components = quantize_components(pipeline, settings.recipe, console)
+    components = quantize_components(pipeline, settings.recipe, console, narrow_exactly)
     narrow_exactly(backbone)
     size, stored = footprint(backbone), sum(tensor.nbytes for tensor in backbone.state_dict().values())
     kind = type(pipeline).__name__
