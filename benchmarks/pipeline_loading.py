@@ -88,7 +88,7 @@ def pipeline_of(folder: str, **more: Any) -> Any:
     import torch
     from diffusers import PixArtSigmaPipeline
 
-    return PixArtSigmaPipeline.from_pretrained(folder, torch_dtype=torch.bfloat16, **more)
+    return PixArtSigmaPipeline.from_pretrained(folder, dtype=torch.bfloat16, **more)
 
 
 def tensors_of(pipeline: Any) -> list[Any]:

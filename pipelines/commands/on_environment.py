@@ -14,8 +14,7 @@ def register() -> None:
     """
     from dmquant.pipelines.commands import startup
 
-    for path in startup.register():
-        typer.echo(f"written: {path}")
+    typer.echo(f"written: {startup.register()}")
     typer.echo("apps of this environment load dmquant's folders without `import dmquant`; undo: dmquant unregister")
 
 
@@ -25,7 +24,4 @@ def unregister() -> None:
     from dmquant.pipelines.commands import startup
 
     gone = startup.unregister()
-    for path in gone:
-        typer.echo(f"removed: {path}")
-    if not gone:
-        typer.echo("there is no start-up line in this environment")
+    typer.echo(f"removed: {gone}" if gone else "there is no start-up line in this environment")

@@ -9,58 +9,57 @@ from pathlib import Path
 
 from dmquant.errors import UserError
 
-MODULE = "_dmquant_startup"
-CODE = '''"""Written by `dmquant register`, removed by `dmquant unregister`: dmquant is imported when it is needed."""
-
-import sys
-
-
-class _Finder:
+NAME = "dmquant_register.pth"
+FINDER = """
+class DmquantFinder:
     @staticmethod
     def find_spec(name, path=None, target=None):
-        if name in ("diffusers.quantizers.auto", "transformers.quantizers.auto") and _Finder in sys.meta_path:
-            sys.meta_path.remove(_Finder)
-            try:
-                import dmquant  # whose own finder is now the first
-            except ImportError:
-                return None  # it was taken out of the environment
-            return next((spec for each in sys.meta_path if (spec := each.find_spec(name, path, target))), None)
-        return None
+        if name not in ("diffusers.quantizers.auto", "transformers.quantizers.auto"):
+            return None
+        if DmquantFinder in sys.meta_path:
+            sys.meta_path.remove(DmquantFinder)
+        try:
+            import dmquant
+        except ImportError:
+            return None
+        return next((spec for one in sys.meta_path if (spec := one.find_spec(name, path, target))), None)
+
+sys.meta_path.insert(0, DmquantFinder)
+"""
+"""Imports dmquant, whose own finder is then the first, unless that was taken out of the environment since."""
+LINE = f"""# Written by `dmquant register`; `dmquant unregister` removes it.
+import sys; exec({FINDER!r}, {{"sys": sys}})
+"""
+"""A .pth file has lines of one statement, and to import a module would cost five times as much."""
 
 
-sys.meta_path.insert(0, _Finder)
-'''
-
-
-def files() -> dict[Path, str]:
-    """The files of the start-up line in this environment, with what they hold."""
-    place = Path(sysconfig.get_paths()["purelib"])
-    return {place / f"{MODULE}.py": CODE, place / f"{MODULE}.pth": f"import {MODULE}\n"}
+def file() -> Path:
+    """Where the start-up line of this environment is, or would be."""
+    return Path(sysconfig.get_paths()["purelib"]) / NAME
 
 
 def is_registered() -> bool:
     """Whether the start-up line is in this environment, as this dmquant writes it."""
-    return all(path.is_file() and path.read_text("utf-8") == text for path, text in files().items())
+    return file().is_file() and file().read_text("utf-8") == LINE
 
 
-def register() -> list[Path]:
-    """Write the start-up line; gives its files, of which the .pth comes last. UserError where that is not allowed."""
-    for path, text in files().items():
-        try:
-            path.write_text(text, "utf-8")
-        except OSError as error:
-            raise UserError(
-                f"cannot write {path}: {error.strerror}: use an environment of your own, or `import dmquant` in the app"
-            ) from error
-    return list(files())
+def register() -> Path:
+    """Write the start-up line, and return its file. UserError where that is not allowed."""
+    try:
+        file().write_text(LINE, "utf-8")
+    except OSError as error:
+        raise UserError(
+            f"cannot write {file()}: {error.strerror}: use an environment of your own, or `import dmquant` in the app"
+        ) from error
+    return file()
 
 
-def unregister() -> list[Path]:
-    """Take the start-up line away; the files that were there, of which the .pth is the first to go."""
-    gone = [path for path in reversed(files()) if path.is_file()]
-    for path in gone:
-        try:
-            path.unlink()
-        except OSError as error:
-            raise UserError(f"cannot remove {path}: {error.strerror}: remove it yourself") from error
-    return gone
+def unregister() -> Path | None:
+    """Take the start-up line away; its file, None where there was none. UserError where that is not allowed."""
+    try:
+        file().unlink()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise UserError(f"cannot remove {file()}: {error.strerror}: remove it yourself") from error
+    return file()
