@@ -1,8 +1,9 @@
 """Hooks that `import dmquant` puts on the imports of other packages, without importing anything itself.
 
 When diffusers' quantizer registry is imported, ours is entered there: diffusers offers no registration of its own. When
-torchvision is imported, its failure beside a CPU build of torch is mended (`dmquant.diffusers.torchvision`), and when
-peft is, what its layers say of the weight of a quantized one (`dmquant.diffusers.peft`).
+torchvision is imported, its failure beside a CPU build of torch is mended (`dmquant.diffusers.torchvision`); when peft
+is, what it does to a quantized layer that it wraps (`dmquant.diffusers.peft`); and when diffusers' loaders of LoRAs
+are, their `fuse_lora` (`dmquant.diffusers.fusing`).
 """
 
 import importlib
@@ -15,6 +16,7 @@ from typing import Any
 _REGISTRY = "diffusers.quantizers.auto"
 _OURS = "dmquant.diffusers.quantizer"
 _WRAPPERS = "peft.tuners.tuners_utils"
+_FUSING = {"diffusers.loaders.peft": "PeftAdapterMixin", "diffusers.loaders.lora_base": "LoraBaseMixin"}
 
 Execute = Callable[[ModuleType], None]
 
@@ -30,21 +32,34 @@ def _with_operators(execute: Execute, module: ModuleType) -> None:
     execute_with_operators(execute, module)
 
 
-def _with_weights(execute: Execute, module: ModuleType) -> None:
+def _with_wrappers(execute: Execute, module: ModuleType) -> None:
     execute(module)
-    _mend_weights(module)
+    _mend_wrappers(module)
 
 
-def _mend_weights(module: ModuleType) -> None:
-    from dmquant.diffusers.peft import mend_weight  # imports torch, as peft does
+def _mend_wrappers(module: ModuleType) -> None:
+    from dmquant.diffusers.peft import mend  # imports torch, as peft does
 
-    mend_weight(module.BaseTunerLayer)
+    mend(module)
+
+
+def _with_fusing(execute: Execute, module: ModuleType) -> None:
+    execute(module)
+    _mend_fusing(module)
+
+
+def _mend_fusing(module: ModuleType) -> None:
+    from dmquant.diffusers.fusing import with_requantize  # imports torch, as diffusers does
+
+    kind = getattr(module, _FUSING[module.__name__])
+    kind.fuse_lora = with_requantize(kind.fuse_lora)
 
 
 _WATCHED: dict[str, Callable[[Execute, ModuleType], None]] = {
     _REGISTRY: _then_register,
     "torchvision": _with_operators,
-    _WRAPPERS: _with_weights,
+    _WRAPPERS: _with_wrappers,
+    **dict.fromkeys(_FUSING, _with_fusing),
 }
 
 
@@ -87,4 +102,6 @@ def install() -> None:
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
         if _WRAPPERS in sys.modules:
-            _mend_weights(sys.modules[_WRAPPERS])
+            _mend_wrappers(sys.modules[_WRAPPERS])
+        for module in _FUSING.keys() & sys.modules.keys():
+            _mend_fusing(sys.modules[module])
