@@ -18,7 +18,7 @@ _HOME = {
     "Recipe": "dmquant.recipe",
     "QuantConfig": "dmquant.diffusers.quantizer",
     "load_pipeline": "dmquant.pipelines.models.loading",
-    "save_pipeline": "dmquant.diffusers.quantizer",
+    "save_pipeline": "dmquant.diffusers.saving",
     "requantizing": "dmquant.diffusers.fusing",
 }
 __all__ = list(_HOME)

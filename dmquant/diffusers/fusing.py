@@ -65,8 +65,8 @@ def requantizing(model: Any) -> Iterator[list[Fused]]:
         of_change, of_weight = (statistics.mean(each) for each in zip(*map(_losses, rows), strict=True))
         worst = max(rows, key=_losses)
         logging.getLogger("dmquant").info(
-            f"adapters fused into {len(rows)} layers, which were quantized again; means of their errors: {of_change:.2f} of "
-            f"what adapters change, {of_weight:.4f} of the weights; most in {worst.layer}: {worst.of_change:.2f}"
+            f"adapters fused into {len(rows)} layers, which were quantized again; mean errors: {of_change:.2f} of what "
+            f"adapters change, {of_weight:.4f} of the weights; most in {worst.layer}: {worst.of_change:.2f}"
         )
 
 
