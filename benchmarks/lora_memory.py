@@ -1,13 +1,13 @@
-"""Memory and time of a LoRA step on a transformer of PixArt's width, W4A6 against full precision, each in a process alone.
+"""Memory and time of a LoRA step on a transformer of PixArt's width: W4A6 against full precision, in processes alone.
 
     python benchmarks/lora_memory.py [--blocks 28] [--dtype bfloat16] [--tokens 1024] [--batch 1] [--plain]
 
 The model (random weights) is loaded from its file, quantized while loading or not, and trains a LoRA of rank 16 on all
 projections of its attention: forward, backward and a step of AdamW, blocks computed again in the backward pass unless
-`--plain`. Memory is the highest that the process holds of its own (Linux: anonymous pages) after the first step has
-loaded what libraries load late, over what it held before it loaded the model: weights, adapters, optimizer, activations,
-gradients. Time is the processor's of the second step. `W4A6, kept` is what W4A6 would take if each weight were held
-decoded between the forward and the backward pass, as autograd does for a layer that decodes its weight.
+`--plain`. Memory is the highest of the second step, when all that libraries load late is there, over what the process
+held before it loaded the model (Linux: anonymous pages): weights, adapters, optimizer, activations, gradients. Time is
+the processor's of that step. `W4A6, kept` is what W4A6 would take if each weight were held decoded between the forward
+and the backward pass, as autograd does for a layer that decodes its weight.
 """
 
 import argparse
@@ -19,8 +19,9 @@ import threading
 import time
 from typing import Any
 
-import dmquant  # before diffusers, for which it makes torchvision importable
 from loading_memory import PIXART_SIGMA, anonymous_bytes, write_checkpoint
+
+import dmquant  # before diffusers, for which it makes torchvision importable
 
 KINDS = ("full precision", "W4A6", "W4A6, kept")
 TEXT_TOKENS = 300
@@ -56,7 +57,7 @@ def step_of(kind: str, folder: str, options: argparse.Namespace) -> dict[str, fl
     timesteps, conditions = torch.full((options.batch,), 500), {"resolution": None, "aspect_ratio": None}
     held, peaks, seconds = anonymous_bytes(), [], []
     for _ in range(2):
-        with sampled_peak() as peak:
+        with SampledPeak() as peak:
             began = time.process_time()
             predicted = model(noise, text, timestep=timesteps, added_cond_kwargs=conditions).sample.chunk(2, dim=1)[0]
             (predicted - noise).float().square().mean().backward()
@@ -77,10 +78,10 @@ def decoded_before(layer: Any, x: Any) -> Any:
     return layer.complete_output(y, given)
 
 
-class sampled_peak:
+class SampledPeak:
     """The most anonymous memory of the process within a block, in `bytes`."""
 
-    def __enter__(self) -> "sampled_peak":
+    def __enter__(self) -> "SampledPeak":
         self.bytes, self._done = 0, threading.Event()
         self._watcher = threading.Thread(target=self._watch)
         self._watcher.start()

@@ -21,7 +21,7 @@ PROMPTS = ["a red heart", "a cat with a hat"]
 
 @pytest.fixture(scope="module", params=BACKBONES)
 def case(request):
-    """An embedded backbone in full precision and at W4A6, both with the same LoRA, and calls as its pipeline makes them."""
+    """An embedded backbone in full precision and at W4A6, both with one LoRA, and calls as its pipeline makes them."""
     pipe = dmquant.load_pipeline(files("dmquant.pipelines") / "assets" / request.param)
     part, options = BACKBONES[request.param]
     full, calls = getattr(pipe, part), []
