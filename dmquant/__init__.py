@@ -19,6 +19,7 @@ _HOME = {
     "QuantConfig": "dmquant.diffusers.quantizer",
     "load_pipeline": "dmquant.pipelines.models.loading",
     "save_pipeline": "dmquant.diffusers.saving",
+    "requantizing": "dmquant.diffusers.fusing",
 }
 __all__ = list(_HOME)
 

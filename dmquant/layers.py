@@ -222,10 +222,7 @@ class QuantConv2d(_QuantizedLayer, nn.Conv2d):
         weight = self.dequantize(gradient.dtype)
         if self.padding_mode == "zeros" and not isinstance(self.padding, str) and len(shape) == 4:
             return conv2d_input(shape, weight, gradient, self.stride, self.padding, self.dilation, self.groups)
-        with torch.enable_grad():
-            x = gradient.new_zeros(shape, requires_grad=True)
-            y = self._conv_forward(x, weight, None)
-        return torch.autograd.grad(y, x, gradient)[0]
+        return torch.func.vjp(lambda x: self._conv_forward(x, weight, None), gradient.new_zeros(shape))[1](gradient)[0]
 
     def __new__(cls, *args, **kwargs):
         # peft makes a convolution's adapter by calling the convolution's own class as it would nn.Conv2d.
