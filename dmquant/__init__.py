@@ -19,6 +19,7 @@ _HOME = {
     "QuantConfig": "dmquant.diffusers.quantizer",
     "load_pipeline": "dmquant.pipelines.models.loading",
     "save_pipeline": "dmquant.diffusers.quantizer",
+    "deterministic": "dmquant.diffusers.deterministic",
 }
 __all__ = list(_HOME)
 
