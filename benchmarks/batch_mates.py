@@ -3,7 +3,7 @@
     python benchmarks/batch_mates.py --threads 1 --out batch_mates.png
 
 For each embedded model, in full precision and rounded to nearest: every image made alone and together with the others,
-plainly and under `dmquant.deterministic`, and the time of the latter by that of the former. PSNR is of pixels in float32,
+plainly and under `dmquant.deterministic`, and the time of the latter by that of the former. PSNR is of float32 pixels,
 before a PNG rounds them to 8 bits. OUT shows the images alone, in the batch, and 4 times their difference.
 """
 

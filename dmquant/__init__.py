@@ -20,6 +20,7 @@ _HOME = {
     "load_pipeline": "dmquant.pipelines.models.loading",
     "save_pipeline": "dmquant.diffusers.quantizer",
     "deterministic": "dmquant.diffusers.deterministic",
+    "save_pipeline": "dmquant.diffusers.saving",
 }
 __all__ = list(_HOME)
 

@@ -1,5 +1,6 @@
 """Swap the layers of a module for quantized ones, as a recipe says."""
 
+import functools
 import importlib
 import logging
 import math
@@ -15,8 +16,8 @@ from dmquant.layers import QUANTIZED, QuantConv2d, QuantLinear, become_, quantiz
 from dmquant.matching import without_match
 from dmquant.models import completed, known, record
 from dmquant.qtensor import FASTER, WeightSpec, check_finite
-from dmquant.recipe import Recipe, shipped_rules
-from dmquant.settings import NO_FORMAT
+from dmquant.recipe import Recipe, recipe_names
+from dmquant.settings import NO_FORMAT, Rule
 from dmquant.stores import get_store
 from dmquant.transforms import Storage, create, fold_first_
 
@@ -157,9 +158,42 @@ def quantize_layers_(module: nn.Module, recipe: Recipe, progress: Progress | Non
     return reports
 
 
+def component_recipe(recipe: Recipe, component: str) -> Recipe | None:
+    """The recipe of a part of the pipeline beside the backbone, made of the rules that name it; None without any.
+
+    What its rules do not set is as in an empty recipe, not as for the backbone. UsageError for rules that take
+    calibration data, which there is for the backbone alone.
+    """
+    rules = [rule.model_copy(update={"component": None}) for rule in recipe.rules if rule.component == component]
+    if not rules:
+        return None
+    plain = {"name": recipe.name, "description": recipe.description, "weights": NO_FORMAT, "engine": recipe.engine}
+    found = Recipe.from_dict(plain | {"rules": [rule.model_dump() for rule in rules]}, f"the {component}")
+    if found.calibrated:
+        raise UsageError(f"the rules of component {component} take calibration data, which only the backbone has")
+    return found
+
+
+def component_names(recipe: Recipe) -> list[str]:
+    """The parts of the pipeline beside the backbone that rules of a recipe name, each once."""
+    return list(dict.fromkeys(rule.component for rule in recipe.rules if rule.component is not None))
+
+
+def of_backbone(recipe: Recipe) -> Recipe:
+    """The recipe without the rules on other parts of the pipeline."""
+    return recipe.model_copy(update={"rules": [rule for rule in recipe.rules if rule.component is None]})
+
+
+@functools.cache
+def _shipped_rules() -> list[Rule]:
+    """The rules of all recipes that come with dmquant."""
+    return [rule for name in recipe_names() for rule in Recipe.load(name).rules]
+
+
 def unmatched(module: nn.Module, recipe: Recipe) -> str | None:
     """A line on the patterns of a recipe's rules, but dmquant's and the family's, that match no layer of `module`."""
-    own, of_family = [rule.match for rule in recipe.rules if rule not in shipped_rules()], known(module).keep
+    rules, of_family = of_backbone(recipe).rules, known(module).keep
+    own = [rule.match for rule in rules if rule not in _shipped_rules()]
     missed = ", ".join(f"'{pattern}'" for pattern in without_match(own, layers_in(module)) if pattern not in of_family)
     line = f"recipe '{recipe.name}': no layer of {type(module).__name__} matches {missed}, so that changes nothing"
     return line if missed else None

@@ -1,6 +1,5 @@
 """Recipes: which layers of a model become which format, and how. YAML or JSON, checked when read."""
 
-import functools
 import importlib.resources
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -212,12 +211,13 @@ class Recipe(Settings):
 
     def settings_by_layer(self, names: Iterable[str]) -> dict[str, Settings | None]:
         """The settings of layers, all filled in; None for one that stays in high precision. By the rules alone."""
-        matcher = Matcher([rule.match for rule in self.rules])
+        rules = [rule for rule in self.rules if rule.component is None]
+        matcher = Matcher([rule.match for rule in rules])
         settings: dict[str, Settings | None] = {}
         for name in names:
-            rules = [self.rules[index] for index in matcher.matching(name)]
-            keep = next((rule.keep for rule in reversed(rules) if rule.keep is not None), False)
-            merged = self._merged(rules)
+            matching = [rules[index] for index in matcher.matching(name)]
+            keep = next((rule.keep for rule in reversed(matching) if rule.keep is not None), False)
+            merged = self._merged(matching)
             settings[name] = None if keep or merged.weights == NO_FORMAT else merged
         return settings
 
@@ -236,12 +236,6 @@ class Recipe(Settings):
     def save(self, path: str | Path) -> None:
         """Write as YAML; `Recipe.load(path)` gives an equal recipe."""
         Path(path).write_text(yaml.safe_dump(self.to_dict(), sort_keys=False), "utf-8")
-
-
-@functools.cache
-def shipped_rules() -> list[Rule]:
-    """The rules of all recipes that come with dmquant."""
-    return [rule for name in recipe_names() for rule in Recipe.load(name).rules]
 
 
 def recipe_names() -> list[str]:

@@ -205,6 +205,8 @@ class Rule(Settings):
     """Settings for the layers whose module name matches a glob; `keep` leaves them in high precision."""
 
     match: str | list[str]
+    component: str | None = None
+    """The part of the pipeline, such as `text_encoder`, that the rule is about; by default the backbone."""
     keep: bool | None = None
     reason: str | None = None
     """Why, for people."""

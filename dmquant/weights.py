@@ -17,6 +17,7 @@ class DequantizedWeight(Tensor):
     """
 
     __torch_function__ = torch._C._disabled_torch_function_impl
+    _is_hf_initialized = True  # or transformers would draw numbers for it
 
     @staticmethod
     def __new__(cls, compute: Callable[[], Tensor], shape: tuple[int, ...], dtype: torch.dtype, device: torch.device):

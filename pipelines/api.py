@@ -4,14 +4,15 @@ import contextlib
 import inspect
 import logging
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from dmquant.convert import LayerReport, quantize_layers_, unmatched
+from dmquant.convert import LayerReport, of_backbone, quantize_layers_, unmatched
 from dmquant.diffusers.arguments import EMBEDDED
 from dmquant.diffusers.families import Family, family_of
 from dmquant.diffusers.quantizer import mark_quantized
@@ -29,6 +30,7 @@ from dmquant.pipelines.prompts.lists import load_prompts
 from dmquant.pipelines.runs import runfolder
 from dmquant.pipelines.runs.bounds import parse_size
 from dmquant.pipelines.runs.calibration import calibrate, weights_key
+from dmquant.pipelines.runs.components import check_components, check_names, quantize_components, with_components
 from dmquant.pipelines.runs.defaults import DEFAULT_RECIPE
 from dmquant.pipelines.runs.footprint import Footprint, footprint
 from dmquant.recipe import Recipe
@@ -49,11 +51,15 @@ DEFAULT_PROMPTS = "default-calibration"
 
 @dataclass(frozen=True)
 class Quantized:
-    """The result of `quantize_pipeline`: the recipe with every choice filled in, the layers, the bytes."""
+    """The result of `quantize_pipeline`: the recipe with every choice filled in, the layers, the bytes.
+
+    `components` has, by name, what `quantize_components` says of the other parts that were quantized.
+    """
 
     recipe: Recipe
     layers: list[LayerReport]
     footprint: Footprint
+    components: dict[str, dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -85,12 +91,13 @@ def quantize_pipeline(
     *,
     w: str | None = None,
     a: str | None = None,
+    components: Mapping[str, str] = MappingProxyType({}),
     calibration: Sequence[str] | str | None = None,
     memory_budget: str | None = None,
     out: str | Path | None = None,
     **call: Any,
 ) -> Quantized:
-    """Quantize the backbone of a loaded full-precision pipeline in place; its other parts stay as they are.
+    """Quantize the backbone of a loaded full-precision pipeline in place, and those of its other parts that are named.
 
     A recipe that takes data (`Recipe.calibrated`) runs the pipeline as it is called with `call`. Stopped on the way, it
     leaves the backbone partly quantized.
@@ -98,6 +105,8 @@ def quantize_pipeline(
     Args:
         pipe: a text-to-image pipeline whose backbone has a model family, on its device, in its dtype.
         recipe: a Recipe, or a name, bits (`w4a6`) or YAML file, with `w` and `a` as its formats.
+        components: recipes without data, by name, bits or file, for other parts: `{"text_encoder": "w8a16"}`. Rules of
+            the recipe with a `component` name parts as well.
         calibration: prompts, the name of a prompt set or a file of prompts; by default the set of the registered model
             that is nearest in kind and size. Only for a recipe that takes data.
         memory_budget: such as "8GB", for calibration beside the model; by default half of the memory that is free.
@@ -119,9 +128,12 @@ def quantize_pipeline(
         recipe = Recipe.load(recipe, w, a)
     elif w or a:
         raise UsageError("w and a set the formats of a recipe given by name or file; this one has its own")
+    recipe = with_components(recipe, (f"{name}={source}" for name, source in components.items()))
+    check_names(recipe, list(pipe.components), family.component)
+    check_components(pipe, recipe)
     if warning := unmatched(backbone, recipe):
         logging.getLogger("dmquant").warning(warning)
-    recipe = completed(recipe, backbone)
+    named, recipe = recipe, completed(of_backbone(recipe), backbone)
     with _workspace(target) as workspace:
         if recipe.calibrated:
             check_attention(backbone)
@@ -131,9 +143,10 @@ def quantize_pipeline(
         else:
             layers = quantize_layers_(backbone, recipe)
         mark_quantized(backbone, recipe)
+        parts = quantize_components(pipe, named, _LoggingConsole())
         if target is not None:
             _save(pipe, target, recipe, family.component)
-    return Quantized(recipe, layers, footprint(backbone))
+    return Quantized(recipe, layers, footprint(backbone), parts)
 
 
 def _family(pipe: "DiffusionPipeline") -> Family:

@@ -25,6 +25,7 @@ ROOMS = {
     "dmquant/cpu": ("kernels: how a quantized layer multiplies on a CPU", 1),
     "dmquant/gpu": ("kernels: how it multiplies on a GPU", 0),
     "dmquant/diffusers": ("the quantizer, the families, how a pipeline is called and watched", 2),
+    "dmquant/transformers": ("text encoders: the quantizer, and which layers they keep", 2),
     "dmquant/exchange": ("formats of other engines, written and read", 3),
     "calib/data": ("calls of the full-precision backbone, chosen and stored", 0),
     "calib/layers": ("what is fitted to the data of one layer", 0),

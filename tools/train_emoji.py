@@ -19,7 +19,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from dmquant.diffusers.quantizer import save_pipeline
+from dmquant.diffusers.saving import save_pipeline
 from dmquant.diffusers.torchvision import ensure_torchvision_imports
 
 ensure_torchvision_imports()

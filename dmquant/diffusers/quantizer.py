@@ -6,7 +6,6 @@ quantized one fills empty quantized layers with its bytes. Registered by `dmquan
 
 import enum
 import inspect
-import json
 import logging
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import nn
 
-from dmquant.convert import LayerPlan, layers_in, plan, plan_without_data, quantize_layers_, unmatched
+from dmquant.convert import LayerPlan, layers_in, of_backbone, plan, plan_without_data, quantize_layers_, unmatched
 from dmquant.diffusers import families, pairs, tensors  # noqa: F401  (enter what they know)
 from dmquant.diffusers.aliases import globs_of, granularity_of, one_of
 from dmquant.diffusers.attach import attach, detach
@@ -27,7 +26,6 @@ from dmquant.diffusers.methods import refuse_fusing
 from dmquant.diffusers.state import apart, check_unchanged
 from dmquant.errors import UsageError, UserError, unknown
 from dmquant.host import checksums
-from dmquant.host.files import as_umask_says
 from dmquant.layers import QUANTIZED, become_, quantize_layer
 from dmquant.models import completed, known, records_quantization
 from dmquant.recipe import Recipe, bits_names, recipe_names
@@ -51,6 +49,7 @@ class QuantConfig(QuantizationConfigMixin):
     `w` and `a` set its formats and `keep` names more layers (a glob or several) to leave in high precision. The names
     that other quantizers of diffusers have for these are taken as well: `weights_dtype` and `activations_dtype`
     (`"float8"`, `torch.int8`), `modules_to_not_convert` (modules, wherever they are, with all in them), `group_size`.
+    It is for one model: rules on other parts of a pipeline (`component`) are left out.
     In a saved model's config.json it is the recipe in full, every rule written out, with the `version` of its codes.
 
     Raises UsageError for a keyword that is not known and for a setting given under two names, and UserError for a
@@ -89,7 +88,7 @@ class QuantConfig(QuantizationConfigMixin):
         if group_size is not None:
             recipe = recipe.with_settings(granularity=granularity_of(group_size))
         kept = (keep,) if isinstance(keep, str) else tuple(keep)
-        self.recipe = recipe.keeping((*kept, *globs_of(modules_to_not_convert or ())))
+        self.recipe = of_backbone(recipe).keeping((*kept, *globs_of(modules_to_not_convert or ())))
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
@@ -324,27 +323,3 @@ def _record(model: nn.Module, recipe: Recipe, layers: Collection[str]) -> bool:
         return False
     mark_quantized(model, recipe)
     return True
-
-
-def save_pipeline(pipeline: Any, folder: str | Path) -> None:
-    """`save_pretrained`, `make_portable`, and the checksums of all that is there. Raises OSError as the disk does."""
-    pipeline.save_pretrained(folder, safe_serialization=True)
-    make_portable(Path(folder))
-    for file in Path(folder).glob("*/*.safetensors"):
-        as_umask_says(file)
-    checksums.write(Path(folder))
-
-
-def make_portable(folder: Path) -> None:
-    """Remove from a pipeline folder's configurations what would tie it to this machine or to one dtype.
-
-    diffusers writes local paths as `_name_or_path`. And transformers loads a text encoder in the dtype that its config
-    names while diffusers loads everything else in float32, so by default the two would not fit together.
-    """
-    for file in (folder / "model_index.json", *folder.glob("*/*config.json")):
-        content = json.loads(file.read_text())
-        portable = {key: value for key, value in content.items() if key != "_name_or_path"}
-        if "dtype" in portable:
-            portable["dtype"] = "float32"
-        if portable != content:
-            file.write_text(json.dumps(portable, indent=2) + "\n")

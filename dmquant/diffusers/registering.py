@@ -1,19 +1,24 @@
 """Hooks that `import dmquant` puts on the imports of other packages, without importing anything itself.
 
-When diffusers' quantizer registry is imported, ours is entered there: diffusers offers no registration of its own. When
-torchvision is imported, its failure beside a CPU build of torch is mended (`dmquant.diffusers.torchvision`), and when
-peft is, what its layers say of the weight of a quantized one (`dmquant.diffusers.peft`).
+When the registry of quantizers of diffusers or transformers is imported, ours is entered there: diffusers offers no
+registration of its own. When torchvision is imported, its failure beside a CPU build of torch is mended
+(`dmquant.diffusers.torchvision`), and when peft is, what its layers say of the weight of a quantized one
+(`dmquant.diffusers.peft`).
 """
 
 import importlib
+import importlib.util
 import sys
 from collections.abc import Callable
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import Any
 
-_REGISTRY = "diffusers.quantizers.auto"
-_OURS = "dmquant.diffusers.quantizer"
+_REGISTRIES = {
+    "diffusers.quantizers.auto": "dmquant.diffusers.quantizer",
+    "transformers.quantizers.auto": "dmquant.transformers.quantizer",
+}
+"""The registry of each library, and the module that enters ours there when it is imported."""
 _WRAPPERS = "peft.tuners.tuners_utils"
 
 Execute = Callable[[ModuleType], None]
@@ -21,7 +26,12 @@ Execute = Callable[[ModuleType], None]
 
 def _then_register(execute: Execute, module: ModuleType) -> None:
     execute(module)
-    importlib.import_module(_OURS)  # it registers itself
+    _register(module.__name__)
+
+
+def _register(registry: str) -> None:
+    if registry.startswith("diffusers.") or importlib.util.find_spec("transformers.core_model_loading"):  # from 5.0
+        importlib.import_module(_REGISTRIES[registry])
 
 
 def _with_operators(execute: Execute, module: ModuleType) -> None:
@@ -42,7 +52,7 @@ def _mend_weights(module: ModuleType) -> None:
 
 
 _WATCHED: dict[str, Callable[[Execute, ModuleType], None]] = {
-    _REGISTRY: _then_register,
+    **dict.fromkeys(_REGISTRIES, _then_register),
     "torchvision": _with_operators,
     _WRAPPERS: _with_weights,
 }
@@ -82,8 +92,9 @@ class _Watching:
 
 def install() -> None:
     """Put the hooks in place, once; if diffusers is already imported, register at once."""
-    if _REGISTRY in sys.modules:
-        importlib.import_module(_OURS)
+    for registry in _REGISTRIES:
+        if registry in sys.modules:
+            _register(registry)
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
         if _WRAPPERS in sys.modules:

@@ -65,6 +65,16 @@ Activations = Annotated[
         rich_help_panel="Quantization",
     ),
 ]
+Components = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--component",
+        metavar="NAME=RECIPE",
+        help="Another part of the pipeline to quantize, and how, without data: text_encoder=w8a16. May be repeated.",
+        rich_help_panel="Quantization",
+        show_default=False,
+    ),
+]
 CalibrationPrompts = Annotated[
     str | None,
     typer.Option(
@@ -286,7 +296,7 @@ _CALIBRATION = {
     "calibration_data": (CalibrationData, None),
     "memory_budget": (MemoryBudget, None),
 }
-_FORMATS = {"w": (Weights, None), "a": (Activations, None)}
+_FORMATS = {"w": (Weights, None), "a": (Activations, None), "components": (Components, None)}
 _PROMPTS = {"prompts": (Prompts, None), "num_prompts": (NumPrompts, None), "prompt_seed": (PromptSeed, None)}
 _SAMPLING = {"steps": (Steps, None), "guidance": (Guidance, None), "height": (Height, None), "width": (Width, None)}
 _NOISE = {"seed": (Seed, 0), "batch_size": (BatchSize, None)}

@@ -95,12 +95,22 @@ def embedded_folder(source: str) -> Path:
 @functools.cache
 def call_parameters(pipeline: str) -> Mapping[str, inspect.Parameter]:
     """Parameters of the call of a diffusers pipeline class by name; UserError where diffusers has no such class."""
+    return inspect.signature(_pipeline_class(pipeline).__call__).parameters
+
+
+def pipeline_parts(pipeline: str) -> list[str]:
+    """Names of the parts of a diffusers pipeline class by name; UserError where diffusers has no such class."""
+    parameters = inspect.signature(_pipeline_class(pipeline).__init__).parameters.values()
+    return [one.name for one in parameters if one.default in (one.empty, None) and one.name != "self"]
+
+
+def _pipeline_class(name: str) -> type:
     import diffusers
 
-    found = getattr(diffusers, pipeline, None)
+    found = getattr(diffusers, name, None)
     if found is None:
-        raise UserError(f"diffusers {diffusers.__version__} has no {pipeline}")
-    return inspect.signature(found.__call__).parameters
+        raise UserError(f"diffusers {diffusers.__version__} has no {name}")
+    return found
 
 
 def resolve_model(text: str, family: str | None = None) -> ModelSpec:

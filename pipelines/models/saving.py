@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from dmquant.diffusers.quantizer import make_portable, save_pipeline
+from dmquant.diffusers.saving import make_portable, save_pipeline
 from dmquant.errors import UserError
 from dmquant.evaluation.report.markdown import cell, code
 from dmquant.host import checksums, owned

@@ -2,7 +2,7 @@
 
 import functools
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,6 +16,8 @@ from dmquant.exchange.layers import kind_of
 from dmquant.host.hashes import sha256_once
 from dmquant.host.names import readable
 from dmquant.pipelines.models.opening import open_foreign
+from dmquant.pipelines.models.registry import ModelSpec, family_for, pipeline_parts
+from dmquant.pipelines.runs.components import check_names, with_components
 from dmquant.pipelines.runs.runfolder import MODEL
 from dmquant.recipe import Recipe
 from dmquant.settings import NO_FORMAT
@@ -79,20 +81,23 @@ def _named(names: Iterable[str]) -> str:
     return "+".join(name for name, _ in Counter(names).most_common())
 
 
-def chosen_recipe(family: str, source: str, w: str | None, a: str | None) -> Recipe | FileRecipe:
-    """What stands for a recipe on the command line, for a model of the family; a file's headers are read.
+def chosen_recipe(
+    model: ModelSpec, source: str, w: str | None, a: str | None, components: Sequence[str] | None = None
+) -> Recipe | FileRecipe:
+    """What stands for a recipe on the command line, for a model, with its `components`; a file's headers are read.
 
-    Raises UsageError for a calibrated recipe of a family that knows no blocks, and for other formats than a file has;
-    UserError where this machine cannot compile what the recipe asks for.
+    Raises UsageError for a calibrated recipe of a family that knows no blocks, for other formats than a file has, and
+    for parts that the model's pipeline has not; UserError where this machine cannot compile what the recipe asks for.
     """
     if source.startswith(FILE):
-        if w or a:
-            raise UsageError(f"{source} brings its own formats: leave out --w and --a")
+        if w or a or components:
+            raise UsageError(f"{source} brings its own formats: leave out --w, --a and --component")
         if not (path := source.removeprefix(FILE)):
             raise UsageError(f"{FILE} names no file: write {FILE}PATH")
         return FileRecipe.open(Path(path))
-    recipe = Recipe.load(source, w, a)
-    if family == GENERIC and recipe.calibrated:
+    recipe = with_components(Recipe.load(source, w, a), components or ())
+    check_names(recipe, pipeline_parts(model.pipeline), family_for(model).component)
+    if model.family == GENERIC and recipe.calibrated:
         raise UsageError(
             f"recipe {recipe.name} is calibrated, block by block, and the family {GENERIC} knows no blocks: "
             "use --recipe rtn"

@@ -30,10 +30,14 @@ class LoadedParts:
         return self.kept
 
     def keep(self, pipeline: "DiffusionPipeline") -> None:
-        """Keep the parts of the model that was loaded."""
+        """Keep the parts of the model that was loaded, but those that are quantized: full precision takes them too."""
         if self.keeps:
             others = {name: part for name, part in pipeline.components.items() if part is not None}
-            self.kept = {name: part for name, part in others.items() if name not in (self._backbone, SCHEDULER)}
+            self.kept = {
+                name: part
+                for name, part in others.items()
+                if name not in (self._backbone, SCHEDULER) and not getattr(part, "is_quantized", False)
+            }
 
     def clear(self) -> None:
         """Drop what is kept."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import diffusers
 from torch import nn
 
-from dmquant.convert import LayerReport, quantize_layers_, unmatched
+from dmquant.convert import LayerReport, of_backbone, quantize_layers_, unmatched
 from dmquant.diffusers.quantizer import mark_quantized
 from dmquant.errors import UserError
 from dmquant.host import processes
@@ -28,13 +28,12 @@ from dmquant.pipelines.models.placing import place, place_backbone_alone
 from dmquant.pipelines.models.saving import model_card, narrow_exactly, save_whole
 from dmquant.pipelines.models.shared_parts import SharedParts
 from dmquant.pipelines.runs.calibration import calibrate, calibration_data
+from dmquant.pipelines.runs.components import BYTES_IN_16_BIT, check_components, quantize_components
 from dmquant.pipelines.runs.footprint import footprint, remainder
 from dmquant.pipelines.runs.settings import Settings
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
-
-BYTES_IN_16_BIT = 2
 
 
 def make_model_together(
@@ -78,10 +77,12 @@ def make_model(
     backbone = getattr(pipeline, settings.family.component)
     parameters = sum(parameter.numel() for parameter in backbone.parameters())
     elements = sum(tensor.numel() for tensor in backbone.state_dict().values())
+    check_components(pipeline, settings.recipe)
     began = time.perf_counter()
     layers = quantize_in_place(pipeline, settings, workspace, console, weights)
     for note, names in _notes(backbone, layers).items():
         _say_of(console, names, note)
+    components = quantize_components(pipeline, settings.recipe, console, narrow_exactly)
     narrow_exactly(backbone)
     size, stored = footprint(backbone), sum(tensor.nbytes for tensor in backbone.state_dict().values())
     kind = type(pipeline).__name__
@@ -103,6 +104,7 @@ def make_model(
         "weight_errors": {layer.plan.name: layer.error for layer in layers},
         "formats": dict(Counter(layer.plan.weights.fmt.name for layer in layers)),
         "seconds": seconds,
+        "components": components,
         **_hashes(folder, settings.family.component),
     }
     console.say(
@@ -120,7 +122,7 @@ def quantize_in_place(
     backbone = getattr(pipeline, settings.family.component)
     if warning := unmatched(backbone, settings.recipe):
         console.say(f"warning: {warning}")
-    recipe = settings.recipe_for(backbone)
+    recipe = of_backbone(settings.recipe_for(backbone))
     for rule in recipe.rules:
         if rule.keep and rule.reason:
             _say_of(console, as_list(rule.match), f"in high precision, since it {rule.reason}")

@@ -18,6 +18,7 @@ from dmquant.host.files import write_text
 from dmquant.pipelines.models.loading import DTYPES
 from dmquant.pipelines.runs import runfolder
 from dmquant.pipelines.runs.card import scored_card
+from dmquant.pipelines.runs.components import described
 from dmquant.pipelines.runs.published import published, published_metric
 from dmquant.pipelines.runs.runfolder import RECIPES, RunFolder
 from dmquant.pipelines.runs.scores import OF_REFERENCE, generated_names, table_holds
@@ -252,6 +253,7 @@ def _recipe_settings(side: RunFolder, recipe: dict[str, Any]) -> dict[str, Any]:
         "granularity": f"weights {recipe['granularity']}, activations {recipe['activation_granularity']}",
         "scale rule": f"{recipe['scale']}, stored as {recipe['store']}",
         "quantized": quantized,
+        **{name: described(facts) for name, facts in made.get("components", {}).items()},
         "kernels": _in_layers(images.get("kernels") or {}) or "not recorded",
         "weights (sha256)": ", ".join(weights),
         "images with NaN or infinity": not_finite,

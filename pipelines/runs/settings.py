@@ -51,6 +51,7 @@ class Options:
     purpose: str | None = None
     w: str | None = None
     a: str | None = None
+    components: list[str] | None = None
     calibration_prompts: str | None = None
     calibration_data: Path | None = None
     memory_budget: str | None = None
@@ -214,7 +215,8 @@ def resolve(options: Options) -> Settings:
     """
     check_numbers(options)
     model = resolve_model(options.model, options.family)
-    recipe = chosen_recipe(model.family, named_recipe(options.recipe, options.purpose), options.w, options.a)
+    named = named_recipe(options.recipe, options.purpose)
+    recipe = chosen_recipe(model, named, options.w, options.a, options.components)
     metrics = resolve_metrics(options.metrics, options.real, own_clip=model.clip is not None)
     if options.clip and set(metrics) & set(needing("clip")):
         _check_clip(options.clip)
@@ -274,7 +276,7 @@ def resolve_all(options: Options, recipes: str) -> dict[str, Settings]:
             raise UsageError(f"'{entry}' in --recipes has more than RECIPE:WEIGHTS:ACTIVATIONS")
         given = [name or None for name in (*formats, "", "")[:2]]
         asked = (None, None) if source.startswith(FILE) else (given[0] or options.w, given[1] or options.a)
-        recipe = chosen_recipe(base.model.family, source, *asked)
+        recipe = chosen_recipe(base.model, source, *asked, None if source.startswith(FILE) else options.components)
         name = "-".join([recipe.name, *filter(None, given)])
         if name in settings:
             remedy = "another name" if source.startswith(FILE) else "another name in its file"
@@ -285,7 +287,7 @@ def resolve_all(options: Options, recipes: str) -> dict[str, Settings]:
 
 def with_recipe(settings: Settings, source: str, w: str | None, a: str | None) -> Settings:
     """The same with another recipe in these formats or its own, called RECIPE-W-A; raises as `resolve` does."""
-    recipe = chosen_recipe(settings.model.family, source, w, a)
+    recipe = chosen_recipe(settings.model, source, w, a)
     return replace(settings, recipe=recipe.with_settings(name="-".join(filter(None, (recipe.name, w, a)))))
 
 

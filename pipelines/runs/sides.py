@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dmquant.convert import component_names
 from dmquant.errors import UserError
 from dmquant.evaluation.generate import ImageRequest
 from dmquant.evaluation.networks import Networks
@@ -111,7 +112,8 @@ class Quantized:
         shared: SharedParts | None = None,
     ):
         self.settings, self.reference, self.folder, self.workspace = settings, reference, folder, workspace
-        self.compares_layers, self.shared = compares_layers, shared
+        self.compares_layers = compares_layers
+        self.shared = None if component_names(settings.recipe) else shared
         self.console = reference.console
         self.model_key = settings.model_key(reference.source.key)
         self.saved_model_key = settings.saved_model_key(reference.source.key)

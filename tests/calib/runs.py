@@ -13,7 +13,8 @@ from dmquant.calib.data.capture import capture
 from dmquant.calib.data.sampling import Sampling
 from dmquant.diffusers.arguments import Calls
 from dmquant.diffusers.families import families
-from dmquant.diffusers.quantizer import mark_quantized, save_pipeline
+from dmquant.diffusers.quantizer import mark_quantized
+from dmquant.diffusers.saving import save_pipeline
 from dmquant.layers import QuantConv2d, QuantLinear
 from dmquant.pipelines.models.loading import load_pipeline
 from dmquant.recipe import Recipe

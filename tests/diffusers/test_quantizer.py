@@ -17,7 +17,8 @@ import dmquant
 from dmquant.activations import ActivationSpec
 from dmquant.convert import plan, quantize_
 from dmquant.diffusers.families import families
-from dmquant.diffusers.quantizer import QuantConfig, mark_quantized, save_pipeline
+from dmquant.diffusers.quantizer import QuantConfig, mark_quantized
+from dmquant.diffusers.saving import save_pipeline
 from dmquant.errors import UsageError, UserError
 from dmquant.layers import QuantConv2d, QuantLinear, quantize_layer
 from dmquant.pipelines.models.loading import load_pipeline

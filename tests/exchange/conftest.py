@@ -3,7 +3,7 @@
 import pytest
 
 from dmquant import quantize_pipeline
-from dmquant.diffusers.quantizer import save_pipeline
+from dmquant.diffusers.saving import save_pipeline
 from tests.tiny import tiny_pixart
 
 

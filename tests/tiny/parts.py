@@ -57,14 +57,14 @@ def clip_config(tokenizer: PreTrainedTokenizerFast) -> CLIPTextConfig:
     )
 
 
-def t5(tokenizer: PreTrainedTokenizerFast, channels: int = TEXT) -> T5EncoderModel:
+def t5(tokenizer: PreTrainedTokenizerFast, channels: int = TEXT, blocks: int = 1) -> T5EncoderModel:
     return T5EncoderModel(
         T5Config(
             vocab_size=len(tokenizer),
             d_model=channels,
             d_kv=16,
             d_ff=64,
-            num_layers=1,
+            num_layers=blocks,
             num_heads=2,
             feed_forward_proj="gated-gelu",
             is_encoder_decoder=False,

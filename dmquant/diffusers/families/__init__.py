@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from dmquant.diffusers.autoencoders import kept_of
 from dmquant.errors import UsageError, UserError
 from dmquant.models import knows_models
 from dmquant.recipe import Known
@@ -152,6 +153,8 @@ def family_of_pipeline(class_name: str) -> Family | None:
 @knows_models
 def _known(model: "nn.Module") -> Known | None:
     family = family_of_backbone(type(model).__name__)
+    if family is None and (kept := kept_of(model)) is not None:
+        return Known(kept)
     if family is None and _is_of_diffusers(model):
         family = families()[GENERIC]
     return None if family is None else family.known(model)

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dmquant.convert import quantize_
-from dmquant.diffusers.quantizer import save_pipeline
+from dmquant.diffusers.saving import save_pipeline
 from dmquant.errors import UserError
 from dmquant.host.console import Console
 from dmquant.pipelines.commands import listing

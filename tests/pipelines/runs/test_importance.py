@@ -6,7 +6,7 @@ import torch
 from dmquant import quantize_pipeline
 from dmquant.calib.layers import importance
 from dmquant.calib.layers.moments import alike
-from dmquant.diffusers.quantizer import save_pipeline
+from dmquant.diffusers.saving import save_pipeline
 from dmquant.errors import UserError
 from dmquant.host.console import Console
 from dmquant.pipelines.models.opening import open_source

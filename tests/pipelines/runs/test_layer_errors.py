@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 
 from dmquant.convert import quantize_
-from dmquant.diffusers.quantizer import mark_quantized, save_pipeline
+from dmquant.diffusers.quantizer import mark_quantized
+from dmquant.diffusers.saving import save_pipeline
 from dmquant.host.console import Console
 from dmquant.pipelines.models.loading import load_full_precision, load_pipeline
 from dmquant.pipelines.runs.probe import FILE, layer_errors, probe_full_precision
