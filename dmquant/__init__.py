@@ -18,7 +18,6 @@ _HOME = {
     "Recipe": "dmquant.recipe",
     "QuantConfig": "dmquant.diffusers.quantizer",
     "load_pipeline": "dmquant.pipelines.models.loading",
-    "save_pipeline": "dmquant.diffusers.quantizer",
     "deterministic": "dmquant.diffusers.deterministic",
     "save_pipeline": "dmquant.diffusers.saving",
 }

@@ -102,9 +102,9 @@ class _Batch:
         return type(value)(self.cut(each, row) for each in value) if isinstance(value, list | tuple) else value
 
     def joined(self, outputs: Sequence[Any]) -> Any:
-        """The outputs of all rows as one; of what is no tensor, such as a cache of keys, the first row's."""
+        """The outputs of all rows as one; of what has no rows, such as a number or a cache, the first row's."""
         first = outputs[0]
-        if isinstance(first, Tensor):
+        if isinstance(first, Tensor) and first.dim():
             return torch.cat(outputs)
         if self.listed and isinstance(first, list):
             return list(chain(*outputs))

@@ -149,6 +149,14 @@ BatchSize = Annotated[
         min=1, help="Images made at once. Default: by size, 16 at 64x64 and 1 at 1024x1024.", rich_help_panel="Images"
     ),
 ]
+Deterministic = Annotated[
+    bool,
+    typer.Option(
+        "--deterministic",
+        help="Make an image to the bit as it would be alone, whatever else is in its batch; batches save no time then.",
+        rich_help_panel="Images",
+    ),
+]
 _METRICS = "Metrics, comma separated, or all: {metrics}."  # help.py fills in what other packages may add to
 Metrics = Annotated[
     str | None,
@@ -299,7 +307,7 @@ _CALIBRATION = {
 _FORMATS = {"w": (Weights, None), "a": (Activations, None), "components": (Components, None)}
 _PROMPTS = {"prompts": (Prompts, None), "num_prompts": (NumPrompts, None), "prompt_seed": (PromptSeed, None)}
 _SAMPLING = {"steps": (Steps, None), "guidance": (Guidance, None), "height": (Height, None), "width": (Width, None)}
-_NOISE = {"seed": (Seed, 0), "batch_size": (BatchSize, None)}
+_NOISE = {"seed": (Seed, 0), "batch_size": (BatchSize, None), "deterministic": (Deterministic, False)}
 _SCORES = {"metrics": (Metrics, None), "real": (Real, None), "clip": (Clip, None)}
 _MACHINE = {"device": (Device, "auto"), "offload": (Offload, False), "dtype": (Dtype, None)}
 
