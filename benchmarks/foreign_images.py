@@ -60,15 +60,15 @@ def theirs(folder: Path, target: str, dtype: torch.dtype, call: dict) -> torch.T
     from diffusers import BFLQuantizationConfig, DiffusionPipeline, UNet2DConditionModel
 
     if target == "torchao":
-        return images(DiffusionPipeline.from_pretrained(folder, torch_dtype=dtype), call)
+        return images(DiffusionPipeline.from_pretrained(folder, dtype=dtype), call)
     unet = UNet2DConditionModel.from_single_file(
         str(folder / "unet" / "diffusion_pytorch_model.safetensors"),
         config=str(folder),
         subfolder="unet",
         quantization_config=BFLQuantizationConfig(compute_dtype=dtype),
-        torch_dtype=dtype,
+        dtype=dtype,
     )
-    return images(DiffusionPipeline.from_pretrained(folder, unet=unet, torch_dtype=dtype), call)
+    return images(DiffusionPipeline.from_pretrained(folder, unet=unet, dtype=dtype), call)
 
 
 def quantized(model: str, settings: dict, target: str, folder: Path) -> None:
@@ -95,7 +95,7 @@ def ours(folder: Path, dtype: torch.dtype, call: dict, nudge: float = 0.0) -> to
     from dmquant.kernels import forced
 
     with forced("reference"):
-        return images(DiffusionPipeline.from_pretrained(folder / "ours", torch_dtype=dtype), call, nudge)
+        return images(DiffusionPipeline.from_pretrained(folder / "ours", dtype=dtype), call, nudge)
 
 
 def psnr(one: torch.Tensor, two: torch.Tensor) -> str:

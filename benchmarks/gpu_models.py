@@ -56,9 +56,9 @@ def images(folders: list[Path], device: torch.device) -> str:
 
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     own = embedded_folder(registered_models()["emoji-pixart"].source)
-    pipes = {"full precision": (DiffusionPipeline.from_pretrained(own, torch_dtype=dtype), None, "memory")}
+    pipes = {"full precision": (DiffusionPipeline.from_pretrained(own, dtype=dtype), None, "memory")}
     for folder in folders:
-        pipe = DiffusionPipeline.from_pretrained(folder, torch_dtype=dtype)
+        pipe = DiffusionPipeline.from_pretrained(folder, dtype=dtype)
         name = folder.parent.name
         pipes |= {f"{name}, weights in {kept}": (pipe, None, kept) for kept in kernels.KEPT}
         pipes[f"{name}, reference"] = pipe, "reference", "memory"

@@ -70,7 +70,7 @@ def load_and_measure(folder: str, recipe: str, scale: str) -> None:
     watcher = threading.Thread(target=watch)
     watcher.start()
     began = time.perf_counter()
-    model = PixArtTransformer2DModel.from_pretrained(folder, torch_dtype=torch.bfloat16, quantization_config=config)
+    model = PixArtTransformer2DModel.from_pretrained(folder, dtype=torch.bfloat16, quantization_config=config)
     seconds = time.perf_counter() - began
     done.set()
     watcher.join()
@@ -90,7 +90,7 @@ def load_and_time(folder: str, cold: bool) -> None:
             os.fsync(opened.fileno())
             os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     began, busy = time.perf_counter(), time.process_time()
-    model = PixArtTransformer2DModel.from_pretrained(folder, torch_dtype=torch.bfloat16)
+    model = PixArtTransformer2DModel.from_pretrained(folder, dtype=torch.bfloat16)
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.detach().view(torch.uint8).flatten()[::4096].sum()
     print(json.dumps([time.perf_counter() - began, time.process_time() - busy]))

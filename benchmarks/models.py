@@ -215,7 +215,7 @@ def quantize_while_loading(name: str, recipe: str, folder: Path) -> dict[str, An
     with peak_memory("cpu") as peak:
         began = time.perf_counter()
         model = backbone_class(family).from_pretrained(
-            folder / "full", quantization_config=dmquant.QuantConfig(recipe), torch_dtype=torch.bfloat16
+            folder / "full", quantization_config=dmquant.QuantConfig(recipe), dtype=torch.bfloat16
         )
         seconds = time.perf_counter() - began
         model.save_pretrained(folder / "packed")
@@ -239,9 +239,7 @@ def reload(name: str, recipe: str, folder: Path) -> dict[str, Any]:
 
     with peak_memory("cpu") as peak:
         began = time.perf_counter()
-        backbone_class(families()[BACKBONES[name].family]).from_pretrained(
-            folder / "packed", torch_dtype=torch.bfloat16
-        )
+        backbone_class(families()[BACKBONES[name].family]).from_pretrained(folder / "packed", dtype=torch.bfloat16)
         seconds = time.perf_counter() - began
     return {"reload_peak": peak.bytes, "reload_seconds": seconds}
 

@@ -75,8 +75,8 @@ def main() -> None:
         ways = {
             "reading its files": lambda: read(folder),
             "inspect --verify": lambda: checksums.faults(folder),
-            "load, verify=False": lambda: dmquant.load_pipeline(folder, verify=False, torch_dtype=dtype),
-            "load, verify=True": lambda: dmquant.load_pipeline(folder, torch_dtype=dtype),
+            "load, verify=False": lambda: dmquant.load_pipeline(folder, verify=False, dtype=dtype),
+            "load, verify=True": lambda: dmquant.load_pipeline(folder, dtype=dtype),
         }
         times = {(way, state): [] for state in ("cold", "warm") for way in ways}
         for _ in range(options.repeats):

@@ -66,6 +66,10 @@ class _QuantizedLayer(kernels.Chosen):
         return self
 
     def forward(self, x: Tensor) -> Tensor:
+        if torch.jit.is_tracing():
+            raise RuntimeError(
+                "torch.jit.trace takes no packed codes: use torch.compile, or dequantize() the model first"
+            )
         if not x.is_floating_point():
             raise TypeError(f"a quantized layer takes floating point, not {x.dtype}: something cast its input")
         *given, x = self.inputs(x)

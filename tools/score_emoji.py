@@ -130,7 +130,7 @@ def main() -> None:
     images, captions = load_emoji(options.data)
     own = torch.randperm(len(images), generator=torch.Generator().manual_seed(options.seed))[: options.captions]
     prompts = [captions[index] for index in own.tolist()]
-    pipeline = DiffusionPipeline.from_pretrained(options.pipeline, torch_dtype=torch.float32).to(options.device)
+    pipeline = DiffusionPipeline.from_pretrained(options.pipeline, dtype=torch.float32).to(options.device)
     pipeline.set_progress_bar_config(disable=True)
     seeds = [options.seed + index for index in own.tolist()]
     generated = generate(pipeline, prompts, seeds, options.steps, options.guidance)

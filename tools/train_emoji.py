@@ -139,7 +139,7 @@ def main(arguments: list[str] | None = None) -> None:
     }
 
     if options.vae:
-        vae = AutoencoderKL.from_pretrained(options.vae, torch_dtype=torch.float32).to(options.device)
+        vae = AutoencoderKL.from_pretrained(options.vae, dtype=torch.float32).to(options.device)
         means, _ = encode(vae, images)
         facts["vae"] = "shared"
     else:

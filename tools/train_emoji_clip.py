@@ -100,7 +100,7 @@ def main(arguments: list[str] | None = None) -> None:
     torch.manual_seed(options.seed)
     images, captions = load_emoji(options.data)
     images = images.to(options.device)
-    vae = AutoencoderKL.from_pretrained(options.vae, torch_dtype=torch.float32).to(options.device)
+    vae = AutoencoderKL.from_pretrained(options.vae, dtype=torch.float32).to(options.device)
     reconstructions = [emoji_clip.reconstruct(vae, images) for _ in range(RECONSTRUCTIONS)]
     tokenizer = make_tokenizer(captions)
     forms = zip(*map(emoji_clip.caption_forms, captions), strict=True)

@@ -37,6 +37,10 @@ PACKED = ("qweight", "scale", "scale_base")
 """Parameters of a quantized layer that hold its weight, beside the tensors of its transforms."""
 
 
+LOADED_BY = "import dmquant  (pip install dmquant), before from_pretrained"
+"""What a config.json says of how it is loaded, for those who read it because it was not."""
+
+
 class QuantMethod(str, enum.Enum):
     """diffusers reads `.value` of the method's name."""
 
@@ -102,6 +106,7 @@ class QuantConfig(QuantizationConfigMixin):
         elif recipe not in (*recipe_names(), *bits_names()):
             raise UserError("the quantization_config of this model holds no recipe: get its config.json again")
         _check_version(config_dict.get("version", VERSION))
+        config_dict = {name: value for name, value in config_dict.items() if name != "loaded_by"}
         if strange := sorted(config_dict.keys() - {*KEYWORDS, "quant_method"}):
             raise UserError(
                 f"the quantization_config of this model holds '{strange[0]}', which version {VERSION} does not have: "
@@ -113,7 +118,12 @@ class QuantConfig(QuantizationConfigMixin):
             raise UserError(str(error)) from None
 
     def to_dict(self) -> dict[str, Any]:
-        return {"quant_method": QuantMethod.DMQUANT.value, "version": VERSION, "recipe": self.recipe.to_dict()}
+        return {
+            "quant_method": QuantMethod.DMQUANT.value,
+            "loaded_by": LOADED_BY,
+            "version": VERSION,
+            "recipe": self.recipe.to_dict(),
+        }
 
     def to_diff_dict(self) -> dict[str, Any]:
         """The settings that diffusers logs."""
@@ -235,7 +245,7 @@ class DMQuantizer(DiffusersQuantizer):
     ) -> None:
         layer_name, _, leaf = param_name.rpartition(".")
         layer = self._layers[layer_name]
-        # Not `param_value`: diffusers has already cast that to torch_dtype.
+        # Not `param_value`: diffusers has already cast that to the dtype asked for.
         stored = state_dict[param_name].to(target_device)
         if self.pre_quantized:
             setattr(layer, leaf, nn.Parameter(stored, requires_grad=False))

@@ -9,7 +9,12 @@ import signal
 import sys
 
 from dmquant.host import streams
-from dmquant.pipelines.commands import on_models, on_results, on_tuning  # noqa: F401  (which register their commands)
+from dmquant.pipelines.commands import (  # noqa: F401  (which register their commands)
+    on_environment,
+    on_models,
+    on_results,
+    on_tuning,
+)
 from dmquant.pipelines.commands.command import DEBUG, app
 
 PIPE_CLOSED = 141  # what a shell expects of a program whose reader has gone

@@ -20,6 +20,7 @@ from dmquant.diffusers.families import families
 from dmquant.diffusers.torchvision import ensure_torchvision_imports
 from dmquant.errors import UserError
 from dmquant.host.units import about_text
+from dmquant.pipelines.commands import startup
 from dmquant.pipelines.models import folders, hub
 from dmquant.pipelines.models.loading import embedded_folder
 from dmquant.pipelines.models.registry import EMBEDDED, ModelSpec, registered_models
@@ -45,7 +46,7 @@ class Check:
 
 def examine() -> list[Check]:
     """Look at the machine, the libraries, the weights and the models; never raises for something missing."""
-    return [check for section in (_machine, _libraries, _weights, _models) for check in section()]
+    return [check for section in (_machine, _startup, _libraries, _weights, _models) for check in section()]
 
 
 def _machine() -> Iterator[Check]:
@@ -110,6 +111,11 @@ def _cuda() -> Iterator[Check]:
         yield Check("Triton", "ok", importlib.metadata.version("triton"))
     else:
         yield Check("Triton", "missing", "torch.compile cannot be used on the GPU", "pip install triton")
+
+
+def _startup() -> Iterator[Check]:
+    told = "apps load dmquant's folders without importing it" if startup.is_registered() else "apps `import dmquant`"
+    yield Check("start-up line", "ok", f"{told} (dmquant register, dmquant unregister)")
 
 
 def _libraries() -> Iterator[Check]:

@@ -20,6 +20,7 @@ from dmquant.pipelines.commands.options import (
     Everything,
     Formats,
     KeepImages,
+    Layout,
     Model,
     Overwrite,
     Techniques,
@@ -28,7 +29,7 @@ from dmquant.pipelines.commands.options import (
     Workers,
     takes,
 )
-from dmquant.pipelines.runs.defaults import SWEEP_BITS, SWEEP_TECHNIQUES
+from dmquant.pipelines.runs.defaults import LAYOUTS, SWEEP_BITS, SWEEP_TECHNIQUES, for_layout
 
 
 @command(
@@ -51,17 +52,21 @@ def run(
         ),
     ] = None,
     overwrite: Overwrite = False,
+    layout: Layout = LAYOUTS[0],
     **given: Any,
 ) -> None:
     """Quantize MODEL and compare it with full precision: images, scores, a report, and a folder diffusers loads.
 
     The same command on the same folder resumes: what is done is not done again.
     """
-    from dmquant.pipelines.commands import stages
+    from dmquant.pipelines.commands import layouts, stages
     from dmquant.pipelines.runs import settings
 
-    resolved = settings.resolve(settings.Options(model=model, command=typed(), **given))
-    stages.run(resolved, out or Path("runs") / resolved.folder_name, overwrite)
+    resolved = settings.resolve(settings.Options(model=model, command=typed(), **for_layout(layout, given)))
+    folder = out or Path("runs") / resolved.folder_name
+    layouts.check(layout, resolved)
+    stages.run(resolved, folder, overwrite)
+    layouts.add_to_run(layout, folder)
 
 
 @command(
@@ -164,6 +169,7 @@ def sweep(
 @command(
     "dmquant quantize emoji-pixart --w fp4 --a fp6 --out model",
     "dmquant quantize PixArt-alpha/PixArt-Sigma-XL-2-1024-MS --recipe w4a16 --out pixart-w4",
+    "dmquant quantize emoji-pixart --layout torchao --out for-anyone",
 )
 @takes(QUANTIZE)
 def quantize(
@@ -171,17 +177,19 @@ def quantize(
     out: Annotated[Path, typer.Option(metavar="DIR", help="Where the model folder goes.", rich_help_panel="Output")],
     *,
     overwrite: Overwrite = False,
+    layout: Layout = LAYOUTS[0],
     **given: Any,
 ) -> None:
     """Quantize MODEL and save it as a diffusers pipeline folder; no images, no scores.
 
     Steps, guidance and size are those of the pipeline runs that calibration learns from.
     """
-    from dmquant.pipelines.commands import stages
+    from dmquant.pipelines.commands import layouts
     from dmquant.pipelines.runs import settings
 
-    resolved = settings.resolve(settings.Options(model=model, **given))
-    stages.quantize(resolved, out, overwrite)
+    resolved = settings.resolve(settings.Options(model=model, **for_layout(layout, given)))
+    layouts.check(layout, resolved)
+    layouts.quantize(layout, resolved, out, overwrite)
 
 
 @command(

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from dmquant.pipelines.runs.defaults import DEFAULT_RECIPE, ENGINES, PURPOSES
+from dmquant.pipelines.runs.defaults import DEFAULT_RECIPE, ENGINES, LAYOUTS, PURPOSES
 
 Model = Annotated[
     str,
@@ -208,6 +208,15 @@ Overwrite = Annotated[
     typer.Option(
         "--overwrite",
         help="Start anew in that folder: what dmquant wrote there is replaced, other files stay.",
+        rich_help_panel="Output",
+    ),
+]
+Layout = Annotated[
+    str,
+    typer.Option(
+        metavar="|".join(LAYOUTS),
+        help="How the model folder is written: diffusers loads torchao's without dmquant, where torchao is installed. "
+        "It brings --for torchao --a none with it.",
         rich_help_panel="Output",
     ),
 ]

@@ -140,7 +140,7 @@ def load_full_precision(
     parameters = inspect.signature(kind.__init__).parameters
     without = {name: value for name, value in family.without.items() if name in parameters}
     variant = folders.variant(folder, family.component)
-    options = {"torch_dtype": dtype, "use_safetensors": True, "local_files_only": True}
+    options = {"dtype": dtype, "use_safetensors": True, "local_files_only": True}
     with explained(folder):
         apart = {
             name: model_class(*folders.classes(folder)[name]).from_pretrained(folder / name, variant=own, **options)

@@ -107,12 +107,20 @@ def _survives(tensor: torch.Tensor, dtype: torch.dtype) -> bool:
     return torch.equal(tensor.to(dtype).to(tensor.dtype), tensor)
 
 
+NEEDS = (
+    "> Load it with [dmquant](https://pypi.org/project/dmquant/): `pip install dmquant`, then `import dmquant` first."
+)
+"""The first line of a card, for those whose diffusers does not know the quantization type."""
+
+
 def model_card(name: str, recipe: str, weights: str, activations: str, pipeline: str, dtype: torch.dtype) -> str:
     """README.md of a quantized pipeline: what it is and the lines that load it."""
     return f"""---
 library_name: diffusers
 tags: [dmquant, quantized, text-to-image]
 ---
+
+{NEEDS}
 
 # {cell(name)}, weights in {weights}, activations in {activations}
 
@@ -124,6 +132,6 @@ import dmquant  # registers the quantizer with diffusers
 import torch
 from diffusers import DiffusionPipeline
 
-pipe = DiffusionPipeline.from_pretrained("path/to/this/folder", torch_dtype={dtype})
+pipe = DiffusionPipeline.from_pretrained("path/to/this/folder", dtype={dtype})
 ```
 """

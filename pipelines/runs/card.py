@@ -8,6 +8,7 @@ from dmquant.evaluation.report import wording
 from dmquant.evaluation.report.markdown import cell, code, fenced, markdown_table
 from dmquant.evaluation.result import RecipeResult, Report
 from dmquant.host.text import command_without_folders, visible, without_folders, yaml_text
+from dmquant.pipelines.models.saving import NEEDS
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 MEASURED = ("images", "seed", "steps", "guidance", "size", "dtype", "device", "real images")  # of a report's settings
@@ -28,6 +29,7 @@ def scored_card(report: Report, recipe_name: str, pipeline_class: str, dtype: st
     }
     parts = [
         f"---\n{yaml_text(front)}---",
+        NEEDS,
         f"# {cell(report.model)}, weights in {recipe.weights}, activations in {recipe.activations}",
         f"A diffusers `{pipeline_class}` whose backbone dmquant quantized with the recipe {code(recipe_name)}"
         + (f" from [{cell(source)}](https://huggingface.co/{source}). " if on_hub else ". ")
@@ -57,7 +59,7 @@ import dmquant  # registers the quantizer with diffusers
 import torch
 from diffusers import DiffusionPipeline
 
-pipe = DiffusionPipeline.from_pretrained("path/to/this/folder", torch_dtype={dtype})
+pipe = DiffusionPipeline.from_pretrained("path/to/this/folder", dtype={dtype})
 ```"""
 
 

@@ -34,6 +34,7 @@ class FileRecipe:
     name: str
 
     calibrated: ClassVar[bool] = False
+    rules: ClassVar[tuple[()]] = ()
     description: ClassVar[str] = ""
 
     @classmethod

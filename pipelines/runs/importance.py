@@ -33,7 +33,7 @@ def importance_of(source: Source, data: Path | None, console: Console) -> Import
         return None
     store, device = CalibrationStore.open(data), resolve_device("auto")
     kind = model_class(*folders.classes(source.folder)[source.component])
-    backbone = kind.from_pretrained(source.folder / source.component, torch_dtype=torch.float32).eval().to(device)
+    backbone = kind.from_pretrained(source.folder / source.component, dtype=torch.float32).eval().to(device)
     with console.bar("what errors cost") as bar:
         try:
             return Importance(*mean_squares(backbone, layers, store, device, bar))

@@ -170,7 +170,7 @@ def load_quantized(folder: Path, settings: Settings, **parts: Any) -> "Diffusion
     checked_quantized(folder, parts)
     kind = getattr(diffusers, folders.pipeline_class(folder)) if parts else diffusers.DiffusionPipeline
     with checked(folder, parts), explained(folder):
-        pipeline = kind.from_pretrained(folder, torch_dtype=settings.dtype, local_files_only=True, **parts)
+        pipeline = kind.from_pretrained(folder, dtype=settings.dtype, local_files_only=True, **parts)
     check_attention(getattr(pipeline, settings.family.component))
     return place(pipeline, settings.device, settings.offload)
 

@@ -49,7 +49,7 @@ def test_a_cast_changes_no_code_and_gives_what_loading_in_that_dtype_gives(pipe,
     before = copy.deepcopy(codes(pipe.unet))
     pipe.unet.save_pretrained(tmp_path)
     cast(pipe.unet)
-    loaded = type(pipe.unet).from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
+    loaded = type(pipe.unet).from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert same(codes(pipe.unet), before)
     assert pipe.unet.dtype == loaded.dtype == torch.bfloat16
     assert pipe.unet.is_quantized

@@ -54,7 +54,7 @@ def test_a_model_whose_inputs_are_not_quantized_computes_the_same(dtype, transfo
     config = json.loads(model.to_json_string())
     assert config == {name: value for name, value in written.items() if name != "quantization_config"}
     model.save_pretrained(tmp_path)
-    loaded = type(model).from_pretrained(tmp_path, torch_dtype=dtype)
+    loaded = type(model).from_pretrained(tmp_path, dtype=dtype)
     assert all(torch.equal(one, loaded.state_dict()[name]) for name, one in model.state_dict().items())
 
 

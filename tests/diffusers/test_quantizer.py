@@ -116,14 +116,14 @@ def test_save_and_reload_is_bit_equal(kind, recipe, tmp_path):
     model = quantized_backbone(kind, recipe)
     model.save_pretrained(tmp_path)
     for dtype in (torch.float32, torch.bfloat16):
-        loaded = type(model).from_pretrained(tmp_path, torch_dtype=dtype)
+        loaded = type(model).from_pretrained(tmp_path, dtype=dtype)
         before, after = packed(model), packed(loaded)
         assert before.keys() == after.keys()
         assert all(torch.equal(before[name], after[name]) for name in before)
         if dtype == torch.float32:
             assert torch.equal(example(loaded), example(model))
         else:
-            again = type(model).from_pretrained(tmp_path, torch_dtype=dtype)
+            again = type(model).from_pretrained(tmp_path, dtype=dtype)
             assert torch.equal(example(loaded, dtype), example(again, dtype))
 
 
@@ -223,7 +223,7 @@ def test_quantizing_while_loading_gives_the_same_model(kind, dtype, shard, tmp_p
     build, component = BUILDERS[kind]
     float_model = getattr(build(), component)
     float_model.save_pretrained(tmp_path, max_shard_size=shard)
-    loaded = type(float_model).from_pretrained(tmp_path, torch_dtype=dtype, quantization_config=QuantConfig("w4a6"))
+    loaded = type(float_model).from_pretrained(tmp_path, dtype=dtype, quantization_config=QuantConfig("w4a6"))
     expected = packed(quantized_backbone(kind, Recipe.load("w4a6")))
     got = packed(loaded)
     assert got.keys() == expected.keys()
@@ -231,7 +231,7 @@ def test_quantizing_while_loading_gives_the_same_model(kind, dtype, shard, tmp_p
     assert not any(parameter.is_meta for parameter in loaded.parameters())
     loaded.save_pretrained(tmp_path / "again")
     assert torch.equal(
-        example(type(loaded).from_pretrained(tmp_path / "again", torch_dtype=dtype), dtype), example(loaded, dtype)
+        example(type(loaded).from_pretrained(tmp_path / "again", dtype=dtype), dtype), example(loaded, dtype)
     )
 
 
@@ -316,7 +316,7 @@ def test_a_single_file_is_quantized_while_it_is_read(dtype, tmp_path):
         str(tmp_path / "one.safetensors"),
         config=str(tmp_path),
         quantization_config=QuantConfig("w4a6"),
-        torch_dtype=dtype,
+        dtype=dtype,
     )
     quantize_(model, "w4a6")
     before, after = packed(model), packed(loaded)
@@ -475,11 +475,11 @@ class TestStaticActivations:
     def test_save_and_reload_is_bit_equal(self, kind, dtype, tmp_path):
         model = static_backbone(kind)
         model.save_pretrained(tmp_path, max_shard_size="20KB")
-        loaded = type(model).from_pretrained(tmp_path, torch_dtype=dtype)
+        loaded = type(model).from_pretrained(tmp_path, dtype=dtype)
         before, after = packed(model), packed(loaded)
         assert before.keys() == after.keys()
         assert all(torch.equal(before[name], after[name]) for name in before)
-        twin = model if dtype == torch.float32 else type(model).from_pretrained(tmp_path, torch_dtype=dtype)
+        twin = model if dtype == torch.float32 else type(model).from_pretrained(tmp_path, dtype=dtype)
         for timesteps in ((5, 700), (999, 300)):
             assert torch.equal(example(loaded, dtype, timesteps), example(twin, dtype, timesteps))
 

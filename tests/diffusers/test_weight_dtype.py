@@ -31,8 +31,8 @@ def test_a_loaded_model_is_in_the_dtype_asked_for(dtype, tmp_path):
     model = unet(torch.float32)
     model.save_pretrained(tmp_path / "float")
     config = dmquant.QuantConfig("w8a8")
-    on_the_way = type(model).from_pretrained(tmp_path / "float", quantization_config=config, torch_dtype=dtype)
+    on_the_way = type(model).from_pretrained(tmp_path / "float", quantization_config=config, dtype=dtype)
     on_the_way.save_pretrained(tmp_path / "quantized")
-    read_back = type(model).from_pretrained(tmp_path / "quantized", torch_dtype=dtype)
+    read_back = type(model).from_pretrained(tmp_path / "quantized", dtype=dtype)
     for loaded in (on_the_way, read_back):
         assert query_of(loaded).weight.dtype == dtype

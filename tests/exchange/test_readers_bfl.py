@@ -69,7 +69,7 @@ def test_images_of_diffusers_are_ours(tmp_path):
         config=str(tmp_path / "theirs"),
         subfolder="unet",
         quantization_config=BFLQuantizationConfig(compute_dtype=torch.float32),
-        torch_dtype=torch.float32,
+        dtype=torch.float32,
     )
     assert any(isinstance(layer, BFLFP8RLinear) for layer in unet.modules())
     theirs = image(DiffusionPipeline.from_pretrained(tmp_path / "theirs", unet=unet))

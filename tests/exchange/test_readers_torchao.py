@@ -34,7 +34,7 @@ for schema in {_SCHEMAS!r}:
 from diffusers import DiffusionPipeline
 from safetensors.torch import save_file
 folder, out = sys.argv[1:]
-pipe = DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+pipe = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
 pipe.set_progress_bar_config(disable=True)
 assert not any(name.startswith("dmquant") for name in sys.modules)
 assert type(pipe.transformer.transformer_blocks[0].attn1.to_q.weight.data).__name__ == "NVFP4Tensor"

@@ -27,7 +27,7 @@ def train(tool, package, out, seconds, model="pixart", more=()):
 
 
 def draw(folder, **call):
-    pipeline = DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    pipeline = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline, pipeline(CAPTION, height=64, width=64, num_inference_steps=2, **call).images[0]
 

@@ -128,7 +128,7 @@ def test_reconstructions_stay_close_and_differ_by_their_noise(tools, package, em
     from diffusers import AutoencoderKL
 
     images, _ = tools("emoji_data").load_emoji(package)
-    vae = AutoencoderKL.from_pretrained(VAE, torch_dtype=torch.float32)
+    vae = AutoencoderKL.from_pretrained(VAE, dtype=torch.float32)
     torch.manual_seed(0)
     first, second = emoji_clip.reconstruct(vae, images), emoji_clip.reconstruct(vae, images)
     assert first.abs().max() <= 1

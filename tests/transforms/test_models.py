@@ -58,7 +58,7 @@ class TestDataFree:
     def test_save_and_reload_is_bit_equal(self, quantized, tmp_path):
         quantized.save_pretrained(tmp_path)
         for dtype in (torch.float32, torch.bfloat16):
-            loaded = type(quantized).from_pretrained(tmp_path, torch_dtype=dtype)
+            loaded = type(quantized).from_pretrained(tmp_path, dtype=dtype)
             before, after = packed(quantized), packed(loaded)
             assert before.keys() == after.keys()
             assert all(torch.equal(before[name], after[name]) for name in before)

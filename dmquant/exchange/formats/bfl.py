@@ -38,9 +38,9 @@ backbone = {kind}.from_single_file(
     config=folder,
     subfolder="{component}",
     quantization_config=BFLQuantizationConfig(compute_dtype=dtype),
-    torch_dtype=dtype,
+    dtype=dtype,
 )
-pipe = DiffusionPipeline.from_pretrained(folder, {component}=backbone, torch_dtype=dtype)
+pipe = DiffusionPipeline.from_pretrained(folder, {component}=backbone, dtype=dtype)
 """
 
 

@@ -112,7 +112,7 @@ def test_a_backbone_quantized_while_it_loads_is_made_from_the_stored_numbers(lay
     unet = tiny_sd().unet.half().float()
     dmquant.quantize_(unet, "w4a6")
     loaded = type(unet).from_pretrained(
-        snapshot / "unet", quantization_config=dmquant.QuantConfig("w4a6"), torch_dtype=torch.bfloat16, **options
+        snapshot / "unet", quantization_config=dmquant.QuantConfig("w4a6"), dtype=torch.bfloat16, **options
     )
     packed = [name for name, tensor in loaded.state_dict().items() if tensor.dtype == torch.uint8]
     assert packed
@@ -161,7 +161,7 @@ def test_the_command_quantizes_a_cached_repository_with_the_hub_switched_off(cac
 def test_load_pipeline_takes_a_repository_and_checks_its_files(cache, tmp_path):
     tiny_pixart(tmp_path / "model")
     snapshot = put_in_cache(cache, tmp_path / "model")
-    loaded = dmquant.load_pipeline(REPOSITORY, torch_dtype=torch.bfloat16, verify=True)
+    loaded = dmquant.load_pipeline(REPOSITORY, dtype=torch.bfloat16, verify=True)
     assert loaded.transformer.dtype == torch.bfloat16
     (snapshot / "vae/config.json").resolve().write_text("{}")
     with pytest.raises(UserError, match=r"/vae holds \d+ tensor"):

@@ -33,7 +33,7 @@ MANTISSAS = 128  # of bfloat16
 _USAGE = """import torch
 from diffusers import DiffusionPipeline
 
-pipe = DiffusionPipeline.from_pretrained("path/to/this/folder", torch_dtype=torch.bfloat16).to("cuda")"""
+pipe = DiffusionPipeline.from_pretrained("path/to/this/folder", dtype=torch.bfloat16).to("cuda")"""
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ USAGE = """
 import torch  # pip install torchao
 from diffusers import DiffusionPipeline
 
-pipe = DiffusionPipeline.from_pretrained("path/to/this/folder", torch_dtype=torch.bfloat16)
+pipe = DiffusionPipeline.from_pretrained("path/to/this/folder", dtype=torch.bfloat16)
 """
 
 

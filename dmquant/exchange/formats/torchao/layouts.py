@@ -24,7 +24,7 @@ from dmquant.qtensor import WeightSpec
 from dmquant.stores import get_store
 
 DTYPE = "bfloat16"
-"""What weights decode to, unless `torch_dtype` says otherwise when they are loaded."""
+"""What weights decode to, unless `dtype` says otherwise when they are loaded."""
 FLOAT8 = {"fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
 ELEMENTS = {"mxfp4": ("float4_e2m1fn_x2", torch.uint8), "mxfp8": ("float8_e4m3fn", torch.float8_e4m3fn)}
 
