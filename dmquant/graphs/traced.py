@@ -48,7 +48,8 @@ def _is_known(signature: str) -> bool:
 @torch.compiler.assume_constant_result
 def _enter(layer: nn.Module) -> None:
     shell = object.__new__(type(layer))
-    shell.__dict__ = dict(vars(layer)) | {"_parameters": dict.fromkeys(_OPTIONAL), "kernel_choice": None}
+    own = {name: value for name, value in vars(layer).items() if name not in _OPTIONAL}  # None is no parameter
+    shell.__dict__ = own | {"_parameters": dict.fromkeys(_OPTIONAL), "kernel_choice": None}
     _shells[layer.signature] = shell
 
 
