@@ -44,7 +44,7 @@ EXPORTED = {
 """What `dmquant export` left before a page begins: engine, a recipe with less calibration than `--for` has, name."""
 
 NEEDS = {"docs/exchange/gguf.md": "gguf", "docs/exchange/torchao.md": "torchao"}
-SLOW = ("docs/models.md",)  # calibrates
+SLOW = ("docs/models.md", "docs/howto.md")  # one calibrates, one compiles
 
 
 def python_blocks(page):
