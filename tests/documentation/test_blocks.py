@@ -44,7 +44,8 @@ EXPORTED = {
 """What `dmquant export` left before a page begins: engine, a recipe with less calibration than `--for` has, name."""
 
 NEEDS = {"docs/exchange/gguf.md": "gguf", "docs/exchange/torchao.md": "torchao"}
-SLOW = ("docs/models.md", "docs/howto.md")  # one calibrates, one compiles
+SLOW = tuple(f"docs/{name}.md" for name in ("activations", "components", "howto", "models", "running"))
+"""Pages that calibrate, compile, or load whole pipelines several times: together half a minute and more."""
 
 
 def python_blocks(page):
