@@ -22,12 +22,14 @@ import torch
 from PIL import Image
 
 import dmquant
+from dmquant.diffusers.calling import call_pipeline
 from dmquant.errors import UserError
 from dmquant.host import memory
 from dmquant.pipelines.models.loading import DTYPES, load_full_precision, load_pipeline, resolve_device
-from dmquant.pipelines.models.registry import family_for, resolve_model
+from dmquant.pipelines.models.registry import call_parameters, family_for, resolve_model
 
 SMALLEST = 512  # pixels: smaller images are shown as blocks of that size, not blurred
+FIRST = "goldfish"  # a class of ImageNet, too, which is all that DiT knows
 TITLES = ("full precision", "quantized")
 HEAD = "| | weights | on top | time |\n| --- | --- | --- | --- |"
 FOOT = "Bytes of the backbone's weights; memory taken beyond what was in use, while it draws; the whole call."
@@ -60,7 +62,11 @@ class Sides:
         self.device = resolve_device(device)
         precision = DTYPES[dtype or self.spec.dtype]
         full = load_full_precision(self.spec, precision, self.device)
-        self.component = family_for(self.spec).component
+        family = family_for(self.spec)
+        self.component = family.component
+        sampling = {"height": self.spec.height, "width": self.spec.width, "guidance_scale": self.spec.guidance}
+        taken = call_parameters(self.spec.pipeline)
+        self.call = {name: value for name, value in sampling.items() if name in taken} | self.spec.call
         if quantized is not None:
             other = load_pipeline(quantized, dtype=precision).to(self.device)
         else:
@@ -69,25 +75,16 @@ class Sides:
             }
             other = load_full_precision(self.spec, precision, self.device, parts=shared)
             dmquant.quantize_(getattr(other, self.component), recipe)
-        self.pipelines = (full, other)
+        self.pipelines = (family.prompted(full), family.prompted(other))
         for pipeline in self.pipelines:
-            pipeline.set_progress_bar_config(disable=True)
-            self.draw(pipeline, "warm", 0, 1)  # what the first call compiles is no part of any time shown
+            self.draw(pipeline, FIRST, 0, 1)  # what the first call compiles is no part of any time shown
 
     def draw(self, pipeline: Any, prompt: str, seed: int, steps: int) -> Drawn:
-        """The image of a prompt, measured."""
+        """The image of a prompt, measured; UserError for a call that fails."""
         before = self._in_use()
         began = time.perf_counter()
         with memory.peak_memory(self.device) as peak:
-            image = pipeline(
-                prompt,
-                height=self.spec.height,
-                width=self.spec.width,
-                guidance_scale=self.spec.guidance,
-                num_inference_steps=steps,
-                generator=torch.Generator().manual_seed(seed),
-                **self.spec.call,
-            ).images[0]
+            image = call_pipeline(pipeline, [prompt], [seed], "pil", {**self.call, "num_inference_steps": steps})[0]
         seconds = time.perf_counter() - began
         backbone = getattr(pipeline, self.component)
         return Drawn(image, backbone.get_memory_footprint(), max(peak.bytes - before, 0), seconds)
@@ -110,7 +107,10 @@ def page(sides: Sides) -> Any:
     def compare(prompt: str, seed: float, steps: float) -> tuple[tuple[Image.Image, Image.Image], str]:
         if not prompt.strip():
             raise gradio.Error("Type a prompt first.")
-        drawn = [sides.draw(pipeline, prompt, int(seed), int(steps)) for pipeline in sides.pipelines]
+        try:
+            drawn = [sides.draw(pipeline, prompt, int(seed), int(steps)) for pipeline in sides.pipelines]
+        except UserError as error:
+            raise gradio.Error(str(error)) from error
         rows = [one.row(title) for one, title in zip(drawn, TITLES, strict=True)]
         return (enlarged(drawn[0].image), enlarged(drawn[1].image)), "\n".join([HEAD, *rows, "", FOOT])
 
@@ -118,7 +118,7 @@ def page(sides: Sides) -> Any:
         gradio.Markdown(f"# {sides.spec.name}, quantized\nLeft of the slider full precision, right of it quantized.")
         with gradio.Row():
             with gradio.Column():
-                prompt = gradio.Textbox(label="Prompt", value="red apple", elem_id="prompt", max_length=1000)
+                prompt = gradio.Textbox(label="Prompt", value=FIRST, elem_id="prompt", max_length=1000)
                 seed = gradio.Number(label="Seed", value=0, precision=0, minimum=0, maximum=2**63 - 1, elem_id="seed")
                 steps = gradio.Slider(1, 100, value=sides.spec.steps, step=1, label="Steps", elem_id="steps")
                 draw = gradio.Button("Draw", variant="primary", elem_id="draw")

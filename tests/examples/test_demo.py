@@ -17,7 +17,10 @@ import numpy
 import pytest
 from PIL import Image
 
+from dmquant import load_pipeline, quantize_
+from dmquant.errors import UserError
 from examples import demo
+from tests.tiny import TINY
 
 SCRIPT = Path(demo.__file__)
 LOADED = "return [...document.querySelectorAll('#pair img')].every(one => one.complete && one.naturalWidth)"
@@ -40,6 +43,23 @@ def test_sides_share_what_is_not_quantized(sides):
     full, quantized = sides.pipelines
     assert quantized.text_encoder is full.text_encoder
     assert quantized.transformer is not full.transformer
+
+
+def test_a_call_that_fails_is_one_line(sides, monkeypatch):
+    monkeypatch.setitem(sides.call, "height", 7)
+    with pytest.raises(UserError, match="cannot be called"):
+        sides.draw(sides.pipelines[0], "red apple", 0, 1)
+
+
+def test_a_folder_is_the_quantized_side(tmp_path):
+    TINY["dit"].build(tmp_path / "model")
+    pipe = load_pipeline(tmp_path / "model")
+    quantize_(pipe.transformer, "w8a16")
+    pipe.save_pretrained(tmp_path / "quantized")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(demo, "FIRST", "7")  # this tiny DiT knows its classes by number
+        sides = demo.Sides(str(tmp_path / "model"), tmp_path / "quantized", "rtn", "cpu", "fp32")
+    assert [isinstance(side.transformer.hf_quantizer, type(None)) for side in sides.pipelines] == [True, False]
 
 
 def test_enlarged_pixels_are_blocks():
