@@ -19,6 +19,7 @@ from PIL import Image
 
 from dmquant import load_pipeline, quantize_
 from dmquant.errors import UserError
+from dmquant.layers import QuantLinear
 from examples import demo
 from tests.tiny import TINY
 
@@ -59,7 +60,8 @@ def test_a_folder_is_the_quantized_side(tmp_path):
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(demo, "FIRST", "7")  # this tiny DiT knows its classes by number
         sides = demo.Sides(str(tmp_path / "model"), tmp_path / "quantized", "rtn", "cpu", "fp32")
-    assert [isinstance(side.transformer.hf_quantizer, type(None)) for side in sides.pipelines] == [True, False]
+    found = [any(isinstance(layer, QuantLinear) for layer in side.transformer.modules()) for side in sides.pipelines]
+    assert found == [False, True]
 
 
 def test_enlarged_pixels_are_blocks():
