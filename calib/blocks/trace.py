@@ -76,10 +76,9 @@ def _first_pass(backbone: nn.Module, arguments: Arguments, names: Sequence[str])
     """Every block on copies of its inputs, in the order in which they run."""
     seen = {name: _Seen() for name in names}
     order: list[str] = []
-    parameters = {parameter.untyped_storage().data_ptr() for parameter in backbone.parameters()}
 
     def watched(name: str, compute: Callable[..., Any]) -> Callable[..., Any]:
-        block = seen[name]
+        block, parameters = seen[name], set()
 
         def note(tensor: Tensor) -> Tensor:
             storage = tensor.untyped_storage()
@@ -92,6 +91,8 @@ def _first_pass(backbone: nn.Module, arguments: Arguments, names: Sequence[str])
             if name in order:
                 raise UserError(f"{name} runs more than once in a forward pass: it cannot be calibrated as one block")
             order.append(name)
+            # only now: a hook may have moved the block to the device
+            parameters.update(each.untyped_storage().data_ptr() for each in backbone.get_submodule(name).parameters())
             with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
                 args, kwargs = _differentiable((args, kwargs))
                 given = _versions((args, kwargs))
