@@ -20,6 +20,7 @@ from dmquant.host.console import Console, quiet_libraries
 from dmquant.host.folder_swap import settle
 from dmquant.pipelines.models import folders
 from dmquant.pipelines.models.loading import checked_folder, checked_quantized, resolve_device
+from dmquant.pipelines.models.placing import GROUP, MODEL
 from dmquant.pipelines.models.saving import listed
 from dmquant.pipelines.prompts.lists import load_prompts
 from dmquant.pipelines.runs import runfolder
@@ -137,6 +138,8 @@ def tune(settings: Settings, recovery: "Recovery", out: Path, overwrite: bool) -
 
     if isinstance(settings.recipe, FileRecipe):
         raise UsageError("a file that is quantized already is no recipe to quantize with: give --recipe a name or YAML")
+    if settings.offload == GROUP:
+        raise UsageError(f"--offload {GROUP}: gradients go through all of the backbone at once: use --offload {MODEL}")
     quiet_libraries()
     console = Console()
     _refuse_own_place(out)

@@ -121,7 +121,7 @@ def load_full_precision(
     say: Callable[[str], None] | None = None,
     parts: Mapping[str, Any] = MappingProxyType({}),
     *,
-    offload: bool = False,
+    offload: str | None = None,
 ) -> "DiffusionPipeline":
     """The model's pipeline in `dtype` on `device` (`place`), in eval mode, from safetensors only.
 

@@ -190,6 +190,7 @@ class Quantized:
                 )
         finally:
             self.reference.release()
+        self.console.say(f"model: peak memory {peak.in_words()}")
         self.folder.finish(
             "model", self.saved_model_key, **facts, peak_memory_bytes=peak.bytes, peak_memory_of=peak.what
         )
