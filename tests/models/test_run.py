@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from dmquant.errors import UserError
+from dmquant.errors import UsageError, UserError
 from dmquant.pipelines.commands import stages
 from dmquant.pipelines.models.saving import narrow_exactly
 from dmquant.pipelines.prompts.lists import load_prompts
@@ -150,6 +151,32 @@ def test_beside_psnr_stands_what_a_batch_does_to_an_image(
     assert deterministic["batch_mates"] == {"images": 3, "psnr": None}
     assert deterministic["metrics"]["psnr"]["note"].endswith("batch of 3: full precision equal, quantized equal")
     assert "deterministic: true" in (batched / "run.yaml").read_text()
+
+
+@pytest.mark.parametrize("how", ["model", "group"])
+def test_an_offloaded_run_gives_the_same_images_and_model(options, finished, tmp_path, how):
+    stages.run(replace(resolve(options()), offload=how), tmp_path / "run", overwrite=False)
+    for pattern in ("images/*/*.png", "model/transformer/*.safetensors"):
+        names = [path.relative_to(finished) for path in finished.glob(pattern)]
+        assert names
+        assert all((tmp_path / "run" / name).read_bytes() == (finished / name).read_bytes() for name in names)
+    log = (tmp_path / "run" / "log.txt").read_text()
+    for stage in ("full-precision images", "model", "quantized images"):
+        assert f"{stage}: peak memory " in log
+    (table,) = (one["settings"]["peak memory of quantizing"] for one in report(tmp_path / "run")["recipes"].values())
+    assert table.endswith(" MB, resident memory of the process")
+
+
+@pytest.mark.parametrize(
+    ("how", "says"),
+    [
+        ("model", "^--offload is for a GPU; with --device cpu"),
+        ("blocks", "^unknown way to --offload 'blocks': known: model, "),
+    ],
+)
+def test_offloading_to_nowhere_and_in_an_unknown_way_are_one_line(options, how, says):
+    with pytest.raises(UsageError, match=says):
+        resolve(options(offload=how, device="cpu"))
 
 
 def test_the_size_reported_is_the_size_on_disk(finished):
