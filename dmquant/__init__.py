@@ -19,6 +19,7 @@ _HOME = {
     "load_pipeline": "dmquant.pipelines.models.loading",
     "deterministic": "dmquant.diffusers.deterministic",
     "save_pipeline": "dmquant.diffusers.saving",
+    "requantizing": "dmquant.diffusers.fusing",
 }
 __all__ = list(_HOME)
 

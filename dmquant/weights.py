@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-_READ_ONLY = "a quantized layer's weight cannot be written to: keep the LoRA adapter unfused, or fuse, then quantize"
+_READ_ONLY = "a quantized layer's weight cannot be written to: fuse_lora(requantize=True), or keep the LoRA unfused"
 
 
 class DequantizedWeight(Tensor):

@@ -198,7 +198,7 @@ def test_a_weight_is_no_place_to_write_to():
     with torch.no_grad():
         weight = quantize_layer(layer, FP4, None).weight
     for spec in (FP4, WeightSpec.parse("fp4", split=6)):
-        with pytest.raises(RuntimeError, match="keep the LoRA adapter unfused"):
+        with pytest.raises(RuntimeError, match="keep the LoRA unfused"):
             add_to_data(quantize_layer(layer, spec, None).weight)
     for write in (lambda: weight.add_(1), lambda: weight.copy_(torch.zeros(8, 24)), lambda: setattr(weight, "data", 0)):
         with pytest.raises(RuntimeError, match="cannot be written to"):
@@ -314,7 +314,7 @@ class TestLora:
 
     @pytest.mark.parametrize("safe", [True, False])
     def test_fusing_is_a_clear_error_instead_of_a_lost_adapter(self, safe):
-        with pytest.raises(RuntimeError, match="keep the LoRA adapter unfused"):
+        with pytest.raises(RuntimeError, match="keep the LoRA unfused"):
             self.adapted().merge_adapter(safe_merge=safe)
 
 

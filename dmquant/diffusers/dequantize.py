@@ -1,7 +1,7 @@
 """Float layers instead of quantized ones: the weights as quantized, in layers that are saved as full precision."""
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dmquant.errors import UserError
 from dmquant.layers import QUANTIZED
@@ -21,19 +21,21 @@ def dequantize_(module: nn.Module) -> None:
     if any("forward" in vars(layer) or layer.qweight.is_meta for layer in layers):
         raise UserError("some layers are offloaded or cast by hooks: call dequantize() before these are put on")
     for layer in layers:
-        _become_float_(layer)
+        become_float_(layer, layer.float_weight().to(layer.dtype))
 
 
 @torch.no_grad()
-def _become_float_(layer: nn.Module) -> None:
+def become_float_(layer: nn.Module, weight: Tensor) -> nn.Module:
+    """Make a quantized layer a float one of this weight, in its dtype; the same layer."""
     layer.drop_kernel_weights()
-    weight, bias, gone = layer.float_weight().to(layer.dtype), layer.bias, {*_STORED, *layer.part_names}
+    bias, gone = layer.bias, {*_STORED, *layer.part_names}
     for name in (*_OWN, *gone, "bias", "kernel_choice", "kernel_weights_of", "kernel_plan"):
         vars(layer).pop(name, None)
     others = {name: one for name, one in layer._parameters.items() if name not in {*gone, "bias"}}
     layer.__class__ = _FLOAT[type(layer)]
     layer._parameters = {
         "weight": nn.Parameter(weight),
-        "bias": None if bias is None else nn.Parameter(bias.detach()),
+        "bias": None if bias is None else nn.Parameter(bias.detach().to(weight.dtype)),
         **others,
     }
+    return layer

@@ -2,8 +2,8 @@
 
 When the registry of quantizers of diffusers or transformers is imported, ours is entered there: diffusers offers no
 registration of its own. When torchvision is imported, its failure beside a CPU build of torch is mended
-(`dmquant.diffusers.torchvision`), and when peft is, what its layers say of the weight of a quantized one
-(`dmquant.diffusers.peft`).
+(`dmquant.diffusers.torchvision`); when peft is, what it does to a quantized layer that it wraps
+(`dmquant.diffusers.peft`); and when diffusers' loaders of LoRAs are, their `fuse_lora` (`dmquant.diffusers.fusing`).
 """
 
 import importlib
@@ -20,6 +20,7 @@ _REGISTRIES = {
 }
 """The registry of each library, and the module that enters ours there when it is imported."""
 _WRAPPERS = "peft.tuners.tuners_utils"
+_FUSING = {"diffusers.loaders.peft": "PeftAdapterMixin", "diffusers.loaders.lora_base": "LoraBaseMixin"}
 
 Execute = Callable[[ModuleType], None]
 
@@ -40,21 +41,34 @@ def _with_operators(execute: Execute, module: ModuleType) -> None:
     execute_with_operators(execute, module)
 
 
-def _with_weights(execute: Execute, module: ModuleType) -> None:
+def _with_wrappers(execute: Execute, module: ModuleType) -> None:
     execute(module)
-    _mend_weights(module)
+    _mend_wrappers(module)
 
 
-def _mend_weights(module: ModuleType) -> None:
-    from dmquant.diffusers.peft import mend_weight  # imports torch, as peft does
+def _mend_wrappers(module: ModuleType) -> None:
+    from dmquant.diffusers.peft import mend  # imports torch, as peft does
 
-    mend_weight(module.BaseTunerLayer)
+    mend(module)
+
+
+def _with_fusing(execute: Execute, module: ModuleType) -> None:
+    execute(module)
+    _mend_fusing(module)
+
+
+def _mend_fusing(module: ModuleType) -> None:
+    from dmquant.diffusers.fusing import with_requantize  # imports torch, as diffusers does
+
+    kind = getattr(module, _FUSING[module.__name__])
+    kind.fuse_lora = with_requantize(kind.fuse_lora)
 
 
 _WATCHED: dict[str, Callable[[Execute, ModuleType], None]] = {
     **dict.fromkeys(_REGISTRIES, _then_register),
     "torchvision": _with_operators,
-    _WRAPPERS: _with_weights,
+    _WRAPPERS: _with_wrappers,
+    **dict.fromkeys(_FUSING, _with_fusing),
 }
 
 
@@ -98,4 +112,6 @@ def install() -> None:
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
         if _WRAPPERS in sys.modules:
-            _mend_weights(sys.modules[_WRAPPERS])
+            _mend_wrappers(sys.modules[_WRAPPERS])
+        for module in _FUSING.keys() & sys.modules.keys():
+            _mend_fusing(sys.modules[module])
