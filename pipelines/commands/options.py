@@ -191,7 +191,8 @@ Offload = Annotated[
     typer.Option(
         metavar="model|group",
         help="For a GPU that is too small. model: each part of the pipeline is on it only while it runs, and the "
-        "backbone while it is quantized. group: a block of the backbone at a time, and a layer of any other part.",
+        "backbone while it is quantized. group: a block of the backbone at a time, and a layer of any other part. In "
+        "both, one network that scores at a time.",
         rich_help_panel="Machine",
     ),
 ]

@@ -12,7 +12,7 @@ from torch import nn
 import dmquant
 from dmquant.calib.blocks.codes import meaning_of
 from dmquant.diffusers.families import Family
-from dmquant.errors import UsageError, check_choice
+from dmquant.errors import UsageError
 from dmquant.evaluation.generate import ImageRequest, batch_size_for, image_requests
 from dmquant.evaluation.images import any_images
 from dmquant.evaluation.metrics.registry import METRICS, all_names, check_names, default_names, needing
@@ -21,7 +21,7 @@ from dmquant.host.files import fingerprint
 from dmquant.host.names import readable
 from dmquant.models import completed
 from dmquant.pipelines.models.loading import resolve_device, resolve_dtype
-from dmquant.pipelines.models.placing import OFFLOADS
+from dmquant.pipelines.models.placing import check_offload
 from dmquant.pipelines.models.registry import (
     EMBEDDED,
     ModelSpec,
@@ -226,8 +226,7 @@ def resolve(options: Options) -> Settings:
     if options.clip and set(metrics) & set(needing("clip")):
         _check_clip(options.clip)
     device = resolve_device(options.device)
-    if options.offload and check_choice("way to --offload", options.offload, OFFLOADS) and device == "cpu":
-        raise UsageError("--offload is for a GPU; with --device cpu all parts are in host memory anyway: leave it out")
+    check_offload(options.offload, device)
     check_environment()
     dtype_name = options.dtype or model.dtype
     resolve_dtype(dtype_name, device)
