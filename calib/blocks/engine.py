@@ -105,8 +105,7 @@ def calibrate_(
     resident = Resident(backbone, () if _needs_whole(recipe, states) else placed, device)
     device = resident.device
     one = store.batch([samples.learning[0]], device)
-    with resident.as_called():
-        in_order = find_blocks(blocks, states, lambda names: trace(backbone, one, names))
+    in_order = find_blocks(blocks, states, lambda names: trace(backbone, one, names, resident.as_called))
     check_window(in_order, options)
     moments = _bytes_of_moments(rounder, states)
     total = default_budget(device) if memory_budget is None else memory_budget

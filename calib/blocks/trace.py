@@ -31,18 +31,27 @@ class Traced:
     """Whether what runs between the blocks writes into the output."""
 
 
-def trace(backbone: nn.Module, arguments: Arguments, names: Sequence[str]) -> list[Traced]:
+def trace(
+    backbone: nn.Module,
+    arguments: Arguments,
+    names: Sequence[str],
+    computing: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
+) -> list[Traced]:
     """The modules `names` in the order in which one forward pass calls them; those never called are left out.
+
+    `computing` is entered for passes in which these modules compute; in others they are never run.
 
     Which block needs which output is found by trying: every output in turn is replaced by NaN, and the blocks whose
     inputs then hold NaN are those that need it. Raises UserError for a module that is called more than once, and for
     one that writes into a tensor which others read afterwards.
     """
-    seen = _first_pass(backbone, arguments, names)
+    with computing():
+        seen = _first_pass(backbone, arguments, names)
     outputs = {name: block.output for name, block in seen.items()}
     written = {name for name, block in seen.items() if block.is_overwritten()}
     if written or any(block.writes_input for block in seen.values()):
-        _check_writes(backbone, arguments, seen)
+        with computing():
+            _check_writes(backbone, arguments, seen)
     return [
         Traced(
             name, block.output, _last_use(backbone, arguments, outputs, written, name),
