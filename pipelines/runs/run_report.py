@@ -15,7 +15,6 @@ from dmquant.evaluation.step_errors import step_errors
 from dmquant.host import checksums, owned
 from dmquant.host.console import Console
 from dmquant.host.files import write_text
-from dmquant.host.units import size_text
 from dmquant.pipelines.models.loading import DTYPES
 from dmquant.pipelines.runs import runfolder
 from dmquant.pipelines.runs.batch_mates import batch_mates, with_batch_mates
@@ -148,6 +147,7 @@ def _result(
         },
         relative_time=_relative_time(folder, side),
         peak_memory_bytes=_peak(side, "quantized"),
+        quantize_peak_memory_bytes=model.get("peak_memory_bytes"),
         batch_mates=mates,
         metrics=with_batch_mates(metrics, batch_mates(folder, "fp"), mates),
         settings=_recipe_settings(side, recipe),
@@ -260,16 +260,10 @@ def _recipe_settings(side: RunFolder, recipe: dict[str, Any]) -> dict[str, Any]:
         "scale rule": f"{recipe['scale']}, stored as {recipe['store']}",
         "quantized": quantized,
         **{name: described(facts) for name, facts in made.get("components", {}).items()},
-        "peak memory of quantizing": _memory(made),
         "kernels": _in_layers(images.get("kernels") or {}) or "not recorded",
         "weights (sha256)": ", ".join(weights),
         "images with NaN or infinity": not_finite,
     }
-
-
-def _memory(record: dict[str, Any]) -> str:
-    known = record.get("peak_memory_bytes")
-    return "not measured" if known is None else f"{size_text(known)}, {record['peak_memory_of']}"
 
 
 def _in_layers(counts: Mapping[str, int]) -> str:
