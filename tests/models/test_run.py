@@ -135,8 +135,11 @@ def test_beside_psnr_stands_what_a_batch_does_to_an_image(
     assert note.startswith("the first image alone and in its batch of 4: full precision ")
     for page in ("report.md", "report.html"):
         assert "the first image alone and in its batch of 4: full precision " in (finished / page).read_text()
-    run(options(seed=0, steps=STEPS), again)  # nothing is measured again
+    run(options(batch_size=3), again)  # nothing is measured again, since no image is made again
+    assert report(again)["reference"]["batch_mates"] == both[0]
     monkeypatch.undo()
+    run(options(batch_size=1, seed=1), again)
+    assert report(again)["reference"]["batch_mates"] is report(again)["recipes"]["rtn"]["batch_mates"] is None
     alone, batched = tmp_path / "alone", tmp_path / "batched"
     run(options(deterministic=True, batch_size=1), alone)
     run(options(deterministic=True, batch_size=3), batched)
