@@ -114,7 +114,8 @@ def quantize_pipeline(
             that is nearest in kind and size. Only for a recipe that takes data.
         memory_budget: such as "8GB", for calibration beside the model; by default half of the memory that is free.
         offload: for a GPU too small for the pipeline, which is then in host memory before and afterwards: "model", one
-            part at a time is on `device`, or "group", one block of the backbone or one layer of another part.
+            part at a time is on `device`, or "group", one block of the backbone or one layer of another part. A recipe
+            without data is carried out in host memory.
         out: folder to save the whole pipeline to, as `DiffusionPipeline.from_pretrained` loads it. A calibration that
             was stopped continues when the full-precision pipeline is given again with the same `out`.
         call: arguments of the pipeline's call as it will be used for one prompt (num_inference_steps, guidance_scale,
