@@ -36,4 +36,9 @@ for recipe in rtn fast; do
             --metrics psnr --device "$device" --out "$out/$recipe-$device"
     done
 done
+step batch-mates 240 "$python" benchmarks/batch_mates.py --device cuda
+for offload in model group; do
+    step "offload-$offload" 240 "$python" -m dmquant run emoji-pixart --recipe gptq --num-prompts 16 --metrics psnr \
+        --device cuda --offload "$offload" --out "$out/offload-$offload"
+done
 step models 180 "$python" benchmarks/gpu_models.py "$out/fast-cuda/model" "$out/rtn-cuda/model"

@@ -144,7 +144,8 @@ class StepError:
 class RecipeResult(Measured):
     """The pipeline quantized by one recipe; `bits_per_weight` counts scales and what stays in 16 bit.
 
-    `relative_time` is the time of an image over full precision's, None where the two were not measured together.
+    `relative_time` is the time of an image over full precision's, None where the two were not measured together, and
+    `quantize_peak_memory_bytes` the highest memory use while the model was made.
     `settings` (granularity, rounding, ...) are flat and printed as they are; `recipe` is the whole recipe, `layers` and
     `steps` are where its error comes from, as far as that was measured.
     """
@@ -153,6 +154,7 @@ class RecipeResult(Measured):
     activations: str
     bits_per_weight: float
     relative_time: float | None = None
+    quantize_peak_memory_bytes: int | None = None
     settings: dict[str, Any] = field(default_factory=dict)
     images: str = "images/quantized"
     recipe: dict[str, Any] = field(default_factory=dict)

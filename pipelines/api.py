@@ -5,7 +5,7 @@ import inspect
 import logging
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -16,14 +16,15 @@ from dmquant.convert import LayerReport, of_backbone, quantize_layers_, unmatche
 from dmquant.diffusers.arguments import EMBEDDED
 from dmquant.diffusers.families import Family, family_of
 from dmquant.diffusers.quantizer import mark_quantized
-from dmquant.errors import UsageError, UserError, unknown
+from dmquant.errors import UsageError, UserError, check_choice, unknown
 from dmquant.evaluation.generate import batch_size_for
 from dmquant.host import owned
 from dmquant.host.console import Console
 from dmquant.layers import QUANTIZED
 from dmquant.models import completed
 from dmquant.pipelines.models.attention import check_attention
-from dmquant.pipelines.models.loading import DTYPES
+from dmquant.pipelines.models.loading import DTYPES, resolve_device
+from dmquant.pipelines.models.placing import OFFLOADS, end_offloading, place
 from dmquant.pipelines.models.registry import registered_models
 from dmquant.pipelines.models.saving import model_card, save_whole
 from dmquant.pipelines.prompts.lists import load_prompts
@@ -75,7 +76,7 @@ class _Calibration:
     dtype_name: str
     calibration_data: Path | None = None
     device: str = ""
-    offload: bool = False
+    offload: str | None = None
 
 
 class _LoggingConsole(Console):
@@ -94,6 +95,8 @@ def quantize_pipeline(
     components: Mapping[str, str] = MappingProxyType({}),
     calibration: Sequence[str] | str | None = None,
     memory_budget: str | None = None,
+    offload: str | None = None,
+    device: str = "cuda",
     out: str | Path | None = None,
     **call: Any,
 ) -> Quantized:
@@ -110,6 +113,9 @@ def quantize_pipeline(
         calibration: prompts, the name of a prompt set or a file of prompts; by default the set of the registered model
             that is nearest in kind and size. Only for a recipe that takes data.
         memory_budget: such as "8GB", for calibration beside the model; by default half of the memory that is free.
+        offload: for a GPU too small for the pipeline, which is then in host memory before and afterwards: "model", one
+            part at a time is on `device`, or "group", one block of the backbone or one layer of another part. A recipe
+            without data is carried out in host memory.
         out: folder to save the whole pipeline to, as `DiffusionPipeline.from_pretrained` loads it. A calibration that
             was stopped continues when the full-precision pipeline is given again with the same `out`.
         call: arguments of the pipeline's call as it will be used for one prompt (num_inference_steps, guidance_scale,
@@ -133,12 +139,15 @@ def quantize_pipeline(
     check_components(pipe, recipe)
     if warning := unmatched(backbone, recipe):
         logging.getLogger("dmquant").warning(warning)
+    device = _check_offload(pipe, offload, device)
     named, recipe = recipe, completed(of_backbone(recipe), backbone)
     with _workspace(target) as workspace:
         if recipe.calibrated:
             check_attention(backbone)
             settings = _calibration(pipe, family, recipe, calibration, memory_budget, call)
-            calibrated = calibrate(pipe, settings, workspace, _LoggingConsole(), weights_key(pipe))
+            settings = replace(settings, offload=offload, device=device)
+            with _offloaded(pipe, offload, device):
+                calibrated = calibrate(pipe, settings, workspace, _LoggingConsole(), weights_key(pipe))
             recipe, layers = calibrated.recipe, calibrated.layers
         else:
             layers = quantize_layers_(backbone, recipe)
@@ -184,6 +193,34 @@ def _check_backbone(backbone: nn.Module, component: str) -> None:
             f"the {component} is offloaded or on the meta device, or casts its weights: quantize the pipeline as "
             "from_pretrained loads it, without device_map, and enable casting or offloading afterwards"
         )
+
+
+def _check_offload(pipe: "DiffusionPipeline", offload: str | None, device: str) -> str:
+    """The device to offload from; UsageError for a way that is not known and a pipeline that is not in host memory."""
+    if offload is None:
+        return ""
+    check_choice("way to offload", offload, OFFLOADS)
+    parts = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
+    if elsewhere := [
+        name for name, part in parts.items() if any(each.device.type != "cpu" for each in part.parameters())
+    ]:
+        raise UsageError(f"the {elsewhere[0]} is not in host memory: give the pipeline with offload before it is moved")
+    if hooked := [name for name, part in parts.items() if any(map(_is_hooked, part.modules()))]:
+        raise UsageError(f"the {hooked[0]} has hooks of offloading or casting already: leave it to offload='{offload}'")
+    return resolve_device(device)
+
+
+@contextlib.contextmanager
+def _offloaded(pipe: "DiffusionPipeline", offload: str | None, device: str) -> Iterator[None]:
+    """The pipeline is offloaded until the block ends, and then in host memory; as it is where `offload` is None."""
+    if offload is None:
+        yield
+        return
+    try:
+        place(pipe, device, offload)
+        yield
+    finally:
+        end_offloading(pipe)
 
 
 def _is_hooked(module: nn.Module) -> bool:

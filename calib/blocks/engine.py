@@ -28,11 +28,12 @@ from dmquant.calib.blocks.decide import Decider, Samples
 from dmquant.calib.blocks.input_specs import choose_formats_, fit_static_scales_
 from dmquant.calib.blocks.inputs import BlockInputs
 from dmquant.calib.blocks.outputs import Budget
+from dmquant.calib.blocks.resident import Resident
 from dmquant.calib.blocks.resolved import resolved_recipe
 from dmquant.calib.blocks.state import LayerState, plan_layers, plans_of
 from dmquant.calib.blocks.streams import Bar, Streams
 from dmquant.calib.blocks.trace import trace
-from dmquant.calib.blocks.units import check_window, find_blocks
+from dmquant.calib.blocks.units import check_window, find_blocks, tasks_of
 from dmquant.calib.data.store import CalibrationStore
 from dmquant.calib.layers.fitting import fit_transforms
 from dmquant.calib.layers.folding import folded_methods
@@ -70,6 +71,7 @@ def calibrate_(
     made_for: dict[str, Any],
     counted: Mapping[str, Tensor] = MappingProxyType({}),
     memory_budget: int | None = None,
+    device: torch.device | None = None,
     bar: Callable[[str], AbstractContextManager[Bar]],
     say: Callable[[str], None] = lambda line: None,
 ) -> Calibrated:
@@ -84,6 +86,8 @@ def calibrate_(
             error where a unit ends in that layer.
         memory_budget: bytes for activations and learning; by default half of the memory that is free. On a GPU as much
             of its memory for learning, and as much of the CPU's for activations between blocks.
+        device: where to compute with a backbone that is in host memory: on the device is the block that is calibrated
+            (`Resident`), or all of it where the recipe looks at all. In the end the backbone is on the device.
         bar: gives a progress bar, called as bar(done, total, what, speed).
 
     Raises UsageError where the recipe quantizes nothing, the data is too little or the budget too small, UserError for
@@ -95,11 +99,13 @@ def calibrate_(
         options = options.model_copy(update={"unit": "block"})  # nothing would go on from one window to the next
     if options.unit == "model":  # in the march nothing is learned
         options = options.model_copy(update={"unit": "block", "objective": Objective()})
-    device = next(backbone.parameters()).device
     samples, needs = _samples(store, options.batch_size), needs_of(options.objective)
     states = plan_layers(backbone, recipe, store)
+    placed = [name for name in blocks if any(layer.startswith(f"{name}.") for layer in states)]
+    resident = Resident(backbone, () if _needs_whole(recipe, states) else placed, device)
+    device = resident.device
     one = store.batch([samples.learning[0]], device)
-    in_order = find_blocks(blocks, states, lambda names: trace(backbone, one, names))
+    in_order = find_blocks(blocks, states, lambda names: trace(backbone, one, names, resident.as_called))
     check_window(in_order, options)
     moments = _bytes_of_moments(rounder, states)
     total = default_budget(device) if memory_budget is None else memory_budget
@@ -117,7 +123,8 @@ def calibrate_(
         needed = max(needed, whole.taken)
         say(whole.in_words())
 
-    fold_first_(backbone, {name: state.plan.transforms for name, state in states.items()})
+    with resident.in_host_memory():
+        fold_first_(backbone, {name: state.plan.transforms for name, state in states.items()})
     choose_formats_(backbone, states, store, options.batch_size, codes, len(in_order), bar)
     fit_static_scales_(backbone, states, store, options.batch_size, bar)
 
@@ -156,7 +163,8 @@ def calibrate_(
         for number, block in enumerate(in_order):
             title = f"block {number + 1} of {len(in_order)}: {block.name}"
             began = time.perf_counter()
-            with bar(title) as shown:
+            computing = {name for task in tasks_of(in_order, number, options) for name in task.blocks} | {block.name}
+            with bar(title) as shown, resident.only(computing):
                 facts.append(
                     calibrate_block_(decider, codes, BlockInputs(streams, number, samples.learning, title, shown))
                 )
@@ -166,6 +174,7 @@ def calibrate_(
                 continue
             learned_seconds.append(time.perf_counter() - began)
             say(f"{title}: {_in_words(facts[-1]['tasks'], learned_seconds, len(in_order) - number - 1)}")
+    resident.end()
     if whole:
         facts.append(whole.learn_(states, say, bar))
     called = [name for block in in_order for name in block.layers]
@@ -188,6 +197,13 @@ def _samples(store: CalibrationStore, batch_size: int) -> Samples:
             f"{batch_size}: calibrate on more prompts, or lower learning.batch_size in the recipe"
         )
     return Samples(learning, [index for index in by_step if store.samples[index].held_out])
+
+
+def _needs_whole(recipe: Recipe, states: Mapping[str, LayerState]) -> bool:
+    """Whether calibration runs all of a backbone more than once, or keeps what it learns of a block with its layers."""
+    plans = plans_of(states).values()
+    of_inputs = any(plan.activation_candidates or (plan.activations and plan.activations.ranges) for plan in plans)
+    return of_inputs or recipe.learning.unit == "model" or TAIL in needs_of(recipe.learning.objective)
 
 
 def _importance(samples: Samples, needs: Collection[str], store: CalibrationStore) -> list[float]:

@@ -31,18 +31,27 @@ class Traced:
     """Whether what runs between the blocks writes into the output."""
 
 
-def trace(backbone: nn.Module, arguments: Arguments, names: Sequence[str]) -> list[Traced]:
+def trace(
+    backbone: nn.Module,
+    arguments: Arguments,
+    names: Sequence[str],
+    computing: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
+) -> list[Traced]:
     """The modules `names` in the order in which one forward pass calls them; those never called are left out.
+
+    `computing` is entered for passes in which these modules compute; in others they are never run.
 
     Which block needs which output is found by trying: every output in turn is replaced by NaN, and the blocks whose
     inputs then hold NaN are those that need it. Raises UserError for a module that is called more than once, and for
     one that writes into a tensor which others read afterwards.
     """
-    seen = _first_pass(backbone, arguments, names)
+    with computing():
+        seen = _first_pass(backbone, arguments, names)
     outputs = {name: block.output for name, block in seen.items()}
     written = {name for name, block in seen.items() if block.is_overwritten()}
     if written or any(block.writes_input for block in seen.values()):
-        _check_writes(backbone, arguments, seen)
+        with computing():
+            _check_writes(backbone, arguments, seen)
     return [
         Traced(
             name, block.output, _last_use(backbone, arguments, outputs, written, name),
@@ -76,10 +85,9 @@ def _first_pass(backbone: nn.Module, arguments: Arguments, names: Sequence[str])
     """Every block on copies of its inputs, in the order in which they run."""
     seen = {name: _Seen() for name in names}
     order: list[str] = []
-    parameters = {parameter.untyped_storage().data_ptr() for parameter in backbone.parameters()}
 
     def watched(name: str, compute: Callable[..., Any]) -> Callable[..., Any]:
-        block = seen[name]
+        block, parameters = seen[name], set()
 
         def note(tensor: Tensor) -> Tensor:
             storage = tensor.untyped_storage()
@@ -92,6 +100,8 @@ def _first_pass(backbone: nn.Module, arguments: Arguments, names: Sequence[str])
             if name in order:
                 raise UserError(f"{name} runs more than once in a forward pass: it cannot be calibrated as one block")
             order.append(name)
+            # only now: a hook may have moved the block to the device
+            parameters.update(each.untyped_storage().data_ptr() for each in backbone.get_submodule(name).parameters())
             with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
                 args, kwargs = _differentiable((args, kwargs))
                 given = _versions((args, kwargs))

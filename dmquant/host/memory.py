@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 
+from dmquant.host.units import size_text
+
 FALLBACK = 4_000_000_000
 _CLEAR_PEAK = "5"  # proc(5), /proc/pid/clear_refs: reset the peak resident set size to the current one
 
@@ -56,6 +58,10 @@ class PeakMemory:
     def update(self) -> None:
         """Read the highest point since the block began."""
         self.bytes = self.read()
+
+    def in_words(self) -> str:
+        """As in "602.4 MB, resident memory of the process"."""
+        return f"{size_text(self.bytes)}, {self.what}"
 
 
 @contextlib.contextmanager

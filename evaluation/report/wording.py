@@ -171,5 +171,6 @@ def time_an_image(recipe: RecipeResult) -> str:
 
 
 def _cost(measured: Measured) -> tuple[str, str]:
-    memory = "" if measured.peak_memory_bytes is None else size_text(measured.peak_memory_bytes)
-    return memory, ", ".join(f"{stage} {time_text(seconds)}" for stage, seconds in measured.seconds.items())
+    memory = {"": measured.peak_memory_bytes, "quantizing ": getattr(measured, "quantize_peak_memory_bytes", None)}
+    told = ", ".join(f"{stage}{size_text(most)}" for stage, most in memory.items() if most is not None)
+    return told, ", ".join(f"{stage} {time_text(seconds)}" for stage, seconds in measured.seconds.items())

@@ -80,7 +80,10 @@ def _message(error: Exception) -> tuple[str, int]:
         return f"error: {file}: {error.strerror}; {_remedy(error)}", 1
     message = " ".join(bounded(str(error)).split())
     if type(error).__name__ in OUT_OF_MEMORY or "can't allocate memory" in message:
-        return "error: there is not enough memory: take a smaller --batch-size, --height and --width, or --offload", 1
+        return (
+            "error: there is not enough memory: take a smaller --batch-size, --height and --width, or --offload group",
+            1,
+        )
     return f"error: {type(error).__name__}: {message} (rerun with --debug for the traceback)", 1
 
 

@@ -10,6 +10,7 @@ from dmquant.pipelines.commands.options import (
     Clip,
     Device,
     Metrics,
+    Offload,
     Prompts,
     Real,
 )
@@ -32,6 +33,7 @@ def score(
     prompts: Prompts = None,
     clip: Clip = None,
     device: Device = "auto",
+    offload: Offload = None,
     csv: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Write the scores of every image to it.", rich_help_panel="Output"),
@@ -43,7 +45,7 @@ def score(
     """
     from dmquant.pipelines.commands import stages
 
-    stages.score(fp, quantized, metrics, real, prompts, clip, device, csv)
+    stages.score(fp, quantized, metrics, real, prompts, clip, device, offload, csv)
 
 
 @command(

@@ -187,11 +187,12 @@ Real = Annotated[
 ]
 Device = Annotated[str, typer.Option(metavar="auto|cpu|cuda[:i]", help="Where to compute.", rich_help_panel="Machine")]
 Offload = Annotated[
-    bool,
+    str | None,
     typer.Option(
-        "--offload",
-        help="For a GPU that is too small for the whole pipeline: each part is on it only while it runs; while the "
-        "backbone is quantized, that alone.",
+        metavar="model|group",
+        help="For a GPU that is too small. model: each part of the pipeline is on it only while it runs, and the "
+        "backbone while it is quantized. group: a block of the backbone at a time, and a layer of any other part. In "
+        "both, one network that scores at a time.",
         rich_help_panel="Machine",
     ),
 ]
@@ -233,7 +234,7 @@ _PROMPTS = {"prompts": (Prompts, None), "num_prompts": (NumPrompts, None), "prom
 _SAMPLING = {"steps": (Steps, None), "guidance": (Guidance, None), "height": (Height, None), "width": (Width, None)}
 _NOISE = {"seed": (Seed, 0), "batch_size": (BatchSize, None), "deterministic": (Deterministic, False)}
 _SCORES = {"metrics": (Metrics, None), "real": (Real, None), "clip": (Clip, None)}
-_MACHINE = {"device": (Device, "auto"), "offload": (Offload, False), "dtype": (Dtype, None)}
+_MACHINE = {"device": (Device, "auto"), "offload": (Offload, None), "dtype": (Dtype, None)}
 
 # Fields of pipelines.settings.Options by command, in the order in which --help lists them.
 GENERATE = _MODEL | _PROMPTS | _SAMPLING | _NOISE | _MACHINE

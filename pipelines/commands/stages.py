@@ -20,6 +20,7 @@ from dmquant.host.console import Console, quiet_libraries
 from dmquant.host.folder_swap import settle
 from dmquant.pipelines.models import folders
 from dmquant.pipelines.models.loading import checked_folder, checked_quantized, resolve_device
+from dmquant.pipelines.models.placing import GROUP, MODEL, check_offload
 from dmquant.pipelines.models.saving import listed
 from dmquant.pipelines.prompts.lists import load_prompts
 from dmquant.pipelines.runs import runfolder
@@ -137,6 +138,8 @@ def tune(settings: Settings, recovery: "Recovery", out: Path, overwrite: bool) -
 
     if isinstance(settings.recipe, FileRecipe):
         raise UsageError("a file that is quantized already is no recipe to quantize with: give --recipe a name or YAML")
+    if settings.offload == GROUP:
+        raise UsageError(f"--offload {GROUP}: gradients go through all of the backbone at once: use --offload {MODEL}")
     quiet_libraries()
     console = Console()
     _refuse_own_place(out)
@@ -228,6 +231,7 @@ def score(
     prompts: str | None,
     clip: str | None,
     device: str,
+    offload: str | None,
     csv: Path | None,
 ) -> None:
     """Print the metrics of two folders of images that pair up by name; those of each image go to the file `csv`."""
@@ -237,8 +241,9 @@ def score(
     if csv is not None and os.path.lexists(csv) and read_scores(csv) is None:
         raise UserError(f"{csv} is there, and is no table of scores: choose another file with --csv")
     names, device = resolve_metrics(metrics, real), resolve_device(device)
+    check_offload(offload, device)
     listed = None if prompts is None else load_prompts(prompts)
-    networks = Networks(device, clip_source(clip), say=console.say)
+    networks = Networks(device, clip_source(clip), say=console.say, one_at_a_time=offload is not None)
     scores, reference = processes.current().together(
         lambda: make_scores(fp, quantized, names, real, networks, console, listed)
     )[0]

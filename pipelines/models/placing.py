@@ -6,12 +6,21 @@ import torch
 from torch import nn
 
 from dmquant.diffusers.families import family_of_backbone
-from dmquant.errors import UserError
+from dmquant.errors import UsageError, UserError, check_choice
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 MODEL, GROUP = OFFLOADS = ("model", "group")
+
+
+def check_offload(way: str | None, device: str) -> None:
+    """UsageError for a way to `--offload` that is not known, or with a device that has all in host memory anyway."""
+    if way is None:
+        return
+    check_choice("way to --offload", way, OFFLOADS)
+    if device == "cpu":
+        raise UsageError("--offload is for a GPU; with --device cpu all parts are in host memory anyway: leave it out")
 
 
 def place(pipeline: "DiffusionPipeline", device: str, offload: str | None) -> "DiffusionPipeline":

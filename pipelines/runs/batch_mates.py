@@ -31,11 +31,16 @@ def note_batch_mates(
 ) -> None:
     """Make the first image of a side once more, alone, and note how far it is from that of the run, if not yet known.
 
-    Nothing is noted where images are made one at a time: then none has any other in its batch.
+    Nothing is noted where images are made one at a time: then none has any other in its batch. What is known of an
+    image stays when the size of batches changes, as the image does.
     """
     together = min(settings.batch_size, len(requests))
     known = folder.notes(_kind(side))
-    if together == 1 or (known and known["image"] == requests[0].key and known["images"] == together):
+    if known and known["image"] == requests[0].key:
+        return
+    if together == 1:
+        if known:  # of an image that is no more
+            folder.note(_kind(side), {})
         return
 
     def measure() -> BatchMates:

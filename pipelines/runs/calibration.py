@@ -18,7 +18,7 @@ from dmquant.diffusers.arguments import Calls
 from dmquant.diffusers.families import Family
 from dmquant.host.console import Console
 from dmquant.host.files import fingerprint, json_sha256
-from dmquant.pipelines.models.placing import place_backbone_alone
+from dmquant.pipelines.models.placing import GROUP, end_offloading, place_backbone_alone
 from dmquant.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ class CalibrationSettings(Protocol):
     call: dict[str, Any]
     dtype_name: str
     device: str
-    offload: bool
+    offload: str | None
 
 
 def calibrate(
@@ -58,7 +58,11 @@ def calibrate(
     backbone = getattr(pipeline, family.component)
     plans_to_calibrate(backbone, recipe)  # which may raise, and capturing takes long
     store = calibration_data(pipeline, settings, workspace, console, weights)
-    if settings.offload:
+    device = None
+    if settings.offload == GROUP:
+        end_offloading(pipeline)
+        device = torch.device(settings.device)
+    elif settings.offload:
         place_backbone_alone(pipeline, family.component, settings.device)
     return calibrate_(
         backbone,
@@ -69,6 +73,7 @@ def calibrate(
         made_for=_made_for(settings, weights),
         counted=family.counted(backbone),
         memory_budget=settings.memory_budget,
+        device=device,
         bar=console.bar,
         say=console.say,
     )

@@ -66,6 +66,7 @@ def complete_images(
                 facts.add(generated, peak, kernels_used(backbone))
 
             make_images(pipeline, requests, images, settings, console, TITLES[side], note)
+        console.say(f"{TITLES[side]}: peak memory {peak.in_words()}")
     folder.finish(stage, key, images=len(requests), **facts.measured())
 
 

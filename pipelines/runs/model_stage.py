@@ -24,7 +24,7 @@ from dmquant.pipelines.models.attention import check_attention
 from dmquant.pipelines.models.checksums import checked
 from dmquant.pipelines.models.hashes import pipeline_hashes
 from dmquant.pipelines.models.loading import checked_quantized, explained, load_full_precision
-from dmquant.pipelines.models.placing import place, place_backbone_alone
+from dmquant.pipelines.models.placing import GROUP, end_offloading, place, place_backbone_alone
 from dmquant.pipelines.models.saving import model_card, narrow_exactly, save_whole
 from dmquant.pipelines.models.shared_parts import SharedParts
 from dmquant.pipelines.runs.calibration import calibrate, calibration_data
@@ -130,7 +130,11 @@ def quantize_in_place(
         calibrated = calibrate(pipeline, replace(settings, recipe=recipe), workspace, console, weights)
         layers, recipe = calibrated.layers, calibrated.recipe
     else:
-        if settings.offload:
+        if settings.offload == GROUP:
+            end_offloading(
+                pipeline
+            )  # without data a layer at a time is looked at, which host memory is good enough for
+        elif settings.offload:
             place_backbone_alone(pipeline, settings.family.component, settings.device)
         with console.bar("quantizing") as bar:
             layers = quantize_layers_(backbone, recipe, lambda done, total, name: bar(done, total))

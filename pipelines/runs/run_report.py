@@ -147,6 +147,7 @@ def _result(
         },
         relative_time=_relative_time(folder, side),
         peak_memory_bytes=_peak(side, "quantized"),
+        quantize_peak_memory_bytes=model.get("peak_memory_bytes"),
         batch_mates=mates,
         metrics=with_batch_mates(metrics, batch_mates(folder, "fp"), mates),
         settings=_recipe_settings(side, recipe),

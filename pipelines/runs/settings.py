@@ -21,6 +21,7 @@ from dmquant.host.files import fingerprint
 from dmquant.host.names import readable
 from dmquant.models import completed
 from dmquant.pipelines.models.loading import resolve_device, resolve_dtype
+from dmquant.pipelines.models.placing import check_offload
 from dmquant.pipelines.models.registry import (
     EMBEDDED,
     ModelSpec,
@@ -69,7 +70,7 @@ class Options:
     real: Path | None = None
     clip: str | None = None
     device: str = "auto"
-    offload: bool = False
+    offload: str | None = None
     dtype: str | None = None
     command: str = ""
 
@@ -104,7 +105,7 @@ class Settings:
     real: Path | None
     clip: str
     device: str
-    offload: bool
+    offload: str | None
     dtype_name: str
     folder_name: str
     command: str
@@ -225,8 +226,7 @@ def resolve(options: Options) -> Settings:
     if options.clip and set(metrics) & set(needing("clip")):
         _check_clip(options.clip)
     device = resolve_device(options.device)
-    if options.offload and device == "cpu":
-        raise UsageError("--offload is for a GPU; with --device cpu all parts are in host memory anyway: leave it out")
+    check_offload(options.offload, device)
     check_environment()
     dtype_name = options.dtype or model.dtype
     resolve_dtype(dtype_name, device)

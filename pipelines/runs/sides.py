@@ -53,7 +53,8 @@ class FullPrecision:
         self.settings, self.source, self.folder, self.console = settings, source, folder, console
         self.parts = parts or LoadedParts(keeps=False)
         self.requests = settings.requests(source.key)
-        self.networks = Networks(settings.device, settings.clip, folder.path / runfolder.FEATURES, console.say)
+        features, alone = folder.path / runfolder.FEATURES, settings.offload is not None
+        self.networks = Networks(settings.device, settings.clip, features, console.say, alone)
         self._pipeline: DiffusionPipeline | None = None
 
     @property
@@ -190,6 +191,7 @@ class Quantized:
                 )
         finally:
             self.reference.release()
+        self.console.say(f"model: peak memory {peak.in_words()}")
         self.folder.finish(
             "model", self.saved_model_key, **facts, peak_memory_bytes=peak.bytes, peak_memory_of=peak.what
         )

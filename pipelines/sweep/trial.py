@@ -140,7 +140,8 @@ def _do(task: Task, folder: RunFolder, console: Console) -> dict[str, Any]:
     reference = FullPrecision(settings, task.source, RunFolder(task.sweep), console)
     # Features of a trial's images are of no use to another; in a shared folder they would add up.
     features = folder.path / runfolder.FEATURES
-    reference.networks = Networks(settings.device, settings.clip, features, console.say)
+    alone = settings.offload is not None
+    reference.networks = Networks(settings.device, settings.clip, features, console.say, alone)
     shared = shared_parts(settings, task.source, reference.folder)
     calibration = folder.path / runfolder.CALIBRATION
     quantized = Quantized(settings, reference, folder, calibration, compares_layers=False, shared=shared)

@@ -18,7 +18,7 @@ PLOT = "compare.png"
 UNLIKE = ("log.txt", "lock", PLOT)
 OF_PROCESSES = re.compile(r"sessions_\w+|relative_time")
 """Keys of JSON that are not compared."""
-MEASURED = re.compile(r"seconds(_\w+)?|peak_memory_bytes")
+MEASURED = re.compile(r"seconds(_\w+)?|(quantize_)?peak_memory_bytes")
 """Keys of JSON, and columns of CSV: numbers above 0 there, or anywhere below, are not compared."""
 TEXTS = (
     (re.compile(r"\b(quantize|generate|score) [\d.,]+ (s|min|h)\b"), r"\1 TIME"),

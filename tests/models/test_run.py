@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from dmquant.errors import UserError
+from dmquant.errors import UsageError, UserError
 from dmquant.pipelines.commands import stages
 from dmquant.pipelines.models.saving import narrow_exactly
 from dmquant.pipelines.prompts.lists import load_prompts
@@ -134,8 +135,11 @@ def test_beside_psnr_stands_what_a_batch_does_to_an_image(
     assert note.startswith("the first image alone and in its batch of 4: full precision ")
     for page in ("report.md", "report.html"):
         assert "the first image alone and in its batch of 4: full precision " in (finished / page).read_text()
-    run(options(seed=0, steps=STEPS), again)  # nothing is measured again
+    run(options(batch_size=3), again)  # nothing is measured again, since no image is made again
+    assert report(again)["reference"]["batch_mates"] == both[0]
     monkeypatch.undo()
+    run(options(batch_size=1, seed=1), again)
+    assert report(again)["reference"]["batch_mates"] is report(again)["recipes"]["rtn"]["batch_mates"] is None
     alone, batched = tmp_path / "alone", tmp_path / "batched"
     run(options(deterministic=True, batch_size=1), alone)
     run(options(deterministic=True, batch_size=3), batched)
@@ -150,6 +154,33 @@ def test_beside_psnr_stands_what_a_batch_does_to_an_image(
     assert deterministic["batch_mates"] == {"images": 3, "psnr": None}
     assert deterministic["metrics"]["psnr"]["note"].endswith("batch of 3: full precision equal, quantized equal")
     assert "deterministic: true" in (batched / "run.yaml").read_text()
+
+
+@pytest.mark.parametrize("how", ["model", "group"])
+def test_an_offloaded_run_gives_the_same_images_and_model(options, finished, tmp_path, how):
+    stages.run(replace(resolve(options()), offload=how), tmp_path / "run", overwrite=False)
+    for pattern in ("images/*/*.png", "model/transformer/*.safetensors"):
+        names = [path.relative_to(finished) for path in finished.glob(pattern)]
+        assert names
+        assert all((tmp_path / "run" / name).read_bytes() == (finished / name).read_bytes() for name in names)
+    log = (tmp_path / "run" / "log.txt").read_text()
+    for stage in ("full-precision images", "model", "quantized images"):
+        assert f"{stage}: peak memory " in log
+    (recipe,) = report(tmp_path / "run")["recipes"].values()
+    assert 50e6 < recipe["quantize_peak_memory_bytes"] < 10e9
+    assert ", quantizing " in (tmp_path / "run" / "report.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("how", "says"),
+    [
+        ("model", "^--offload is for a GPU; with --device cpu"),
+        ("blocks", "^unknown way to --offload 'blocks': known: model, "),
+    ],
+)
+def test_offloading_to_nowhere_and_in_an_unknown_way_are_one_line(options, how, says):
+    with pytest.raises(UsageError, match=says):
+        resolve(options(offload=how, device="cpu"))
 
 
 def test_the_size_reported_is_the_size_on_disk(finished):

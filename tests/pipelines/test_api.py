@@ -6,6 +6,7 @@ import json
 import logging
 from functools import partial
 
+import accelerate
 import pytest
 import torch
 
@@ -21,6 +22,7 @@ from tests.tiny import IMAGE_SIZE, PIXART_CALL, TINY, tiny_pixart, tiny_sd
 
 from diffusers import ControlNetModel, DiffusionPipeline, EulerDiscreteScheduler  # isort: skip
 from diffusers import StableDiffusionControlNetPipeline, UNet2DConditionModel  # isort: skip
+from diffusers.hooks import apply_group_offloading  # isort: skip
 from diffusers.models.attention_processor import AttnProcessor  # isort: skip
 
 PROMPTS = ["a red cat", "a blue boat", "a tree", "a face"]
@@ -54,6 +56,17 @@ def backbone_of(pipe):
 def images(pipe, prompt="a red cat", **call):
     draw = torch.Generator().manual_seed(0)
     return pipe(prompt, generator=draw, output_type="pt", **(CALL | call)).images
+
+
+@pytest.mark.parametrize("how", ["model", "group"])
+def test_offloaded_calibration_gives_the_same_weights_and_a_pipeline_without_hooks(how):
+    plain, offloaded = tiny_sd(), tiny_sd()
+    dmquant.quantize_pipeline(plain, MIDDLE, calibration=PROMPTS, **CALL)
+    dmquant.quantize_pipeline(offloaded, MIDDLE, calibration=PROMPTS, offload=how, device="cpu", **CALL)
+    assert same_weights(plain.unet, offloaded.unet)
+    parts = [part for part in offloaded.components.values() if isinstance(part, torch.nn.Module)]
+    assert not any(api._is_hooked(module) for part in parts for module in part.modules())
+    assert torch.equal(images(plain), images(offloaded))
 
 
 def same_weights(one, other):
@@ -295,9 +308,6 @@ class TestRefusals:
                 dmquant.quantize_pipeline(quantized, again, calibration=PROMPTS, **CALL)
 
     def test_an_offloaded_pipeline_and_one_without_weights(self):
-        accelerate = pytest.importorskip("accelerate")
-        from diffusers.hooks import apply_group_offloading
-
         by_layer, by_group, empty = tiny_sd(), tiny_sd(), tiny_sd()
         accelerate.cpu_offload(by_layer.unet, execution_device=torch.device("cpu"))
         cpu = torch.device("cpu")
@@ -306,6 +316,26 @@ class TestRefusals:
         for pipe in (by_layer, by_group, empty):
             with pytest.raises(UserError, match=r"the unet is offloaded or on the meta device.*offloading after"):
                 dmquant.quantize_pipeline(pipe, "rtn")
+
+    def test_offloading_that_is_on_already_or_from_elsewhere_or_unknown(self):
+        hooked, elsewhere = tiny_sd(), tiny_sd()
+        accelerate.cpu_offload(hooked.text_encoder, execution_device=torch.device("cpu"))
+        elsewhere.vae.to("meta")
+        cases = [
+            (hooked, "model", "the text_encoder is not in host memory"),
+            (elsewhere, "group", "the vae is not in host memory"),
+            (tiny_sd(), "modle", "unknown way to offload 'modle': did you mean 'model'"),
+        ]
+        for pipe, how, said in cases:
+            with pytest.raises(UsageError, match=f"^{said}[^\n]*$"):
+                dmquant.quantize_pipeline(pipe, "rtn", offload=how, device="cpu")
+        by_group = tiny_sd()
+        cpu = torch.device("cpu")
+        apply_group_offloading(by_group.vae, onload_device=cpu, offload_device=cpu, offload_type="leaf_level")
+        with pytest.raises(
+            UsageError, match=r"^the vae has hooks of offloading or casting already: leave it to offload"
+        ):
+            dmquant.quantize_pipeline(by_group, "rtn", offload="group", device="cpu")
 
     @pytest.mark.parametrize(
         ("arguments", "message"),

@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from types import ModuleType
 
@@ -11,10 +12,11 @@ import torch
 from PIL import Image
 
 from dmquant.errors import UserError
+from dmquant.evaluation import networks as networks_module
 from dmquant.evaluation.images import generated_images
 from dmquant.evaluation.metrics.compute import compute
 from dmquant.evaluation.metrics.scored_images import ScoredImages
-from dmquant.evaluation.networks import Networks, preference_score
+from dmquant.evaluation.networks import Networks, perceptual_distance, preference_score
 from dmquant.evaluation.networks.clip import open_clip
 from dmquant.evaluation.networks.preference_score import ENVIRONMENT, MEAN, STD, HPSv2, prepare
 from dmquant.host.files import sha256
@@ -164,6 +166,31 @@ def test_a_model_is_loaded_once_for_all_images_and_both_sides(weights, images, m
     for name in ("hpsv2", "hpsv21", "hpsv2"):
         assert compute(name, ScoredImages(images, images, prompts=PROMPTS, networks=networks)).value is not None
     assert loaded == ["2.0", "2.1"]
+
+
+def test_one_at_a_time_no_other_network_stays_in_memory(monkeypatch):
+    class Network:
+        @classmethod
+        def load(cls, *arguments):
+            there.add(network := cls())
+            return network
+
+    there = weakref.WeakSet()
+    for where, name in ((networks_module, "Inception"), (preference_score, "HPSv2")):
+        monkeypatch.setattr(where, name, Network)
+    monkeypatch.setattr(perceptual_distance, "load_lpips", Network.load)
+    networks, all_of_them = Networks(one_at_a_time=True), Networks()
+    for one in (
+        lambda of: of.inception,
+        lambda of: of.hpsv2("2.1"),
+        lambda of: of.hpsv2("2.0"),
+        lambda of: of.lpips("vgg"),
+    ):
+        assert one(networks) is one(networks)
+        assert len(there) == 1
+    for one in (lambda of: of.inception, lambda of: of.hpsv2("2.1"), lambda of: of.lpips("vgg")):
+        one(all_of_them)
+    assert len(there) == 4
 
 
 @pytest.mark.usefixtures("cache")

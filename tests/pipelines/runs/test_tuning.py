@@ -1,6 +1,7 @@
 """`dmquant tune` on a tiny pipeline: what it saves, says and refuses."""
 
 import contextlib
+from dataclasses import replace
 
 import pytest
 import torch
@@ -111,6 +112,8 @@ def test_bad_input(tuned, original, tmp_path):
     little = settings_of(original, memory_budget="50kB")
     with pytest.raises(UsageError, match=r"takes .* more than the 50.0 kB there are"):
         stages.tune(little, Recovery.of("weights", **SMALL), tmp_path / "out", overwrite=False)
+    with pytest.raises(UsageError, match=r"^--offload group: gradients .* use --offload model$"):
+        stages.tune(replace(settings, offload="group"), Recovery.of("scales", **SMALL), tmp_path / "out", False)
     with pytest.raises(UsageError, match="there is no such folder"):
         stages.tune(
             settings, Recovery.of("scales", begin=tmp_path / "none", **SMALL), tmp_path / "out", overwrite=False
