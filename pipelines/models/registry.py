@@ -21,6 +21,7 @@ from dmquant.diffusers.families.generic import COMPONENTS
 from dmquant.errors import UsageError, UserError, unknown
 from dmquant.host.text import visible
 from dmquant.pipelines.models import folders, hub
+from dmquant.pipelines.models.loras import Lora
 from dmquant.pipelines.models.skeleton import skeleton
 
 EMBEDDED = "embedded:"
@@ -65,6 +66,8 @@ class ModelSpec(BaseModel):
     """The CLIP model that goes with its images (evaluation.networks.clip), where the usual one does not."""
     keep: dict[str, str] = {}
     """Globs of layers to keep in high precision beside the family's, and why."""
+    loras: tuple[Lora, ...] = ()
+    """Fused into the weights when they are loaded."""
 
     @property
     def is_embedded(self) -> bool:

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import platform
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from dmquant.host.files import fingerprint
 from dmquant.host.names import readable
 from dmquant.models import completed
 from dmquant.pipelines.models.loading import resolve_device, resolve_dtype
+from dmquant.pipelines.models.loras import with_loras
 from dmquant.pipelines.models.registry import (
     EMBEDDED,
     ModelSpec,
@@ -47,6 +49,7 @@ class Options:
 
     model: str
     family: str | None = None
+    loras: Sequence[str] | None = None
     recipe: str | None = None
     purpose: str | None = None
     w: str | None = None
@@ -178,6 +181,7 @@ class Settings:
                 "family": self.model.family,
                 "pipeline": self.model.pipeline,
                 "sha256": source_hashes,
+                "loras": [lora.describe() for lora in self.model.loras],
             },
             **recipes,
             "calibration": {
@@ -214,7 +218,7 @@ def resolve(options: Options) -> Settings:
     Raises UsageError for unknown names and impossible values, UserError for what this machine does not have.
     """
     check_numbers(options)
-    model = resolve_model(options.model, options.family)
+    model = with_loras(resolve_model(options.model, options.family), options.loras or ())
     named = named_recipe(options.recipe, options.purpose)
     recipe = chosen_recipe(model, named, options.w, options.a, options.components)
     metrics = resolve_metrics(options.metrics, options.real, own_clip=model.clip is not None)
