@@ -1,7 +1,6 @@
 """Low-bit floating-point quantization for text-to-image diffusion pipelines.
 
-Importing dmquant also registers its quantizer with diffusers, now or when diffusers is first imported, so that
-`DiffusionPipeline.from_pretrained` loads the folders that dmquant saves.
+Importing dmquant also registers its quantizer, by which diffusers loads the folders that dmquant saves.
 """
 
 import importlib
@@ -18,6 +17,7 @@ _HOME = {
     "Recipe": "dmquant.recipe",
     "QuantConfig": "dmquant.diffusers.quantizer",
     "load_pipeline": "dmquant.pipelines.models.loading",
+    "deterministic": "dmquant.diffusers.deterministic",
     "save_pipeline": "dmquant.diffusers.saving",
     "requantizing": "dmquant.diffusers.fusing",
 }

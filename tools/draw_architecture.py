@@ -19,6 +19,7 @@ PUBLIC = "dmquant"  # dmquant/__init__.py and __main__.py: the doors, which lead
 ROOMS = {
     "dmquant": ("the core: formats, scales, grids, layers, recipes, transforms, kernels", 1.5),
     "dmquant/rounding": ("how codes are decided: to the nearest, learned, solved", 3),
+    "dmquant/graphs": ("what graphs of autograd and torch.compile hold of a layer", 1.5),
     "dmquant/convert": ("the layers of a module swapped for quantized ones, as a recipe says", 2),
     "dmquant/operands": ("weights and inputs as small integers", 0),
     "dmquant/host": ("files, processes, memory, the terminal", 1),

@@ -31,9 +31,10 @@ _WIDE = {2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}  
 def _pair_table(fmt: Format, dtype: torch.dtype) -> Tensor | None:
     """For each of the 65,536 contents of two bytes, the values of the codes in them as one wide element.
 
-    None where codes do not fill bytes, or `dtype` does not hold the values exactly.
+    None where codes do not fill bytes, where the codes of two take more than the widest element, as in float64, and
+    where `dtype` does not hold the values exactly.
     """
-    if fmt.bits not in (4, 8):
+    if fmt.bits not in (4, 8) or 16 // fmt.bits * dtype.itemsize not in _WIDE:
         return None
     contents, shifts = torch.arange(1 << 16), torch.arange(0, 16, fmt.bits)
     exact = fmt.decode((contents.unsqueeze(-1) >> shifts) & ((1 << fmt.bits) - 1))

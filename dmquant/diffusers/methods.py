@@ -29,6 +29,7 @@ def extend(kind: type, quantizer: type) -> None:
     for name in CASTS:
         setattr(kind, name, _cast(getattr(kind, name), ours))
     kind.num_parameters = _count(kind.num_parameters, ours)
+    kind.requires_grad_ = _require(kind.requires_grad_, ours)
 
 
 def _cast(cast: Callable[..., Any], ours: Callable[[nn.Module], bool]) -> Callable[..., Any]:
@@ -54,6 +55,19 @@ def _count(count: Callable[..., int], ours: Callable[[nn.Module], bool]) -> Call
         return found + sum(map(_weights_less_bytes, model.modules()))
 
     return counts
+
+
+def _require(require: Callable[..., Any], ours: Callable[[nn.Module], bool]) -> Callable[..., Any]:
+    @functools.wraps(require)
+    def requires(model: nn.Module, requires_grad: bool = True) -> nn.Module:
+        if not ours(model):
+            return require(model, requires_grad)
+        for parameter in model.parameters():
+            if parameter.is_floating_point():  # bytes have no gradient, and torch refuses to be asked for one
+                parameter.requires_grad_(requires_grad)
+        return model
+
+    return requires
 
 
 def _weights_less_bytes(layer: nn.Module) -> int:

@@ -7,10 +7,12 @@ from torch import nn
 
 CODES = ("qweight", "scale", "scale_base")
 PREFIX = "kernel_"
+SPECS = ("weight_spec", "activations", "transforms")
 
 
 class Chosen(nn.Module):
-    """A layer that chooses its kernel anew, which makes its weights anew, when the layer moves or its codes change.
+    """A layer that chooses its kernel anew, which makes its weights anew, when the layer moves, or its codes change
+    or what they mean.
 
     Neither the choice nor those weights are saved or copied.
     """
@@ -19,6 +21,8 @@ class Chosen(nn.Module):
     """The kernel's name, and what it was chosen for: a device, and the kernel that was forced, if any."""
     kernel_weights_of: tuple[str, torch.device, str] | None = None
     """The kernel that made weights of its own here, as buffers `kernel_<name>`, where, and how they are kept."""
+    signature = ""
+    """All that its output depends on besides tensors, in words."""
     kernel_plan: Any = None
     """What the kernel keeps besides tensors, made from them."""
 
@@ -29,9 +33,12 @@ class Chosen(nn.Module):
         self.kernel_choice = self.kernel_weights_of = self.kernel_plan = None
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in CODES and self.kernel_choice:
+        if name in (*CODES, *SPECS) and self.kernel_choice:
             self.drop_kernel_weights()
         super().__setattr__(name, value)
+        if name in SPECS:
+            named = ("weight_shape", *self.geometry, *SPECS)
+            self.signature = f"{type(self).__name__} {[vars(self).get(each) for each in named]}"
 
     def __getstate__(self) -> dict[str, Any]:
         own = ("kernel_choice", "kernel_weights_of", "kernel_plan")

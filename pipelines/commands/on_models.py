@@ -13,6 +13,12 @@ from dmquant.pipelines.commands.options import (
     QUANTIZE,
     RUN,
     SWEEP,
+    Layout,
+    Model,
+    Overwrite,
+    takes,
+)
+from dmquant.pipelines.commands.sweep_options import (
     ActivationBits,
     Bits,
     DryRun,
@@ -20,14 +26,10 @@ from dmquant.pipelines.commands.options import (
     Everything,
     Formats,
     KeepImages,
-    Layout,
-    Model,
-    Overwrite,
     Techniques,
     Threads,
     WeightBits,
     Workers,
-    takes,
 )
 from dmquant.pipelines.runs.defaults import LAYOUTS, SWEEP_BITS, SWEEP_TECHNIQUES, for_layout
 

@@ -8,6 +8,7 @@ from typing import Any
 from dmquant import kernels
 from dmquant.cpu import products
 from dmquant.errors import UsageError, check_choice
+from dmquant.pipelines.models.registry import ModelSpec, call_parameters
 
 BOUNDS = {
     "num_prompts": 1_000_000,
@@ -41,6 +42,16 @@ def check_image_size(height: int, width: int) -> None:
             raise UsageError(f"--{side} {pixels} is not a multiple of {PIXELS_A_LATENT}")
     if height * width > MOST_PIXELS:
         raise UsageError(f"images of {width}x{height} have more than {MOST_PIXELS // 1_000_000} million pixels")
+
+
+def check_taken(options: Any, model: ModelSpec) -> None:
+    """UsageError for an option that the pipeline's call has no argument for."""
+    taken, own = call_parameters(model.pipeline), {"height": model.height, "width": model.width}
+    for option, argument in (("height", "height"), ("width", "width"), ("guidance", "guidance_scale")):
+        given = getattr(options, option)
+        if given is not None and argument not in taken and given != own.get(option):
+            size = f"; {model.name} makes images of {model.width}x{model.height}" if option in own else ""
+            raise UsageError(f"--{option} {given}: a {model.pipeline} takes no {option}{size}")
 
 
 def parse_size(text: str, option: str) -> int:

@@ -6,9 +6,11 @@ import os
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dmquant.diffusers.deterministic import deterministic
 from dmquant.errors import UserError
 from dmquant.evaluation.generate import (
     Generated,
@@ -153,6 +155,11 @@ class _Facts:
         return {name: (noted or earlier).get(name) for name in names} | {"not_finite": not_finite}
 
 
+def as_settings_say(pipeline: "DiffusionPipeline", settings: Settings) -> AbstractContextManager[None]:
+    """The pipeline makes every image as it would alone, where the settings ask for it, until the block ends."""
+    return deterministic(pipeline) if settings.deterministic else contextlib.nullcontext()
+
+
 def make_images(
     pipeline: "DiffusionPipeline",
     requests: Sequence[ImageRequest],
@@ -163,9 +170,9 @@ def make_images(
     note: Callable[[Generated], None] = lambda generated: None,
 ) -> Generated:
     """Make the batches of images that `folder` lacks; `note` is called with all that was made before each is saved."""
-    absent = unfinished_batches(folder, requests, settings.batch_size)
+    absent = unfinished_batches(folder, requests, settings.batch_size, settings.deterministic)
     kept, began = len(requests) - sum(map(len, absent)), time.perf_counter()
-    with console.bar(title) as bar:
+    with console.bar(title) as bar, as_settings_say(pipeline, settings):
         bar(kept, len(requests))
 
         def on_batch(generated: Generated) -> None:
@@ -178,6 +185,7 @@ def make_images(
             folder,
             batch_size=settings.batch_size,
             call=settings.call,
+            as_alone=settings.deterministic,
             before_saving=note,
             on_batch=on_batch,
         )

@@ -17,6 +17,7 @@ from dmquant.host.console import Console
 from dmquant.host.files import write_text
 from dmquant.pipelines.models.loading import DTYPES
 from dmquant.pipelines.runs import runfolder
+from dmquant.pipelines.runs.batch_mates import batch_mates, with_batch_mates
 from dmquant.pipelines.runs.card import scored_card
 from dmquant.pipelines.runs.components import described
 from dmquant.pipelines.runs.published import published, published_metric
@@ -37,6 +38,7 @@ def build_report(folder: RunFolder, settings: dict[str, Any]) -> Report:
             size_bytes=side.record("model")["full_precision_bytes"],
             seconds=_seconds(folder, "fp"),
             peak_memory_bytes=_peak(folder, "fp"),
+            batch_mates=batch_mates(folder, "fp"),
             metrics=_metrics(side.record("scores")["reference"], settings["metrics"], _values(side), OF_REFERENCE),
         )
         report = Report(
@@ -131,6 +133,7 @@ def _result(
 ) -> RecipeResult:
     model, scores = side.record("model"), side.record("scores")
     layers = side.record(runfolder.LAYERS)["layers"] if side.holds(runfolder.LAYERS, fingerprints) else []
+    mates, metrics = batch_mates(side, "quantized"), _metrics(scores["metrics"], listed, _values(side))
     return RecipeResult(
         weights=_formats(recipe, "weights"),
         activations=_formats(recipe, "activations"),
@@ -144,7 +147,8 @@ def _result(
         },
         relative_time=_relative_time(folder, side),
         peak_memory_bytes=_peak(side, "quantized"),
-        metrics=_metrics(scores["metrics"], listed, _values(side)),
+        batch_mates=mates,
+        metrics=with_batch_mates(metrics, batch_mates(folder, "fp"), mates),
         settings=_recipe_settings(side, recipe),
         recipe=recipe,
         layers=[LayerError(**layer) for layer in layers],
@@ -220,6 +224,7 @@ def _flat_settings(folder: RunFolder, side: RunFolder, settings: dict[str, Any])
         "guidance": images.get("guidance_scale", NOT_TAKEN),
         "size": f"{images['width']}x{images['height']}",
         "batch size": images["batch_size"],
+        "each image as alone": "to the bit" if images.get("deterministic") else "but for rounding",
         "device": settings["device"],
         "dtype": settings["dtype"],
         "peak memory is": side.record("images_quantized")["peak_memory_of"] or "not measured",

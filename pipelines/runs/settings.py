@@ -32,7 +32,7 @@ from dmquant.pipelines.models.registry import (
     resolve_model,
 )
 from dmquant.pipelines.prompts.lists import PromptSet, load_prompts, read_prompts
-from dmquant.pipelines.runs.bounds import check_environment, check_image_size, check_numbers, parse_size
+from dmquant.pipelines.runs.bounds import check_environment, check_image_size, check_numbers, check_taken, parse_size
 from dmquant.pipelines.runs.defaults import named_recipe
 from dmquant.pipelines.runs.file_recipe import FILE, FileRecipe, chosen_recipe
 from dmquant.recipe import Recipe
@@ -67,6 +67,7 @@ class Options:
     width: int | None = None
     seed: int = 0
     batch_size: int | None = None
+    deterministic: bool = False
     metrics: str | None = None
     real: Path | None = None
     clip: str | None = None
@@ -100,6 +101,7 @@ class Settings:
     width: int
     seed: int
     batch_size: int
+    deterministic: bool
     metrics: tuple[str, ...]
     needs_latents: bool
     real: Path | None
@@ -139,8 +141,9 @@ class Settings:
 
     def requests(self, weights: str) -> list[ImageRequest]:
         """The images to make with the weights that the fingerprint `weights` stands for."""
+        way = {"deterministic": True} if self.deterministic else {}  # without it the key is that of earlier versions
         settings = fingerprint(
-            weights=weights, call=self.call, dtype=self.dtype_name, device=self.device.partition(":")[0]
+            weights=weights, call=self.call, dtype=self.dtype_name, device=self.device.partition(":")[0], **way
         )
         return image_requests(self.prompts, self.seed, settings, self.needs_latents)
 
@@ -194,6 +197,7 @@ class Settings:
                 "seed": self.seed,
                 "count": len(self.prompts),
                 "batch_size": self.batch_size,
+                "deterministic": self.deterministic,
                 "height": self.height,
                 "width": self.width,
                 **self.call,
@@ -230,7 +234,7 @@ def resolve(options: Options) -> Settings:
     check_environment()
     dtype_name = options.dtype or model.dtype
     resolve_dtype(dtype_name, device)
-    _check_taken(options, model)
+    check_taken(options, model)
     prompts = _prompts(options, model)
     height, width = options.height or model.height, options.width or model.width
     check_image_size(height, width)
@@ -248,6 +252,7 @@ def resolve(options: Options) -> Settings:
         width=width,
         seed=options.seed,
         batch_size=options.batch_size or batch_size_for(height, width),
+        deterministic=options.deterministic,
         metrics=metrics,
         # Images of an earlier version have none: a default does not throw away images that took hours.
         needs_latents=options.metrics is not None and any("latents" in METRICS[name].needs for name in metrics),
@@ -332,16 +337,6 @@ def versions() -> dict[str, str]:
     """Versions of what a result depends on."""
     libraries = {name: importlib.metadata.version(name) for name in LIBRARIES}
     return {"dmquant": dmquant.__version__, "python": platform.python_version(), **libraries}
-
-
-def _check_taken(options: Options, model: ModelSpec) -> None:
-    """UsageError for an option that the pipeline's call has no argument for."""
-    taken, own = call_parameters(model.pipeline), {"height": model.height, "width": model.width}
-    for option, argument in (("height", "height"), ("width", "width"), ("guidance", "guidance_scale")):
-        given = getattr(options, option)
-        if given is not None and argument not in taken and given != own.get(option):
-            size = f"; {model.name} makes images of {model.width}x{model.height}" if option in own else ""
-            raise UsageError(f"--{option} {given}: a {model.pipeline} takes no {option}{size}")
 
 
 def _prompts(options: Options, model: ModelSpec) -> PromptSet:

@@ -22,6 +22,7 @@ from dmquant.host.memory import peak_memory
 from dmquant.pipelines.models.shared_parts import SharedParts
 from dmquant.pipelines.models.truncation import cut_line, cut_prompts
 from dmquant.pipelines.runs import runfolder
+from dmquant.pipelines.runs.batch_mates import note_batch_mates
 from dmquant.pipelines.runs.image_stage import FP, QUANTIZED, complete_images, images_key
 from dmquant.pipelines.runs.loaded_parts import LoadedParts
 from dmquant.pipelines.runs.model_stage import is_as_written, load_quantized, load_source, make_model_together
@@ -63,6 +64,7 @@ class FullPrecision:
     def images(self) -> None:
         """Make the images that are missing."""
         complete_images(FP, self.requests, self.load, self.folder, self.settings, self.console)
+        note_batch_mates(FP, self.requests, self.load, self.folder, self.settings, self.console)
         key = images_key(self.requests)
         known = self.folder.notes(runfolder.CUT_PROMPTS)
         of_these = bool(known) and known.get("images", key) == key  # of earlier versions there is no key
@@ -98,8 +100,9 @@ class FullPrecision:
 class Quantized:
     """The quantized side of one recipe: its model, its images, and how these compare with full precision.
 
-    Calibration data, and the codes of units that are finished, are kept in `workspace`. The error of each layer is
-    left out unless `compares_layers`. Parts that are the same in the models of several recipes are saved in `shared`.
+    Calibration data, and the codes of units that are finished, are kept in `workspace`. The error of each layer, and
+    what a batch does to its first image, are left out unless `compares_layers`. Parts that are the same in the models
+    of several recipes are saved in `shared`.
     """
 
     def __init__(
@@ -125,6 +128,7 @@ class Quantized:
         self._model()
         complete_images(QUANTIZED, self.requests, self._load, self.folder, self.settings, self.console)
         if self.compares_layers:
+            note_batch_mates(QUANTIZED, self.requests, self._load, self.folder, self.settings, self.console)
             processes.current().on_main(self._layers)
         self._pipeline = None
         self.reference.release()

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import dmquant
 from dmquant.evaluation.generate import batch_size_for, generate, image_requests, missing, prune
 from dmquant.evaluation.png import read_key, read_prompt
 from dmquant.evaluation.trajectory import trajectory_path
@@ -67,6 +68,21 @@ def test_a_finished_batch_is_not_made_again_and_one_with_a_damaged_or_foreign_im
     Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE)).save(tmp_path / "00003.png")
     again = generate(pipeline, requests, tmp_path, batch_size=2, call=CALL)
     assert set(again.seconds) == {request.key for request in requests[2:]}
+
+
+def test_images_that_are_made_as_alone_are_made_again_alone_to_the_same_bytes(pipeline, tmp_path):
+    requests = image_requests(PROMPTS, seed=0, settings="s")
+    options = {"call": CALL, "as_alone": True}
+    with dmquant.deterministic(pipeline):
+        generate(pipeline, requests, tmp_path / "once", batch_size=4, **options)
+        generate(pipeline, requests[:3], tmp_path / "stopped", batch_size=2, **options)
+        (tmp_path / "stopped" / "00001.png").unlink()
+        again = generate(pipeline, requests, tmp_path / "stopped", batch_size=3, **options)
+    assert set(again.seconds) == {requests[1].key, requests[3].key}
+    once, stopped = (
+        {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("once", "stopped")
+    )
+    assert once == stopped
 
 
 @pytest.mark.parametrize(

@@ -231,7 +231,7 @@ def test_traces_and_transforms_are_given_operations_that_they_see(weights, granu
     assert torch.equal(value, expected)
     assert slope.abs().max() > 0
     assert torch.allclose(torch.export.export(layer, (x,)).module()(x), expected, atol=1e-5)
-    with pytest.raises(RuntimeError, match="We don't have an op for aten"):  # and not numbers of no meaning
+    with pytest.raises(RuntimeError, match=r"torch.jit.trace takes no packed codes"):  # and not numbers of no meaning
         torch.jit.trace(layer, (x,))
 
 

@@ -123,6 +123,35 @@ def test_the_report_holds_what_a_reader_needs(finished):
     assert sum(int(one.split()[2]) for one in kernels.split(", ")) == int(layers.split()[0])
 
 
+def test_beside_psnr_stands_what_a_batch_does_to_an_image(
+    options, finished, again, tmp_path, nothing_loads, monkeypatch
+):
+    content = report(finished)
+    both = [content["reference"]["batch_mates"], content["recipes"]["rtn"]["batch_mates"]]
+    assert [one["images"] for one in both] == [len(PROMPTS)] * 2
+    assert both[0]["psnr"] is None or both[0]["psnr"] > 60  # full precision
+    note = content["recipes"]["rtn"]["metrics"]["psnr"]["note"]
+    assert note.startswith("the first image alone and in its batch of 4: full precision ")
+    for page in ("report.md", "report.html"):
+        assert "the first image alone and in its batch of 4: full precision " in (finished / page).read_text()
+    run(options(seed=0, steps=STEPS), again)  # nothing is measured again
+    monkeypatch.undo()
+    alone, batched = tmp_path / "alone", tmp_path / "batched"
+    run(options(deterministic=True, batch_size=1), alone)
+    run(options(deterministic=True, batch_size=3), batched)
+    pngs = [
+        {path.parent.name + path.name: path.read_bytes() for path in out.glob("images/*/*.png")}
+        for out in (alone, batched)
+    ]
+    assert pngs[0] == pngs[1]
+    assert report(alone)["reference"]["batch_mates"] is None
+    assert "note" not in report(alone)["recipes"]["rtn"]["metrics"]["psnr"]
+    deterministic = report(batched)["recipes"]["rtn"]
+    assert deterministic["batch_mates"] == {"images": 3, "psnr": None}
+    assert deterministic["metrics"]["psnr"]["note"].endswith("batch of 3: full precision equal, quantized equal")
+    assert "deterministic: true" in (batched / "run.yaml").read_text()
+
+
 def test_the_size_reported_is_the_size_on_disk(finished):
     result, reference = report(finished)["recipes"]["rtn"], report(finished)["reference"]
     folder = finished / "model" / "transformer"
