@@ -21,8 +21,6 @@ from dmquant.host.text import visible
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-    from dmquant.pipelines.models.registry import ModelSpec
-
 OF_PEFT, OF_DIFFUSERS = ("adapter_config.json", "adapter_model.safetensors"), "pytorch_lora_weights.safetensors"
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 _MARKS = re.compile(r"lora|hada_|lokr_|dora_|diff_b|\.alpha$|ia3_", re.IGNORECASE)  # in names of tensors of adapters
@@ -87,7 +85,8 @@ def parse(text: str) -> Lora:
     if not path.exists():
         raise UserError(f"--lora {text}: there is no {path}")
     lora = Lora(path=_found_in(path).resolve(), scale=factor)
-    if not any(_MARKS.search(name) for name in (names := weight_file.header(lora.file))):
+    names = weight_file.header(lora.file)
+    if not any(map(_MARKS.search, names)):
         first = f"its first tensor is {next(iter(names))}" if names else "it holds no tensors"
         raise UserError(f"{path} is no LoRA: {first}")
     return lora
@@ -105,17 +104,6 @@ def _found_in(path: Path) -> Path:
         found = f"{len(files)} safetensors files: name one of them" if files else "no safetensors file"
         raise UserError(f"{path} holds {found}{'; pickles may run code and are not read' if pickled else ''}")
     return files[0]
-
-
-def with_loras(spec: "ModelSpec", given: Iterable[str]) -> "ModelSpec":
-    """The model with the LoRAs of `--lora`, which its name tells too; raises as `parse` does, and UsageError for one
-    that is given twice."""
-    loras = tuple(map(parse, given))
-    for lora in loras:
-        if sum(other.path == lora.path for other in loras) > 1:
-            raise UsageError(f"--lora {lora.path} is given twice: give it once, with the sum of the scales")
-    name = "+".join((spec.name, *(lora.name for lora in loras)))
-    return spec.model_copy(update={"name": name, "loras": loras}) if loras else spec
 
 
 def bake(pipeline: "DiffusionPipeline", loras: Iterable[Lora], component: str) -> None:

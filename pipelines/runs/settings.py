@@ -22,7 +22,6 @@ from dmquant.host.files import fingerprint
 from dmquant.host.names import readable
 from dmquant.models import completed
 from dmquant.pipelines.models.loading import resolve_device, resolve_dtype
-from dmquant.pipelines.models.loras import with_loras
 from dmquant.pipelines.models.registry import (
     EMBEDDED,
     ModelSpec,
@@ -30,6 +29,7 @@ from dmquant.pipelines.models.registry import (
     embedded_folder,
     family_for,
     resolve_model,
+    with_loras,
 )
 from dmquant.pipelines.prompts.lists import PromptSet, load_prompts, read_prompts
 from dmquant.pipelines.runs.bounds import check_environment, check_image_size, check_numbers, check_taken, parse_size
