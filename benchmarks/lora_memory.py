@@ -7,11 +7,13 @@ of its attention: forward, backward and a step of AdamW, blocks computed again i
 `--plain`. Memory is the highest of the second step, when all that libraries load late is there, over what the process
 held before it loaded the model (Linux: anonymous pages): weights, adapters, optimizer, activations, gradients. Time is
 the processor's of that step. `W4A6, kept` is what W4A6 would take if each weight were held decoded between the forward
-and the backward pass, as autograd does for a layer that decodes its weight.
+and the backward pass, as autograd does for a layer that decodes its weight. Freed tensors are given back to the system
+(MALLOC_MMAP_THRESHOLD_), unless `--glibc`.
 """
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -25,6 +27,8 @@ import dmquant  # before diffusers, for which it makes torchvision importable
 
 KINDS = ("full precision", "W4A6", "W4A6, kept")
 TEXT_TOKENS = 300
+GIVEN_BACK = {"MALLOC_MMAP_THRESHOLD_": str(1 << 18)}
+"""Lets glibc give tensors of 256 KB and more back when they are freed; as it comes, it keeps up to 500 MB of them here."""
 
 
 def step_of(kind: str, folder: str, options: argparse.Namespace) -> dict[str, float]:
@@ -111,6 +115,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=1024, help="a square: 1024 are an image of 512x512")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--plain", action="store_true", help="activations are kept instead of computed again")
+    parser.add_argument("--glibc", action="store_true", help="with what glibc keeps of freed tensors, as it comes")
     parser.add_argument("--kinds", default=";".join(KINDS[:2]), help=f"of: {'; '.join(KINDS)}")
     parser.add_argument("--step", nargs=2, metavar=("KIND", "FOLDER"), help=argparse.SUPPRESS)
     parser.add_argument("--pack", metavar="FOLDER", help=argparse.SUPPRESS)
@@ -126,11 +131,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         write_checkpoint(folder, options.blocks)
         subprocess.run([sys.executable, __file__, "--pack", folder], check=True, capture_output=True)
-        first = None
+        first, env = None, os.environ | ({} if options.glibc else GIVEN_BACK)
         for kind in options.kinds.split(";"):
             place = folder if kind == KINDS[0] else f"{folder}/packed"
             command = [sys.executable, *sys.argv, "--step", kind, place]
-            answer = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
+            answer = subprocess.run(command, check=True, capture_output=True, text=True, env=env).stdout.splitlines()[
+                -1
+            ]
             facts = json.loads(answer)
             first = first or facts["peak"]
             cells = (f"{facts[name] / 1e6:.0f}" for name in ("peak", "held"))
