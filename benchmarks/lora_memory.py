@@ -28,7 +28,7 @@ import dmquant  # before diffusers, for which it makes torchvision importable
 KINDS = ("full precision", "W4A6", "W4A6, kept")
 TEXT_TOKENS = 300
 GIVEN_BACK = {"MALLOC_MMAP_THRESHOLD_": str(1 << 18)}
-"""Lets glibc give tensors of 256 KB and more back when they are freed; as it comes, it keeps up to 500 MB of them here."""
+"""Lets glibc give tensors of 256 KB and more back when they are freed; as it comes, it keeps some 400 MB here."""
 
 
 def step_of(kind: str, folder: str, options: argparse.Namespace) -> dict[str, float]:
