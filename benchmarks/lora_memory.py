@@ -2,16 +2,18 @@
 
     python benchmarks/lora_memory.py [--blocks 28] [--dtype bfloat16] [--tokens 1024] [--batch 1] [--plain]
 
-The model (random weights) is loaded from its file, quantized while loading or not, and trains a LoRA of rank 16 on all
-projections of its attention: forward, backward and a step of AdamW, blocks computed again in the backward pass unless
+The model (random weights) is loaded from what was saved, packed or not, and trains a LoRA of rank 16 on all projections
+of its attention: forward, backward and a step of AdamW, blocks computed again in the backward pass unless
 `--plain`. Memory is the highest of the second step, when all that libraries load late is there, over what the process
 held before it loaded the model (Linux: anonymous pages): weights, adapters, optimizer, activations, gradients. Time is
 the processor's of that step. `W4A6, kept` is what W4A6 would take if each weight were held decoded between the forward
-and the backward pass, as autograd does for a layer that decodes its weight.
+and the backward pass, as autograd does for a layer that decodes its weight. Freed tensors are given back to the system
+(MALLOC_MMAP_THRESHOLD_), unless `--glibc`.
 """
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -25,6 +27,8 @@ import dmquant  # before diffusers, for which it makes torchvision importable
 
 KINDS = ("full precision", "W4A6", "W4A6, kept")
 TEXT_TOKENS = 300
+GIVEN_BACK = {"MALLOC_MMAP_THRESHOLD_": str(1 << 18)}
+"""Lets glibc give tensors of 256 KB and more back when they are freed; as it comes, it keeps some 400 MB here."""
 
 
 def step_of(kind: str, folder: str, options: argparse.Namespace) -> dict[str, float]:
@@ -34,14 +38,12 @@ def step_of(kind: str, folder: str, options: argparse.Namespace) -> dict[str, fl
     from peft import LoraConfig, inject_adapter_in_model
 
     torch.set_num_threads(1)
-    before, dtype, own = anonymous_bytes(), getattr(torch, options.dtype), {}
-    if kind != KINDS[0]:
-        own["quantization_config"] = dmquant.QuantConfig(dmquant.Recipe.load("w4a6").with_settings(scale="absmax"))
+    before, dtype = anonymous_bytes(), getattr(torch, options.dtype)
     if kind == KINDS[2]:
         from dmquant.layers import QuantLinear
 
         QuantLinear.forward = decoded_before
-    model = PixArtTransformer2DModel.from_pretrained(folder, torch_dtype=dtype, **own)
+    model = PixArtTransformer2DModel.from_pretrained(folder, torch_dtype=dtype)
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.data = tensor.data.clone()  # not pages of the file
     model = inject_adapter_in_model(
@@ -66,6 +68,16 @@ def step_of(kind: str, folder: str, options: argparse.Namespace) -> dict[str, fl
             seconds.append(time.process_time() - began)
         peaks.append(peak.bytes)
     return {"peak": peaks[1] - before, "held": held - before, "seconds": seconds[1]}
+
+
+def pack(folder: str) -> None:
+    """Quantize the model in a folder while it is loaded, and save it in a folder beside its files."""
+    import torch
+    from diffusers import PixArtTransformer2DModel
+
+    config = dmquant.QuantConfig(dmquant.Recipe.load("w4a6").with_settings(scale="absmax"))
+    model = PixArtTransformer2DModel.from_pretrained(folder, torch_dtype=torch.bfloat16, quantization_config=config)
+    model.save_pretrained(f"{folder}/packed")
 
 
 def decoded_before(layer: Any, x: Any) -> Any:
@@ -103,9 +115,14 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=1024, help="a square: 1024 are an image of 512x512")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--plain", action="store_true", help="activations are kept instead of computed again")
+    parser.add_argument("--glibc", action="store_true", help="with what glibc keeps of freed tensors, as it comes")
     parser.add_argument("--kinds", default=";".join(KINDS[:2]), help=f"of: {'; '.join(KINDS)}")
     parser.add_argument("--step", nargs=2, metavar=("KIND", "FOLDER"), help=argparse.SUPPRESS)
+    parser.add_argument("--pack", metavar="FOLDER", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.pack:
+        pack(options.pack)
+        return
     if options.step:
         print(json.dumps(step_of(*options.step, options)))
         return
@@ -113,10 +130,14 @@ def main() -> None:
     print("| --- | --- | --- | --- | --- |")
     with tempfile.TemporaryDirectory() as folder:
         write_checkpoint(folder, options.blocks)
-        first = None
+        subprocess.run([sys.executable, __file__, "--pack", folder], check=True, capture_output=True)
+        first, env = None, os.environ | ({} if options.glibc else GIVEN_BACK)
         for kind in options.kinds.split(";"):
-            command = [sys.executable, *sys.argv, "--step", kind, folder]
-            answer = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
+            place = folder if kind == KINDS[0] else f"{folder}/packed"
+            command = [sys.executable, *sys.argv, "--step", kind, place]
+            answer = subprocess.run(command, check=True, capture_output=True, text=True, env=env).stdout.splitlines()[
+                -1
+            ]
             facts = json.loads(answer)
             first = first or facts["peak"]
             cells = (f"{facts[name] / 1e6:.0f}" for name in ("peak", "held"))

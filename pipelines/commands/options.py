@@ -27,6 +27,15 @@ Family = Annotated[
         rich_help_panel="Model",
     ),
 ]
+Loras = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--lora",
+        metavar="FILE[:SCALE]",
+        help="A LoRA to fuse into the full-precision model first, safetensors or a folder; may be given several times.",
+        rich_help_panel="Model",
+    ),
+]
 Recipe = Annotated[
     str | None,
     typer.Option(
@@ -223,6 +232,7 @@ Layout = Annotated[
 ]
 
 _MODEL = {"family": (Family, None)}
+_LORAS = {"loras": (Loras, None)}
 _RECIPE = {"recipe": (Recipe, None), "purpose": (Purpose, None)}
 _CALIBRATION = {
     "calibration_prompts": (CalibrationPrompts, None),
@@ -238,11 +248,11 @@ _MACHINE = {"device": (Device, "auto"), "offload": (Offload, None), "dtype": (Dt
 
 # Fields of pipelines.settings.Options by command, in the order in which --help lists them.
 GENERATE = _MODEL | _PROMPTS | _SAMPLING | _NOISE | _MACHINE
-COMPARE = _MODEL | _FORMATS | _CALIBRATION | _PROMPTS | _SAMPLING | _NOISE | _SCORES | _MACHINE
-RUN = _MODEL | _RECIPE | COMPARE
-SWEEP = _MODEL | _CALIBRATION | _PROMPTS | _SAMPLING | _NOISE | _SCORES | _MACHINE
+COMPARE = _MODEL | _LORAS | _FORMATS | _CALIBRATION | _PROMPTS | _SAMPLING | _NOISE | _SCORES | _MACHINE
+RUN = _MODEL | _LORAS | _RECIPE | COMPARE
+SWEEP = _MODEL | _LORAS | _CALIBRATION | _PROMPTS | _SAMPLING | _NOISE | _SCORES | _MACHINE
 SWEEP["metrics"] = (SweepMetrics, "psnr,latent_mse")
-QUANTIZE = _MODEL | _RECIPE | _FORMATS | _CALIBRATION | _SAMPLING | _MACHINE
+QUANTIZE = _MODEL | _LORAS | _RECIPE | _FORMATS | _CALIBRATION | _SAMPLING | _MACHINE
 
 
 def takes(shared: dict[str, tuple[Any, Any]]) -> Callable[[Callable[..., None]], Callable[..., None]]:

@@ -18,6 +18,7 @@ from dmquant.host import processes
 from dmquant.pipelines.models import folders, hub
 from dmquant.pipelines.models.attention import check_attention
 from dmquant.pipelines.models.checksums import checked
+from dmquant.pipelines.models.loras import bake
 from dmquant.pipelines.models.placing import place
 from dmquant.pipelines.models.registry import ModelSpec, embedded_folder, family_for
 from dmquant.pipelines.models.whole import check_models, model_class
@@ -123,7 +124,7 @@ def load_full_precision(
     *,
     offload: str | None = None,
 ) -> "DiffusionPipeline":
-    """The model's pipeline in `dtype` on `device` (`place`), in eval mode, from safetensors only.
+    """The model's pipeline in `dtype` on `device` (`place`), in eval mode, from safetensors only, its LoRAs fused.
 
     `parts` are in memory already and not loaded again. Raises UserError as `checked_folder` does, and for a backbone
     with tensors that are not finite.
@@ -149,6 +150,7 @@ def load_full_precision(
         pipeline = kind.from_pretrained(folder, variant=variant, **options, **(without | apart | dict(parts)))
     if family.backbones:
         family_of(pipeline)
+    bake(pipeline, spec.loras, family.component)
     _check_backbone(getattr(pipeline, family.component), folder / family.component)
     _remember_configuration(pipeline, folder, parameters)
     check_attention(getattr(pipeline, family.component))

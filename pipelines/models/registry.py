@@ -8,7 +8,7 @@ import importlib.resources
 import inspect
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +21,7 @@ from dmquant.diffusers.families.generic import COMPONENTS
 from dmquant.errors import UsageError, UserError, unknown
 from dmquant.host.text import visible
 from dmquant.pipelines.models import folders, hub
+from dmquant.pipelines.models.loras import Lora, parse
 from dmquant.pipelines.models.skeleton import skeleton
 
 EMBEDDED = "embedded:"
@@ -65,6 +66,8 @@ class ModelSpec(BaseModel):
     """The CLIP model that goes with its images (evaluation.networks.clip), where the usual one does not."""
     keep: dict[str, str] = {}
     """Globs of layers to keep in high precision beside the family's, and why."""
+    loras: tuple[Lora, ...] = ()
+    """Fused into the weights when they are loaded."""
 
     @property
     def is_embedded(self) -> bool:
@@ -138,6 +141,19 @@ def resolve_model(text: str, family: str | None = None) -> ModelSpec:
     if "/" in text or "\\" in text:
         raise UserError(f"there is no folder {text}")
     raise unknown("model", text, models, "`dmquant models` lists them; a Hub id or a local diffusers folder works too")
+
+
+def with_loras(spec: ModelSpec, given: Iterable[str]) -> ModelSpec:
+    """The model with the LoRAs of `--lora`, which its name tells too.
+
+    Raises as `loras.parse` does, and UsageError for one that is given twice.
+    """
+    loras = tuple(map(parse, given))
+    for lora in loras:
+        if sum(other.path == lora.path for other in loras) > 1:
+            raise UsageError(f"--lora {lora.path} is given twice: give it once, with the sum of the scales")
+    name = "+".join((spec.name, *(lora.name for lora in loras)))
+    return spec.model_copy(update={"name": name, "loras": loras}) if loras else spec
 
 
 def _registered(spec: ModelSpec, family: str | None) -> ModelSpec:

@@ -1,6 +1,6 @@
 """Write a quantized pipeline as a folder that works anywhere: whole or not at all."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
@@ -113,8 +113,10 @@ NEEDS = (
 """The first line of a card, for those whose diffusers does not know the quantization type."""
 
 
-def model_card(name: str, recipe: str, weights: str, activations: str, pipeline: str, dtype: torch.dtype) -> str:
-    """README.md of a quantized pipeline: what it is and the lines that load it."""
+def model_card(
+    name: str, recipe: str, weights: str, activations: str, pipeline: str, dtype: torch.dtype, loras: Sequence[str] = ()
+) -> str:
+    """README.md of a quantized pipeline: what it is, the LoRAs fused into it, and the lines that load it."""
     return f"""---
 library_name: diffusers
 tags: [dmquant, quantized, text-to-image]
@@ -126,7 +128,7 @@ tags: [dmquant, quantized, text-to-image]
 
 A diffusers `{pipeline}` whose backbone dmquant quantized with the recipe {code(recipe)}. Scales and layers are in
 `config.json` of the backbone, codes in its safetensors.
-
+{fused_loras(loras)}
 ```python
 import dmquant  # registers the quantizer with diffusers
 import torch
@@ -135,3 +137,8 @@ from diffusers import DiffusionPipeline
 pipe = DiffusionPipeline.from_pretrained("path/to/this/folder", dtype={dtype})
 ```
 """
+
+
+def fused_loras(loras: Sequence[str]) -> str:
+    """The paragraph of a card on LoRAs, each described in a line; nothing where there are none."""
+    return f"\nFused into it before quantizing: {'; '.join(map(cell, loras))}.\n" if loras else ""

@@ -8,7 +8,7 @@ from dmquant.evaluation.report import wording
 from dmquant.evaluation.report.markdown import cell, code, fenced, markdown_table
 from dmquant.evaluation.result import RecipeResult, Report
 from dmquant.host.text import command_without_folders, visible, without_folders, yaml_text
-from dmquant.pipelines.models.saving import NEEDS
+from dmquant.pipelines.models.saving import NEEDS, fused_loras
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 MEASURED = ("images", "seed", "steps", "guidance", "size", "dtype", "device", "real images")  # of a report's settings
@@ -34,6 +34,7 @@ def scored_card(report: Report, recipe_name: str, pipeline_class: str, dtype: st
         f"A diffusers `{pipeline_class}` whose backbone dmquant quantized with the recipe {code(recipe_name)}"
         + (f" from [{cell(source)}](https://huggingface.co/{source}). " if on_hub else ". ")
         + cell(wording.summary(_alone(report, recipe_name))),
+        fused_loras(list(filter(None, [report.settings.get("LoRAs fused")]))).strip(),
         _loading(dtype),
         "## Scores",
         _how(report),

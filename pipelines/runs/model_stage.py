@@ -86,7 +86,8 @@ def make_model(
     narrow_exactly(backbone)
     size, stored = footprint(backbone), sum(tensor.nbytes for tensor in backbone.state_dict().values())
     kind = type(pipeline).__name__
-    card = model_card(settings.model.name, settings.recipe.name, *settings.formats, kind, settings.dtype)
+    loras = [lora.describe() for lora in settings.model.loras]
+    card = model_card(settings.model.name, settings.recipe.name, *settings.formats, kind, settings.dtype, loras)
     if replaced := save_whole(pipeline, folder, card, settings.family.component, shared):
         console.say(
             f"note: the model that was in {folder} has no checksums, so that it was not removed: it is {replaced}"
@@ -159,7 +160,11 @@ def _notes(backbone: nn.Module, layers: Sequence[LayerReport]) -> dict[str, list
 def load_source(
     settings: Settings, console: Console, parts: Mapping[str, Any] = MappingProxyType({})
 ) -> "DiffusionPipeline":
-    """The full-precision pipeline of a run, on its device; `parts` are in memory already and not loaded again."""
+    """The full-precision pipeline of a run, on its device; `parts` are in memory already and not loaded again.
+
+    Unless LoRAs are fused into it: they may be in these parts already, which are those of a quantized pipeline.
+    """
+    parts = {} if settings.model.loras else parts
     return load_full_precision(
         settings.model, settings.dtype, settings.device, console.say, parts, offload=settings.offload
     )

@@ -215,6 +215,7 @@ def _flat_settings(folder: RunFolder, side: RunFolder, settings: dict[str, Any])
     images = settings["images"]
     return {
         "source": settings["model"]["source"],
+        **({"LoRAs fused": "; ".join(loras)} if (loras := settings["model"].get("loras")) else {}),
         "prompts": settings["prompt_set"],
         "prompts (sha256)": settings["prompts_sha256"],
         "prompts cut": folder.notes(runfolder.CUT_PROMPTS).get("line") or "none",

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import platform
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from dmquant.pipelines.models.registry import (
     embedded_folder,
     family_for,
     resolve_model,
+    with_loras,
 )
 from dmquant.pipelines.prompts.lists import PromptSet, load_prompts, read_prompts
 from dmquant.pipelines.runs.bounds import check_environment, check_image_size, check_numbers, check_taken, parse_size
@@ -48,6 +50,7 @@ class Options:
 
     model: str
     family: str | None = None
+    loras: Sequence[str] | None = None
     recipe: str | None = None
     purpose: str | None = None
     w: str | None = None
@@ -182,6 +185,7 @@ class Settings:
                 "family": self.model.family,
                 "pipeline": self.model.pipeline,
                 "sha256": source_hashes,
+                "loras": [lora.describe() for lora in self.model.loras],
             },
             **recipes,
             "calibration": {
@@ -219,7 +223,7 @@ def resolve(options: Options) -> Settings:
     Raises UsageError for unknown names and impossible values, UserError for what this machine does not have.
     """
     check_numbers(options)
-    model = resolve_model(options.model, options.family)
+    model = with_loras(resolve_model(options.model, options.family), options.loras or ())
     named = named_recipe(options.recipe, options.purpose)
     recipe = chosen_recipe(model, named, options.w, options.a, options.components)
     metrics = resolve_metrics(options.metrics, options.real, own_clip=model.clip is not None)

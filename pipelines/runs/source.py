@@ -30,9 +30,11 @@ class Source:
 
 
 def source_of(settings: Settings, path: Path, console: Console) -> Source:
-    """The pipeline in the folder `path`; each file is read once, and not at all if an earlier command has read it."""
+    """The pipeline in the folder `path`, with the LoRAs that are fused into it; each file is read once, and not at all
+    if an earlier command has read it."""
     with console.bar("hash of the weights") as bar:
         hashes = processes.current().on_main(lambda: pipeline_hashes(path, settings.family.without, bar))
+    hashes |= {lora.key: lora.sha256 for lora in settings.model.loras}
     return Source(path, hashes, fingerprint(files=hashes))
 
 

@@ -148,7 +148,7 @@ def test_a_state_answers_to_weights_that_it_does_not_hold(flux):
 
 
 @pytest.mark.parametrize("kind", ["sd15", "sdxl", "sd3", "sana", "pixart-sigma", "hunyuan-1.2", "dit"])
-def test_adapters_of_every_family_are_added_and_taken_off(kind):
+def test_adapters_of_every_family_are_added_loaded_fused_and_taken_off(kind):
     pipeline = TINY[kind].build()
     backbone = getattr(pipeline, "unet", None) or pipeline.transformer
     quantize_(backbone, "w4a6")
@@ -159,7 +159,17 @@ def test_adapters_of_every_family_are_added_and_taken_off(kind):
         return
     backbone.add_adapter(config)
     assert any("lora_A" in name for name in backbone.state_dict())
+    component = "unet" if hasattr(pipeline, "unet") else "transformer"
+    state = peft.utils.get_peft_model_state_dict(backbone)
     backbone.unload_lora()
+    pipeline.load_lora_weights({f"{component}.{name}": tensor for name, tensor in state.items()})
+    loaded = peft.utils.get_peft_model_state_dict(backbone, adapter_name="default_0")
+    assert loaded.keys() == state.keys()
+    assert all(torch.equal(loaded[name], state[name]) for name in state)
+    pipeline.fuse_lora(requantize=True)
+    assert pipeline.num_fused_loras == 1
+    pipeline.unfuse_lora()
+    pipeline.unload_lora_weights()
     after = backbone.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
