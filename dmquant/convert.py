@@ -161,13 +161,13 @@ def quantize_layers_(module: nn.Module, recipe: Recipe, progress: Progress | Non
 def component_recipe(recipe: Recipe, component: str) -> Recipe | None:
     """The recipe of a part of the pipeline beside the backbone, made of the rules that name it; None without any.
 
-    What its rules do not set is as in an empty recipe, not as for the backbone. UsageError for rules that take
-    calibration data, which there is for the backbone alone.
+    What its rules do not set is as in an empty recipe, not as for the backbone, and no engine's. UsageError for rules
+    that take calibration data, which there is for the backbone alone.
     """
     rules = [rule.model_copy(update={"component": None}) for rule in recipe.rules if rule.component == component]
     if not rules:
         return None
-    plain = {"name": recipe.name, "description": recipe.description, "weights": NO_FORMAT, "engine": recipe.engine}
+    plain = {"name": recipe.name, "description": recipe.description, "weights": NO_FORMAT}
     found = Recipe.from_dict(plain | {"rules": [rule.model_dump() for rule in rules]}, f"the {component}")
     if found.calibrated:
         raise UsageError(f"the rules of component {component} take calibration data, which only the backbone has")

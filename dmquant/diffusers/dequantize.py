@@ -29,7 +29,7 @@ def become_float_(layer: nn.Module, weight: Tensor) -> nn.Module:
     """Make a quantized layer a float one of this weight, in its dtype; the same layer."""
     layer.drop_kernel_weights()
     bias, gone = layer.bias, {*_STORED, *layer.part_names}
-    for name in (*_OWN, *gone, "bias", "kernel_choice", "kernel_weights_of", "kernel_plan"):
+    for name in (*_OWN, *gone, "bias", "kernel_choice", "kernel_weights_of", "kernel_plan", "signature"):
         vars(layer).pop(name, None)
     others = {name: one for name, one in layer._parameters.items() if name not in {*gone, "bias"}}
     layer.__class__ = _FLOAT[type(layer)]

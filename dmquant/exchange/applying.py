@@ -169,6 +169,23 @@ def apply_(foreign: Foreign, found: Sequence[Place], backbone: nn.Module, model:
     return Applied(formats, bits, errors, sum(sizes.values()), missing, (*foreign.notes, *notes))
 
 
+@torch.no_grad()
+def decode_(foreign: Foreign, found: Sequence[Place], backbone: nn.Module, model: str) -> None:
+    """Fill a backbone, in place, with the float weights that what the file holds stands for; inputs are not rounded.
+
+    UserError for tensors of other shapes than the backbone's, and for a file that lacks some.
+    """
+    held, _ = _load_rest(foreign, backbone, model)
+    held |= {source for place in found for source in place.target.sources}
+    if lacking := [name for name in backbone.state_dict() if name not in held]:
+        raise UserError(f"{foreign.found.path} lacks {listed(lacking)} of {model}: get the model again")
+    for place in found:
+        modules = [backbone.get_submodule(name) for name in place.modules]
+        parts = place.weight().split([len(module.weight) for module in modules])
+        for module, rows in zip(modules, parts, strict=True):
+            module.weight.copy_(rows)
+
+
 def _load_rest(foreign: Foreign, backbone: nn.Module, model: str) -> tuple[set[str], list[str]]:
     """Copy tensors in high precision and biases into the backbone; their names there, and a line on others."""
     own, target_of = backbone.state_dict(keep_vars=True), _targets(backbone)
@@ -178,6 +195,8 @@ def _load_rest(foreign: Foreign, backbone: nn.Module, model: str) -> tuple[set[s
         if name.startswith(OTHER_PARTS) or (target := target_of(name)) is None:
             left.append(name)
             continue
+        if name not in foreign.found.tensors:  # labels may list what the file lacks
+            raise UserError(f"{foreign.found.path} lacks {name} of {model}: get that file again")
         given, parts = foreign.found.tensors[name].shape, [own[source] for source in target.sources]
         expected = (sum(map(len, parts)), *parts[0].shape[1:]) if parts[0].ndim else ()
         if tuple(given) != expected:

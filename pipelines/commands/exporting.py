@@ -17,6 +17,7 @@ from dmquant.host.console import Console, quiet_libraries
 from dmquant.host.files import write_text
 from dmquant.host.units import size_text
 from dmquant.pipelines.commands.listing import model_folder
+from dmquant.pipelines.models import folders
 from dmquant.pipelines.models.opening import open_foreign, open_source
 from dmquant.pipelines.runs.evidence import Evidence, evidence_of
 from dmquant.pipelines.runs.evidence_card import MARK, evidence_card
@@ -55,10 +56,17 @@ def export(folder: Path, to: str, out: Path | None, overwrite: bool, calibration
     console.say(f"{written.path}: {target.title}, {size_text(size)}; {layers}; {exact}")
     for note in written.notes:
         console.say(f"note: {note}")
+    if target.folder and (own := _other_own_parts(model, source.component)):
+        console.say(f"note: {', '.join(own)} as dmquant quantized it: whoever loads the folder needs dmquant for that")
     evidence = evidence_of(model, source.component)
     _write_card(source, target, written, evidence, card, picture)
     told = evidence if isinstance(evidence, str) else "scores and pairs of its run"
     console.say(f"card: {card}; {told}")
+
+
+def _other_own_parts(model: Path, backbone: str) -> list[str]:
+    parts = [part for part in folders.components(model) if (model / part / "config.json").is_file()]
+    return [part for part in parts if part != backbone and folders.quantization(model, part) is not None]
 
 
 def _check_file(out: Path, model: Path, target: ForeignFormat) -> None:

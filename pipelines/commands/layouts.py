@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from dmquant.convert import component_names
 from dmquant.errors import UsageError, UserError
 from dmquant.host import owned
 from dmquant.pipelines.commands import exporting, stages
@@ -11,12 +12,14 @@ from dmquant.pipelines.runs.settings import Settings
 
 
 def check(layout: str, settings: Settings) -> None:
-    """UsageError for a recipe whose model the loader of a layout may not be able to hold."""
+    """UsageError for a recipe whose model the loader of a layout cannot, or may not be able to, hold."""
     if layout != LAYOUTS[0] and getattr(settings.recipe, "engine", None) != layout:
         raise UsageError(
             f"--layout {layout} takes a recipe that is made for it: leave out --recipe {settings.recipe.name}, or give "
             f"it engine: {layout}; `dmquant export` tries any model"
         )
+    if layout != LAYOUTS[0] and (names := component_names(settings.recipe)):
+        raise UsageError(f"--layout {layout} holds the backbone alone: leave out --component {names[0]}")
 
 
 def add_to_run(layout: str, folder: Path) -> None:

@@ -36,6 +36,15 @@ Loras = Annotated[
         rich_help_panel="Model",
     ),
 ]
+SourceQuantized = Annotated[
+    str,
+    typer.Option(
+        metavar="refuse|dequantize",
+        help="What becomes of a model that is quantized already: dequantize takes what its weights stand for as full "
+        "precision. What they lost stays lost.",
+        rich_help_panel="Model",
+    ),
+]
 Recipe = Annotated[
     str | None,
     typer.Option(
@@ -232,7 +241,7 @@ Layout = Annotated[
 ]
 
 _MODEL = {"family": (Family, None)}
-_LORAS = {"loras": (Loras, None)}
+_SOURCE = {"loras": (Loras, None), "source_quantized": (SourceQuantized, "refuse")}
 _RECIPE = {"recipe": (Recipe, None), "purpose": (Purpose, None)}
 _CALIBRATION = {
     "calibration_prompts": (CalibrationPrompts, None),
@@ -248,11 +257,11 @@ _MACHINE = {"device": (Device, "auto"), "offload": (Offload, None), "dtype": (Dt
 
 # Fields of pipelines.settings.Options by command, in the order in which --help lists them.
 GENERATE = _MODEL | _PROMPTS | _SAMPLING | _NOISE | _MACHINE
-COMPARE = _MODEL | _LORAS | _FORMATS | _CALIBRATION | _PROMPTS | _SAMPLING | _NOISE | _SCORES | _MACHINE
-RUN = _MODEL | _LORAS | _RECIPE | COMPARE
-SWEEP = _MODEL | _LORAS | _CALIBRATION | _PROMPTS | _SAMPLING | _NOISE | _SCORES | _MACHINE
+COMPARE = _MODEL | _SOURCE | _FORMATS | _CALIBRATION | _PROMPTS | _SAMPLING | _NOISE | _SCORES | _MACHINE
+RUN = _MODEL | _SOURCE | _RECIPE | COMPARE
+SWEEP = _MODEL | _SOURCE | _CALIBRATION | _PROMPTS | _SAMPLING | _NOISE | _SCORES | _MACHINE
 SWEEP["metrics"] = (SweepMetrics, "psnr,latent_mse")
-QUANTIZE = _MODEL | _LORAS | _RECIPE | _FORMATS | _CALIBRATION | _SAMPLING | _MACHINE
+QUANTIZE = _MODEL | _SOURCE | _RECIPE | _FORMATS | _CALIBRATION | _SAMPLING | _MACHINE
 
 
 def takes(shared: dict[str, tuple[Any, Any]]) -> Callable[[Callable[..., None]], Callable[..., None]]:

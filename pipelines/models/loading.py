@@ -13,12 +13,15 @@ import torch
 from torch import nn
 
 from dmquant.diffusers.families import family_of
+from dmquant.diffusers.quantizer import QuantMethod
 from dmquant.errors import UsageError, UserError
 from dmquant.host import processes
 from dmquant.pipelines.models import folders, hub
 from dmquant.pipelines.models.attention import check_attention
 from dmquant.pipelines.models.checksums import checked
+from dmquant.pipelines.models.dequantizing import decoded, dequantize_parts
 from dmquant.pipelines.models.loras import bake
+from dmquant.pipelines.models.opening import is_of_others, open_foreign
 from dmquant.pipelines.models.placing import place
 from dmquant.pipelines.models.registry import ModelSpec, embedded_folder, family_for
 from dmquant.pipelines.models.whole import check_models, model_class
@@ -85,7 +88,7 @@ def resolve_dtype(name: str, device: str) -> torch.dtype:
 
 
 def checked_folder(spec: ModelSpec, say: Callable[[str], None]) -> Path:
-    """The folder with the model's files, downloaded if need be, and found whole and in full precision.
+    """The folder with the model's files, downloaded if need be, and found whole, and in full precision if it has to be.
 
     `say` is told of a download before it starts. Raises UserError for weights that are missing, truncated, damaged,
     of another model than the configuration, already quantized, or not to be had.
@@ -99,12 +102,15 @@ def checked_folder(spec: ModelSpec, say: Callable[[str], None]) -> Path:
         folder = hub.pipeline(spec.source, spec.download_bytes, family.without, say)
     folders.check_whole(folder, family.without)
     method = folders.quantization(folder, family.component)
-    if method is not None:
+    if method is None and is_of_others(folder / family.component):
+        method = open_foreign(folder / family.component).format.name
+    if method is not None and not spec.dequantizes:
         raise UserError(
-            f"{folder} is already quantized (by {method}): start from the full-precision model; "
-            "`dmquant inspect` shows what this one holds"
+            f"{folder} is already quantized (by {method}): start from the full-precision model, or, with "
+            "--source-quantized dequantize, from what its weights stand for; `dmquant inspect` shows what it holds"
         )
-    check_models(folder, family.without, folders.variant(folder, family.component))
+    decoded_apart = {family.component} if method not in (None, QuantMethod.DMQUANT.value) else {}
+    check_models(folder, {*family.without, *decoded_apart}, folders.variant(folder, family.component))
     return folder
 
 
@@ -126,8 +132,9 @@ def load_full_precision(
 ) -> "DiffusionPipeline":
     """The model's pipeline in `dtype` on `device` (`place`), in eval mode, from safetensors only, its LoRAs fused.
 
-    `parts` are in memory already and not loaded again. Raises UserError as `checked_folder` does, and for a backbone
-    with tensors that are not finite.
+    What is quantized is dequantized, if the spec says so. `parts` are in memory already and not loaded again. Raises
+    UserError as `checked_folder` does, for what cannot be dequantized, and for a backbone with tensors that are not
+    finite.
     """
     say = say or (lambda line: print(line, file=sys.stderr))
     folder = checked_folder(spec, say)
@@ -142,6 +149,8 @@ def load_full_precision(
     without = {name: value for name, value in family.without.items() if name in parameters}
     variant = folders.variant(folder, family.component)
     options = {"dtype": dtype, "use_safetensors": True, "local_files_only": True}
+    if spec.dequantizes and (backbone := decoded(folder / family.component, dtype)) is not None:
+        parts = {**parts, family.component: backbone}
     with explained(folder):
         apart = {
             name: model_class(*folders.classes(folder)[name]).from_pretrained(folder / name, variant=own, **options)
@@ -150,6 +159,8 @@ def load_full_precision(
         pipeline = kind.from_pretrained(folder, variant=variant, **options, **(without | apart | dict(parts)))
     if family.backbones:
         family_of(pipeline)
+    if spec.dequantizes:
+        dequantize_parts(pipeline, dtype)
     bake(pipeline, spec.loras, family.component)
     _check_backbone(getattr(pipeline, family.component), folder / family.component)
     _remember_configuration(pipeline, folder, parameters)

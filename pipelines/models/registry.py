@@ -18,13 +18,14 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from dmquant.diffusers.families import GENERIC, HOW_TO_ADD, Family, ends, families, family_of_pipeline
 from dmquant.diffusers.families.generic import COMPONENTS
-from dmquant.errors import UsageError, UserError, unknown
+from dmquant.errors import UsageError, UserError, check_choice, unknown
 from dmquant.host.text import visible
 from dmquant.pipelines.models import folders, hub
 from dmquant.pipelines.models.loras import Lora, parse
 from dmquant.pipelines.models.skeleton import skeleton
 
 EMBEDDED = "embedded:"
+SOURCE_QUANTIZED = ("refuse", "dequantize")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _USUAL_PIXELS = 1024  # the default of diffusers, for pipelines whose configuration tells no size
 _TAKES_MORE = re.compile(
@@ -68,6 +69,8 @@ class ModelSpec(BaseModel):
     """Globs of layers to keep in high precision beside the family's, and why."""
     loras: tuple[Lora, ...] = ()
     """Fused into the weights when they are loaded."""
+    dequantizes: bool = False
+    """Whether weights that are quantized already are taken for what they stand for."""
 
     @property
     def is_embedded(self) -> bool:
@@ -154,6 +157,13 @@ def with_loras(spec: ModelSpec, given: Iterable[str]) -> ModelSpec:
             raise UsageError(f"--lora {lora.path} is given twice: give it once, with the sum of the scales")
     name = "+".join((spec.name, *(lora.name for lora in loras)))
     return spec.model_copy(update={"name": name, "loras": loras}) if loras else spec
+
+
+def as_source(spec: ModelSpec, loras: Iterable[str], quantized: str) -> ModelSpec:
+    """The model as the commands' options of the source want it: LoRAs fused, and one that is `quantized` already
+    refused or dequantized. Raises as `with_loras` does, and UsageError for another word."""
+    dequantizes = check_choice("--source-quantized", quantized, SOURCE_QUANTIZED) == "dequantize"
+    return with_loras(spec, loras).model_copy(update={"dequantizes": dequantizes})
 
 
 def _registered(spec: ModelSpec, family: str | None) -> ModelSpec:

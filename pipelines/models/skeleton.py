@@ -14,10 +14,11 @@ from dmquant.pipelines.models.weights import weight_files
 UNKNOWN = 10_000  # tensors that a model may have whose weights are not here
 
 
-def skeleton(part: Path, kind: type[nn.Module] | None = None) -> nn.Module:
-    """The model of the component in the folder `part` at full precision, on the meta device.
+def skeleton(part: Path, kind: type[nn.Module] | None = None, on: str = "meta") -> nn.Module:
+    """The model of the component in the folder `part` at full precision, its parameters on the meta device.
 
-    `kind` is its class in diffusers; by default the one that config.json names. Raises UserError for a config.json
+    `kind` is its class in diffusers; by default the one that config.json names. On another device than meta, buffers
+    are what a model that is loaded has, and parameters are not initialised. Raises UserError for a config.json
     that the installed diffusers cannot build, and, within a second, for one of a far larger model than its weights.
     """
     import diffusers
@@ -35,7 +36,7 @@ def skeleton(part: Path, kind: type[nn.Module] | None = None) -> nn.Module:
         check_sizes(config, stored, str(where))
     try:
         # To draw no numbers takes as long as everything else does.
-        with bounded(len(stored) or UNKNOWN, str(where)), no_init_weights(), torch.device("meta"):
+        with bounded(len(stored) or UNKNOWN, str(where)), no_init_weights(), torch.device(on):
             built = model.from_config(config)
     except UserError:
         raise

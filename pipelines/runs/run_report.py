@@ -212,9 +212,9 @@ def _peak(folder: RunFolder, side: str) -> int | None:
 
 def _flat_settings(folder: RunFolder, side: RunFolder, settings: dict[str, Any]) -> dict[str, Any]:
     """The settings that repeat the run, each a plain value."""
-    images = settings["images"]
+    images, dequantized = settings["images"], settings["model"].get("source_quantized") == "dequantize"
     return {
-        "source": settings["model"]["source"],
+        "source": settings["model"]["source"] + (", dequantized" if dequantized else ""),
         **({"LoRAs fused": "; ".join(loras)} if (loras := settings["model"].get("loras")) else {}),
         "prompts": settings["prompt_set"],
         "prompts (sha256)": settings["prompts_sha256"],

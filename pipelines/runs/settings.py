@@ -26,11 +26,11 @@ from dmquant.pipelines.models.placing import check_offload
 from dmquant.pipelines.models.registry import (
     EMBEDDED,
     ModelSpec,
+    as_source,
     call_parameters,
     embedded_folder,
     family_for,
     resolve_model,
-    with_loras,
 )
 from dmquant.pipelines.prompts.lists import PromptSet, load_prompts, read_prompts
 from dmquant.pipelines.runs.bounds import check_environment, check_image_size, check_numbers, check_taken, parse_size
@@ -51,6 +51,7 @@ class Options:
     model: str
     family: str | None = None
     loras: Sequence[str] | None = None
+    source_quantized: str = "refuse"
     recipe: str | None = None
     purpose: str | None = None
     w: str | None = None
@@ -186,6 +187,7 @@ class Settings:
                 "pipeline": self.model.pipeline,
                 "sha256": source_hashes,
                 "loras": [lora.describe() for lora in self.model.loras],
+                "source_quantized": "dequantize" if self.model.dequantizes else "refuse",
             },
             **recipes,
             "calibration": {
@@ -223,7 +225,7 @@ def resolve(options: Options) -> Settings:
     Raises UsageError for unknown names and impossible values, UserError for what this machine does not have.
     """
     check_numbers(options)
-    model = with_loras(resolve_model(options.model, options.family), options.loras or ())
+    model = as_source(resolve_model(options.model, options.family), options.loras or (), options.source_quantized)
     named = named_recipe(options.recipe, options.purpose)
     recipe = chosen_recipe(model, named, options.w, options.a, options.components)
     metrics = resolve_metrics(options.metrics, options.real, own_clip=model.clip is not None)

@@ -461,7 +461,7 @@ def test_lora_weights_load_onto_a_quantized_unet_and_refuse_to_fuse(tmp_path):
     plain = example(pipeline.unet)
     pipeline.load_lora_weights(tmp_path)
     assert not torch.allclose(example(pipeline.unet), plain, atol=1e-4)
-    with pytest.raises(RuntimeError, match="keep the LoRA unfused"):
+    with pytest.raises(UserError, match="requantize=True"):
         pipeline.fuse_lora()
     pipeline.unload_lora_weights()
     assert torch.equal(example(pipeline.unet), plain)

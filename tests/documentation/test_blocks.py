@@ -44,7 +44,7 @@ EXPORTED = {
 """What `dmquant export` left before a page begins: engine, a recipe with less calibration than `--for` has, name."""
 
 NEEDS = {"docs/exchange/gguf.md": "gguf", "docs/exchange/torchao.md": "torchao"}
-SLOW = tuple(f"docs/{name}.md" for name in ("activations", "components", "howto", "models", "running"))
+SLOW = tuple(f"docs/{name}.md" for name in ("activations", "components", "diffusers", "howto", "models", "running"))
 """Pages that calibrate, compile, or load whole pipelines several times: together half a minute and more."""
 
 

@@ -54,6 +54,18 @@ def test_quantize_writes_it_alone_and_run_beside_its_model(given, quick, tmp_pat
     assert "is there already" in again.output
 
 
+def test_a_text_encoder_that_needs_dmquant_is_refused_in_it_and_told_of_by_an_export(given, tmp_path, capsys):
+    component = ["--component", "vae=w8a16"]
+    refused = CliRunner().invoke(
+        app, ["quantize", *given, *component, "--layout", "torchao", "--out", str(tmp_path / "t")]
+    )
+    assert refused.exit_code == 2
+    made = CliRunner().invoke(app, ["quantize", *given, *component, "--out", str(tmp_path / "own")])
+    assert made.exit_code == 0, made.output
+    exporting.export(tmp_path / "own", "torchao", tmp_path / "exported", False)
+    assert "vae as dmquant quantized it: whoever loads the folder needs dmquant for that" in capsys.readouterr().out
+
+
 def test_a_recipe_that_is_not_made_for_it_is_refused_before_any_work(quick):
     with pytest.raises(
         UsageError, match=r"^--layout torchao takes a recipe that is made for it: leave out --recipe rtn"
