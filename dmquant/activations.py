@@ -152,7 +152,8 @@ class TimestepRanges:
 
     def set(self, timesteps: Tensor | float) -> None:
         """Set the timesteps of the coming call: (rows,), one for each row of the batch, or a scalar for all."""
-        rows = torch.as_tensor(timesteps).reshape(-1)
+        given = timesteps if isinstance(timesteps, Tensor) else torch.tensor(timesteps, dtype=torch.float32)
+        rows = given.reshape(-1)
         self.of_rows = {count: ranges_of(rows, count) for count in self.counts}
 
 

@@ -221,7 +221,7 @@ def _search_base(groups: Tensor, fmt: Format, start: Scales, measure: Callable[[
     errors = {place: error(start.base * 2.0 ** (place / STEPS)) for place in tried}
     totals = [torch.stack([errors[step + place] for place in places]).amin(0).sum(-1, keepdim=True) for step in BASES]
     step = torch.stack(totals).argmin(0) + BASES[0]
-    base = kind.fit_base(start.base * torch.exp2(step / STEPS) * (fmt.max * factors[-1]), fmt)
+    base = kind.fit_base(start.base * torch.exp2(step.float() / STEPS) * (fmt.max * factors[-1]), fmt)
     least, chosen = torch.stack([error(base * factor) for factor in factors]).min(0)
     stored = groups.new_tensor(factors, dtype=torch.uint8)[chosen]
     better = least.sum(-1, keepdim=True) < error(start.decode()).sum(-1, keepdim=True)

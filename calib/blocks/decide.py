@@ -151,7 +151,7 @@ class Decider:
             return that_counts(output), prediction
 
         def importance(batch: Sequence[int]) -> Tensor:
-            return torch.tensor([self.importance[index] for index in batch])
+            return torch.tensor([self.importance[index] for index in batch], dtype=torch.float32)
 
         return UnitData(
             run,

@@ -69,7 +69,7 @@ class Correction:
     def _wanted(self, learning: Sequence[int], title: str, bar: Bar) -> Statistics:
         """Mean statistics by range of timesteps, (RANGES, branches, 2, channels), for every norm that the unit runs."""
         sums: Statistics = {}
-        counts = torch.zeros(RANGES)
+        counts = torch.zeros(RANGES, dtype=torch.float32)
         for batch in self.streams.batches(learning, f"{title}: statistics", bar):
             ranges = self._ranges(batch)
             counts += ranges.bincount(minlength=RANGES)

@@ -149,7 +149,7 @@ def _beginnings(learners: Sequence[Learner]) -> Iterator[tuple[dict[str, Rounded
 
 def spread_batch(samples: Sequence[int], size: int, generator: torch.Generator) -> list[int]:
     """Draw a random sample from each of `size` equal parts of `samples`."""
-    draws = torch.rand(size, generator=generator).tolist()
+    draws = torch.rand(size, generator=generator, dtype=torch.float32).tolist()
     return [samples[int((part + draw) * len(samples) / size)] for part, draw in enumerate(draws)]
 
 

@@ -136,7 +136,7 @@ def mixed(quantized: Any, full: Any, share: float, generator: torch.Generator) -
     others = iter([leaf for _, leaf in flatten(full)[1] if leaf.is_floating_point()])
 
     def mix(leaf: Tensor) -> Tensor:
-        drawn = torch.rand(leaf.shape, generator=generator).to(leaf.device)
+        drawn = torch.rand(leaf.shape, generator=generator, dtype=torch.float32).to(leaf.device)
         return torch.where(drawn < share, next(others), leaf)
 
     return map_floats(mix, quantized)

@@ -62,7 +62,7 @@ def measure_importance(
         noise = partial(_Disturbance, step, relative_noise, calls)
         weights.append((latents(noise) - clean).square().mean().item() / relative_noise**2)
         progress(step + 2, steps + 1)
-    if not torch.tensor(weights).isfinite().all():
+    if not torch.tensor(weights, dtype=torch.float32).isfinite().all():
         raise UserError("the full-precision pipeline ends in NaN or infinity; try another --dtype")
     return weights
 
@@ -83,7 +83,8 @@ class _Disturbance:
         rms = prediction.float().square().mean(dim=tuple(range(1, prediction.dim())), keepdim=True).sqrt()
         branches = len(prediction) // (len(self._batch) * self._images)  # of the guidance, one behind the other
         shape = branches, self._prompts, self._images, *prediction.shape[1:]
-        noise = torch.randn(shape, generator=self._generator)[:, list(self._batch)].flatten(0, 2).to(prediction.device)
+        drawn = torch.randn(shape, generator=self._generator, dtype=torch.float32)
+        noise = drawn[:, list(self._batch)].flatten(0, 2).to(prediction.device)
         return (prediction.float() + self._relative_noise * rms * noise).to(prediction.dtype)
 
 

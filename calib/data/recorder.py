@@ -69,7 +69,7 @@ class Recorder:
     def _record(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         arguments = _by_name(self._signature, args, kwargs)
         step = len(self.timesteps)
-        self.timesteps.append(float(torch.as_tensor(arguments["timestep"]).flatten()[0]))
+        self.timesteps.append(float(torch.as_tensor(arguments["timestep"], dtype=torch.float64).flatten()[0]))
         skeleton, leaves = flatten(arguments)
         call_rows = leaves[0].tensor.shape[0]
         rows_each, left = divmod(call_rows, len(self.batch))

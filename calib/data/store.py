@@ -78,5 +78,6 @@ class CalibrationStore:
 
 
 def timesteps_of(store: CalibrationStore, indices: Sequence[int]) -> Tensor:
-    """The timesteps of the samples `indices`, (samples,), in the dtype that torch gives such numbers."""
-    return torch.tensor([store.timesteps[store.samples[index].step] for index in indices])
+    """The timesteps of the samples `indices`, (samples,), float32, or int64 where all are whole numbers."""
+    found = [store.timesteps[store.samples[index].step] for index in indices]
+    return torch.tensor(found, dtype=torch.float32 if any(isinstance(one, float) for one in found) else torch.int64)

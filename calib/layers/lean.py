@@ -115,7 +115,7 @@ def fit_weighted(groups: Tensor, fmt: Format, store: str, weights: Tensor, base:
     kind, absolute = STORES[store], fit_absmax(groups, fmt, store, base)
     further = (0.125,) if kind.search == OCTAVE_SEARCH else (0.3, 0.35, 0.4, 0.45, 0.5, 0.55)
     if not kind.factors and groups.device.type == "cpu":
-        multiples = torch.tensor(kind.tried(fmt, *further)).view(-1, 1, 1)
+        multiples = torch.tensor(kind.tried(fmt, *further), dtype=torch.float32).view(-1, 1, 1)
         tried = kind.encode(absmax(groups) * multiples, fmt, absolute.base)
         chosen = search_weighted(groups, fmt, kind.decode(tried, absolute.base), weights)
         if chosen is not None:

@@ -80,7 +80,7 @@ class Learner:
         quantized = self.quantized.quantize_input(x)
         if not self.dropped or self.drawing is None:
             return quantized
-        kept = torch.rand(x.shape, generator=self.drawing).to(x.device) < self.dropped
+        kept = torch.rand(x.shape, generator=self.drawing, dtype=torch.float32).to(x.device) < self.dropped
         return torch.where(kept, x, quantized)
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:

@@ -51,7 +51,7 @@ class Moments:
         elif self.columns > LARGEST and (spec.split is None or not spec.segments(shape)[0] % group):
             self.size = spec.granularity.size or self.columns  # groups are blocks, but for a split amid one
         blocks = -(-self.columns // self.size)
-        self.sums = torch.zeros(blocks, self.size, self.size, device=device)
+        self.sums = torch.zeros(blocks, self.size, self.size, device=device, dtype=torch.float32)
         self.tokens = 0
         self._factors: tuple[gptq.Options, list[gptq.Factor]] | None = None
 

@@ -90,7 +90,7 @@ class RangeObserver:
         self.device = layer.weight.device
         channels = layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels
         self.segments = spec.segments(channels)
-        self.absmax = torch.zeros(spec.scale_shape(channels))
+        self.absmax = torch.zeros(spec.scale_shape(channels), dtype=torch.float32)
         self.seen = torch.zeros(spec.ranges, dtype=torch.bool)
         clipped = clip and spec.granularity.kind == "tensor"
         self.histograms = torch.zeros(*self.absmax.shape, _BINS, dtype=torch.int64) if clipped else None
@@ -162,7 +162,7 @@ def least_error_amplitude(histograms: Tensor, absmax: Tensor, fmt: Format) -> Te
     `histograms` (ranges, bins) int64 count the magnitudes.
     """
     values = torch.arange(_FIRST_BIN, _FIRST_BIN + _BINS, dtype=torch.int16).view(torch.bfloat16).float()
-    amplitudes = absmax * torch.tensor(CLIPS)  # ranges, clips
+    amplitudes = absmax * torch.tensor(CLIPS, dtype=torch.float32)  # ranges, clips
     scales = STORES["fp32"].encode(amplitudes, fmt, None)
     errors = [
         ((fmt.round(values / scale.unsqueeze(-1)).mul_(scale.unsqueeze(-1)).sub_(values)).square_() @ counts.float())

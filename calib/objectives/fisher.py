@@ -52,7 +52,7 @@ class Fisher(Objective):
         """J^T n for one sample, by tensor of the output."""
         with torch.enable_grad(), self.data.graph():
             output, prediction = self.data.predict([sample], None)
-            noise = torch.randn(prediction.shape, generator=generator).to(prediction)
+            noise = torch.randn(prediction.shape, generator=generator, dtype=torch.float32).to(prediction)
             leaves = _floats(output)
             found = torch.autograd.grad(prediction, leaves, noise, allow_unused=True)
         pairs = zip(found, leaves, strict=True)

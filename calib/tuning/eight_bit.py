@@ -20,9 +20,9 @@ def dynamic_map(signed: bool) -> Tensor:
 
     Seven decades, each with twice as many values as the one below it; float32.
     """
-    values = [torch.tensor([0.0, 1.0])]
+    values = [torch.tensor([0.0, 1.0], dtype=torch.float32)]
     for decade in range(7):
-        ends = torch.linspace(0.1, 1, 2 ** (decade if signed else decade + 1) + 1)
+        ends = torch.linspace(0.1, 1, 2 ** (decade if signed else decade + 1) + 1, dtype=torch.float32)
         means = (ends[:-1] + ends[1:]) / 2 * 10.0 ** (decade - 6)
         values += [means, -means] if signed else [means]
     return torch.cat(values).sort().values
@@ -43,7 +43,7 @@ class Moments:
         """Zeros of this shape."""
         zero = int(torch.searchsorted(dynamic_map(signed), 0.0))
         codes = torch.full(shape, zero, dtype=torch.uint8, device=device)
-        return cls(codes, torch.zeros(-(-codes.numel() // BLOCK), device=device), signed)
+        return cls(codes, torch.zeros(-(-codes.numel() // BLOCK), device=device, dtype=torch.float32), signed)
 
     def decode(self) -> Tensor:
         """The values, float32."""
@@ -81,14 +81,14 @@ class Int8:
         """Weights of any shape."""
         groups = -(-values.numel() // GROUP)
         codes = torch.zeros(groups, GROUP, dtype=torch.uint8, device=values.device)
-        step = torch.zeros(groups, device=values.device)
+        step = torch.zeros(groups, device=values.device, dtype=torch.float32)
         weights = cls(codes, torch.full_like(step, torch.inf), step, tuple(values.shape))
         weights.assign(values, generator)
         return weights
 
     def decode(self) -> Tensor:
         """The values, float32 in `shape`."""
-        values = torch.empty(self.codes.shape, device=self.codes.device)
+        values = torch.empty(self.codes.shape, device=self.codes.device, dtype=torch.float32)
         size = PART // GROUP
         for start in range(0, len(values), size):
             part = slice(start, start + size)
@@ -109,7 +109,7 @@ class Int8:
             self.low[part] = torch.where(outside, least - spare, self.low[part])
             self.step[part] = torch.where(outside, (most - least + 2 * spare) / 255, self.step[part])
             place = (groups - self.low[part, None]) / self.step[part, None]
-            drawn = torch.rand(place.shape, generator=generator, device=place.device)
+            drawn = torch.rand(place.shape, generator=generator, device=place.device, dtype=torch.float32)
             self.codes[part] = (place + drawn).floor_().clamp_(0, 255).to(torch.uint8)
 
 

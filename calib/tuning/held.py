@@ -30,7 +30,7 @@ class Held:
         self._generator = torch.Generator(self._device).manual_seed(seed)
         self._weights = Int8.of(values.float(), self._generator) if is_lean(self.shape, lean) else None
         self._has_gradient = False
-        self._anchor = torch.zeros((), requires_grad=True)
+        self._anchor = torch.zeros((), requires_grad=True, dtype=torch.float32)
         self._parameter = None
         if self._weights is None:
             self._parameter = nn.Parameter(values.detach().float().clone())

@@ -48,7 +48,8 @@ class TunedLayer:
             self.held["weights"] = hold("weights", begun, lean)
         if "lora" in train:
             rank = min(LORA_RANK, *begun.shape)
-            drawn = torch.randn(rank, begun.shape[1], generator=torch.Generator().manual_seed(rank)) / rank**0.5
+            draw = torch.Generator().manual_seed(rank)
+            drawn = torch.randn(rank, begun.shape[1], generator=draw, dtype=torch.float32) / rank**0.5
             self.held["up"] = hold("lora", begun.new_zeros(begun.shape[0], rank), None)
             self.held["down"] = hold("lora", drawn.to(begun.device), None)
         if "scales" in train and can_move(self.spec):

@@ -40,7 +40,8 @@ class AdamW:
 
     def __init__(self, shape: tuple[int, ...], device: torch.device):
         self.steps = 0
-        self.first, self.second = torch.zeros(shape, device=device), torch.zeros(shape, device=device)
+        self.first = torch.zeros(shape, device=device, dtype=torch.float32)
+        self.second = torch.zeros_like(self.first)
         self.gradient: Tensor | None = None
 
     def take(self, gradient: Tensor) -> None:

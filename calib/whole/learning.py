@@ -188,7 +188,7 @@ class Whole:
             bool(overwriting),
             lambda batch, generator: (teacher.predict(batch),) * 2,
             teacher.target,
-            lambda batch: torch.tensor([self.importance[index] for index in batch]),
+            lambda batch: torch.tensor([self.importance[index] for index in batch], dtype=torch.float32),
         )
         objective = options.objective.definition.start(data, options.objective.checked)
         progress = _Progress(options.iterations, say, bar)

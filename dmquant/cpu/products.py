@@ -237,10 +237,10 @@ def slower(dtype: torch.dtype) -> str | None:
     (tokens, inputs, outputs), fmt = SHAPE, get_format("int8")
     draw = torch.Generator().manual_seed(0)
     packed = torch.randint(0, 256, (outputs, inputs // 2), dtype=torch.uint8, generator=draw)
-    tables = torch.stack([torch.zeros(16), torch.arange(-8, 8)]).to(torch.int8)
-    factors, scale = torch.ones(outputs, inputs // 16, dtype=torch.uint8), torch.ones(1, outputs)
+    tables = torch.stack([torch.zeros(16, dtype=torch.int8), torch.arange(-8, 8, dtype=torch.int8)])
+    factors, scale = torch.ones(outputs, inputs // 16, dtype=torch.uint8), torch.ones(1, outputs, dtype=torch.float32)
     plan = Plan(Weight(packed, tables, factors, scale, None, fmt, 16, (inputs,), 1))
-    x, floats = torch.randn(tokens, inputs, generator=draw).to(dtype), fast_dtype(dtype)
+    x, floats = torch.randn(tokens, inputs, generator=draw, dtype=torch.float32).to(dtype), fast_dtype(dtype)
 
     def measure() -> float:
         taken = best_times({"integer": lambda: plan.run(x), "float": product_in(floats)})
@@ -265,11 +265,11 @@ def wrong(at: int) -> str | None:
         packed = torch.randint(0, 2, (outputs, columns), generator=generator).to(torch.uint8)
         packed[0], packed[1] = 0, 1
         values = torch.zeros(256, dtype=torch.int32)
-        values[:2] = torch.tensor([most, -most])
+        values[:2] = torch.tensor([most, -most], dtype=torch.float32)
         tables, factors = torch.stack([0 * values, values]).to(torch.int8), torch.ones(outputs, 1, dtype=torch.uint8)
-        scale = torch.full((1, outputs), unit)
+        scale = torch.full((1, outputs), unit, dtype=torch.float32)
         plan = Plan(Weight(packed, tables, factors, scale, None, fmt, WHOLE, (columns,), 1))
         exact = (x / unit).long() @ values[packed.long()].long().T
-        if not torch.equal(plan.run(x, given=torch.ones(rows)), exact.float() * unit):
+        if not torch.equal(plan.run(x, given=torch.ones(rows, dtype=torch.float32)), exact.float() * unit):
             return f"exact sums: those of this processor, in {LEVELS[at]}, are not"
     return None

@@ -116,7 +116,7 @@ def _fit_and_round(matrix: Tensor, spec: WeightSpec, shape: tuple[int, ...], wid
     side_by_side(lambda part: functions.amplitudes(job, part.start, part.stop, amplitudes), parts, matrix.device)
     check_finite(amplitude)
     base = spec.base(amplitude)
-    multiples = torch.tensor(store.tried(fmt) if spec.scale == "mse" else (1.0,))
+    multiples = torch.tensor(store.tried(fmt) if spec.scale == "mse" else (1.0,), dtype=torch.float32)
     codes = torch.empty(rows, job.bytes, dtype=torch.uint8)
     stored = torch.empty(spec.scale_shape(shape), dtype=store.dtype)
     job.amplitudes, job.stored, job.codes = amplitudes, stored.data_ptr(), codes.data_ptr()
@@ -184,8 +184,8 @@ def _checked_width() -> int | None:
 
 def _sums_agree(width: int) -> bool:
     for size in (3, 16, 40, 64, 1000, 4608):
-        rows = torch.rand(24, size, generator=torch.Generator().manual_seed(size))
-        sums = torch.empty(24)
+        rows = torch.rand(24, size, generator=torch.Generator().manual_seed(size), dtype=torch.float32)
+        sums = torch.empty(24, dtype=torch.float32)
         _functions().sums(rows.data_ptr(), *rows.shape, width, sums.data_ptr())
         if not torch.equal(sums, rows.sum(-1)):
             return False
@@ -194,8 +194,8 @@ def _sums_agree(width: int) -> bool:
 
 def _agrees(width: int, case: tuple[str, str], store: str, rule: str) -> bool:
     spec = WeightSpec.parse(*case, rule, store)
-    matrix = torch.randn(20, 150, generator=torch.Generator().manual_seed(0))
-    matrix *= torch.logspace(-3, 3, 150)
+    matrix = torch.randn(20, 150, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
+    matrix *= torch.logspace(-3, 3, 150, dtype=torch.float32)
     (codes, scales), (expected, as_stored) = (
         _fit_and_round(matrix, spec, matrix.shape, width),
         qtensor.fit_and_round(matrix, spec, matrix.shape),

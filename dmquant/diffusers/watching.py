@@ -29,7 +29,7 @@ def watching_steps(pipeline: Any, watch: Callable[[float, Tensor], None]) -> Ite
         output = step(*args, **kwargs)
         timestep = signature.bind(*args, **kwargs).arguments["timestep"]
         latents = output[0] if isinstance(output, tuple) else output.prev_sample
-        watch(float(torch.as_tensor(timestep).flatten()[0]), latents)
+        watch(float(torch.as_tensor(timestep, dtype=torch.float64).flatten()[0]), latents)
         return output
 
     scheduler.step = watched

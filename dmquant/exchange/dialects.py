@@ -87,9 +87,9 @@ def _decoder(
         values, scale = _values(found.tensor(codes), way, shape), found.tensor(scales)
         if way.scales is not None:
             scale = _blocks(scale, way, shape)
-        factor = torch.ones(()) if overall is None else found.tensor(overall).float().reshape(())
+        factor = torch.ones((), dtype=torch.float32) if overall is None else found.tensor(overall).float().reshape(())
         if way.scales is None:
-            scale, factor = torch.ones(()), scale.float().reshape(-1, 1) * factor
+            scale, factor = torch.ones((), dtype=torch.float32), scale.float().reshape(-1, 1) * factor
         return values * (scale / factor if way.globals == "divided" else scale * factor)
 
     return decode

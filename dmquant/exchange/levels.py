@@ -44,7 +44,8 @@ class LevelGrid(TableGrid):
 
     @staticmethod
     def fit(matrix: Tensor, spec: Spec, segments: tuple[int, ...], base: Tensor | None = None) -> Scales:
-        return fit_levels(matrix, spec, base, [torch.ones(matrix.shape[1], device=matrix.device)])[0]
+        alike = torch.ones(matrix.shape[1], device=matrix.device, dtype=torch.float32)
+        return fit_levels(matrix, spec, base, [alike])[0]
 
     @staticmethod
     def encode(values: Tensor, scale: Tensor, spec: Spec, segments: tuple[int, ...]) -> Tensor:

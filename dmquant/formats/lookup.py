@@ -76,7 +76,8 @@ class LookupFormat:
         width, first, before, ends = self._cells
         wide = x.detach().float()
         n = (wide / width).clamp_(first, first + len(ends) - 1).nan_to_num_(first).floor_().int().sub_(first).flatten()
-        codes, end = (torch.tensor(each, device=x.device).index_select(0, n).view(x.shape) for each in (before, ends))
+        found = torch.tensor(before, device=x.device), torch.tensor(ends, dtype=torch.float32, device=x.device)
+        codes, end = (each.index_select(0, n).view(x.shape) for each in found)
         return (codes + (wide > end)).to(torch.uint8)
 
     def decode(self, codes: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -59,7 +59,7 @@ class Decode(Reference):
         codes = torch.arange(1 << spec.fmt.bits, dtype=torch.uint8, device=device)
         made, store = {"table": spec.fmt.decode(codes)}, get_store(spec.store)
         if store.dtype == torch.uint8:
-            one = torch.ones((), device=device)
+            one = torch.ones((), device=device, dtype=torch.float32)
             stored = torch.arange(256, dtype=torch.uint8, device=device)
             made["scale_table"] = store.decode(stored, None if store.base_of is None else one).nan_to_num(0.0)
             base = layer.scales.base

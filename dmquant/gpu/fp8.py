@@ -21,7 +21,7 @@ from dmquant.gpu.product import Product
 
 def product(a: Tensor, b: Tensor, fast: bool = False) -> Tensor:
     """The float32 product (m, n) of E4M3 operands (m, k) and (n, k)."""
-    one = torch.ones((), device=a.device)
+    one = torch.ones((), device=a.device, dtype=torch.float32)
     return torch._scaled_mm(a, b.t(), one, one, out_dtype=torch.float32, use_fast_accum=fast)
 
 
@@ -36,7 +36,7 @@ def _fails(device: torch.device) -> str | None:
     """Why there is no FP8 product on this device; None where there is."""
     try:
         a = devices.worst_operands(get_format("fp4"), E4M3, 0, device)
-        ones = torch.ones(len(a), device=device)
+        ones = torch.ones(len(a), device=device, dtype=torch.float32)
         scaled_product(a, a, ones, ones, ones.bfloat16())
         product(a, a)
     except (RuntimeError, ValueError) as error:
@@ -54,7 +54,7 @@ def sums_are_exact(inputs: str, weights: str, octaves: int, device: torch.device
     room = operands.EXACT_SUMS // math.ceil(operands.largest(fmts[0]) * operands.largest(fmts[1]) * 2**octaves)
     depth = min(devices.DEPTH, room // Fp8.MULTIPLE * Fp8.MULTIPLE)
     a, b = (devices.worst_operands(fmt, E4M3, up, device, depth) for fmt, up in zip(fmts, (0, octaves), strict=True))
-    token, channel = (torch.ones(len(x), device=device) for x in (a, b))
+    token, channel = (torch.ones(len(x), device=device, dtype=torch.float32) for x in (a, b))
     rounded = (a.double() @ b.double().T).bfloat16()
     return devices.exact(product, a, b) and torch.equal(scaled_product(a, b, token, channel, None), rounded)
 

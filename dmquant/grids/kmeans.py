@@ -20,7 +20,7 @@ def fit_table(matrix: Tensor, weights: Tensor | None = None) -> Scales:
     three starts, of which each row keeps the best.
     """
     columns = matrix.shape[1]
-    weights = torch.ones(columns, device=matrix.device) if weights is None else weights
+    weights = torch.ones(columns, device=matrix.device, dtype=torch.float32) if weights is None else weights
     weights = weights.double() / weights.double().sum()
     parts = matrix.split(max(1, _PART // columns))
     return Scales(torch.cat([_fit(part.double(), weights).bfloat16() for part in parts]), None, TABLE)

@@ -48,7 +48,8 @@ class DiscQuant(Rounding):
         self.register_buffer("upper", upper.contiguous())
         self.register_buffer("pull", 2 * fraction - 1)
         if options.start == "random":
-            fraction = torch.rand(fraction.shape, generator=torch.Generator().manual_seed(0)).to(fraction)
+            draw = torch.Generator().manual_seed(0)
+            fraction = torch.rand(fraction.shape, generator=draw, dtype=torch.float32).to(fraction)
         self.x = nn.Parameter(fraction)
 
     def forward(self) -> Tensor:

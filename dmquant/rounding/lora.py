@@ -36,7 +36,8 @@ class LoRARounding(Gated):
     def begin(self, v: Tensor) -> None:
         self.register_buffer("start", v)
         rank = min(self.options.rank, *v.shape)
-        first = torch.randn(len(v), rank, generator=torch.Generator().manual_seed(0)) / math.sqrt(rank)
+        draw = torch.Generator().manual_seed(0)
+        first = torch.randn(len(v), rank, generator=draw, dtype=torch.float32) / math.sqrt(rank)
         self.first, self.second = nn.Parameter(first.to(v.device)), nn.Parameter(v.new_zeros(rank, v.shape[1]))
 
     @property

@@ -33,7 +33,7 @@ class LRQ(flexround.FlexRound):
         rank = min(options.rank, rows, columns)
         generator = torch.Generator().manual_seed(0)  # the same start on every machine
         bound = 1 / math.sqrt(columns)  # of torch's own linear layers: Kaiming's with a = sqrt(5)
-        right = torch.empty(rank, columns).uniform_(-bound, bound, generator=generator)
+        right = torch.empty(rank, columns, dtype=torch.float32).uniform_(-bound, bound, generator=generator)
         self.left = nn.Parameter(self.grid.weight.new_zeros(rows, rank))
         self.right = nn.Parameter(right.to(self.grid.weight))
 

@@ -80,7 +80,8 @@ def regular_hadamard(x: Tensor, size: int, dim: int) -> Tensor:
 
     `size` is a power of four (ConvRot, Huang et al., arXiv 2512.03673). A product as comfy-kitchen's, bit for bit.
     """
-    of_four, matrix = 1 - 2 * torch.eye(4, device=x.device).flip(0), torch.ones(1, 1, device=x.device)
+    of_four = 1 - 2 * torch.eye(4, device=x.device, dtype=torch.float32).flip(0)
+    matrix = of_four.new_ones(1, 1)
     while len(matrix) < size:
         matrix = torch.kron(matrix, of_four)
     blocks = x.movedim(dim, -1).unflatten(-1, (-1, size))

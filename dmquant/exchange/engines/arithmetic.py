@@ -51,7 +51,7 @@ def nvfp4_by_reciprocals(x: Tensor, base: Tensor) -> Tensor:
     of_base = 1 / base
 
     def round_blocks(blocks: Tensor, largest: Tensor) -> Tensor:
-        stored = E4M3.round(of_base * (largest * torch.tensor(1 / E2M1.max, device=x.device)))
+        stored = E4M3.round(of_base * (largest * torch.tensor(1 / E2M1.max, device=x.device, dtype=torch.float32)))
         inverse = torch.where(stored == 0, 0, 1 / (stored * (1 / of_base)))
         return E2M1.round(blocks * inverse.unsqueeze(-1)).mul_((stored * base).unsqueeze(-1))
 

@@ -13,7 +13,7 @@ from dmquant.exchange.engines.engine import Engine, formats, weights_in
 
 
 def _nvfp4(x: Tensor, scale: None) -> Tensor:
-    return nvfp4(x, torch.ones((), device=x.device), least=0.0)
+    return nvfp4(x, torch.ones((), device=x.device, dtype=torch.float32), least=0.0)
 
 
 ENGINE = Engine(

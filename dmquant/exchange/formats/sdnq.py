@@ -261,8 +261,8 @@ def _rotated(weight: Tensor, largest: int) -> Tensor:
 @functools.cache
 def _hadamard(size: int) -> Tensor:
     """Powers by Kronecker of a regular matrix of 4 where the size is a power of 4, else of Sylvester's of 2."""
-    four = torch.tensor([[1.0, 1, 1, -1], [1, 1, -1, 1], [1, -1, 1, 1], [-1, 1, 1, 1]])
-    two = torch.tensor([[1.0, 1], [1, -1]])
+    four = torch.tensor([[1.0, 1, 1, -1], [1, 1, -1, 1], [1, -1, 1, 1], [-1, 1, 1, 1]], dtype=torch.float32)
+    two = torch.tensor([[1.0, 1], [1, -1]], dtype=torch.float32)
     step = four if size.bit_length() % 2 else two
     return functools.reduce(torch.kron, [step] * int(math.log(size, len(step)) + 0.5)) / size**0.5
 

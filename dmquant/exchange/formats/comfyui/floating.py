@@ -173,5 +173,6 @@ class Float8(Layout):
             scale = layer.tensor("weight_scale").view(1, 1)
             return decoded(layer.tensor("weight").view(torch.uint8), scale, None, self.spec)
 
-        static = layer.scalar("input_scale") or (lambda: torch.ones(()))  # ComfyUI's scale where the file has none
+        # ComfyUI's scale where the file has none
+        static = layer.scalar("input_scale") or (lambda: torch.ones((), dtype=torch.float32))
         return layer.layer(shape, ("weight", "weight_scale", "input_scale"), read, self.inputs[0], static)

@@ -104,7 +104,8 @@ class Levels(Layout):
         def read() -> Tensor:
             relative = layer.tensor("weight_s_rel")
             relative = (relative.view(E4M3) if relative.itemsize == 1 else relative).float()
-            values = layer.tensor("weight_codebook") if layer.has("weight_codebook") else torch.arange(-8.0, 8.0)
+            integers = torch.arange(-8, 8, dtype=torch.float32)
+            values = layer.tensor("weight_codebook") if layer.has("weight_codebook") else integers
             tables = levels_of(torch.cat([relative, layer.tensor("weight_s_channel")[:, None]], 1), values)
             indices = unpack(layer.tensor("weight").view(torch.uint8), 4, columns)
             return look_up(indices.view(len(tables), -1), tables).view(rows, columns)

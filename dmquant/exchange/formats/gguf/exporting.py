@@ -169,7 +169,7 @@ class _Maker:
         importance = self.source.importance
         known = None if importance is None else importance.mean_squares.get(name)
         if known is None or not known.any():
-            return torch.ones(layer.in_features)
+            return torch.ones(layer.in_features, dtype=torch.float32)
         return known.clamp(min=float(known.mean()) * RARE)
 
     def _plain_kind(self, target: Target, shape: tuple[int, ...]) -> str:

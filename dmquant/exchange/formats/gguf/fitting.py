@@ -53,7 +53,9 @@ def whole(low: int, high: int) -> Round:
 def of_halves(levels: Tensor) -> Round:
     """Rounding to the nearest of whole levels, ascending; all midpoints are whole numbers of halves."""
     low, high = (int(level) for level in levels[[0, -1]])
-    nearest = torch.bucketize(torch.arange(2 * low, 2 * high + 1) / 2, (levels[1:] + levels[:-1]) / 2, right=True)
+    nearest = torch.bucketize(
+        torch.arange(2 * low, 2 * high + 1).float() / 2, (levels[1:] + levels[:-1]) / 2, right=True
+    )
     table = levels[nearest]
     return lambda x: table[(x * 2).floor_().clamp_(2 * low, 2 * high).sub_(2 * low).int()]
 

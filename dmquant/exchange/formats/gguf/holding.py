@@ -75,7 +75,7 @@ def _body(packed: Tensor, fmt: Format, step: float, kind: BlockType, columns: in
     every = torch.arange(2**fmt.bits, dtype=torch.uint8)
     stored = kind.stored(fmt.decode(every) / step)
     codes = stored[codes.int()]
-    return kind.pack(codes), (codes != kind.stored(torch.zeros(()))).any(-1)
+    return kind.pack(codes), (codes != kind.stored(torch.zeros((), dtype=torch.float32))).any(-1)
 
 
 def _any(octets: Tensor) -> Tensor:

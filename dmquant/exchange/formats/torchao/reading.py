@@ -163,7 +163,7 @@ def _scaled(format: str, *dtypes: str):
         def decode() -> Tensor:
             codes, scale = found.tensor(f"{here}qdata").float(), found.tensor(f"{here}scale").float()
             if zero in found.tensors:
-                ones = torch.ones(shape)
+                ones = torch.ones(shape, dtype=torch.float32)
                 codes = codes - scaled(ones, found.tensor(zero).float())
             return scaled(codes, scale)
 
