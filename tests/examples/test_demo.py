@@ -5,7 +5,6 @@
 
 import os
 import re
-import shutil
 import socket
 import subprocess
 import sys
@@ -21,6 +20,7 @@ from dmquant import load_pipeline, quantize_
 from dmquant.errors import UserError
 from dmquant.layers import QuantLinear
 from examples import demo
+from tests.chromium import headless
 from tests.tiny import TINY
 
 SCRIPT = Path(demo.__file__)
@@ -120,27 +120,10 @@ def eventually(condition, seconds=60):
 
 @pytest.fixture(scope="module")
 def page(address, tmp_path_factory):
-    webdriver = pytest.importorskip("selenium.webdriver", reason="the page is driven with the package selenium")
-    from selenium.webdriver.chrome.service import Service
-
-    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    driver = shutil.which("chromedriver")
-    if not (browser and driver):
-        pytest.skip("no Chromium with its chromedriver (Debian: apt-get install chromium chromium-driver)")
-    options = webdriver.ChromeOptions()
-    options.binary_location = browser
-    for argument in (
-        *("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-background-networking"),
-        *("--disable-dev-shm-usage", f"--user-data-dir={tmp_path_factory.mktemp('chromium')}"),
-        "--window-size=1200,860",
-    ):
-        options.add_argument(argument)
-    options.set_capability("goog:loggingPrefs", {"performance": "ALL"})
-    running = webdriver.Chrome(options=options, service=Service(driver))
-    running.get(address)
-    eventually(lambda: running.find_elements("css selector", "#draw"))
-    yield running
-    running.quit()
+    with headless(tmp_path_factory.mktemp("chromium"), "--window-size=1200,860") as running:
+        running.get(address)
+        eventually(lambda: running.find_elements("css selector", "#draw"))
+        yield running
 
 
 def images(page):

@@ -3,7 +3,6 @@
 import dataclasses
 import html.parser
 import json
-import shutil
 
 import numpy as np
 import pytest
@@ -16,6 +15,7 @@ from dmquant.evaluation.report.page import pictures, render_html
 from dmquant.evaluation.report.page.charts import Point, Series, log_chart
 from dmquant.evaluation.report.page.pictures import WebP, embed
 from dmquant.evaluation.result import LayerError, Metric, RecipeResult, Reference, Report, StepError
+from tests.chromium import headless
 from tests.evaluation.conftest import smooth_images, write_images
 
 HOSTILE = "</script><script>alert('x')</script> & \"quotes\" <img src=x>"
@@ -187,24 +187,8 @@ def test_a_value_too_large_for_an_axis_is_left_out_of_it():
 @pytest.fixture(scope="module")
 def chromium(tmp_path_factory):
     """A headless Chromium that may not fetch anything by itself; its log tells what a page asked for."""
-    webdriver = pytest.importorskip("selenium.webdriver", reason="the page is driven with the package selenium")
-    from selenium.webdriver.chrome.service import Service
-
-    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    driver = shutil.which("chromedriver")
-    if not (browser and driver):
-        pytest.skip("no Chromium with its chromedriver (Debian: apt-get install chromium chromium-driver)")
-    options = webdriver.ChromeOptions()
-    options.binary_location = browser
-    for argument in (
-        *("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-background-networking"),
-        *("--disable-dev-shm-usage", f"--user-data-dir={tmp_path_factory.mktemp('chromium')}"),
-    ):
-        options.add_argument(argument)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    running = webdriver.Chrome(options=options, service=Service(driver))
-    yield running
-    running.quit()
+    with headless(tmp_path_factory.mktemp("chromium"), logs=("browser", "performance")) as running:
+        yield running
 
 
 class Browser:
