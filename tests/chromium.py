@@ -8,7 +8,7 @@ import pytest
 
 @contextlib.contextmanager
 def headless(profile, *arguments, logs=("performance",)):
-    """A driver of Chromium, its files in the folder `profile`, that fetches nothing by itself; `logs` by their names."""
+    """A driver of Chromium, its files in the folder `profile`, that fetches nothing by itself; its `logs`, by name."""
     webdriver = pytest.importorskip("selenium.webdriver", reason="the page is driven with the package selenium")
     from selenium.webdriver.chrome.service import Service
 
