@@ -14,7 +14,7 @@ from dmquant.layers import QuantConv2d, QuantLinear
 from dmquant.pipelines.commands import stages
 from dmquant.pipelines.runs.settings import Options, Settings, resolve
 from dmquant.recipe import Recipe
-from tests.tiny import TINY
+from tests.tiny import TINY, marked
 
 COUNT = 2
 LEARNED = """
@@ -42,7 +42,7 @@ def home(tmp_path_factory):
     return tmp_path_factory.mktemp("home")
 
 
-@pytest.fixture(scope="module", params=RUNS)
+@pytest.fixture(scope="module", params=marked(RUNS))
 def run(request, home):
     name, recipe = RUNS[request.param]
     tiny, model = TINY[name], home / name

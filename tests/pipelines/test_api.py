@@ -18,7 +18,7 @@ from dmquant.layers import QuantConv2d, QuantLinear
 from dmquant.pipelines import api
 from dmquant.pipelines.runs import settings
 from dmquant.recipe import Recipe
-from tests.tiny import IMAGE_SIZE, PIXART_CALL, TINY, tiny_pixart, tiny_sd
+from tests.tiny import IMAGE_SIZE, PIXART_CALL, TINY, marked, tiny_pixart, tiny_sd
 
 from diffusers import ControlNetModel, DiffusionPipeline, EulerDiscreteScheduler  # isort: skip
 from diffusers import StableDiffusionControlNetPipeline, UNet2DConditionModel  # isort: skip
@@ -78,7 +78,7 @@ def recorded(backbone):
     return backbone.config["quantization_config"]
 
 
-@pytest.mark.parametrize("kind", TINY)
+@pytest.mark.parametrize("kind", marked())
 def test_one_name_gives_one_model_by_every_door_and_changes_nothing_but_the_backbone(kind, tmp_path):
     tiny = TINY[kind]
     pipe, original = tiny.build(), tiny.build(tmp_path)

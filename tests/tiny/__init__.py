@@ -3,9 +3,11 @@
 Each builder returns the pipeline in float32 with weights drawn from `seed`, and saves it when given a folder.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+import pytest
 
 from dmquant.diffusers.torchvision import ensure_torchvision_imports
 
@@ -33,6 +35,8 @@ class Tiny:
     family: str
     call: Mapping[str, Any] = field(default_factory=dict)
     size: int = IMAGE_SIZE
+    recent: bool = False
+    """Of a family whose tests but the shortest run among the slow ones: `marked`."""
     prompts: tuple[str, ...] = ("red apple", "blue cat", "a green house", "a boat on the tree", "face")
 
 
@@ -51,6 +55,13 @@ TINY = {
 }
 """Every pipeline that dmquant runs, by the name of the model it stands for."""
 
+
+def marked(names: Iterable[str] = TINY) -> list[Any]:
+    """Names as parameters of tests that take long: those of recent families run among the slow tests."""
+    recent = {name for name, tiny in TINY.items() if tiny.recent}
+    return [pytest.param(name, marks=pytest.mark.slow) if name in recent else name for name in names]
+
+
 __all__ = [
     "IMAGE_SIZE",
     "PIXART_CALL",
@@ -58,6 +69,7 @@ __all__ = [
     "TOKENS",
     "WORDS",
     "Tiny",
+    "marked",
     "tiny_dit",
     "tiny_flux",
     "tiny_hunyuan",

@@ -11,14 +11,14 @@ from dmquant.convert import quantize_
 from dmquant.diffusers.families import families
 from dmquant.recipe import Recipe
 from tests.calib.runs import calibrated, captured, quantized_layers, recipe_of
-from tests.tiny import TINY
+from tests.tiny import TINY, marked
 
 BY_DATA = {"candidates": ["fp4_e2m1", "fp4_e1m2"], "scale": "hessian"}
 SETTINGS = {"sd15": BY_DATA, "hunyuan-1.2": BY_DATA}
 LEARNING = {"iterations": 8, "checks": 2, "batch_size": 6, "learning_rate": 0.05}
 
 
-@pytest.fixture(scope="module", params=TINY)
+@pytest.fixture(scope="module", params=marked())
 def done(request, tmp_path_factory):
     """Family, what was captured, and what calibration made of it; two have their scales and formats chosen by data."""
     folder = tmp_path_factory.mktemp(request.param)

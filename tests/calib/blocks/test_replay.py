@@ -14,10 +14,10 @@ from dmquant.convert import plan
 from dmquant.diffusers.families import families
 from dmquant.errors import UserError
 from tests.calib.runs import captured, recipe_of
-from tests.tiny import TINY
+from tests.tiny import TINY, marked
 
 
-@pytest.fixture(scope="module", params=TINY)
+@pytest.fixture(scope="module", params=marked())
 def case(request, tmp_path_factory):
     """Model, backbone, arguments of three samples, and the blocks as a recipe that keeps nothing has them."""
     backbone, names, store = captured(request.param, tmp_path_factory.mktemp(request.param))

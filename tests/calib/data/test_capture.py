@@ -23,7 +23,7 @@ from dmquant.errors import UsageError, UserError
 from tests.calib.runs import call_of
 from tests.calib.toy import Toy
 from tests.forked import Forked
-from tests.tiny import TINY, TOKENS
+from tests.tiny import TINY, TOKENS, marked
 from tests.tiny.hunyuan import BERT_TOKENS, T5_TOKENS
 
 STEPS = 8
@@ -49,7 +49,7 @@ def built(name, guidance=3.0):
     return Model(family.prompted(tiny.build()), family, call, tiny.prompts)
 
 
-@pytest.fixture(scope="module", params=MODELS)
+@pytest.fixture(scope="module", params=marked(MODELS))
 def model(request):
     return built(*MODELS[request.param])
 

@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerFast
 from dmquant.diffusers.calling import call_pipeline
 from dmquant.diffusers.families import families
 from dmquant.pipelines.models.truncation import Cut, cut_line, cut_prompts
-from tests.tiny import TINY, TOKENS, WORDS, Tiny
+from tests.tiny import TINY, TOKENS, WORDS, Tiny, marked
 
 LENGTHS = (1, TOKENS - 3, TOKENS - 2, TOKENS - 1, TOKENS, TOKENS + 4, 70, 75, 76, 90, 254, 255, 256, 300)
 PROMPTS = [" ".join(WORDS[index % 14] for index in range(length)) for length in LENGTHS]
@@ -42,7 +42,7 @@ CALLS = {name: (tiny, tiny.call) for name, tiny in TINY.items() if name not in (
 CALLS["sana with instructions"] = TINY["sana"], {**TINY["sana"].call, **INSTRUCTIONS}
 
 
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("name", marked(CALLS))
 def test_what_is_counted_is_what_the_pipeline_cuts(name, monkeypatch):
     tiny, call = CALLS[name]
     pipeline = tiny.build()

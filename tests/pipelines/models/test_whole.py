@@ -20,7 +20,7 @@ from dmquant.pipelines.models.registry import resolve_model
 from dmquant.pipelines.models.whole import check_models
 from dmquant.pipelines.runs.model_stage import load_quantized
 from dmquant.pipelines.runs.settings import Options, resolve
-from tests.tiny import TINY, tiny_pixart, tiny_sd
+from tests.tiny import TINY, marked, tiny_pixart, tiny_sd
 
 WEIGHTS = {
     "transformer": "transformer/diffusion_pytorch_model.safetensors",
@@ -71,7 +71,7 @@ def refused(folder, match):
         listing.inspect(folder, layers=False)
 
 
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", marked())
 def test_every_pipeline_is_whole(name, tmp_path):
     TINY[name].build(tmp_path / "model")
     check_models(tmp_path / "model")
