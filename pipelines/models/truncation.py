@@ -91,6 +91,9 @@ def _limit(pipeline: Any, name: str, tokenizer: Any, encoder: Any, arguments: Ma
 
 def _lengths(pipeline: Any, tokenizer: Any, prompts: Sequence[str], arguments: Mapping[str, Any]) -> list[int]:
     """Tokens of each prompt, start and end included, as the pipeline would tokenize it if nothing were cut."""
+    family = family_of_pipeline(type(pipeline).__name__)
+    if family is not None and family.lengths is not None:
+        return family.lengths(pipeline, prompts)
     texts = list(prompts)
     if hasattr(pipeline, "_text_preprocessing"):  # PixArt, Sana: in lower case, and cleaned if the call says so
         texts = pipeline._text_preprocessing(texts, clean_caption=arguments.get("clean_caption", False))

@@ -20,6 +20,7 @@ STRAYS = {
     "sdxl": {"*.attentions.*.proj_in": 11, "*.attentions.*.proj_out": 11},
 }
 CONCATENATIONS = {"sd15": 12, "sdxl": 9, "hunyuan-1.1": 19, "hunyuan": 19, "flux-dev": 38, "flux-schnell": 38}
+CONCATENATIONS |= {"flux2-dev": 48, "flux2-klein-4b": 20, "flux2-klein-9b": 24, "chroma": 38}
 LEARNED_SIGMA = ("pixart-alpha-1024", "pixart-sigma", "hunyuan-1.1", "hunyuan-1.2", "sana", "dit")
 
 
@@ -52,7 +53,7 @@ def test_the_architecture_is_the_published_one(name):
 
 def test_every_family_and_every_preset_has_an_architecture_here():
     assert {each.family for each in ARCHITECTURES.values()} == families().keys() - {GENERIC}
-    twins = {"pixart-alpha-512": "pixart-sigma", "dit-512": "dit-256"}
+    twins = {"pixart-alpha-512": "pixart-sigma", "dit-512": "dit-256", "flux2-klein-base-9b": "flux2-klein-9b"}
     downloaded = [name for name, spec in registered_models().items() if not spec.is_embedded]
     assert {twins.get(name, name) for name in downloaded} == ARCHITECTURES.keys()
     for name in downloaded:
@@ -171,7 +172,7 @@ def test_the_tiny_pipelines_belong_to_the_families(name):
 
 @pytest.mark.parametrize("name", TINY)
 def test_all_rows_of_a_call_share_what_the_family_says_and_nothing_else(name):
-    """Arguments but those of one number have a row for every prompt, with guidance two, unless guidance is embedded."""
+    """Arguments but those of one number have a row for every prompt, and with guidance in rows two."""
     family = families()[TINY[name].family]
     prompts = list(TINY[name].prompts[:3])
     rows = len(prompts) * (2 if family.guidance == "rows" else 1)
@@ -212,7 +213,7 @@ def test_the_features_that_count_are_those_of_the_channels_that_the_sampler_uses
     assert used == counted.nonzero().flatten().tolist()
 
 
-@pytest.mark.parametrize("name", ["sd15", "sdxl", "sd3", "flux"])
+@pytest.mark.parametrize("name", ["sd15", "sdxl", "sd3", "flux", "flux2", "flux2-klein", "chroma"])
 def test_every_feature_counts_where_no_variance_is_learned(name):
     assert (
         families()[TINY[name].family].counted(getattr(pipeline_of(name), family_of(pipeline_of(name)).component)) == {}

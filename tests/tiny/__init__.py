@@ -13,8 +13,11 @@ from dmquant.diffusers.torchvision import ensure_torchvision_imports
 
 ensure_torchvision_imports()
 
+from tests.tiny.chroma import tiny_chroma
 from tests.tiny.dit import tiny_dit
 from tests.tiny.flux import tiny_flux
+from tests.tiny.flux2 import LENGTH as FLUX2_TOKENS
+from tests.tiny.flux2 import tiny_flux2, tiny_flux2_klein
 from tests.tiny.hunyuan import tiny_hunyuan, tiny_hunyuan_11
 from tests.tiny.parts import TOKENS, WORDS
 from tests.tiny.pixart import tiny_pixart, tiny_pixart_alpha, tiny_pixart_alpha_1024
@@ -52,6 +55,9 @@ TINY = {
     "flux": Tiny(tiny_flux, "flux", LENGTH),
     "sana": Tiny(tiny_sana, "sana", PIXART_CALL | {"complex_human_instruction": None}),
     "dit": Tiny(tiny_dit, "dit", prompts=("fish", "1", "boat", "7", "tench")),
+    "flux2": Tiny(tiny_flux2, "flux2", {"max_sequence_length": FLUX2_TOKENS}, recent=True),
+    "flux2-klein": Tiny(tiny_flux2_klein, "flux2", LENGTH, recent=True),
+    "chroma": Tiny(tiny_chroma, "chroma", LENGTH, recent=True),
 }
 """Every pipeline that dmquant runs, by the name of the model it stands for."""
 
@@ -63,6 +69,7 @@ def marked(names: Iterable[str] = TINY) -> list[Any]:
 
 
 __all__ = [
+    "FLUX2_TOKENS",
     "IMAGE_SIZE",
     "PIXART_CALL",
     "TINY",
@@ -70,8 +77,11 @@ __all__ = [
     "WORDS",
     "Tiny",
     "marked",
+    "tiny_chroma",
     "tiny_dit",
     "tiny_flux",
+    "tiny_flux2",
+    "tiny_flux2_klein",
     "tiny_hunyuan",
     "tiny_hunyuan_11",
     "tiny_pixart",
