@@ -86,6 +86,7 @@ CASES = {
     "true guidance": ("flux", {"negative_prompt": "red", "true_cfg_scale": 2.0}, None, 6, 1),
     "guidance of klein": ("flux2-klein", {}, not_distilled, 6, 1),
     "negative prompts of Chroma": ("chroma", {"negative_prompt": "red"}, None, 6, 1),
+    "a guider": ("hunyuanimage", {"negative_prompt": "red"}, None, 6, 1),
     "images of Sana": ("sana", {"num_images_per_prompt": 2, "negative_prompt": "red"}, None, 3, 4),
 }
 

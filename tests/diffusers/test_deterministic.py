@@ -30,7 +30,16 @@ def quantized(tiny, recipe):
 
 @pytest.mark.parametrize(
     "model",
-    ["pixart-sigma", "sdxl", "hunyuan-1.1", "sd3", "flux", "sana", "dit", *marked(["flux2", "flux2-klein", "chroma"])],
+    [
+        "pixart-sigma",
+        "sdxl",
+        "hunyuan-1.1",
+        "sd3",
+        "flux",
+        "sana",
+        "dit",
+        *marked(["flux2", "flux2-klein", "chroma", "hunyuanimage"]),
+    ],
 )
 def test_an_image_is_the_same_alone_and_in_any_batch(model):
     tiny = TINY[model]

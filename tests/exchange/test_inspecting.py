@@ -24,7 +24,7 @@ TITLES = {
     "sdxl": "Stable Diffusion XL",
     "sd15": "Stable Diffusion 1",
 }
-TITLES |= {"pixart": "PixArt", "sana": "Sana", "hunyuan": "HunyuanDiT", "dit": "DiT"}
+TITLES |= {"pixart": "PixArt", "sana": "Sana", "hunyuanimage": "HunyuanImage", "hunyuan": "HunyuanDiT", "dit": "DiT"}
 FAMILIES = {name: next((TITLES[key] for key in TITLES if name.startswith(key)), None) for name in TINY}
 
 

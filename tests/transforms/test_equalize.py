@@ -59,6 +59,7 @@ def equalized(backbone, recipe=EQUALIZE):
         ("flux", 2),  # single blocks join attention and feed-forward before one output
         ("flux2", 2),
         ("chroma", 2),
+        ("hunyuanimage", 3),  # the refiner of texts has an attention as well
         ("sana", 4),
         ("dit", 2),
     ],

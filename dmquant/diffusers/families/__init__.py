@@ -109,8 +109,8 @@ class Family:
     token_limits: Mapping[str, int] = field(default_factory=dict)
     """Tokens of each tokenizer, by its name in the pipeline, where the pipeline fixes them and its call has no say."""
 
-    lengths: "Callable[[DiffusionPipeline, Sequence[str]], list[int]] | None" = None
-    """Tokens of each prompt as the pipeline tokenizes it, if nothing were cut, where it writes it into a template."""
+    lengths: "Callable[[DiffusionPipeline, str, Sequence[str]], list[int]] | None" = None
+    """Tokens of each prompt for a tokenizer, by its name, if nothing were cut, where the pipeline rewrites prompts."""
 
     keeps_ends: bool = False
     """Whether the first and the last layer stay in high precision as well, whatever they are called."""

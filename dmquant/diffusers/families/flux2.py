@@ -28,7 +28,7 @@ def _concatenations(transformer: "nn.Module") -> dict[str, int]:
     }
 
 
-def _lengths(pipeline: Any, prompts: Sequence[str]) -> list[int]:
+def _lengths(pipeline: Any, tokenizer: str, prompts: Sequence[str]) -> list[int]:
     """Tokens of each prompt in the conversation that the pipeline makes of it: dev's has a system message before."""
     written = pipeline.tokenizer.apply_chat_template
     if type(pipeline).__name__ == "Flux2Pipeline":

@@ -45,12 +45,12 @@ class Model(NamedTuple):
     @property
     def calls(self):
         """Calls of the backbone at each step."""
-        return 2 if self.family.guidance == "calls" and self.call["guidance_scale"] > 1 else 1
+        return 2 if self.family.guidance == "calls" and self.call.get("guidance_scale", 2.0) > 1 else 1
 
 
 def built(name, guidance=3.0):
     tiny, family = TINY[name], families()[TINY[name].family]
-    call = call_of(name, STEPS) | {"guidance_scale": guidance}
+    call = call_of(name, STEPS) | ({"guidance_scale": guidance} if tiny.takes_guidance else {})
     return Model(family.prompted(tiny.build()), family, call, tiny.prompts)
 
 

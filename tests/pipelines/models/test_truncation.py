@@ -43,7 +43,9 @@ def what_the_pipeline_cuts(pipeline: Any, tiny: Tiny, call: Mapping[str, Any], m
 
 
 INSTRUCTIONS = {"complex_human_instruction": ["a red cat on the tree", "with a green apple "]}
-CALLS = {name: (tiny, tiny.call) for name, tiny in TINY.items() if name not in ("dit", "pixart-alpha-1024")}
+CALLS = {
+    name: (tiny, tiny.call) for name, tiny in TINY.items() if name not in ("dit", "pixart-alpha-1024", "hunyuanimage")
+}
 CALLS["sana with instructions"] = TINY["sana"], {**TINY["sana"].call, **INSTRUCTIONS}
 
 
@@ -78,6 +80,15 @@ def test_a_text_encoder_that_was_left_out_cuts_nothing():
 def test_classes_are_never_too_long():
     pipeline = families()["dit"].prompted(TINY["dit"].build())
     assert cut_prompts(pipeline, ["1", "fish"], {}) == []
+
+
+@pytest.mark.slow
+def test_what_is_quoted_is_counted_by_letters_and_templates_are_not():
+    pipeline = TINY["hunyuanimage"].build()
+    written = len(pipeline.tokenizer(pipeline.prompt_template_encode.format("")).input_ids)
+    room = 1000 + pipeline.prompt_template_encode_start_idx - written
+    prompts = ["a " * room, "a " * (room + 1), "red 'cat'", f"'{'cat' * 50}'"]
+    assert cut_prompts(pipeline, prompts, {}) == [Cut("tokenizer", 1000, (1,)), Cut("tokenizer_2", 128, (3,))]
 
 
 def test_case_does_not_count_where_the_pipeline_ignores_it():
