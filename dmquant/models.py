@@ -21,6 +21,8 @@ USUAL = {
     "time_extra_emb*": "conditions every block",
     "adaln_single*": "one embedding sets scale and shift of every block",
     "caption_projection*": "every cross-attention reads its output",
+    "*stream_modulation*": "one layer sets scale, shift and gate of many blocks",
+    "distilled_guidance_layer*": "one network sets scale, shift and gate of every block",
     "norm_out*": "scales and shifts all tokens just before they become noise",
     "proj_out": "its error goes straight into the predicted noise",
     "proj_out_[0-9]": "its error goes straight into the predicted noise",

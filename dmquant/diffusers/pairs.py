@@ -10,7 +10,7 @@ from torch import nn
 
 from dmquant.transforms.pair import Pair, finds_pairs
 
-_ATTENTION = ("Attention", "FluxAttention")  # classes that send values to to_out and nowhere else
+_ATTENTION = ("Attention", "FluxAttention", "Flux2Attention")  # classes that send values to to_out and nowhere else
 _GATED = ("GEGLU", "SwiGLU")  # classes that give value * f(gate), value first
 
 

@@ -10,6 +10,11 @@ _ARCHITECTURES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("HunyuanVideo (original names)", ("double_blocks.0.img_attn_qkv",)),
     ("Flux.1 (original names)", ("double_blocks.0.img_attn.qkv", "single_blocks.0.linear1")),
     ("Flux.2 (diffusers' names)", ("single_transformer_blocks.0.attn.to_qkv_mlp_proj",)),
+    ("Chroma (diffusers' names)", ("single_transformer_blocks.0.attn.to_q", "distilled_guidance_layer.in_proj")),
+    (
+        "HunyuanImage (diffusers' names)",
+        ("transformer_blocks.0.attn.add_q_proj", "context_embedder.proj_in", "x_embedder.proj"),
+    ),
     ("Flux.1 (diffusers' names)", ("single_transformer_blocks.0.attn.to_q", "transformer_blocks.0.attn.add_q_proj")),
     ("Stable Diffusion 3 (original names)", ("joint_blocks.0.x_block.attn.qkv",)),
     ("Qwen-Image (diffusers' names)", ("transformer_blocks.0.img_mod.1", "transformer_blocks.0.attn.add_q_proj")),

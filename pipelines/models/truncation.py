@@ -41,7 +41,7 @@ def cut_prompts(pipeline: Any, prompts: Sequence[str], call: Mapping[str, Any]) 
         if tokenizer is None or encoder is None:
             continue
         limit = _limit(pipeline, name, tokenizer, encoder, arguments)
-        lengths = _lengths(pipeline, tokenizer, prompts, arguments)
+        lengths = _lengths(pipeline, name, prompts, arguments)
         cuts.append(Cut(name, limit, tuple(index for index, length in enumerate(lengths) if length > limit)))
     return cuts
 
@@ -89,8 +89,12 @@ def _limit(pipeline: Any, name: str, tokenizer: Any, encoder: Any, arguments: Ma
     return (None if is_clip else arguments.get(LENGTH)) or tokenizer.model_max_length
 
 
-def _lengths(pipeline: Any, tokenizer: Any, prompts: Sequence[str], arguments: Mapping[str, Any]) -> list[int]:
+def _lengths(pipeline: Any, name: str, prompts: Sequence[str], arguments: Mapping[str, Any]) -> list[int]:
     """Tokens of each prompt, start and end included, as the pipeline would tokenize it if nothing were cut."""
+    family = family_of_pipeline(type(pipeline).__name__)
+    if family is not None and family.lengths is not None:
+        return family.lengths(pipeline, name, prompts)
+    tokenizer = pipeline.components[name]
     texts = list(prompts)
     if hasattr(pipeline, "_text_preprocessing"):  # PixArt, Sana: in lower case, and cleaned if the call says so
         texts = pipeline._text_preprocessing(texts, clean_caption=arguments.get("clean_caption", False))

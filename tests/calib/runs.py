@@ -35,8 +35,8 @@ PART_OF_UNET = [
 def call_of(model: str, steps: int) -> dict:
     """Arguments of the pipeline's call for a tiny model."""
     tiny = TINY[model]
-    size = {"height": tiny.size, "width": tiny.size}
-    return size | {"num_inference_steps": steps, "guidance_scale": 3.0} | dict(tiny.call)
+    size = {"height": tiny.size, "width": tiny.size, "num_inference_steps": steps}
+    return size | ({"guidance_scale": 3.0} if tiny.takes_guidance else {}) | dict(tiny.call)
 
 
 def captured(model: str, folder: Path, **sizes):

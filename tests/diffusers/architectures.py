@@ -103,6 +103,33 @@ def _flux() -> dict[str, Any]:
     }
 
 
+def _chroma() -> dict[str, Any]:
+    return {name: value for name, value in _flux().items() if name != "pooled_projections"}
+
+
+def _hunyuanimage() -> dict[str, Any]:
+    """Without quoted text, whose tokens the transformer picks by their values."""
+    return {
+        "hidden_states": _latents(64),
+        "timestep": _rows(),
+        "encoder_hidden_states": _rows(20, 3584),
+        "encoder_attention_mask": _rows(20),
+    }
+
+
+def _flux2(text: int, **guidance: Tensor) -> dict[str, Any]:
+    """For text embeddings of that many channels; each row has positions of its own, which are those of the first."""
+    tokens = (LATENT // 2) ** 2
+    return {
+        "hidden_states": _rows(tokens, 128),
+        "encoder_hidden_states": _rows(20, text),
+        "timestep": _rows(),
+        "img_ids": _rows(tokens, 4),
+        "txt_ids": _rows(20, 4),
+        **guidance,
+    }
+
+
 def _sana() -> dict[str, Any]:
     return {
         "hidden_states": _latents(32),
@@ -137,6 +164,21 @@ _SD3 = {
     "pos_embed_max_size": 192,
 }
 _SD35_MEDIUM = {"pos_embed_max_size": 384, "dual_attention_layers": tuple(range(13)), "qk_norm": "rms_norm"}
+_FLUX2 = "Flux2Transformer2DModel"
+_KLEIN_4B = {
+    "num_layers": 5,
+    "num_single_layers": 20,
+    "num_attention_heads": 24,
+    "joint_attention_dim": 7680,
+    "guidance_embeds": False,
+}
+_KLEIN_9B = {
+    "num_layers": 8,
+    "num_single_layers": 24,
+    "num_attention_heads": 32,
+    "joint_attention_dim": 12288,
+    "guidance_embeds": False,
+}
 _DIT = {"sample_size": 32, "in_channels": 4, "out_channels": 8, "num_embeds_ada_norm": 1000}
 ARCHITECTURES = {
     name: Architecture(BACKBONES[name].family, kind, BACKBONES[name].config, BACKBONES[name].parameters, inputs)
@@ -152,9 +194,16 @@ ARCHITECTURES = {
         lambda: _flux() | {"guidance": _rows()},
     ),
     "flux-schnell": Architecture("flux", "FluxTransformer2DModel", {}, 11_891_178_560, _flux),
+    "chroma": Architecture("chroma", "ChromaTransformer2DModel", {}, 8_899_983_424, _chroma),
+    "flux2-dev": Architecture("flux2", _FLUX2, {}, 32_223_281_152, lambda: _flux2(15360, guidance=_rows())),
+    "flux2-klein-4b": Architecture("flux2", _FLUX2, _KLEIN_4B, 3_875_544_576, lambda: _flux2(7680)),
+    "flux2-klein-9b": Architecture("flux2", _FLUX2, _KLEIN_9B, 9_078_581_248, lambda: _flux2(12288)),
+    "hunyuanimage": Architecture(
+        "hunyuanimage", "HunyuanImageTransformer2DModel", {"text_embed_2_dim": 1472}, 17_425_795_520, _hunyuanimage
+    ),
     "sana": Architecture("sana", "SanaTransformer2DModel", {}, 1_604_462_752, _sana),
     "dit-256": Architecture("dit", "DiTTransformer2DModel", _DIT, 749_826_464, _dit),
 }
-"""By the name of the preset. The counts of the last six are those of the classes at the published configurations; the
-published figures are 2, 2.5 (with the table of positions), 12, 12, 1.6 and 0.675 billion (with one copy of the
-embedder that diffusers repeats in all 28 blocks)."""
+"""By the name of the preset. The counts of those that are not benchmarked are those of the classes at the published
+configurations; the published figures are 2, 2.5 (SD 3.5, with the table of positions), 12, 12, 8.9 (Chroma), 32, 4, 9,
+17 (HunyuanImage), 1.6 and 0.675 billion (DiT, with one copy of the embedder that all 28 blocks have in diffusers)."""

@@ -38,6 +38,10 @@ def with_scheduler(name):
     return change
 
 
+def not_distilled(pipeline):
+    pipeline.register_to_config(is_distilled=False)
+
+
 def with_ip_adapter(pipeline):
     """An adapter of four tokens of images of 16 features."""
     unet, draw = pipeline.unet, torch.Generator().manual_seed(0)
@@ -80,6 +84,9 @@ CASES = {
     "sizes": ("sdxl", SIZES, None, 3, 2),
     "third prompts": ("sd3", {"prompt_2": "boat", "prompt_3": "cat", "negative_prompt_3": "red"}, None, 3, 2),
     "true guidance": ("flux", {"negative_prompt": "red", "true_cfg_scale": 2.0}, None, 6, 1),
+    "guidance of klein": ("flux2-klein", {}, not_distilled, 6, 1),
+    "negative prompts of Chroma": ("chroma", {"negative_prompt": "red"}, None, 6, 1),
+    "a guider": ("hunyuanimage", {"negative_prompt": "red"}, None, 6, 1),
     "images of Sana": ("sana", {"num_images_per_prompt": 2, "negative_prompt": "red"}, None, 3, 4),
 }
 

@@ -9,7 +9,7 @@ import dmquant
 from dmquant.diffusers.calling import call_pipeline
 from dmquant.diffusers.families import families
 from dmquant.recipe import Recipe
-from tests.tiny import TINY
+from tests.tiny import TINY, marked
 
 STEPS = 2
 
@@ -28,7 +28,19 @@ def quantized(tiny, recipe):
     return pipeline
 
 
-@pytest.mark.parametrize("model", ["pixart-sigma", "sdxl", "hunyuan-1.1", "sd3", "flux", "sana", "dit"])
+@pytest.mark.parametrize(
+    "model",
+    [
+        "pixart-sigma",
+        "sdxl",
+        "hunyuan-1.1",
+        "sd3",
+        "flux",
+        "sana",
+        "dit",
+        *marked(["flux2", "flux2-klein", "chroma", "hunyuanimage"]),
+    ],
+)
 def test_an_image_is_the_same_alone_and_in_any_batch(model):
     tiny = TINY[model]
     pipeline = quantized(tiny, "w4a6")

@@ -12,6 +12,7 @@ from dmquant.diffusers.calling import call_pipeline
 from dmquant.diffusers.families import GENERIC, ends, families, family_of
 from dmquant.errors import UserError
 from dmquant.pipelines.models.registry import registered_models
+from tests.calib.runs import call_of
 from tests.diffusers.architectures import ARCHITECTURES
 from tests.tiny import TINY
 
@@ -20,6 +21,7 @@ STRAYS = {
     "sdxl": {"*.attentions.*.proj_in": 11, "*.attentions.*.proj_out": 11},
 }
 CONCATENATIONS = {"sd15": 12, "sdxl": 9, "hunyuan-1.1": 19, "hunyuan": 19, "flux-dev": 38, "flux-schnell": 38}
+CONCATENATIONS |= {"flux2-dev": 48, "flux2-klein-4b": 20, "flux2-klein-9b": 24, "chroma": 38, "hunyuanimage": 40}
 LEARNED_SIGMA = ("pixart-alpha-1024", "pixart-sigma", "hunyuan-1.1", "hunyuan-1.2", "sana", "dit")
 
 
@@ -52,7 +54,7 @@ def test_the_architecture_is_the_published_one(name):
 
 def test_every_family_and_every_preset_has_an_architecture_here():
     assert {each.family for each in ARCHITECTURES.values()} == families().keys() - {GENERIC}
-    twins = {"pixart-alpha-512": "pixart-sigma", "dit-512": "dit-256"}
+    twins = {"pixart-alpha-512": "pixart-sigma", "dit-512": "dit-256", "flux2-klein-base-9b": "flux2-klein-9b"}
     downloaded = [name for name, spec in registered_models().items() if not spec.is_embedded]
     assert {twins.get(name, name) for name in downloaded} == ARCHITECTURES.keys()
     for name in downloaded:
@@ -146,7 +148,7 @@ def test_the_generic_family_keeps_what_is_outside_of_the_blocks(name):
 
 def first_call(name, prompts):
     """What the backbone of a tiny pipeline was given and returned at the first step."""
-    tiny, pipeline = TINY[name], pipeline_of(name)
+    pipeline = pipeline_of(name)
     family = family_of(pipeline)
     calls = []
     backbone = getattr(pipeline, family.component)
@@ -154,8 +156,8 @@ def first_call(name, prompts):
         lambda module, args, kwargs, output: calls.append((args, kwargs, output[0])), with_kwargs=True
     )
     try:
-        size = {"height": tiny.size, "width": tiny.size, "num_inference_steps": 2, "guidance_scale": 3.0}
-        call_pipeline(family.prompted(pipeline), prompts, range(len(prompts)), "latent", size | dict(tiny.call))
+        call = call_of(name, 2)
+        call_pipeline(family.prompted(pipeline), prompts, range(len(prompts)), "latent", call)
     finally:
         hook.remove()
     return calls[0]
@@ -171,7 +173,7 @@ def test_the_tiny_pipelines_belong_to_the_families(name):
 
 @pytest.mark.parametrize("name", TINY)
 def test_all_rows_of_a_call_share_what_the_family_says_and_nothing_else(name):
-    """Arguments but those of one number have a row for every prompt, with guidance two, unless guidance is embedded."""
+    """Arguments but those of one number have a row for every prompt, and with guidance in rows two."""
     family = families()[TINY[name].family]
     prompts = list(TINY[name].prompts[:3])
     rows = len(prompts) * (2 if family.guidance == "rows" else 1)
@@ -212,7 +214,7 @@ def test_the_features_that_count_are_those_of_the_channels_that_the_sampler_uses
     assert used == counted.nonzero().flatten().tolist()
 
 
-@pytest.mark.parametrize("name", ["sd15", "sdxl", "sd3", "flux"])
+@pytest.mark.parametrize("name", ["sd15", "sdxl", "sd3", "flux", "flux2", "flux2-klein", "chroma", "hunyuanimage"])
 def test_every_feature_counts_where_no_variance_is_learned(name):
     assert (
         families()[TINY[name].family].counted(getattr(pipeline_of(name), family_of(pipeline_of(name)).component)) == {}

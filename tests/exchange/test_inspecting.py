@@ -16,8 +16,15 @@ from tests.exchange import labelled
 from tests.exchange.test_dialects import backbone
 from tests.tiny import TINY
 
-TITLES = {"flux": "Flux.1", "sd3": "Stable Diffusion 3", "sdxl": "Stable Diffusion XL", "sd15": "Stable Diffusion 1"}
-TITLES |= {"pixart": "PixArt", "sana": "Sana", "hunyuan": "HunyuanDiT", "dit": "DiT"}
+TITLES = {
+    "flux2": "Flux.2",
+    "flux": "Flux.1",
+    "chroma": "Chroma",
+    "sd3": "Stable Diffusion 3",
+    "sdxl": "Stable Diffusion XL",
+    "sd15": "Stable Diffusion 1",
+}
+TITLES |= {"pixart": "PixArt", "sana": "Sana", "hunyuanimage": "HunyuanImage", "hunyuan": "HunyuanDiT", "dit": "DiT"}
 FAMILIES = {name: next((TITLES[key] for key in TITLES if name.startswith(key)), None) for name in TINY}
 
 

@@ -59,7 +59,7 @@ def run(request, home):
             prompts=str(prompts),
             calibration_prompts=str(calibration),
             steps=2,
-            guidance=3.0,
+            guidance=3.0 if tiny.takes_guidance else None,
             height=tiny.size,
             width=tiny.size,
             dtype="fp32",

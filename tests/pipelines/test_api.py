@@ -103,7 +103,7 @@ def test_one_name_gives_one_model_by_every_door_and_changes_nothing_but_the_back
     assert all(same_weights(getattr(pipe, name), getattr(original, name)) for name in others)
     assert 4 < made.footprint.bits_per_weight < 5
     prompted, draw = family.prompted(pipe), torch.Generator().manual_seed(0)
-    made_images = prompted(tiny.prompts[0], generator=draw, output_type="pt", **call, **tiny.call).images
+    made_images = prompted(prompt=tiny.prompts[0], generator=draw, output_type="pt", **call, **tiny.call).images
     assert made_images.shape[-2:] == (tiny.size, tiny.size)
     assert made_images.isfinite().all()
 
@@ -120,7 +120,7 @@ def test_a_saved_pipeline_reloads_in_diffusers_bit_equal(kind, recipe, tmp_path)
     assert "DiffusionPipeline.from_pretrained" in (out / "README.md").read_text()
 
 
-@pytest.mark.parametrize("kind", ["dit", "flux", "hunyuan-1.1", "sd3"])
+@pytest.mark.parametrize("kind", ["dit", "flux", "hunyuan-1.1", "sd3", *marked(["flux2", "flux2-klein", "chroma"])])
 def test_pipelines_with_calls_of_their_own_kind_calibrate(kind):
     """Classes for prompts, guidance as an input, arguments that all rows share, two text streams."""
     tiny = TINY[kind]

@@ -13,9 +13,13 @@ from dmquant.diffusers.torchvision import ensure_torchvision_imports
 
 ensure_torchvision_imports()
 
+from tests.tiny.chroma import tiny_chroma
 from tests.tiny.dit import tiny_dit
 from tests.tiny.flux import tiny_flux
+from tests.tiny.flux2 import LENGTH as FLUX2_TOKENS
+from tests.tiny.flux2 import tiny_flux2, tiny_flux2_klein
 from tests.tiny.hunyuan import tiny_hunyuan, tiny_hunyuan_11
+from tests.tiny.hunyuanimage import tiny_hunyuanimage
 from tests.tiny.parts import TOKENS, WORDS
 from tests.tiny.pixart import tiny_pixart, tiny_pixart_alpha, tiny_pixart_alpha_1024
 from tests.tiny.sana import tiny_sana
@@ -35,6 +39,8 @@ class Tiny:
     family: str
     call: Mapping[str, Any] = field(default_factory=dict)
     size: int = IMAGE_SIZE
+    takes_guidance: bool = True
+    """Whether the call takes a scale of guidance."""
     recent: bool = False
     """Of a family whose tests but the shortest run among the slow ones: `marked`."""
     prompts: tuple[str, ...] = ("red apple", "blue cat", "a green house", "a boat on the tree", "face")
@@ -52,6 +58,10 @@ TINY = {
     "flux": Tiny(tiny_flux, "flux", LENGTH),
     "sana": Tiny(tiny_sana, "sana", PIXART_CALL | {"complex_human_instruction": None}),
     "dit": Tiny(tiny_dit, "dit", prompts=("fish", "1", "boat", "7", "tench")),
+    "flux2": Tiny(tiny_flux2, "flux2", {"max_sequence_length": FLUX2_TOKENS}, recent=True),
+    "flux2-klein": Tiny(tiny_flux2_klein, "flux2", LENGTH, recent=True),
+    "chroma": Tiny(tiny_chroma, "chroma", LENGTH, recent=True),
+    "hunyuanimage": Tiny(tiny_hunyuanimage, "hunyuanimage", takes_guidance=False, recent=True),
 }
 """Every pipeline that dmquant runs, by the name of the model it stands for."""
 
@@ -63,6 +73,7 @@ def marked(names: Iterable[str] = TINY) -> list[Any]:
 
 
 __all__ = [
+    "FLUX2_TOKENS",
     "IMAGE_SIZE",
     "PIXART_CALL",
     "TINY",
@@ -70,10 +81,14 @@ __all__ = [
     "WORDS",
     "Tiny",
     "marked",
+    "tiny_chroma",
     "tiny_dit",
     "tiny_flux",
+    "tiny_flux2",
+    "tiny_flux2_klein",
     "tiny_hunyuan",
     "tiny_hunyuan_11",
+    "tiny_hunyuanimage",
     "tiny_pixart",
     "tiny_pixart_alpha",
     "tiny_pixart_alpha_1024",

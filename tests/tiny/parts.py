@@ -1,9 +1,10 @@
 """What the tiny pipelines are put together from: tokenizers, text encoders, autoencoders."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline
+from diffusers import AutoencoderKL, DiffusionPipeline, ModelMixin
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import CLIPTextConfig, PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
@@ -74,9 +75,9 @@ def t5(tokenizer: PreTrainedTokenizerFast, channels: int = TEXT, blocks: int = 1
     )
 
 
-def vae(image_size: int, levels: int = 2, **config) -> AutoencoderKL:
-    """An autoencoder to 4 latent channels, each side divided by 2 ** (levels - 1)."""
-    return AutoencoderKL(
+def vae(image_size: int, levels: int = 2, kind: type[ModelMixin] = AutoencoderKL, **config) -> Any:
+    """An autoencoder of a kind to 4 latent channels, each side divided by 2 ** (levels - 1)."""
+    return kind(
         down_block_types=("DownEncoderBlock2D",) * levels,
         up_block_types=("UpDecoderBlock2D",) * levels,
         block_out_channels=(16,) * levels,

@@ -28,7 +28,7 @@ def backbone_of(model):
     )
     size = {"height": tiny.size, "width": tiny.size}
     call = size | {"num_inference_steps": 1, "output_type": "latent"} | dict(tiny.call)
-    family.prompted(pipeline)(list(tiny.prompts[:1]), **call)
+    family.prompted(pipeline)(prompt=list(tiny.prompts[:1]), **call)
     handle.remove()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():  # ranges that differ from channel to channel, biases and norms included
@@ -57,6 +57,9 @@ def equalized(backbone, recipe=EQUALIZE):
         ("hunyuan-1.2", 12),  # two attentions and a gated feed-forward in each of four blocks
         ("sd3", 4),  # joint attention in three blocks, one of which has a second attention
         ("flux", 2),  # single blocks join attention and feed-forward before one output
+        ("flux2", 2),
+        ("chroma", 2),
+        ("hunyuanimage", 3),  # the refiner of texts has an attention as well
         ("sana", 4),
         ("dit", 2),
     ],

@@ -86,9 +86,9 @@ class Family:
     """Globs of layer names inside the backbone that stay in high precision by default, and why."""
     blocks: "Callable[[nn.Module], list[str]]"
     """Names of the backbone's modules that are reconstructed one after another. No two hold the same layer."""
-    guidance: Literal["rows", "embedded"] = "rows"
-    """Computation of classifier-free guidance: with and without the prompt as `rows` of one call, or `embedded` as an
-    input of a distilled backbone, which is then called with one row an image."""
+    guidance: Literal["rows", "calls", "embedded"] = "rows"
+    """Computation of classifier-free guidance: with and without the prompt as `rows` of one call, as `calls` of their
+    own, or `embedded` as an input of a distilled backbone. The last two have one row an image."""
     prompt_first: bool = False
     """Whether of the two rows of a call the one with the prompt is the first; in most pipelines it is the second."""
     concatenations: "Callable[[nn.Module], dict[str, int]]" = _nothing
@@ -108,6 +108,9 @@ class Family:
     """Text encoders and tokenizers that a pipeline of a class may be without, and still takes prompts."""
     token_limits: Mapping[str, int] = field(default_factory=dict)
     """Tokens of each tokenizer, by its name in the pipeline, where the pipeline fixes them and its call has no say."""
+
+    lengths: "Callable[[DiffusionPipeline, str, Sequence[str]], list[int]] | None" = None
+    """Tokens of each prompt for a tokenizer, by its name, if nothing were cut, where the pipeline rewrites prompts."""
 
     keeps_ends: bool = False
     """Whether the first and the last layer stay in high precision as well, whatever they are called."""

@@ -23,7 +23,7 @@ from dmquant.errors import UsageError, UserError
 from tests.calib.runs import call_of
 from tests.calib.toy import Toy
 from tests.forked import Forked
-from tests.tiny import TINY, TOKENS, marked
+from tests.tiny import FLUX2_TOKENS, TINY, TOKENS, marked
 from tests.tiny.hunyuan import BERT_TOKENS, T5_TOKENS
 
 STEPS = 8
@@ -42,10 +42,15 @@ class Model(NamedTuple):
     def backbone(self):
         return getattr(self.pipeline, self.family.component)
 
+    @property
+    def calls(self):
+        """Calls of the backbone at each step."""
+        return 2 if self.family.guidance == "calls" and self.call.get("guidance_scale", 2.0) > 1 else 1
+
 
 def built(name, guidance=3.0):
     tiny, family = TINY[name], families()[TINY[name].family]
-    call = call_of(name, STEPS) | {"guidance_scale": guidance}
+    call = call_of(name, STEPS) | ({"guidance_scale": guidance} if tiny.takes_guidance else {})
     return Model(family.prompted(tiny.build()), family, call, tiny.prompts)
 
 
@@ -69,8 +74,9 @@ def toy_capture(toy, folder, **changes):
     return capture(toy, "unet", calls, folder=folder, **(settings | changes))
 
 
-def spied(backbone, work):
+def spied(model, work):
     """Every call of the backbone after the rehearsal in `work`, as its arguments by name and its output; its result."""
+    backbone = model.backbone
     calls, signature = [], inspect.signature(backbone.forward)
 
     def spy(module, args, kwargs, output):
@@ -79,7 +85,7 @@ def spied(backbone, work):
     handle = backbone.register_forward_hook(spy, with_kwargs=True)
     try:
         result = work()
-        return calls[STEPS:], result
+        return calls[STEPS * model.calls :], result
     finally:
         handle.remove()
 
@@ -102,10 +108,10 @@ def rows_of(prompt, batch, leaf, shared):
 
 
 def test_what_is_stored_is_what_the_pipeline_passed(model, tmp_path):
-    calls, store = spied(model.backbone, lambda: captured(model, tmp_path, batch_size=3))
+    calls, store = spied(model, lambda: captured(model, tmp_path, batch_size=3))
     for index, sample in enumerate(store.samples):
         batch, prompt = divmod(sample.prompt, 3)
-        passed_skeleton, passed = flatten(dict(calls[batch * STEPS + sample.step][0]))
+        passed_skeleton, passed = flatten(dict(calls[batch * store.steps + sample.step][0]))
         skeleton, leaves = flatten(store.batch([index])[1])
         assert skeleton == passed_skeleton
         for (name, leaf), one in zip(leaves, passed, strict=True):
@@ -115,20 +121,20 @@ def test_what_is_stored_is_what_the_pipeline_passed(model, tmp_path):
 
 
 def test_replaying_what_is_stored_gives_what_the_pipeline_computed_bit_for_bit(model, tmp_path):
-    calls, store = spied(model.backbone, lambda: captured(model, tmp_path, prompts=model.prompts[:3], batch_size=1))
-    assert len(calls) == 3 * STEPS
+    calls, store = spied(model, lambda: captured(model, tmp_path, prompts=model.prompts[:3], batch_size=1))
+    assert len(calls) == 3 * STEPS * model.calls
     assert store.rows == (2 if model.family.guidance == "rows" and model.call["guidance_scale"] > 1 else 1)
     for index, sample in enumerate(store.samples):
-        assert torch.equal(replay(model, store, [index]), calls[sample.prompt * STEPS + sample.step][1])
+        assert torch.equal(replay(model, store, [index]), calls[sample.prompt * store.steps + sample.step][1])
 
 
 def test_samples_are_cut_out_of_batches_and_mixed_over_timesteps(model, tmp_path):
-    calls, store = spied(model.backbone, lambda: captured(model, tmp_path, batch_size=3))
+    calls, store = spied(model, lambda: captured(model, tmp_path, batch_size=3))
     wanted = []
     for sample in store.samples:
         batch, within = divmod(sample.prompt, 3)
         prompts = (3, 2)[batch]
-        wanted.append(calls[batch * STEPS + sample.step][1][within::prompts])
+        wanted.append(calls[batch * store.steps + sample.step][1][within::prompts])
     order = list(range(len(wanted)))[::-1]
     assert len({store.samples[index].step for index in order}) > 3
     mixed = replay(model, store, order)
@@ -137,13 +143,15 @@ def test_samples_are_cut_out_of_batches_and_mixed_over_timesteps(model, tmp_path
     assert torch.allclose(mixed, single, atol=1e-5)
 
 
+SHARES = ("flux", "flux2", "chroma")  # families that are told the share of the schedule that is left
+
+
 def test_the_schedule_is_recorded_as_the_backbone_saw_it(model, tmp_path):
     store = captured(model, tmp_path)
-    assert store.steps == STEPS
-    whole = 1000 if model.family.name == "flux" else 1  # Flux is told the share of the schedule that is left
-    assert store.timesteps == pytest.approx(
-        [float(timestep) / whole for timestep in model.pipeline.scheduler.timesteps]
-    )
+    assert store.steps == STEPS * model.calls
+    whole = 1000 if model.family.name in SHARES else 1
+    schedule = [float(timestep) / whole for timestep in model.pipeline.scheduler.timesteps for _ in range(model.calls)]
+    assert store.timesteps == pytest.approx(schedule)
     for index, sample in enumerate(store.samples):
         timestep = store.batch([index])[1]["timestep"]
         assert timestep.tolist() == [store.timesteps[sample.step]] * store.rows
@@ -188,12 +196,24 @@ CONDITIONS = {
         "img_ids": shaped(64, 3),
         "txt_ids": shaped(TOKENS, 3),
     },
+    "flux2": {
+        "encoder_hidden_states": shaped(1, FLUX2_TOKENS, 48),
+        "guidance": same([3.0]),
+        "img_ids": shaped(1, 64, 4),
+        "txt_ids": shaped(1, FLUX2_TOKENS, 4),
+    },
+    "flux2-klein": {"encoder_hidden_states": shaped(1, TOKENS, 48), "txt_ids": shaped(1, TOKENS, 4)},
+    "chroma": {
+        "img_ids": shaped(64, 3),
+        "txt_ids": shaped(TOKENS, 3),
+        "attention_mask": lambda mask: mask.sum(1).tolist() in ([64 + 2], [64 + 4]),  # a token of padding is seen too
+    },
     "sana": {"encoder_attention_mask": lambda mask: mask.sum(1).tolist() == [2, 4]},
     "dit": {"class_labels": same([0, 1000])},
 }
 
 
-@pytest.mark.parametrize("name", CONDITIONS)
+@pytest.mark.parametrize("name", marked(CONDITIONS))
 def test_every_condition_is_there_for_both_branches_of_guidance(name, tmp_path):
     model = built(name)
     store = captured(model, tmp_path, prompts=model.prompts[:2])
@@ -205,7 +225,7 @@ def test_what_all_rows_share_is_kept_whole_even_where_it_has_as_many_entries_as_
     """32 pixels are four image tokens of Hunyuan, and two prompts with guidance four rows."""
     model = built("hunyuan-1.2")
     model.call.update(height=32, width=32)
-    calls, store = spied(model.backbone, lambda: captured(model, tmp_path, prompts=model.prompts[:2]))
+    calls, store = spied(model, lambda: captured(model, tmp_path, prompts=model.prompts[:2]))
     [rotary] = {tuple(arguments["image_rotary_emb"][0].shape) for arguments, _ in calls}
     assert rotary == (4, 16) == (len(calls[0][0]["hidden_states"]), 16)
     for index, sample in enumerate(store.samples):

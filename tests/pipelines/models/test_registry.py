@@ -46,7 +46,11 @@ def test_the_files_and_the_names_in_them_agree():
     assert named <= registered_models().keys()
 
 
-@pytest.mark.parametrize("name", ["sd15", "sdxl", "pixart-sigma", "hunyuan", "sd3", "sana", "dit-256"])
+SIZELESS = ("flux", "flux2", "chroma", "hunyuanimage")  # families whose backbones are of no size
+RECENT = ("flux2-dev", "flux2-klein-base-9b", "chroma")
+
+
+@pytest.mark.parametrize("name", ["sd15", "sdxl", "pixart-sigma", "hunyuan", "sd3", "sana", "dit-256", *RECENT])
 def test_published_settings_are_the_defaults_of_the_pipelines_call(name):
     spec = registered_models()[name]
     parameters = call_parameters(spec.pipeline)
@@ -208,7 +212,7 @@ def test_a_folder_called_like_a_repository_takes_its_settings(tmp_path):
         assert (spec.height, spec.width) == (1024, 1024)  # its configuration tells no size
 
 
-@pytest.mark.parametrize("name", [name for name in TINY if name != "flux"])
+@pytest.mark.parametrize("name", [name for name in TINY if TINY[name].family not in SIZELESS])
 def test_a_local_folder_of_every_family_has_its_own_size(name, tmp_path):
     pipeline = TINY[name].build(tmp_path / "model")
     spec = resolve_model(str(tmp_path / "model"))
