@@ -13,6 +13,7 @@ from dmquant.diffusers.torchvision import ensure_torchvision_imports
 
 ensure_torchvision_imports()
 
+from tests.tiny.auraflow import tiny_auraflow
 from tests.tiny.chroma import tiny_chroma
 from tests.tiny.dit import tiny_dit
 from tests.tiny.flux import tiny_flux
@@ -22,6 +23,7 @@ from tests.tiny.hunyuan import tiny_hunyuan, tiny_hunyuan_11
 from tests.tiny.hunyuanimage import tiny_hunyuanimage
 from tests.tiny.parts import TOKENS, WORDS
 from tests.tiny.pixart import tiny_pixart, tiny_pixart_alpha, tiny_pixart_alpha_1024
+from tests.tiny.qwenimage import tiny_qwenimage
 from tests.tiny.sana import tiny_sana
 from tests.tiny.stable_diffusion import tiny_sd, tiny_sd3, tiny_sdxl
 
@@ -62,6 +64,8 @@ TINY = {
     "flux2-klein": Tiny(tiny_flux2_klein, "flux2", LENGTH, recent=True),
     "chroma": Tiny(tiny_chroma, "chroma", LENGTH, recent=True),
     "hunyuanimage": Tiny(tiny_hunyuanimage, "hunyuanimage", takes_guidance=False, recent=True),
+    "qwenimage": Tiny(tiny_qwenimage, "qwenimage", {"negative_prompt": " "}, recent=True),
+    "auraflow": Tiny(tiny_auraflow, "auraflow", LENGTH, recent=True),
 }
 """Every pipeline that dmquant runs, by the name of the model it stands for."""
 
@@ -81,6 +85,7 @@ __all__ = [
     "WORDS",
     "Tiny",
     "marked",
+    "tiny_auraflow",
     "tiny_chroma",
     "tiny_dit",
     "tiny_flux",
@@ -92,6 +97,7 @@ __all__ = [
     "tiny_pixart",
     "tiny_pixart_alpha",
     "tiny_pixart_alpha_1024",
+    "tiny_qwenimage",
     "tiny_sana",
     "tiny_sd",
     "tiny_sd3",
