@@ -25,6 +25,9 @@ from dmquant.diffusers.watching import rehearsing
 from dmquant.errors import UserError
 from dmquant.host import processes
 
+Encoded = Callable[[Any, Sequence[str], Mapping[str, Any]], dict[str, Any]]
+"""Gives embeddings of prompts for a pipeline, as arguments of its call, the others of which are given."""
+
 SHORT = 24  # characters of a setting that an error message quotes
 SHOWN = 3  # files that an error message names
 
@@ -41,6 +44,7 @@ def capture(
     shared: Sequence[str] = (),
     padded: Mapping[str, str] = MappingProxyType({}),
     listed: Collection[str] = (),
+    encoded: Encoded | None = None,
     weighted: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
     replace: bool = False,
@@ -58,6 +62,7 @@ def capture(
         padded: arguments of the backbone's forward, (rows, tokens, ...), that end in padding to the longest prompt of a
             call, and the argument that is the mask of each, (rows, tokens), or None.
         listed: arguments of the backbone's forward that are lists of plain values, an entry for each prompt of a call.
+        encoded: embeds the prompts, so that all texts are of one length, where the pipeline's own calls do not.
         weighted: whether the importance of steps is measured also for a sampler that does not need it.
         progress: told how many prompts are done of how many; passes that measure importance count as prompts.
         replace: start anew where the folder holds something else, which is otherwise a UserError.
@@ -106,6 +111,8 @@ def capture(
     progress(total - len(index.missing()), total)
     samples = choose(sampling, len(calls), index.steps, index.weights, index.timesteps)
     same = Shared(shared)
+    if encoded is not None and calls.prompts is not None:
+        calls, batch_size = calls.encoded(encoded(pipeline, calls.prompts, calls.arguments)), 1
 
     def captured(batch: range) -> tuple[Captured, str, dict[str, str]]:
         chosen = [sample for sample in samples if sample.prompt in batch]

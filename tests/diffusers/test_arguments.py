@@ -87,6 +87,7 @@ CASES = {
     "guidance of klein": ("flux2-klein", {}, not_distilled, 6, 1),
     "negative prompts of Chroma": ("chroma", {"negative_prompt": "red"}, None, 6, 1),
     "negative prompts of Qwen-Image": ("qwenimage", {"negative_prompt": "red boat"}, None, 6, 1),
+    "negative prompts of CogView4": ("cogview4", {"negative_prompt": "red boat"}, None, 6, 1),
     "a guider": ("hunyuanimage", {"negative_prompt": "red"}, None, 6, 1),
     "images of Sana": ("sana", {"num_images_per_prompt": 2, "negative_prompt": "red"}, None, 3, 4),
 }

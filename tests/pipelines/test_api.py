@@ -121,7 +121,14 @@ def test_a_saved_pipeline_reloads_in_diffusers_bit_equal(kind, recipe, tmp_path)
 
 
 @pytest.mark.parametrize(
-    "kind", ["dit", "flux", "hunyuan-1.1", "sd3", *marked(["flux2", "flux2-klein", "chroma", "qwenimage", "auraflow"])]
+    "kind",
+    [
+        "dit",
+        "flux",
+        "hunyuan-1.1",
+        "sd3",
+        *marked(["flux2", "flux2-klein", "chroma", "qwenimage", "cogview4", "auraflow"]),
+    ],
 )
 def test_pipelines_with_calls_of_their_own_kind_calibrate(kind):
     """Classes for prompts, guidance as an input, arguments that all rows share, two text streams."""

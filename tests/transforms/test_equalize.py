@@ -61,6 +61,7 @@ def equalized(backbone, recipe=EQUALIZE):
         ("chroma", 2),
         ("hunyuanimage", 3),  # the refiner of texts has an attention as well
         ("qwenimage", 3),
+        ("cogview4", 3),
         ("auraflow", 4),
         ("sana", 4),
         ("dit", 2),

@@ -107,6 +107,9 @@ class Family:
     and the mask of each, (rows, tokens), true for what is no padding; None says that nothing is."""
     listed: tuple[str, ...] = ()
     """Arguments of the backbone's forward that are lists of plain values with an entry for each prompt of a call."""
+    encoded: "Callable[[DiffusionPipeline, Sequence[str], Mapping[str, Any]], dict[str, Any]] | None" = None
+    """Embeddings of prompts of any lengths, all of one length, as arguments of the pipeline's call, whose others are
+    given; for calibration, where the pipeline gives the backbone texts of different lengths without a mask."""
     prompted: "Callable[[DiffusionPipeline], Any]" = _itself
     """The pipeline as something that is called with prompts; itself, unless its call takes something else."""
     without: Mapping[str, Any] = field(default_factory=dict)
@@ -124,8 +127,8 @@ class Family:
 
     @property
     def batching(self) -> dict[str, Any]:
-        """What calibration has to know of the arguments of the backbone's forward, to cut them into rows."""
-        return {"shared": self.shared, "padded": self.padded, "listed": self.listed}
+        """What `capture` has to know to cut the arguments of the backbone's forward into rows that go together."""
+        return {"shared": self.shared, "padded": self.padded, "listed": self.listed, "encoded": self.encoded}
 
     def known(self, backbone: "nn.Module") -> Known:
         """The meaning of `keep: family` in a recipe for this backbone."""

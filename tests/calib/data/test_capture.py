@@ -42,6 +42,12 @@ class Model(NamedTuple):
     def backbone(self):
         return getattr(self.pipeline, self.family.component)
 
+    def place(self, prompt, batch_size=3):
+        """Number of the call with a prompt in a capture in batches, its row there, and the rows, one a prompt."""
+        size = 1 if self.family.encoded else batch_size  # embeddings go one by one
+        batch, within = divmod(prompt, size)
+        return batch, within, min(size, len(self.prompts) - batch * size)
+
     @property
     def calls(self):
         """Calls of the backbone at each step."""
@@ -110,16 +116,16 @@ def rows_of(prompt, batch, leaf, shared):
 def test_what_is_stored_is_what_the_pipeline_passed(model, tmp_path):
     calls, store = spied(model, lambda: captured(model, tmp_path, batch_size=3))
     for index, sample in enumerate(store.samples):
-        batch, prompt = divmod(sample.prompt, 3)
+        batch, prompt, prompts = model.place(sample.prompt)
         whole = dict(calls[batch * store.steps + sample.step][0])
-        given = without_padding(model.family, whole, slice(prompt, None, (3, 2)[batch]))
+        given = without_padding(model.family, whole, slice(prompt, None, prompts))
         passed_skeleton, passed = flatten(given)
         skeleton, leaves = flatten(without_padding(model.family, store.batch([index])[1]))
         assert skeleton == passed_skeleton
         for (name, leaf), one in zip(leaves, passed, strict=True):
             wanted = one.tensor
             if one.argument not in model.family.padded:
-                wanted = rows_of(prompt, (3, 2)[batch], one, model.family.shared)
+                wanted = rows_of(prompt, prompts, one, model.family.shared)
             assert leaf.dtype == wanted.dtype, name
             assert torch.equal(leaf, wanted.expand(store.rows) if wanted.dim() == 0 else wanted), name
 
@@ -138,8 +144,7 @@ def test_samples_are_cut_out_of_batches_and_mixed_over_timesteps(model, tmp_path
     calls, store = spied(model, lambda: captured(model, tmp_path, batch_size=3))
     wanted = []
     for sample in store.samples:
-        batch, within = divmod(sample.prompt, 3)
-        prompts = (3, 2)[batch]
+        batch, within, prompts = model.place(sample.prompt)
         wanted.append(calls[batch * store.steps + sample.step][1][within::prompts])
     order = list(range(len(wanted)))[::-1]
     assert len({store.samples[index].step for index in order}) > 3
@@ -221,6 +226,12 @@ CONDITIONS = {
         "attention_mask": lambda mask: mask.sum(1).tolist() in ([64 + 2], [64 + 4]),  # a token of padding is seen too
     },
     "qwenimage": {"encoder_hidden_states": shaped(1, 12, 32)},  # as long as with a prompt also without one
+    "cogview4": {
+        "encoder_hidden_states": shaped(1, 16, 32),
+        "original_size": same([[32.0, 32.0]]),
+        "target_size": same([[32.0, 32.0]]),
+        "crop_coords": same([[0.0, 0.0]]),
+    },
     "auraflow": {"encoder_hidden_states": shaped(2, TOKENS, 32)},
     "sana": {"encoder_attention_mask": lambda mask: mask.sum(1).tolist() == [2, 4]},
     "dit": {"class_labels": same([0, 1000])},
@@ -233,6 +244,22 @@ def test_every_condition_is_there_for_both_branches_of_guidance(name, tmp_path):
     store = captured(model, tmp_path, prompts=model.prompts[:2])
     leaves = dict(flatten(store.batch([0])[1])[1])
     assert {condition for condition, holds in CONDITIONS[name].items() if not holds(leaves[condition])} == set()
+
+
+@pytest.mark.slow
+def test_texts_of_different_lengths_without_a_mask_are_all_as_long_as_the_longest(tmp_path):
+    """Each is what the text encoder makes of it beside the longest, prompts and negative prompts alike."""
+    model = built("cogview4")
+    model.call["negative_prompt"] = "blue boat"
+    lengths = {model.pipeline.encode_prompt([prompt])[0].shape[1] for prompt in model.prompts}
+    assert lengths == {16, 32}
+    store = captured(model, tmp_path)
+    longest = model.prompts[-1]
+    for index, sample in enumerate(store.samples):
+        text = "blue boat" if sample.step % 2 else model.prompts[sample.prompt]  # the prompt's call is the first
+        wanted = model.pipeline.encode_prompt([text, longest])[0][:1]
+        assert torch.allclose(store.batch([index])[1]["encoder_hidden_states"], wanted, atol=1e-6)
+    assert torch.isfinite(replay(model, store, range(len(store)))).all()
 
 
 def test_what_all_rows_share_is_kept_whole_even_where_it_has_as_many_entries_as_there_are_rows(tmp_path):

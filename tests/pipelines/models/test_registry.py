@@ -47,7 +47,7 @@ def test_the_files_and_the_names_in_them_agree():
 
 
 SIZELESS = ("flux", "flux2", "chroma", "hunyuanimage", "qwenimage")  # families whose backbones are of no size
-RECENT = ("flux2-dev", "flux2-klein-base-9b", "chroma", "qwenimage", "auraflow")
+RECENT = ("flux2-dev", "flux2-klein-base-9b", "chroma", "qwenimage", "cogview4", "auraflow")
 
 
 @pytest.mark.parametrize("name", ["sd15", "sdxl", "pixart-sigma", "hunyuan", "sd3", "sana", "dit-256", *RECENT])

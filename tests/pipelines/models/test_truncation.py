@@ -45,6 +45,7 @@ def what_the_pipeline_cuts(pipeline: Any, tiny: Tiny, call: Mapping[str, Any], m
 INSTRUCTIONS = {"complex_human_instruction": ["a red cat on the tree", "with a green apple "]}
 OTHERS = ("dit", "pixart-alpha-1024", "hunyuanimage", "qwenimage")  # with tests of their own, or what others have
 CALLS = {name: (tiny, tiny.call) for name, tiny in TINY.items() if name not in OTHERS}
+CALLS["cogview4"] = TINY["cogview4"], {"max_sequence_length": TOKENS}
 CALLS["sana with instructions"] = TINY["sana"], {**TINY["sana"].call, **INSTRUCTIONS}
 
 
