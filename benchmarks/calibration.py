@@ -94,7 +94,7 @@ class Bench:
             batch_size=BATCH,
             folder=self.out / "data" / key[:8],
             made_for=self.made_for,
-            shared=self.settings.family.shared,
+            **self.settings.family.batching,
         )
 
     @cached_property

@@ -118,7 +118,7 @@ def sdnq(layer: nn.Module, x: Tensor, base: torch.dtype) -> Call:
         use_quantized_matmul=True,
         quant_conv=True,
         use_quantized_matmul_conv=True,
-        dtype=base,
+        torch_dtype=base,
     )
     return lambda: model(x)
 

@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 USUAL = {
     "conv_in": "sees the noisy latents themselves",
     "*embed*": "embeds latents, timestep, text or size for the whole network",
+    "img_in": "sees the noisy latents themselves",
+    "txt_in": "runs on every text token before the first block",
     "time_extra_emb*": "conditions every block",
+    "time_step_proj*": "conditions every block",
     "adaln_single*": "one embedding sets scale and shift of every block",
     "caption_projection*": "every cross-attention reads its output",
     "*stream_modulation*": "one layer sets scale, shift and gate of many blocks",

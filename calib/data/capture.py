@@ -7,10 +7,11 @@ again, alone, and a damaged index is made again of the shards.
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from dmquant.calib.data.importance import PROMPTS, measure_importance
@@ -23,6 +24,9 @@ from dmquant.diffusers.arguments import Calls
 from dmquant.diffusers.watching import rehearsing
 from dmquant.errors import UserError
 from dmquant.host import processes
+
+Encoded = Callable[[Any, Sequence[str], Mapping[str, Any]], dict[str, Any]]
+"""Gives embeddings of prompts for a pipeline, as arguments of its call, the others of which are given."""
 
 SHORT = 24  # characters of a setting that an error message quotes
 SHOWN = 3  # files that an error message names
@@ -38,6 +42,9 @@ def capture(
     folder: Path,
     made_for: dict[str, Any],
     shared: Sequence[str] = (),
+    padded: Mapping[str, str] = MappingProxyType({}),
+    listed: Collection[str] = (),
+    encoded: Encoded | None = None,
     weighted: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
     replace: bool = False,
@@ -52,6 +59,10 @@ def capture(
             sampling are added to it.
         shared: arguments of the backbone's forward that all rows of a call share, with everything in them; all other
             tensors have one entry a row in their first dimension, or no dimensions.
+        padded: arguments of the backbone's forward, (rows, tokens, ...), that end in padding to the longest prompt of a
+            call, and the argument that is the mask of each, (rows, tokens), or None.
+        listed: arguments of the backbone's forward that are lists of plain values, an entry for each prompt of a call.
+        encoded: embeds the prompts, so that all texts are of one length, where the pipeline's own calls do not.
         weighted: whether the importance of steps is measured also for a sampler that does not need it.
         progress: told how many prompts are done of how many; passes that measure importance count as prompts.
         replace: start anew where the folder holds something else, which is otherwise a UserError.
@@ -68,7 +79,7 @@ def capture(
         index = _index_in(folder, made_for, replace)
         if index is None:
             remove_shards(folder)
-            timesteps = _rehearsed(pipeline, component, calls)
+            timesteps = _rehearsed(pipeline, component, calls, padded, listed)
             index = Index(made_for, len(calls), len(timesteps), timesteps=timesteps)
         index.shards = [shard for shard in index.shards if shard.is_whole(folder)]
         return index
@@ -100,10 +111,12 @@ def capture(
     progress(total - len(index.missing()), total)
     samples = choose(sampling, len(calls), index.steps, index.weights, index.timesteps)
     same = Shared(shared)
+    if encoded is not None and calls.prompts is not None:
+        calls, batch_size = calls.encoded(encoded(pipeline, calls.prompts, calls.arguments)), 1
 
     def captured(batch: range) -> tuple[Captured, str, dict[str, str]]:
         chosen = [sample for sample in samples if sample.prompt in batch]
-        recorder = Recorder(getattr(pipeline, component), batch, chosen, same)
+        recorder = Recorder(getattr(pipeline, component), batch, chosen, same, padded, listed)
         with recorder:
             calls.latents(pipeline, batch)
         return *recorder.save(folder, index.setup), same.found
@@ -122,10 +135,12 @@ def capture(
     return CalibrationStore(folder, index)
 
 
-def _rehearsed(pipeline: Any, component: str, calls: Calls) -> list[float]:
+def _rehearsed(
+    pipeline: Any, component: str, calls: Calls, padded: Mapping[str, str], listed: Collection[str]
+) -> list[float]:
     """The timestep of every backbone call of one pipeline call; UserError for a pipeline that cannot be called so."""
     backbone = getattr(pipeline, component)
-    recorder = Recorder(backbone, range(1), [], Shared(()))
+    recorder = Recorder(backbone, range(1), [], Shared(()), padded, listed)
     with recorder, rehearsing(backbone):
         calls.latents(pipeline, range(1))
     if not recorder.timesteps:

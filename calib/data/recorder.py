@@ -1,7 +1,7 @@
 """Record what a backbone is given in a pipeline's call: the chosen calls, cut into the rows of each prompt."""
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dmquant.calib.data.sampling import Sample
 from dmquant.calib.data.shard import Captured, Kept, Setup, ShardWriter
-from dmquant.calib.data.tree import Leaf, flatten
+from dmquant.calib.data.tree import Leaf, flatten, of_rows
 from dmquant.errors import UserError
 
 
@@ -35,10 +35,22 @@ class Shared:
 
 
 class Recorder:
-    """While entered, keeps the arguments of those backbone calls that were chosen for a prompt of the batch."""
+    """While entered, keeps the arguments of those backbone calls that were chosen for a prompt of the batch.
 
-    def __init__(self, backbone: torch.nn.Module, batch: range, samples: Sequence[Sample], shared: Shared) -> None:
+    `padded` and `listed` are as in `capture`.
+    """
+
+    def __init__(
+        self,
+        backbone: torch.nn.Module,
+        batch: range,
+        samples: Sequence[Sample],
+        shared: Shared,
+        padded: Mapping[str, str],
+        listed: Collection[str],
+    ) -> None:
         self.backbone, self.batch, self.shared = backbone, batch, shared
+        self.padded, self.listed = padded, listed
         self.writer = ShardWriter()
         self.timesteps: list[float] = []
         self.rows = 0
@@ -70,6 +82,10 @@ class Recorder:
         arguments = _by_name(self._signature, args, kwargs)
         step = len(self.timesteps)
         self.timesteps.append(float(torch.as_tensor(arguments["timestep"], dtype=torch.float64).flatten()[0]))
+        for name, mask in self.padded.items():
+            tokens, given = arguments[name], arguments.get(mask)
+            every = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+            arguments[mask] = every if given is None else given.bool()
         skeleton, leaves = flatten(arguments)
         call_rows = leaves[0].tensor.shape[0]
         rows_each, left = divmod(call_rows, len(self.batch))
@@ -85,7 +101,9 @@ class Recorder:
             if sample.step == step:
                 # diffusers concatenates whole guidance branches: [unconditional of all prompts, conditional of all]
                 rows = range(sample.prompt - self.batch.start, call_rows, len(self.batch))
-                self.kept.append(Kept(sample, skeleton, [self._keep(leaf, call_rows, rows, sample) for leaf in leaves]))
+                of_sample = of_rows(skeleton, rows, self.padded, self.listed)
+                kept = [self._keep(leaf, call_rows, rows, sample) for leaf in leaves]
+                self.kept.append(Kept(sample, of_sample, kept))
 
     def _keep(self, leaf: Leaf, call_rows: int, rows: range, sample: Sample) -> list[int] | int:
         """A leaf that is not shared is cut into rows along its first dimension; a scalar belongs to every row."""

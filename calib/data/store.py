@@ -10,7 +10,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from dmquant.calib.data.index import INDEX, Index
-from dmquant.calib.data.tree import unflatten
+from dmquant.calib.data.tree import may_be_padded, unflatten
 from dmquant.errors import UserError
 
 
@@ -32,6 +32,7 @@ class CalibrationStore:
         file = functools.cache(lambda name: safe_open(folder / name, framework="pt"))
         # Views of mapped files: they take no memory to keep, and time to make.
         self._tensor = functools.cache(lambda shard, name: file(shard).get_tensor(str(name)))
+        self._padded = list(map(may_be_padded, self._skeletons))
 
     @classmethod
     def open(cls, folder: Path) -> "CalibrationStore":
@@ -55,8 +56,9 @@ class CalibrationStore:
         """Positional and keyword arguments of the backbone's forward for the samples `indices`, in that order.
 
         The `rows` rows of a sample stay together: [sample 0 unconditional, sample 0 conditional, sample 1 ...].
-        Tensors without dimensions become one value a row, so samples of different timesteps mix. Raises UserError for
-        samples that differ in what is passed once for all rows.
+        Tensors without dimensions become one value a row, so samples of different timesteps mix. What is padded is as
+        long as the longest of all samples, whatever the batch: all that a block gives for a sample has one shape.
+        Raises UserError for samples that differ in what is passed once for all rows, or in the length of other rows.
         """
         places = [self._places[index] for index in indices]
         shards = [shard.name for shard, _ in places]
@@ -64,17 +66,43 @@ class CalibrationStore:
         if len(skeletons) != 1:
             raise UserError(f"samples {list(indices)} cannot share a batch: the pipeline passed them other arguments")
         leaves = zip(*(stored.leaves for _, stored in places), strict=True)
-        tensors = [self._leaf(shards, names).to(device) for names in leaves]
-        return (), unflatten(self._skeletons[skeletons.pop()], tensors)
+        [skeleton] = skeletons
+        tensors = [self._leaf(shards, names, (skeleton, number)).to(device) for number, names in enumerate(leaves)]
+        return (), unflatten(self._skeletons[skeleton], tensors, len(indices))
 
-    def _leaf(self, shards: list[str], names: Sequence[list[int] | int]) -> Tensor:
+    @functools.cached_property
+    def _longest(self) -> dict[tuple[int, int], int]:
+        """Entries of the longest row of each tensor that may be padded, by its skeleton and its number there."""
+        longest: dict[tuple[int, int], int] = {}
+        for shard, stored in self._places:
+            for number in self._padded[stored.skeleton]:
+                key = stored.skeleton, number
+                lengths = [len(self._tensor(shard.name, row)) for row in stored.leaves[number]]
+                longest[key] = max(longest.get(key, 0), *lengths)
+        return longest
+
+    def _leaf(self, shards: list[str], names: Sequence[list[int] | int], leaf: tuple[int, int]) -> Tensor:
         places = list(zip(shards, names, strict=True))
         if isinstance(names[0], list):
-            return torch.stack([self._tensor(shard, row) for shard, rows in places for row in rows])
+            tensors = [self._tensor(shard, row) for shard, rows in places for row in rows]
+            if leaf[1] in self._padded[leaf[0]]:
+                tensors = [_lengthened(tensor, self._longest[leaf]) for tensor in tensors]
+            if len({tensor.shape for tensor in tensors}) > 1:
+                shapes = " and ".join(sorted({"x".join(map(str, tensor.shape)) for tensor in tensors}))
+                raise UserError(
+                    f"these samples cannot share a batch: the pipeline passed tensors of {shapes} for them, such as "
+                    "those of prompts of different lengths without a mask; calibrate on prompts of equal length"
+                )
+            return torch.stack(tensors)
         first, *others = [self._tensor(*place) for place in dict.fromkeys(places)]
         if not all(torch.equal(first, other) for other in others):
             raise UserError("these samples cannot share a batch: a tensor that all rows share differs between them")
         return first.clone()
+
+
+def _lengthened(row: Tensor, length: int) -> Tensor:
+    """A row (entries, ...) with zeros behind its entries, (length, ...)."""
+    return torch.cat([row, row.new_zeros(length - len(row), *row.shape[1:])]) if len(row) < length else row
 
 
 def timesteps_of(store: CalibrationStore, indices: Sequence[int]) -> Tensor:

@@ -1,7 +1,7 @@
 """Nested call arguments as a flat list of tensors and a skeleton that JSON can hold, and back."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -36,17 +36,46 @@ def flatten(tree: Any) -> tuple[Any, list[Leaf]]:
     return skeleton, leaves
 
 
-def unflatten(skeleton: Any, tensors: Sequence[Tensor]) -> Any:
-    """The inverse of `flatten`: the tree of a skeleton with these `tensors`, of any shape and dtype, in order."""
+def unflatten(skeleton: Any, tensors: Sequence[Tensor], samples: int = 1) -> Any:
+    """The inverse of `flatten`: the tree of a skeleton with these `tensors`, of any shape and dtype, in order.
+
+    Lists with an entry a row are those of so many `samples`; a mask that is true everywhere becomes None.
+    """
     if not isinstance(skeleton, dict):
         return skeleton
     [(kind, content)] = skeleton.items()
-    if kind == "tensor":
+    if kind in ("tensor", "padded"):
         return tensors[content]
+    if kind == "mask":
+        return None if tensors[content].all() else tensors[content]
     if kind == "dict":
-        return {key: unflatten(value, tensors) for key, value in content.items()}
-    items = [unflatten(value, tensors) for value in content]
+        return {key: unflatten(value, tensors, samples) for key, value in content.items()}
+    items = [unflatten(value, tensors, samples) for value in content]
+    if kind == "rows":
+        return items * samples
     return tuple(items) if kind == "tuple" else items
+
+
+def of_rows(skeleton: Any, rows: Sequence[int], padded: Mapping[str, str], listed: Collection[str]) -> Any:
+    """The skeleton of a call's arguments by name, for some of its rows; what differs between calls is marked.
+
+    `padded` arguments, whose rows may be longer in another call, become of kind "padded", their masks "mask", and lists
+    with an entry a row "rows". A pipeline that makes several images a prompt lists the prompts alone.
+    """
+    content = dict(skeleton["dict"])
+    for name in listed:
+        [entries] = content[name].values()
+        content[name] = {"rows": [entries[row % len(entries)] for row in rows]}
+    for name, mask in padded.items():
+        content |= {name: {"padded": content[name]["tensor"]}, mask: {"mask": content[mask]["tensor"]}}
+    return {"dict": content}
+
+
+def may_be_padded(skeleton: Any) -> frozenset[int]:
+    """Numbers of the tensors in a skeleton of arguments by name whose rows may differ in length, masks among them."""
+    inside = skeleton.get("dict", {}).values() if isinstance(skeleton, dict) else ()
+    kinds = [next(iter(value.items())) for value in inside if isinstance(value, dict)]
+    return frozenset(content for kind, content in kinds if kind in ("padded", "mask"))
 
 
 def map_floats(function: Callable[[Tensor], Tensor], value: Any) -> Any:

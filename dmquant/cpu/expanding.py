@@ -31,7 +31,7 @@ def _table(fmt: Format) -> tuple[Tensor, float] | None:
     """Values of the 16 codes as int8 multiples of a power of two, and that power; None for formats without."""
     if fmt.bits != 4:
         return None
-    values = fmt.decode(torch.arange(16))
+    values = fmt.decode(torch.arange(16, device="cpu"))
     for places in range(FINEST + 1):
         multiples = values * 2**places
         if multiples.abs().max() <= 127 and torch.equal(multiples, multiples.round()):
@@ -75,7 +75,7 @@ def _expand(codes: Tensor, scale: Tensor, spec: WeightSpec, shape: tuple[int, ..
 def dequantize(codes: Tensor, scale: Tensor, spec: WeightSpec, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """As `qtensor.dequantize`, same shapes."""
     if dtype in _FUNCTIONS and not torch.compiler.is_compiling():
-        matrix = torch.empty(shape[0], math.prod(shape[1:]), dtype=dtype)
+        matrix = torch.empty(shape[0], math.prod(shape[1:]), dtype=dtype, device="cpu")
         if _expand(codes, scale, spec, shape, matrix):
             return from_matrix(matrix, shape, spec.split)
     return lookup.dequantize(codes, scale, spec, shape, dtype)
@@ -99,14 +99,14 @@ def _space(count: int, dtype: torch.dtype) -> Tensor:
     size = count * dtype.itemsize
     if getattr(_own, "memory", None) is None or _own.memory.numel() < size:
         with torch.inference_mode(False):
-            _own.memory = torch.empty(size, dtype=torch.uint8)
+            _own.memory = torch.empty(size, dtype=torch.uint8, device="cpu")
     return _own.memory[:size].view(dtype)
 
 
 @functools.cache
 def _minifloats(store: str) -> Tensor | None:
     """Values of the 256 bytes of a store of multiples in a float format; None for other stores."""
-    return get_format(f"fp8_{store}").decode(torch.arange(256)) if store in ("e4m3", "e3m4") else None
+    return get_format(f"fp8_{store}").decode(torch.arange(256, device="cpu")) if store in ("e4m3", "e3m4") else None
 
 
 def scales_of(scales: Scales) -> Tensor:

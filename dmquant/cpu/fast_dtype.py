@@ -37,6 +37,6 @@ def product_in(dtype: torch.dtype):
     """A call that multiplies matrices of SHAPE in a dtype."""
     tokens, inputs, outputs = SHAPE
     draw = torch.Generator().manual_seed(0)
-    x = torch.randn(tokens, inputs, generator=draw, dtype=torch.float32)
-    weight = torch.randn(outputs, inputs, generator=draw, dtype=torch.float32)
+    x = torch.randn(tokens, inputs, generator=draw, dtype=torch.float32, device="cpu")
+    weight = torch.randn(outputs, inputs, generator=draw, dtype=torch.float32, device="cpu")
     return functools.partial(F.linear, x.to(dtype), weight.to(dtype))

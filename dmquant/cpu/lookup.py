@@ -36,7 +36,7 @@ def _pair_table(fmt: Format, dtype: torch.dtype) -> Tensor | None:
     """
     if fmt.bits not in (4, 8) or 16 // fmt.bits * dtype.itemsize not in _WIDE:
         return None
-    contents, shifts = torch.arange(1 << 16), torch.arange(0, 16, fmt.bits)
+    contents, shifts = torch.arange(1 << 16, device="cpu"), torch.arange(0, 16, fmt.bits, device="cpu")
     exact = fmt.decode((contents.unsqueeze(-1) >> shifts) & ((1 << fmt.bits) - 1))
     values = exact.to(dtype)
     if not torch.equal(values.float().nan_to_num(), exact.nan_to_num()):

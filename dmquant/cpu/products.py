@@ -177,8 +177,8 @@ class Plan:
         for half, part in enumerate(self.weight.parts):
             quads = self.weight.positions * math.ceil(part / _QUAD)
             panels, sums = (
-                torch.empty(outputs * quads * _QUAD, dtype=torch.int8),
-                torch.empty(outputs, dtype=torch.int32),
+                torch.empty(outputs * quads * _QUAD, dtype=torch.int8, device="cpu"),
+                torch.empty(outputs, dtype=torch.int32, device="cpu"),
             )
             compiled().expand(self._at, half, panels.data_ptr(), sums.data_ptr())
             made.append((panels, sums))
@@ -236,11 +236,14 @@ def slower(dtype: torch.dtype) -> str | None:
     """
     (tokens, inputs, outputs), fmt = SHAPE, get_format("int8")
     draw = torch.Generator().manual_seed(0)
-    packed = torch.randint(0, 256, (outputs, inputs // 2), dtype=torch.uint8, generator=draw)
-    tables = torch.stack([torch.zeros(16, dtype=torch.int8), torch.arange(-8, 8, dtype=torch.int8)])
-    factors, scale = torch.ones(outputs, inputs // 16, dtype=torch.uint8), torch.ones(1, outputs, dtype=torch.float32)
+    packed = torch.randint(0, 256, (outputs, inputs // 2), dtype=torch.uint8, generator=draw, device="cpu")
+    integers = torch.arange(-8, 8, dtype=torch.int8, device="cpu")
+    tables = torch.stack([torch.zeros_like(integers), integers])
+    factors = torch.ones(outputs, inputs // 16, dtype=torch.uint8, device="cpu")
+    scale = torch.ones(1, outputs, dtype=torch.float32, device="cpu")
     plan = Plan(Weight(packed, tables, factors, scale, None, fmt, 16, (inputs,), 1))
-    x, floats = torch.randn(tokens, inputs, generator=draw, dtype=torch.float32).to(dtype), fast_dtype(dtype)
+    x = torch.randn(tokens, inputs, generator=draw, dtype=torch.float32, device="cpu").to(dtype)
+    floats = fast_dtype(dtype)
 
     def measure() -> float:
         taken = best_times({"integer": lambda: plan.run(x), "float": product_in(floats)})
@@ -260,16 +263,18 @@ def wrong(at: int) -> str | None:
     for name in ("int8", "fp6_e2m3"):
         fmt = get_format(name)
         most, unit = min(largest_weight(fmt, at), INT8), unit_of(fmt)
-        x = torch.randint(0, 2, (rows, columns), generator=generator) * 2 * fmt.max - fmt.max
+        x = torch.randint(0, 2, (rows, columns), generator=generator, device="cpu") * 2 * fmt.max - fmt.max
         x[0], x[1] = fmt.max, -fmt.max
-        packed = torch.randint(0, 2, (outputs, columns), generator=generator).to(torch.uint8)
+        packed = torch.randint(0, 2, (outputs, columns), generator=generator, device="cpu").to(torch.uint8)
         packed[0], packed[1] = 0, 1
-        values = torch.zeros(256, dtype=torch.int32)
-        values[:2] = torch.tensor([most, -most], dtype=torch.float32)
-        tables, factors = torch.stack([0 * values, values]).to(torch.int8), torch.ones(outputs, 1, dtype=torch.uint8)
-        scale = torch.full((1, outputs), unit, dtype=torch.float32)
+        values = torch.zeros(256, dtype=torch.int32, device="cpu")
+        values[:2] = torch.tensor([most, -most], dtype=torch.float32, device="cpu")
+        tables = torch.stack([0 * values, values]).to(torch.int8)
+        factors = torch.ones(outputs, 1, dtype=torch.uint8, device="cpu")
+        scale = torch.full((1, outputs), unit, dtype=torch.float32, device="cpu")
         plan = Plan(Weight(packed, tables, factors, scale, None, fmt, WHOLE, (columns,), 1))
         exact = (x / unit).long() @ values[packed.long()].long().T
-        if not torch.equal(plan.run(x, given=torch.ones(rows, dtype=torch.float32)), exact.float() * unit):
+        scales = torch.ones(rows, dtype=torch.float32, device="cpu")
+        if not torch.equal(plan.run(x, given=scales), exact.float() * unit):
             return f"exact sums: those of this processor, in {LEVELS[at]}, are not"
     return None

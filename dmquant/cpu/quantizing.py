@@ -90,7 +90,7 @@ def relative_error(weight: Tensor, layer: nn.Module) -> float | None:
         return None
     job = _job(to_matrix(weight, spec.split), spec, layer.weight_shape)
     scales = layer.scales.decode().contiguous()
-    values = spec.fmt.decode(torch.arange(2**spec.fmt.bits, dtype=torch.uint8))
+    values = spec.fmt.decode(torch.arange(2**spec.fmt.bits, dtype=torch.uint8, device="cpu"))
     job.scales, job.scale_stride, job.codes = (
         scales.data_ptr(),
         scales.stride(0) * (len(scales) > 1),
@@ -111,14 +111,14 @@ def _fit_and_round(matrix: Tensor, spec: WeightSpec, shape: tuple[int, ...], wid
     """`fit_and_round` by the compiled functions, with sums as torch's vectors of so many floats order them."""
     functions, (rows, columns), fmt = _functions(), matrix.shape, spec.fmt
     job, (number, store) = _job(matrix, spec, shape), _OWN_STORES[spec.store]
-    amplitude = torch.empty(rows, job.groups, dtype=torch.float32)
+    amplitude = torch.empty(rows, job.groups, dtype=torch.float32, device="cpu")
     amplitudes, parts = amplitude.data_ptr(), _parts(rows, columns)
     side_by_side(lambda part: functions.amplitudes(job, part.start, part.stop, amplitudes), parts, matrix.device)
     check_finite(amplitude)
     base = spec.base(amplitude)
-    multiples = torch.tensor(store.tried(fmt) if spec.scale == "mse" else (1.0,), dtype=torch.float32)
-    codes = torch.empty(rows, job.bytes, dtype=torch.uint8)
-    stored = torch.empty(spec.scale_shape(shape), dtype=store.dtype)
+    multiples = torch.tensor(store.tried(fmt) if spec.scale == "mse" else (1.0,), dtype=torch.float32, device="cpu")
+    codes = torch.empty(rows, job.bytes, dtype=torch.uint8, device="cpu")
+    stored = torch.empty(spec.scale_shape(shape), dtype=store.dtype, device="cpu")
     job.amplitudes, job.stored, job.codes = amplitudes, stored.data_ptr(), codes.data_ptr()
     job.base, job.base_stride = (None, 0) if base is None else (base.data_ptr(), int(len(base) > 1))
     job.multiples, job.multiple_count, job.sum_width = multiples.data_ptr(), len(multiples), width
@@ -154,7 +154,7 @@ def _groups(spec: WeightSpec, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         starts += range(start, start + columns, size)
         lengths += [min(size, columns - at) for at in range(0, columns, size)]
         start += columns
-    return torch.tensor(starts), torch.tensor(lengths)
+    return torch.tensor(starts, device="cpu"), torch.tensor(lengths, device="cpu")
 
 
 @functools.cache
@@ -184,8 +184,8 @@ def _checked_width() -> int | None:
 
 def _sums_agree(width: int) -> bool:
     for size in (3, 16, 40, 64, 1000, 4608):
-        rows = torch.rand(24, size, generator=torch.Generator().manual_seed(size), dtype=torch.float32)
-        sums = torch.empty(24, dtype=torch.float32)
+        rows = torch.rand(24, size, generator=torch.Generator().manual_seed(size), dtype=torch.float32, device="cpu")
+        sums = torch.empty(24, dtype=torch.float32, device="cpu")
         _functions().sums(rows.data_ptr(), *rows.shape, width, sums.data_ptr())
         if not torch.equal(sums, rows.sum(-1)):
             return False
@@ -194,8 +194,8 @@ def _sums_agree(width: int) -> bool:
 
 def _agrees(width: int, case: tuple[str, str], store: str, rule: str) -> bool:
     spec = WeightSpec.parse(*case, rule, store)
-    matrix = torch.randn(20, 150, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
-    matrix *= torch.logspace(-3, 3, 150, dtype=torch.float32)
+    matrix = torch.randn(20, 150, generator=torch.Generator().manual_seed(0), dtype=torch.float32, device="cpu")
+    matrix *= torch.logspace(-3, 3, 150, dtype=torch.float32, device="cpu")
     (codes, scales), (expected, as_stored) = (
         _fit_and_round(matrix, spec, matrix.shape, width),
         qtensor.fit_and_round(matrix, spec, matrix.shape),
@@ -219,7 +219,7 @@ def _as_struct(fmt: Format) -> _Format | None:
     if type(fmt) is LookupFormat and len(fmt.table) <= 16 and set(fmt.table) <= set(range(-128, 128)):
         unused = 16 - len(fmt.table)  # entries that no value reaches
         padded = (*fmt.table, *(fmt.max,) * unused), (*fmt.ends, *(math.inf,) * (unused + 1))
-        held = tuple(torch.tensor(each, dtype=torch.float32) for each in padded)
+        held = tuple(torch.tensor(each, dtype=torch.float32, device="cpu") for each in padded)
         made = _Format(2, fmt.bits, 0, 0, fmt.table[0], fmt.max, *(each.data_ptr() for each in held))
         made.held = held
         return made

@@ -63,7 +63,7 @@ def search_weighted(groups: Tensor, fmt: Format, scales: Tensor, weights: Tensor
     if known is None or (compiled := library("solve")) is None:
         return None
     (rows, count, size), tried, powers = groups.shape, len(scales), len(weights)
-    chosen = torch.empty(powers, rows, count, dtype=torch.uint8)
+    chosen = torch.empty(powers, rows, count, dtype=torch.uint8, device="cpu")
     tensors = (groups.contiguous(), scales.contiguous(), weights.contiguous(), chosen)
     _call(compiled.search_weighted, known, groups.numel() * tried, rows, count, size, tried, powers, *tensors)
     return chosen.long()

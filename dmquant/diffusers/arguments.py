@@ -72,6 +72,11 @@ class Calls:
         prompts = None if self.prompts is None else [self.prompts[index] for index in indices]
         return replace(self, prompts=prompts, arguments={**self.arguments, **self._with_entries(indices)})
 
+    def encoded(self, embeddings: Mapping[str, Any]) -> "Calls":
+        """The calls with embeddings, an entry for every prompt, in the place of prompts and other texts."""
+        others = {name: value for name, value in self.arguments.items() if name not in TEXTS}
+        return replace(self, prompts=None, arguments={**others, **embeddings})
+
     def latents(self, pipeline: Any, batch: range, differentiable: bool = False) -> Tensor:
         """Latents (images, channels, height, width) at the end of a call with a batch of the prompts."""
         count = len(batch)

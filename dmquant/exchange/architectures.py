@@ -18,6 +18,11 @@ _ARCHITECTURES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("Flux.1 (diffusers' names)", ("single_transformer_blocks.0.attn.to_q", "transformer_blocks.0.attn.add_q_proj")),
     ("Stable Diffusion 3 (original names)", ("joint_blocks.0.x_block.attn.qkv",)),
     ("Qwen-Image (diffusers' names)", ("transformer_blocks.0.img_mod.1", "transformer_blocks.0.attn.add_q_proj")),
+    (
+        "CogView4 (diffusers' names)",
+        ("transformer_blocks.0.attn1.to_q", "time_condition_embed.timestep_embedder.linear_1"),
+    ),
+    ("AuraFlow (diffusers' names)", ("joint_transformer_blocks.0.attn.add_q_proj", "time_step_proj.linear_1")),
     ("Stable Diffusion 3 (diffusers' names)", ("transformer_blocks.0.attn.add_q_proj", "pos_embed.proj")),
     ("Stable Diffusion XL (original names)", ("input_blocks.1.0.in_layers.2", "label_emb.0.0")),
     ("Stable Diffusion 1 or 2 (original names)", ("input_blocks.1.0.in_layers.2",)),

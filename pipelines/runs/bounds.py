@@ -8,7 +8,7 @@ from typing import Any
 from dmquant import kernels
 from dmquant.cpu import products
 from dmquant.errors import UsageError, check_choice
-from dmquant.pipelines.models.registry import ModelSpec, call_parameters
+from dmquant.pipelines.models.registry import ModelSpec, call_parameters, family_for
 
 BOUNDS = {
     "num_prompts": 1_000_000,
@@ -47,7 +47,8 @@ def check_image_size(height: int, width: int) -> None:
 def check_taken(options: Any, model: ModelSpec) -> None:
     """UsageError for an option that the pipeline's call has no argument for."""
     taken, own = call_parameters(model.pipeline), {"height": model.height, "width": model.width}
-    for option, argument in (("height", "height"), ("width", "width"), ("guidance", "guidance_scale")):
+    arguments = {"height": "height", "width": "width", "guidance": family_for(model).guidance_argument}
+    for option, argument in arguments.items():
         given = getattr(options, option)
         if given is not None and argument not in taken and given != own.get(option):
             size = f"; {model.name} makes images of {model.width}x{model.height}" if option in own else ""

@@ -100,7 +100,7 @@ def calibration_data(
             batch_size=settings.batch_size,
             folder=folder,
             made_for=_made_for(settings, weights),
-            shared=settings.family.shared,
+            **settings.family.batching,
             weighted=IMPORTANCE in needs_of(settings.recipe.learning.objective),
             progress=bar,
             replace=folder.name == key,  # as runs and sweeps name those that are theirs alone

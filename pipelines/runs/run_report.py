@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
+from dmquant.diffusers.families import families
 from dmquant.errors import UserError
 from dmquant.evaluation.metrics.registry import needing
 from dmquant.evaluation.report.files import write_report
@@ -212,6 +213,8 @@ def _peak(folder: RunFolder, side: str) -> int | None:
 
 def _flat_settings(folder: RunFolder, side: RunFolder, settings: dict[str, Any]) -> dict[str, Any]:
     """The settings that repeat the run, each a plain value."""
+    family = families().get(settings["model"].get("family"))
+    guidance = family.guidance_argument if family else "guidance_scale"
     images, dequantized = settings["images"], settings["model"].get("source_quantized") == "dequantize"
     return {
         "source": settings["model"]["source"] + (", dequantized" if dequantized else ""),
@@ -222,7 +225,7 @@ def _flat_settings(folder: RunFolder, side: RunFolder, settings: dict[str, Any])
         "images": images["count"],
         "seed": f"{images['seed']} + image number",
         "steps": images.get("num_inference_steps", NOT_TAKEN),
-        "guidance": images.get("guidance_scale", NOT_TAKEN),
+        "guidance": images.get(guidance, NOT_TAKEN),
         "size": f"{images['width']}x{images['height']}",
         "batch size": images["batch_size"],
         "each image as alone": "to the bit" if images.get("deterministic") else "but for rounding",

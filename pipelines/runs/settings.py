@@ -136,7 +136,7 @@ class Settings:
             "height": self.height,
             "width": self.width,
             "num_inference_steps": self.steps,
-            "guidance_scale": self.guidance,
+            self.family.guidance_argument: self.guidance,
         }
         taken = call_parameters(self.model.pipeline)
         return {name: value for name, value in sampling.items() if name in taken} | self.model.call

@@ -36,7 +36,8 @@ def call_of(model: str, steps: int) -> dict:
     """Arguments of the pipeline's call for a tiny model."""
     tiny = TINY[model]
     size = {"height": tiny.size, "width": tiny.size, "num_inference_steps": steps}
-    return size | ({"guidance_scale": 3.0} if tiny.takes_guidance else {}) | dict(tiny.call)
+    guidance = {families()[tiny.family].guidance_argument: 3.0} if tiny.takes_guidance else {}
+    return size | guidance | dict(tiny.call)
 
 
 def captured(model: str, folder: Path, **sizes):
@@ -56,9 +57,18 @@ def captured(model: str, folder: Path, **sizes):
         batch_size=4,
         folder=folder,
         made_for={"model": model},
-        shared=family.shared,
+        **family.batching,
     )
     return backbone, family.blocks(backbone), store
+
+
+def without_padding(family, arguments, rows=slice(None)):
+    """Arguments of a backbone by name, padded texts cut to what is no padding in some rows, lists to their entries."""
+    changed = {name: arguments[name][rows] for name in family.listed}
+    for name, mask in family.padded.items():
+        text, kept = arguments[name][rows], arguments.get(mask)
+        changed |= {name: text.flatten(0, 1) if kept is None else text[kept[rows].bool()], mask: None}
+    return arguments | changed
 
 
 def recipe_of(rules=(), keep=True, learning=None, **settings) -> Recipe:

@@ -117,6 +117,29 @@ def _hunyuanimage() -> dict[str, Any]:
     }
 
 
+def _qwenimage() -> dict[str, Any]:
+    side = LATENT // 2
+    return {
+        "hidden_states": _rows(side**2, 64),
+        "encoder_hidden_states": _rows(20, 3584),
+        "timestep": _rows(),
+        "img_shapes": [[(1, side, side)]] * ROWS,
+    }
+
+
+def _cogview4() -> dict[str, Any]:
+    return {
+        "hidden_states": _latents(16),
+        "encoder_hidden_states": _rows(32, 4096),
+        "timestep": _rows(),
+        **{name: _rows(2) for name in ("original_size", "target_size", "crop_coords")},
+    }
+
+
+def _auraflow() -> dict[str, Any]:
+    return {"hidden_states": _latents(4), "encoder_hidden_states": _rows(20, 2048), "timestep": _rows()}
+
+
 def _flux2(text: int, **guidance: Tensor) -> dict[str, Any]:
     """For text embeddings of that many channels; each row has positions of its own, which are those of the first."""
     tokens = (LATENT // 2) ** 2
@@ -179,6 +202,7 @@ _KLEIN_9B = {
     "joint_attention_dim": 12288,
     "guidance_embeds": False,
 }
+_COGVIEW4 = {"num_layers": 28, "attention_head_dim": 128, "num_attention_heads": 32}
 _DIT = {"sample_size": 32, "in_channels": 4, "out_channels": 8, "num_embeds_ada_norm": 1000}
 ARCHITECTURES = {
     name: Architecture(BACKBONES[name].family, kind, BACKBONES[name].config, BACKBONES[name].parameters, inputs)
@@ -201,9 +225,13 @@ ARCHITECTURES = {
     "hunyuanimage": Architecture(
         "hunyuanimage", "HunyuanImageTransformer2DModel", {"text_embed_2_dim": 1472}, 17_425_795_520, _hunyuanimage
     ),
+    "qwenimage": Architecture("qwenimage", "QwenImageTransformer2DModel", {}, 20_430_401_088, _qwenimage),
+    "cogview4": Architecture("cogview4", "CogView4Transformer2DModel", _COGVIEW4, 6_369_118_272, _cogview4),
+    "auraflow": Architecture("auraflow", "AuraFlowTransformer2DModel", {}, 6_833_439_744, _auraflow),
     "sana": Architecture("sana", "SanaTransformer2DModel", {}, 1_604_462_752, _sana),
     "dit-256": Architecture("dit", "DiTTransformer2DModel", _DIT, 749_826_464, _dit),
 }
 """By the name of the preset. The counts of those that are not benchmarked are those of the classes at the published
 configurations; the published figures are 2, 2.5 (SD 3.5, with the table of positions), 12, 12, 8.9 (Chroma), 32, 4, 9,
-17 (HunyuanImage), 1.6 and 0.675 billion (DiT, with one copy of the embedder that all 28 blocks have in diffusers)."""
+17 (HunyuanImage), 20 (Qwen-Image), 6 (CogView4), 6.8 (AuraFlow, with the class's own table of positions), 1.6 and 0.675
+billion (DiT, with one copy of the embedder that all 28 blocks have in diffusers)."""

@@ -13,7 +13,7 @@ from dmquant.calib.data.tree import flatten
 from dmquant.diffusers.arguments import Calls
 from dmquant.diffusers.families import families
 from dmquant.errors import UsageError, UserError
-from tests.calib.runs import call_of
+from tests.calib.runs import call_of, without_padding
 from tests.tiny import TINY, TOKENS
 
 SEED, COUNT = 7, 3
@@ -86,6 +86,8 @@ CASES = {
     "true guidance": ("flux", {"negative_prompt": "red", "true_cfg_scale": 2.0}, None, 6, 1),
     "guidance of klein": ("flux2-klein", {}, not_distilled, 6, 1),
     "negative prompts of Chroma": ("chroma", {"negative_prompt": "red"}, None, 6, 1),
+    "negative prompts of Qwen-Image": ("qwenimage", {"negative_prompt": "red boat"}, None, 6, 1),
+    "negative prompts of CogView4": ("cogview4", {"negative_prompt": "red boat"}, None, 6, 1),
     "a guider": ("hunyuanimage", {"negative_prompt": "red"}, None, 6, 1),
     "images of Sana": ("sana", {"num_images_per_prompt": 2, "negative_prompt": "red"}, None, 3, 4),
 }
@@ -110,14 +112,15 @@ def test_the_backbone_is_given_what_a_call_for_one_prompt_gives_it(name, tmp_pat
         batch_size=2,
         folder=tmp_path,
         made_for={},
-        shared=family.shared,
+        **family.batching,
     )
     assert (store.steps, store.rows) == (steps, rows)
     for prompt in range(COUNT):
         given = arguments_of(pipeline, family.component, calls, prompt)
         for index, sample in enumerate(store.samples):
             if sample.prompt == prompt:
-                stored, passed = (flatten(each) for each in (store.batch([index])[1], given[sample.step]))
+                both = (store.batch([index])[1], given[sample.step])
+                stored, passed = (flatten(without_padding(family, each)) for each in both)
                 assert stored[0] == passed[0]
                 for (leaf, one), (_, other) in zip(stored[1], passed[1], strict=True):
                     assert torch.allclose(one, other.expand_as(one), atol=1e-4), leaf

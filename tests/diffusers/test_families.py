@@ -214,7 +214,22 @@ def test_the_features_that_count_are_those_of_the_channels_that_the_sampler_uses
     assert used == counted.nonzero().flatten().tolist()
 
 
-@pytest.mark.parametrize("name", ["sd15", "sdxl", "sd3", "flux", "flux2", "flux2-klein", "chroma", "hunyuanimage"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "sd15",
+        "sdxl",
+        "sd3",
+        "flux",
+        "flux2",
+        "flux2-klein",
+        "chroma",
+        "hunyuanimage",
+        "qwenimage",
+        "cogview4",
+        "auraflow",
+    ],
+)
 def test_every_feature_counts_where_no_variance_is_learned(name):
     assert (
         families()[TINY[name].family].counted(getattr(pipeline_of(name), family_of(pipeline_of(name)).component)) == {}

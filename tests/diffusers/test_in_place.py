@@ -14,7 +14,7 @@ from dmquant.recipe import Recipe, Rule
 from tests.tiny import TINY, tiny_sd
 from tests.tiny.parts import vae
 
-from diffusers import AuraFlowTransformer2DModel  # isort: skip
+from diffusers import CogVideoXTransformer3DModel  # isort: skip
 
 
 def same_weights(one, other):
@@ -68,22 +68,20 @@ def test_a_plain_module_is_saved_and_pickled_as_ever(tmp_path):
 def test_a_diffusers_model_without_a_family_keeps_its_ends_by_both_doors(tmp_path):
     def build():
         torch.manual_seed(0)
-        return AuraFlowTransformer2DModel(
-            sample_size=8,
-            num_mmdit_layers=1,
-            num_single_dit_layers=1,
+        return CogVideoXTransformer3DModel(
+            sample_width=8,
+            sample_height=8,
+            num_layers=1,
             attention_head_dim=8,
             num_attention_heads=2,
-            joint_attention_dim=16,
-            caption_projection_dim=16,
-            pos_embed_max_size=16,
+            text_embed_dim=16,
         )
 
     model = build()
     layers = [name for name, layer in model.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
     model.save_pretrained(tmp_path)
     quantized = {report.plan.name for report in quantize_(model, "w8a8")}
-    assert quantized.isdisjoint({layers[0], layers[-1], "context_embedder"})
+    assert quantized.isdisjoint({layers[0], layers[-1], "patch_embed.text_proj"})
     loaded = type(model).from_pretrained(tmp_path, quantization_config=dmquant.QuantConfig("w8a8"))
     assert same_weights(loaded, model)
 

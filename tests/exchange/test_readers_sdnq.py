@@ -71,7 +71,7 @@ def test_branches_rotations_and_transposed_weights_are_decoded_alike(tmp_path, d
 
 
 def test_scales_in_half_the_bits_are_multiplied_in_these(tmp_path):
-    dequantizer, tensors = quantized("int8", dequantize_fp32=False, dtype=torch.bfloat16)
+    dequantizer, tensors = quantized("int8", dequantize_fp32=False, torch_dtype=torch.bfloat16)
     assert tensors["scale"].dtype == torch.bfloat16
     opened = open_foreign(saved(tmp_path, tensors, weights_dtype="int8", dequantize_fp32=False))
     assert torch.equal(opened.layers[NAME].weight(), expected(dequantizer, tensors, torch.bfloat16))

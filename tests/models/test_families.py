@@ -94,6 +94,9 @@ def test_the_report_scores_them(run):
     content = json.loads((run.folder / "report.json").read_text())
     [result] = content["recipes"].values()
     assert content["prompts"] == list(run.settings.prompts)
+    if (argument := run.settings.family.guidance_argument) in run.settings.call:
+        assert content["settings"]["guidance"] == run.settings.call[argument] == 3.0
+    assert (argument in run.settings.call) == TINY[run.settings.model.name].takes_guidance
     assert {name: metric["images"] for name, metric in result["metrics"].items()} == dict.fromkeys(
         ("psnr", "ssim", "latent_mse"), COUNT
     )

@@ -120,7 +120,16 @@ def test_a_saved_pipeline_reloads_in_diffusers_bit_equal(kind, recipe, tmp_path)
     assert "DiffusionPipeline.from_pretrained" in (out / "README.md").read_text()
 
 
-@pytest.mark.parametrize("kind", ["dit", "flux", "hunyuan-1.1", "sd3", *marked(["flux2", "flux2-klein", "chroma"])])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "dit",
+        "flux",
+        "hunyuan-1.1",
+        "sd3",
+        *marked(["flux2", "flux2-klein", "chroma", "qwenimage", "cogview4", "auraflow"]),
+    ],
+)
 def test_pipelines_with_calls_of_their_own_kind_calibrate(kind):
     """Classes for prompts, guidance as an input, arguments that all rows share, two text streams."""
     tiny = TINY[kind]

@@ -13,7 +13,9 @@ from dmquant.diffusers.torchvision import ensure_torchvision_imports
 
 ensure_torchvision_imports()
 
+from tests.tiny.auraflow import tiny_auraflow
 from tests.tiny.chroma import tiny_chroma
+from tests.tiny.cogview4 import tiny_cogview4
 from tests.tiny.dit import tiny_dit
 from tests.tiny.flux import tiny_flux
 from tests.tiny.flux2 import LENGTH as FLUX2_TOKENS
@@ -22,6 +24,7 @@ from tests.tiny.hunyuan import tiny_hunyuan, tiny_hunyuan_11
 from tests.tiny.hunyuanimage import tiny_hunyuanimage
 from tests.tiny.parts import TOKENS, WORDS
 from tests.tiny.pixart import tiny_pixart, tiny_pixart_alpha, tiny_pixart_alpha_1024
+from tests.tiny.qwenimage import tiny_qwenimage
 from tests.tiny.sana import tiny_sana
 from tests.tiny.stable_diffusion import tiny_sd, tiny_sd3, tiny_sdxl
 
@@ -29,6 +32,7 @@ IMAGE_SIZE = 32
 LENGTH = {"max_sequence_length": TOKENS}
 # What a tiny PixArt pipeline needs in its call besides prompt, size, steps and guidance.
 PIXART_CALL = {**LENGTH, "clean_caption": False, "use_resolution_binning": False}
+COGVIEW4_PROMPTS = ("red apple", "blue cat", "a green house", "a boat on the tree", "a red cat and a boat " * 4)
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,9 @@ TINY = {
     "flux2-klein": Tiny(tiny_flux2_klein, "flux2", LENGTH, recent=True),
     "chroma": Tiny(tiny_chroma, "chroma", LENGTH, recent=True),
     "hunyuanimage": Tiny(tiny_hunyuanimage, "hunyuanimage", takes_guidance=False, recent=True),
+    "qwenimage": Tiny(tiny_qwenimage, "qwenimage", {"negative_prompt": " "}, recent=True),
+    "cogview4": Tiny(tiny_cogview4, "cogview4", {"max_sequence_length": 48}, recent=True, prompts=COGVIEW4_PROMPTS),
+    "auraflow": Tiny(tiny_auraflow, "auraflow", LENGTH, recent=True),
 }
 """Every pipeline that dmquant runs, by the name of the model it stands for."""
 
@@ -81,7 +88,9 @@ __all__ = [
     "WORDS",
     "Tiny",
     "marked",
+    "tiny_auraflow",
     "tiny_chroma",
+    "tiny_cogview4",
     "tiny_dit",
     "tiny_flux",
     "tiny_flux2",
@@ -92,6 +101,7 @@ __all__ = [
     "tiny_pixart",
     "tiny_pixart_alpha",
     "tiny_pixart_alpha_1024",
+    "tiny_qwenimage",
     "tiny_sana",
     "tiny_sd",
     "tiny_sd3",

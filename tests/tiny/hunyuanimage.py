@@ -10,9 +10,9 @@ from diffusers import (
     HunyuanImageTransformer2DModel,
 )
 from diffusers.guiders import AdaptiveProjectedMixGuidance
-from transformers import ByT5Tokenizer, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers import ByT5Tokenizer
 
-from tests.tiny.parts import TEXT, TOKENS, finished, t5, tokenizer
+from tests.tiny.parts import TEXT, TOKENS, finished, qwen_vl, t5, tokenizer
 
 LATENTS = 8
 
@@ -21,24 +21,6 @@ def tiny_hunyuanimage(folder: Path | None = None, *, seed: int = 0) -> HunyuanIm
     """HunyuanImagePipeline with two blocks of each kind; built here its texts are short, as loaded they are padded."""
     torch.manual_seed(seed)
     words, letters = tokenizer(bos=False), ByT5Tokenizer(extra_ids=0)
-    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": TEXT}
-    text_encoder = Qwen2_5_VLForConditionalGeneration(
-        Qwen2_5_VLConfig(
-            text_config={
-                "vocab_size": len(words),
-                "bos_token_id": words.bos_token_id,
-                "eos_token_id": words.eos_token_id,
-                "hidden_size": TEXT,
-                "intermediate_size": 2 * TEXT,
-                "num_hidden_layers": 3,
-                "max_window_layers": 3,
-                "num_attention_heads": 2,
-                "num_key_value_heads": 1,
-                "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]},
-            },
-            vision_config=vision,
-        )
-    )
     transformer = HunyuanImageTransformer2DModel(
         in_channels=LATENTS,
         out_channels=LATENTS,
@@ -64,7 +46,7 @@ def tiny_hunyuanimage(folder: Path | None = None, *, seed: int = 0) -> HunyuanIm
     pipeline = HunyuanImagePipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=5.0),
         vae=vae,
-        text_encoder=text_encoder,
+        text_encoder=qwen_vl(words),
         tokenizer=words,
         text_encoder_2=t5(letters),
         tokenizer_2=letters,

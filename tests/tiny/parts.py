@@ -6,7 +6,14 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, ModelMixin
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-from transformers import CLIPTextConfig, PreTrainedTokenizerFast, T5Config, T5EncoderModel
+from transformers import (
+    CLIPTextConfig,
+    PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    T5Config,
+    T5EncoderModel,
+)
 
 WORDS = ["a", "red", "green", "blue", "apple", "cat", "house", "tree", "boat", "face", "on", "the", "with", "and", ","]
 TOKENS = 16
@@ -71,6 +78,28 @@ def t5(tokenizer: PreTrainedTokenizerFast, channels: int = TEXT, blocks: int = 1
             is_encoder_decoder=False,
             pad_token_id=tokenizer.pad_token_id,
             eos_token_id=tokenizer.eos_token_id,
+        )
+    )
+
+
+def qwen_vl(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLForConditionalGeneration:
+    """A language model that could see images as well."""
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": TEXT}
+    return Qwen2_5_VLForConditionalGeneration(
+        Qwen2_5_VLConfig(
+            text_config={
+                "vocab_size": len(tokenizer),
+                "bos_token_id": tokenizer.bos_token_id,
+                "eos_token_id": tokenizer.eos_token_id,
+                "hidden_size": TEXT,
+                "intermediate_size": 2 * TEXT,
+                "num_hidden_layers": 3,
+                "max_window_layers": 3,
+                "num_attention_heads": 2,
+                "num_key_value_heads": 1,
+                "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]},
+            },
+            vision_config=vision,
         )
     )
 

@@ -60,6 +60,9 @@ def equalized(backbone, recipe=EQUALIZE):
         ("flux2", 2),
         ("chroma", 2),
         ("hunyuanimage", 3),  # the refiner of texts has an attention as well
+        ("qwenimage", 3),
+        ("cogview4", 3),
+        ("auraflow", 4),
         ("sana", 4),
         ("dit", 2),
     ],

@@ -89,6 +89,8 @@ class Family:
     guidance: Literal["rows", "calls", "embedded"] = "rows"
     """Computation of classifier-free guidance: with and without the prompt as `rows` of one call, as `calls` of their
     own, or `embedded` as an input of a distilled backbone. The last two have one row an image."""
+    guidance_argument: str = "guidance_scale"
+    """Argument of the pipeline's call that is the scale of guidance."""
     prompt_first: bool = False
     """Whether of the two rows of a call the one with the prompt is the first; in most pipelines it is the second."""
     concatenations: "Callable[[nn.Module], dict[str, int]]" = _nothing
@@ -100,6 +102,14 @@ class Family:
     """Groups of layers of one input that the architecture's first code has as one layer, and other engines still."""
     shared: tuple[str, ...] = ()
     """Arguments of the backbone's forward that all rows of a call share, so that they have no batch dimension."""
+    padded: Mapping[str, str] = field(default_factory=dict)
+    """Arguments of the backbone's forward, (rows, tokens, ...), that end in padding to the longest prompt of a call,
+    and the mask of each, (rows, tokens), true for what is no padding; None says that nothing is."""
+    listed: tuple[str, ...] = ()
+    """Arguments of the backbone's forward that are lists of plain values with an entry for each prompt of a call."""
+    encoded: "Callable[[DiffusionPipeline, Sequence[str], Mapping[str, Any]], dict[str, Any]] | None" = None
+    """Embeddings of prompts of any lengths, all of one length, as arguments of the pipeline's call, whose others are
+    given; for calibration, where the pipeline gives the backbone texts of different lengths without a mask."""
     prompted: "Callable[[DiffusionPipeline], Any]" = _itself
     """The pipeline as something that is called with prompts; itself, unless its call takes something else."""
     without: Mapping[str, Any] = field(default_factory=dict)
@@ -114,6 +124,11 @@ class Family:
 
     keeps_ends: bool = False
     """Whether the first and the last layer stay in high precision as well, whatever they are called."""
+
+    @property
+    def batching(self) -> dict[str, Any]:
+        """What `capture` has to know to cut the arguments of the backbone's forward into rows that go together."""
+        return {"shared": self.shared, "padded": self.padded, "listed": self.listed, "encoded": self.encoded}
 
     def known(self, backbone: "nn.Module") -> Known:
         """The meaning of `keep: family` in a recipe for this backbone."""

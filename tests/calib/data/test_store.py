@@ -64,6 +64,38 @@ def test_samples_that_cannot_share_a_batch(tmp_path):
         CalibrationStore.open(tmp_path / "skeletons").batch([0, 1])
 
 
+def write_texts(folder, skeleton):
+    """Two prompts of one row each: texts of 2 and 3 tokens, with a mask of what is no padding, which only one has."""
+    index = Index({}, prompts=2, steps=1)
+    for prompt, mask in enumerate(([True, False], [True, True, True])):
+        writer = ShardWriter()
+        leaves = [[writer.add(torch.full((len(mask), 2), 1.0 + prompt))[0]], [writer.add(torch.tensor(mask))[0]]]
+        captured = Captured(
+            index.setup, prompt, prompt + 1, [5.0], 1, [Kept(Sample(prompt, 0, False), skeleton, leaves)]
+        )
+        index.add(captured, writer.save(folder, captured))
+    index.save(folder)
+    return CalibrationStore.open(folder)
+
+
+def test_what_is_padded_is_as_long_as_the_longest_in_every_batch(tmp_path):
+    store = write_texts(tmp_path, {"dict": {"text": {"padded": 0}, "mask": {"mask": 1}, "sizes": {"rows": [1]}}})
+    both, short, long = (store.batch(indices)[1] for indices in ([1, 0], [0], [1]))
+    assert both["text"][..., 0].tolist() == [[2, 2, 2], [1, 1, 0]]
+    assert both["mask"].tolist() == [[True, True, True], [True, False, False]]
+    assert both["sizes"] == [1, 1]
+    assert short["mask"].tolist() == [[True, False, False]]
+    assert torch.equal(short["text"], both["text"][1:])
+    assert long["mask"] is None
+
+
+def test_rows_of_different_lengths_that_no_mask_tells_apart_are_refused(tmp_path):
+    store = write_texts(tmp_path, {"dict": {"text": {"tensor": 0}, "mask": {"tensor": 1}}})
+    assert store.batch([0])[1]["text"].shape == (1, 2, 2)
+    with pytest.raises(UserError, match=r"tensors of 2x2 and 3x2 for them.* calibrate on prompts of equal length"):
+        store.batch([0, 1])
+
+
 def test_the_same_content_is_one_tensor_and_other_types_or_shapes_are_not(tmp_path):
     writer = ShardWriter()
     zeros = torch.zeros(4)

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dmquant.calib.data.tree import flatten, unflatten
+from dmquant.calib.data.tree import flatten, may_be_padded, of_rows, unflatten
 from dmquant.errors import UserError
 
 PLAIN = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text()
@@ -63,3 +63,22 @@ def test_a_size_is_a_tuple():
 def test_what_cannot_be_kept_is_named(tree, place, kind):
     with pytest.raises(UserError, match=f"{place} is of type {kind}"):
         flatten(tree)
+
+
+def test_what_differs_between_calls_is_marked_in_the_skeleton_of_some_rows():
+    """Of a call of three rows the last and first; a mask that is true everywhere is none."""
+    tokens, mask = torch.ones(3, 4, 2), torch.ones(3, 4, dtype=torch.bool)
+    arguments = {"x": torch.zeros(3), "text": tokens, "mask": mask, "sizes": [(1, 2), (3, 4), (5, 6)], "scale": 1.0}
+    skeleton, leaves = flatten(arguments)
+    marked = of_rows(skeleton, [2, 0], {"text": "mask"}, ["sizes"])
+    assert may_be_padded(skeleton) == frozenset()
+    assert may_be_padded(marked) == {1, 2}
+    tensors = [leaf.tensor for leaf in leaves]
+    whole = unflatten(json.loads(json.dumps(marked)), tensors, 2)
+    assert whole["sizes"] == [(5, 6), (1, 2)] * 2
+    assert whole["mask"] is None
+    assert whole["text"] is tokens
+    tensors[2] = mask.logical_and(torch.arange(4) < 3)
+    assert unflatten(marked, tensors)["mask"] is tensors[2]
+    one_for_all = flatten(arguments | {"sizes": [(1, 2)]})[0]  # several images of one prompt
+    assert unflatten(of_rows(one_for_all, range(3), {}, ["sizes"]), tensors)["sizes"] == [(1, 2)] * 3

@@ -30,6 +30,12 @@ def test_every_model_pipeline_and_kept_layer_is_on_the_page():
         assert [row for row in rows if row not in PAGE] == []
 
 
+def test_the_example_of_a_family_is_the_code():
+    root = Path(__file__).parents[3]
+    assert example("python") == (root / "dmquant" / "diffusers" / "families" / "auraflow.py").read_text("utf-8")
+    assert example("yaml") == (root / "configs" / "models" / "auraflow.yaml").read_text("utf-8")
+
+
 def test_the_example_of_a_family_quantizes_its_backbone():
     space = {}
     exec(example("python"), space)

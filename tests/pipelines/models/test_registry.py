@@ -46,8 +46,8 @@ def test_the_files_and_the_names_in_them_agree():
     assert named <= registered_models().keys()
 
 
-SIZELESS = ("flux", "flux2", "chroma", "hunyuanimage")  # families whose backbones are of no size
-RECENT = ("flux2-dev", "flux2-klein-base-9b", "chroma")
+SIZELESS = ("flux", "flux2", "chroma", "hunyuanimage", "qwenimage")  # families whose backbones are of no size
+RECENT = ("flux2-dev", "flux2-klein-base-9b", "chroma", "qwenimage", "cogview4", "auraflow")
 
 
 @pytest.mark.parametrize("name", ["sd15", "sdxl", "pixart-sigma", "hunyuan", "sd3", "sana", "dit-256", *RECENT])
@@ -55,7 +55,7 @@ def test_published_settings_are_the_defaults_of_the_pipelines_call(name):
     spec = registered_models()[name]
     parameters = call_parameters(spec.pipeline)
     assert spec.steps == parameters["num_inference_steps"].default
-    assert spec.guidance == parameters["guidance_scale"].default
+    assert spec.guidance == parameters[families()[spec.family].guidance_argument].default
 
 
 def test_a_spec_refuses_unknown_keys_and_wrong_values():

@@ -43,9 +43,9 @@ def what_the_pipeline_cuts(pipeline: Any, tiny: Tiny, call: Mapping[str, Any], m
 
 
 INSTRUCTIONS = {"complex_human_instruction": ["a red cat on the tree", "with a green apple "]}
-CALLS = {
-    name: (tiny, tiny.call) for name, tiny in TINY.items() if name not in ("dit", "pixart-alpha-1024", "hunyuanimage")
-}
+OTHERS = ("dit", "pixart-alpha-1024", "hunyuanimage", "qwenimage")  # with tests of their own, or what others have
+CALLS = {name: (tiny, tiny.call) for name, tiny in TINY.items() if name not in OTHERS}
+CALLS["cogview4"] = TINY["cogview4"], {"max_sequence_length": TOKENS}
 CALLS["sana with instructions"] = TINY["sana"], {**TINY["sana"].call, **INSTRUCTIONS}
 
 
@@ -89,6 +89,17 @@ def test_what_is_quoted_is_counted_by_letters_and_templates_are_not():
     room = 1000 + pipeline.prompt_template_encode_start_idx - written
     prompts = ["a " * room, "a " * (room + 1), "red 'cat'", f"'{'cat' * 50}'"]
     assert cut_prompts(pipeline, prompts, {}) == [Cut("tokenizer", 1000, (1,)), Cut("tokenizer_2", 128, (3,))]
+
+
+@pytest.mark.slow
+def test_embeddings_that_the_pipeline_cuts_after_its_template_are_counted():
+    pipeline = TINY["qwenimage"].build()
+    prompts = ["a " * count for count in (3, 9, 4)]
+    before = pipeline.prompt_template_encode_start_idx
+    limit = len(pipeline.tokenizer(pipeline.prompt_template_encode.format(prompts[2])).input_ids) - before
+    assert cut_prompts(pipeline, prompts, {"max_sequence_length": limit}) == [Cut("tokenizer", limit, (1,))]
+    kept = [pipeline.encode_prompt(prompt, max_sequence_length=limit)[0].shape[1] for prompt in prompts]
+    assert kept == [limit - 1, limit, limit]
 
 
 def test_case_does_not_count_where_the_pipeline_ignores_it():

@@ -64,6 +64,12 @@ def test_a_pipeline_whose_call_takes_no_steps_and_no_guidance_has_a_report(tmp_p
     assert shown["steps"] == shown["guidance"] == "not taken by the pipeline"
 
 
+def test_guidance_is_the_argument_that_the_family_has_for_it(tmp_path, settings):
+    settings["model"]["family"] = "qwenimage"
+    settings["images"] |= {"guidance_scale": 1.0, "true_cfg_scale": 4.0}
+    assert build_report(finished(tmp_path / "run"), settings).settings["guidance"] == 4.0
+
+
 def test_what_is_not_known_of_images_is_no_zero(tmp_path, settings):
     forgotten = {"images": 2, "peak_memory_bytes": None, "peak_memory_of": None, "not_finite": None}
     folder = finished(tmp_path / "run", images_quantized=forgotten, images_fp=forgotten)
