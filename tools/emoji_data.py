@@ -45,6 +45,12 @@ def load_emoji(package: Path) -> tuple[Tensor, list[str]]:
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 127.5 - 1, captions
 
 
+def learnt(count: int, held_out: int) -> list[int]:
+    """Numbers of the images to learn from, of `count`: all but `held_out`, a seeded choice, in their order."""
+    left = torch.randperm(count, generator=torch.Generator().manual_seed(1))[:held_out].tolist()
+    return [index for index in range(count) if index not in left]
+
+
 def make_tokenizer(captions: list[str]) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.Unigram())
     tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.Metaspace()

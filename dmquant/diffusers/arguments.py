@@ -79,6 +79,10 @@ class Calls:
 
     def latents(self, pipeline: Any, batch: range, differentiable: bool = False) -> Tensor:
         """Latents (images, channels, height, width) at the end of a call with a batch of the prompts."""
+        return self.made(pipeline, batch, "latent", differentiable)
+
+    def made(self, pipeline: Any, batch: range, output_type: str, differentiable: bool = False) -> Any:
+        """What a call with a batch of the prompts makes, by the pipeline's name of that: `latent`, `pil`."""
         count = len(batch)
         cut = self._with_entries(batch)
         arguments = {name: _copied(value) for name, value in self.arguments.items() if name not in cut} | cut
@@ -88,7 +92,7 @@ class Calls:
             arguments[name] = each if each is None or len(each) == count else list(each) * count
         seeds = [self.seed + image for image in range(batch.start * self.images, batch.stop * self.images)]
         prompts = None if self.prompts is None else self.prompts[batch.start : batch.stop]
-        return call_pipeline(pipeline, prompts, seeds, "latent", arguments, differentiable)
+        return call_pipeline(pipeline, prompts, seeds, output_type, arguments, differentiable)
 
     def described(self) -> dict[str, Any]:
         """The arguments as JSON can hold them: equal where they are, and never for those whose content is not known."""

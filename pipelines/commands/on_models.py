@@ -5,13 +5,24 @@ from typing import Annotated, Any
 
 import typer
 
+from dmquant.errors import UsageError
 from dmquant.host import names
+from dmquant.pipelines.commands.choice_options import (
+    Costs,
+    MaxLpips,
+    MinPsnr,
+    StudyFormats,
+    StudyPrompts,
+    TargetBits,
+    TargetSize,
+)
 from dmquant.pipelines.commands.command import command, typed
 from dmquant.pipelines.commands.options import (
     COMPARE,
     GENERATE,
     QUANTIZE,
     RUN,
+    SENSITIVITY,
     SWEEP,
     Layout,
     Model,
@@ -37,6 +48,7 @@ from dmquant.pipelines.runs.defaults import LAYOUTS, SWEEP_BITS, SWEEP_TECHNIQUE
 @command(
     "dmquant run emoji-pixart --w fp4 --a fp6",
     "dmquant run emoji-pixart --for speed",
+    "dmquant run emoji-pixart --target-bits 4.5    (each layer in the format that costs least)",
     "dmquant run pixart-sigma --w fp4 --a fp6 --num-prompts 256 --device cuda",
     "dmquant run ./my-pipeline --recipe my.yaml --prompts prompts.txt --real photos/ --out runs/mine",
 )
@@ -55,15 +67,34 @@ def run(
     ] = None,
     overwrite: Overwrite = False,
     layout: Layout = LAYOUTS[0],
+    target_bits: TargetBits = None,
+    target_size: TargetSize = None,
+    min_psnr: MinPsnr = None,
+    max_lpips: MaxLpips = None,
+    costs: Costs = None,
     **given: Any,
 ) -> None:
     """Quantize MODEL and compare it with full precision: images, scores, a report, and a folder diffusers loads.
 
-    The same command on the same folder resumes: what is done is not done again.
+    With a target, formats are chosen by layer, and compared with one format for all of equal size. The same command on
+    the same folder resumes: what is done is not done again.
     """
     from dmquant.pipelines.commands import layouts, stages
     from dmquant.pipelines.runs import settings
 
+    if any(value is not None for value in (target_bits, target_size, min_psnr, max_lpips, costs)):
+        from dmquant.pipelines.choice.targets import Target
+        from dmquant.pipelines.commands import choice_stages
+
+        target = Target.of(target_bits, target_size, min_psnr, max_lpips)
+        if target is None:
+            raise UsageError("--costs goes with a target: --target-bits, --target-size, --min-psnr or --max-lpips")
+        if layout != LAYOUTS[0]:
+            raise UsageError(f"--layout {layout} holds one format for all layers: leave it out, or the target")
+        resolved = settings.resolve(settings.Options(model=model, command=typed(), **given))
+        folder = out or Path("runs") / names.readable(f"{resolved.folder_name}-{target.words}")
+        choice_stages.choose(resolved, target, costs, folder, overwrite)
+        return
     resolved = settings.resolve(settings.Options(model=model, command=typed(), **for_layout(layout, given)))
     folder = out or Path("runs") / resolved.folder_name
     layouts.check(layout, resolved)
@@ -113,6 +144,44 @@ def compare(
     )
     common = next(iter(resolved.values()))
     stages.compare(resolved, out or Path("runs") / names.readable(f"{common.model.name}-compare"), overwrite)
+
+
+@command(
+    "dmquant sensitivity emoji-pixart",
+    "dmquant sensitivity pixart-sigma --formats fp4,fp6,fp8 --device cuda --out runs/costs",
+    "dmquant run pixart-sigma --target-bits 4.5 --costs runs/costs --device cuda    (choose by them)",
+)
+@takes(SENSITIVITY)
+def sensitivity(
+    model: Model,
+    *,
+    formats: StudyFormats = None,
+    num_prompts: StudyPrompts = 5,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="The folder of the study. Default: runs/MODEL-sensitivity.",
+            rich_help_panel="Output",
+            show_default=False,
+        ),
+    ] = None,
+    overwrite: Overwrite = False,
+    **given: Any,
+) -> None:
+    """Measure what quantizing each layer of MODEL, each format and each range of timesteps costs at the final latents.
+
+    It writes a page with a heat map of layers by steps, a table, and a list of layers to leave alone. The same command
+    on the same folder resumes.
+    """
+    from dmquant.pipelines.commands import choice_stages
+    from dmquant.pipelines.runs import settings
+    from dmquant.settings import format_name
+
+    resolved = settings.resolve(settings.Options(model=model, command=typed(), **given))
+    folder = out or Path("runs") / names.readable(f"{resolved.model.name}-sensitivity")
+    listed = None if formats is None else [format_name(name.strip()) for name in formats.split(",") if name.strip()]
+    choice_stages.sensitivity(resolved, folder, overwrite, listed, num_prompts)
 
 
 @command(

@@ -261,6 +261,15 @@ COMPARE = _MODEL | _SOURCE | _FORMATS | _CALIBRATION | _PROMPTS | _SAMPLING | _N
 RUN = _MODEL | _SOURCE | _RECIPE | COMPARE
 SWEEP = _MODEL | _SOURCE | _CALIBRATION | _PROMPTS | _SAMPLING | _NOISE | _SCORES | _MACHINE
 SWEEP["metrics"] = (SweepMetrics, "psnr,latent_mse")
+SENSITIVITY = (
+    _MODEL
+    | _SOURCE
+    | _RECIPE
+    | {"w": (Weights, None), "a": (Activations, None)}
+    | {"calibration_prompts": (CalibrationPrompts, None), "memory_budget": (MemoryBudget, None)}
+    | _SAMPLING
+    | {"batch_size": (BatchSize, None), "device": (Device, "auto"), "dtype": (Dtype, None)}
+)
 QUANTIZE = _MODEL | _SOURCE | _RECIPE | _FORMATS | _CALIBRATION | _SAMPLING | _MACHINE
 
 

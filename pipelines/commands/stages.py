@@ -48,11 +48,11 @@ def run(settings: Settings, out: Path, overwrite: bool) -> None:
     quiet_libraries()
     console = Console()
     source = processes.current().on_main(lambda: checked_folder(settings.model, console.say))
-    _keep_apart(source, out)
+    keep_apart(source, out)
     with (
         claim(out, settings.model.name, overwrite) as folder,
         console.logging_to(out / runfolder.LOG),
-        _explaining_a_full_disk(out),
+        explaining_a_full_disk(out),
     ):
         Run(settings, source, folder, console).finish()
 
@@ -65,11 +65,11 @@ def compare(settings: Mapping[str, Settings], out: Path, overwrite: bool) -> Non
     console = Console()
     model = next(iter(settings.values())).model
     source = processes.current().on_main(lambda: checked_folder(model, console.say))
-    _keep_apart(source, out)
+    keep_apart(source, out)
     with (
         claim(out, model.name, overwrite) as folder,
         console.logging_to(out / runfolder.LOG),
-        _explaining_a_full_disk(out),
+        explaining_a_full_disk(out),
     ):
         Comparison(settings, source, folder, console).finish()
 
@@ -84,11 +84,11 @@ def sweep(
     quiet_libraries()
     console, common = Console(), space.trials[0].settings
     source = checked_folder(common.model, console.say)
-    _keep_apart(source, out)
+    keep_apart(source, out)
     with (
         claim(out, common.model.name, overwrite) as folder,
         console.logging_to(out / runfolder.LOG),
-        _explaining_a_full_disk(out),
+        explaining_a_full_disk(out),
     ):
         crew = Crew.of(workers, threads, common.device)
         Sweep(space, source, folder, console, engine, crew, keep_images).finish()
@@ -117,12 +117,12 @@ def quantize(settings: Settings, out: Path, overwrite: bool) -> None:
     everyone, console = processes.current(), Console()
     _refuse_own_place(out)
     path = everyone.on_main(lambda: checked_folder(settings.model, console.say))
-    _keep_apart(path, out)
+    keep_apart(path, out)
 
     def load() -> "DiffusionPipeline":
         return load_source(settings, console)
 
-    with contextlib.ExitStack() as held, _explaining_a_full_disk(out):
+    with contextlib.ExitStack() as held, explaining_a_full_disk(out):
         room = everyone.on_main(lambda: held.enter_context(_place_of_model(out, overwrite)))
         weights = source_of(settings, path, console).key if settings.recipe.calibrated else ""
         make_model_together(load, settings, out, console, room / runfolder.CALIBRATION, weights)
@@ -145,8 +145,8 @@ def tune(settings: Settings, recovery: "Recovery", out: Path, overwrite: bool) -
     _refuse_own_place(out)
     path = checked_folder(settings.model, console.say)
     for source in filter(None, (path, recovery.begin)):
-        _keep_apart(source, out)
-    with _explaining_a_full_disk(out), _place_of_model(out, overwrite) as room:
+        keep_apart(source, out)
+    with explaining_a_full_disk(out), _place_of_model(out, overwrite) as room:
         tuning.tune(settings, recovery, out, console, room, source_of(settings, path, console).key)
     console.say(f"model: {out}")
 
@@ -181,7 +181,7 @@ def _refuse_to_replace(out: Path, overwrite: bool) -> None:
         )
 
 
-def _keep_apart(source: Path, out: Path) -> None:
+def keep_apart(source: Path, out: Path) -> None:
     """UserError where one of the two folders is in the other: what is written to the one would be in the other."""
     source, target = source.resolve(), out.resolve()
     if source.is_relative_to(target) or target.is_relative_to(source):
@@ -208,10 +208,10 @@ def generate(settings: Settings, out: Path, overwrite: bool) -> None:
     source = everyone.on_main(
         lambda: checked_quantized(folder) if quantized else checked_folder(settings.model, console.say)
     )
-    _keep_apart(source, out)
+    keep_apart(source, out)
     key = source_of(settings, source, console).key
     requests = settings.requests(key if file is None else settings.model_key(key))
-    with claim_images(out, requests, overwrite) as others, _explaining_a_full_disk(out):
+    with claim_images(out, requests, overwrite) as others, explaining_a_full_disk(out):
         if others:
             console.say(f"note: {out} holds {others} more image{'s' if others > 1 else ''} of earlier commands")
         if not everyone.on_main(lambda: missing(out, requests)):
@@ -311,7 +311,7 @@ def report(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _explaining_a_full_disk(out: Path) -> Iterator[None]:
+def explaining_a_full_disk(out: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:

@@ -35,16 +35,22 @@ SCORES, FEATURES, PROBE = "scores.csv", "features", "probe"
 LAYERS, CUT_PROMPTS = "layers", "cut_prompts"  # a stage, and a kind of notes
 IMAGES, MODEL, CALIBRATION, RECIPES, TRIALS = "images", "model", "calibration", "recipes", "trials"
 SHARED = "shared"  # in the room of a run
+COSTS, COSTS_TABLE, COSTS_PAGE, COSTS_PLOT = "costs.json", "costs.csv", "sensitivity.html", "sensitivity.png"
+OPTIONS, SENSITIVITY, KEEP = "options", "sensitivity", "keep.yaml"
+CHOSEN = "chosen.yaml"  # the recipe that a target was reached with
 SWEEP_TABLE, SWEEP_PLOT, SWEEP_PAGE, SWEEP_DATA = "sweep.csv", "sweep.png", "sweep.md", "sweep.json"
 REPORTS = ("report.md", "report.html", "report.json")
 ENTRIES = (
     *(STATE, SETTINGS, LOG, GRID, PLOT, SCORES, FEATURES, PROBE),
     *(IMAGES, MODEL, CALIBRATION, RECIPES, TRIALS),
     *(SWEEP_TABLE, SWEEP_PLOT, SWEEP_PAGE, SWEEP_DATA),
+    *(COSTS, COSTS_TABLE, COSTS_PAGE, COSTS_PLOT, OPTIONS, SENSITIVITY, KEEP, CHOSEN),
     *REPORTS,
 )
 WRITTEN = (
     *(STATE, SETTINGS, LOG, GRID, PLOT, SCORES, *REPORTS, SWEEP_TABLE, SWEEP_PLOT, SWEEP_PAGE, SWEEP_DATA),
+    *(COSTS, COSTS_TABLE, COSTS_PAGE, COSTS_PLOT, KEEP, CHOSEN),
+    *(f"{OPTIONS}/*/{name}" for name in ("measured.json", "[0-9]*.safetensors")),
     *(f"{IMAGES}/*/[0-9]*.{suffix}" for suffix in ("png", "latent.safetensors", "trajectory.safetensors")),
     *(f"{CALIBRATION}/data/*/{name}" for name in ("index.json", "prompts-*.safetensors")),
     *(f"{CALIBRATION}/*/blocks/[0-9]*.{suffix}" for suffix in ("json", "safetensors")),
