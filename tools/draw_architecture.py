@@ -34,11 +34,13 @@ ROOMS = {
     "calib/blocks": ("the march from block to block", 0),
     "calib/whole": ("all layers at once, end to end", 0),
     "calib/tuning": ("a quantized backbone that learns from full precision", 1),
+    "calib/choice": ("what a layer costs in each format, and the cheapest choice", 2),
     "evaluation": ("images, metrics, reports", 1),
     "pipelines/models": ("which models there are, and where", 2),
     "pipelines/prompts": ("lists of prompts", 3),
     "pipelines/runs": ("a run folder, and all that is done in it", 1.5),
     "pipelines": ("quantize_pipeline", 1),
+    "pipelines/choice": ("what quantizing costs, layer by layer; formats for a target", 3),
     "pipelines/sweep": ("many runs: quality against cost", 2),
     "pipelines/commands": ("the command line", 2),
 }

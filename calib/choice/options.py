@@ -13,11 +13,9 @@ from dmquant.packing import packed_size
 from dmquant.qtensor import WeightSpec
 from dmquant.recipe import Recipe
 from dmquant.registry import engine_of
-from dmquant.settings import NO_FORMAT
-from dmquant.stores import get_store
+from dmquant.settings import NO_FORMAT, Transformation
+from dmquant.stores import TABLES, get_store
 
-KEPT = "16 bit"
-"""The option that leaves a layer in high precision."""
 BITS_KEPT = 16
 STORES = {"nl3": "e3m4", "nl4": "e3m4"}  # whose values are not symmetric, so that a scale of either sign helps
 LADDER = (
@@ -26,8 +24,8 @@ LADDER = (
     *(("fp5_e2m2", "channel"), ("fp5_e2m2", "group:32"), ("fp6_e2m3", "group:32"), ("fp8_e4m3", "group:64")),
 )
 """Weights from 3.25 to 8.13 bits with scales of one byte; `{own}` is the recipe's format where that has four bits."""
-FOUR_BITS = "fp4_e2m1"
-RANKS = (0.5, 1, 2)  # times that of the recipe's low-rank branch
+FOUR_BITS, BRANCH = "fp4_e2m1", "lowrank"
+RANKS = (0.5, 2)  # times that of the recipe's low-rank branch
 
 
 @dataclass(frozen=True)
@@ -41,12 +39,11 @@ class Option:
 def options_of(recipe: Recipe, formats: Sequence[str] | None = None) -> list[Option]:
     """The options of all layers under a recipe, the recipe's own first.
 
-    For an engine they are the weights that it runs, with the inputs that go with them. Otherwise they are LADDER, and
-    for a recipe with a low-rank branch its own weights with other ranks. `formats` are the only formats of weights to
-    choose among. Raises UsageError where less than two options are left.
+    For an engine they are the weights that it runs, with the inputs that go with them. Otherwise they are LADDER; for a
+    recipe with a low-rank branch LADDER is without it, and beside that are its own weights with other ranks. `formats`
+    are the only formats of weights to choose among. Raises UsageError where less than two options are left.
     """
-    own = Option(_name(recipe.weights, recipe.granularity))
-    found = [own, *(_of_engine(recipe) if recipe.engine else [*_of_ladder(recipe), *_of_ranks(recipe)])]
+    found = [_own(recipe), *(_of_engine(recipe) if recipe.engine else [*_of_ladder(recipe), *_of_ranks(recipe)])]
     if formats is not None:
         found = [one for one in found if one.settings.get("weights", recipe.weights) in formats]
     names = [one.name for one in found]
@@ -80,32 +77,42 @@ def stored_bytes(step: LayerPlan, shape: tuple[int, ...]) -> int:
     return shape[0] * packed_size(columns, spec.fmt.bits) + scales + (4 * math.prod(base) if base else 0) + added
 
 
-def kept_bytes(shape: tuple[int, ...]) -> int:
-    """Bytes of a weight (out, in, ...) in 16 bit."""
-    return math.prod(shape) * BITS_KEPT // 8
+def _own(recipe: Recipe) -> Option:
+    branch = _branch(recipe)
+    return Option(_name(recipe.weights, recipe.granularity, f"rank:{branch.checked.rank}" if branch else ""))
+
+
+def _branch(recipe: Recipe) -> Transformation | None:
+    """The recipe's low-rank branch."""
+    return next((one for one in recipe.transforms if one.method == BRANCH), None)
 
 
 def _of_ladder(recipe: Recipe) -> list[Option]:
     own = recipe.weights if _bits(recipe.weights) == 4 else FOUR_BITS
     pairs = [(name.format(own=own), granularity) for name, granularity in LADDER]
-    store = recipe.store if recipe.store not in ("table", "levels") else "e4m3"
+    store = recipe.store if recipe.store not in TABLES else "e4m3"
+    others = [one.model_dump() for one in recipe.transforms if one.method != BRANCH]
+    without = {"transforms": others} if _branch(recipe) else {}
     return [
-        Option(_name(*pair), {"weights": pair[0], "granularity": pair[1], "store": STORES.get(pair[0], store)})
+        Option(
+            _name(*pair), {"weights": pair[0], "granularity": pair[1], "store": STORES.get(pair[0], store), **without}
+        )
         for pair in pairs
     ]
 
 
 def _of_ranks(recipe: Recipe) -> list[Option]:
-    """The recipe's own weights with other ranks of its low-rank branch, and without it."""
-    branch = next((one for one in recipe.transforms if one.method == "lowrank"), None)
+    """The recipe's own weights with other ranks of its low-rank branch."""
+    branch = _branch(recipe)
     if branch is None:
         return []
     others = [one.model_dump() for one in recipe.transforms if one is not branch]
-    rank = branch.checked.rank
-    ranks = sorted({max(1, round(rank * share)) for share in RANKS})
-    named = _name(recipe.weights, recipe.granularity)
+    ranks = sorted({max(1, round(branch.checked.rank * share)) for share in RANKS})
     return [
-        Option(f"{named} rank:{rank}", {"transforms": [*others, branch.model_dump() | {"rank": rank}]})
+        Option(
+            _name(recipe.weights, recipe.granularity, f"rank:{rank}"),
+            {"transforms": [*others, branch.model_dump() | {"rank": rank}]},
+        )
         for rank in ranks
     ]
 
@@ -118,8 +125,8 @@ def _of_engine(recipe: Recipe) -> list[Option]:
     return [Option(_name(name, settings["granularity"]), settings) for name, settings in preferred.items()]
 
 
-def _name(weights: str, granularity: str) -> str:
-    return " ".join(filter(None, (weights, granularity)))
+def _name(*parts: str) -> str:
+    return " ".join(filter(None, parts))
 
 
 def _bits(name: str) -> int:

@@ -13,7 +13,8 @@ from dmquant.pipelines.choice.choosing import Chooser, Chosen, other_bytes
 from dmquant.pipelines.choice.pages import write_pages
 from dmquant.pipelines.choice.quality import Quality
 from dmquant.pipelines.choice.record import Study
-from dmquant.pipelines.choice.study import PROMPTS, Sensitivity
+from dmquant.pipelines.choice.study import make_study
+from dmquant.pipelines.choice.subject import PROMPTS, Subject
 from dmquant.pipelines.choice.targets import Target
 from dmquant.pipelines.models.skeleton import skeleton
 from dmquant.pipelines.runs import runfolder
@@ -36,7 +37,7 @@ def study_sensitivity(
 ) -> Study:
     """A study in its folder, with its pages."""
     key = source_of(settings, source, console).key
-    study = Sensitivity(settings, key, folder, console, formats, prompts).finish()
+    study = make_study(Subject(settings, key, folder, console, formats, prompts), folder, console)
     write_pages(study, settings.family, folder.path, console)
     return study
 
@@ -67,13 +68,13 @@ def choose(
     key = source_of(settings, source, console).key
     place = costs or folder.path / runfolder.SENSITIVITY
     with claim(place, settings.model.name) as of_study:
-        sensitivity = Sensitivity(settings, key, of_study, console, None)
-        study = sensitivity.finish()
+        subject = Subject(settings, key, of_study, console)
+        study = make_study(subject, of_study, console)
         write_pages(study, settings.family, of_study.path, console)
         quality = None
         if target.psnr is not None or target.lpips is not None:
             networks = Networks(settings.device, settings.clip, of_study.path / runfolder.FEATURES, console.say)
-            quality = Quality(sensitivity, networks)
+            quality = Quality(subject, networks)
         backbone = skeleton(source / settings.family.component)
         chosen = Chooser(settings.recipe, study, console, other_bytes(backbone, study), quality).choose(target)
     for line in chosen.lines:

@@ -7,15 +7,15 @@ from torch import Tensor
 
 from dmquant.evaluation.metrics.psnr import CAP, decibels
 from dmquant.evaluation.networks import Networks
-from dmquant.pipelines.choice.study import Sensitivity
+from dmquant.pipelines.choice.subject import Subject
 from dmquant.pipelines.choice.targets import Target
 
 
 class Quality:
-    """Makes and compares images of choices with the solved weights of a study, inputs quantized as its recipe does."""
+    """Makes and compares images of choices with a subject's solved weights, inputs quantized as its recipe does."""
 
-    def __init__(self, study: Sensitivity, networks: Networks):
-        self.study, self.networks = study, networks
+    def __init__(self, subject: Subject, networks: Networks):
+        self.subject, self.networks = subject, networks
         self._exact: Tensor | None = None
 
     def of(self, options: Mapping[str, str], target: Target) -> float:
@@ -32,11 +32,11 @@ class Quality:
 
     def _reference(self) -> Tensor:
         if self._exact is None:
-            self._exact = self.study.bench.images()
+            self._exact = self.subject.bench.images()
         return self._exact
 
     def _images(self, options: Mapping[str, str]) -> Tensor:
-        study = self.study
-        weights = {name: study.solved.weight(name, option) for name, option in options.items()}
-        with study.bench.weights(weights), study.bench.inputs(study.inputs):
-            return study.bench.images()
+        subject = self.subject
+        weights = {name: subject.solved.weight(name, option) for name, option in options.items()}
+        with subject.bench.weights(weights), subject.bench.inputs(subject.inputs):
+            return subject.bench.images()

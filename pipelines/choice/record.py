@@ -29,8 +29,8 @@ class LayerCosts(BaseModel, extra="forbid"):
     """The cost of the weight in the base option, with all else in full precision."""
     estimated: float | None = None
     """The same to second order, from one pass back."""
-    inputs: float | None = None
-    """To second order, the cost of quantizing the layer's input as the recipe does."""
+    inputs: dict[str, float] = {}
+    """By option, to second order, the cost of quantizing the layer's input as goes with that option."""
     by_step: list[float] = []
     """`estimated` if the weight were changed in that call of the backbone alone."""
 
@@ -39,10 +39,14 @@ class LayerCosts(BaseModel, extra="forbid"):
         """The cost in the base option: measured where it was."""
         return (self.measured if self.measured is not None else self.estimated) or 0.0
 
-    def costs(self, base: str) -> dict[str, float]:
-        """The cost by option: that of the base option times the ratio of the errors."""
+    def weight_costs(self, base: str) -> dict[str, float]:
+        """The cost of the weight by option: that of the base option times the ratio of the errors."""
         least = max(self.errors[base], 1e-30)
         return {option: self.cost * error / least for option, error in self.errors.items()}
+
+    def costs(self, base: str) -> dict[str, float]:
+        """The cost by option, of the weight and of the input."""
+        return {option: cost + self.inputs.get(option, 0.0) for option, cost in self.weight_costs(base).items()}
 
 
 class RangeCosts(BaseModel, extra="forbid"):
@@ -89,7 +93,7 @@ class Study(BaseModel, extra="forbid"):
 
     def predicted(self, option: str) -> float:
         """The sum of the costs of the quantized layers in one option, which `formats` has measured."""
-        return sum(layer.costs(self.base)[option] for layer in self.quantized.values())
+        return sum(layer.weight_costs(self.base)[option] for layer in self.quantized.values())
 
     def save(self, path: Path) -> None:
         """Write as JSON, which carries its hash."""
@@ -134,7 +138,7 @@ def as_rows(study: Study) -> list[dict[str, Any]]:
             "kept": layer.kept or "",
             "measured": layer.measured,
             "estimated": layer.estimated,
-            "inputs": layer.inputs,
+            "inputs": layer.inputs.get(study.base),
             "share": of_all[name],
         }
         for name, layer in ordered
