@@ -262,7 +262,8 @@ def _opened(path: Path, model: str) -> RunFolder:
 def _is_empty(path: Path) -> bool:
     """Whether a run has finished nothing yet."""
     try:
-        return not RunFolder(path).has_stages and not any(path.glob(f"{IMAGES}/*/*.png"))
+        kept = (f"{IMAGES}/*/*.png", f"{OPTIONS}/*/*.safetensors", f"{SENSITIVITY}/{OPTIONS}/*/*.safetensors")
+        return not RunFolder(path).has_stages and not any(any(path.glob(pattern)) for pattern in kept)
     except UserError:
         return not (path / STATE).exists()
 
