@@ -11,6 +11,7 @@ import sys
 from dmquant.host import streams
 from dmquant.pipelines.commands import (  # noqa: F401  (which register their commands)
     on_environment,
+    on_families,
     on_models,
     on_results,
     on_tuning,

@@ -21,9 +21,9 @@ Model = Annotated[
 Family = Annotated[
     str | None,
     typer.Option(
-        metavar="NAME",
-        help="What the backbone is taken for, instead of what the pipeline's class says; "
-        "generic fits any, without calibration.",
+        metavar="NAME|FILE",
+        help="What the backbone is taken for, instead of what the pipeline's class says: a name, or a Python file "
+        "(dmquant draft-family); generic fits any, without calibration.",
         rich_help_panel="Model",
     ),
 ]

@@ -8,6 +8,7 @@ import importlib.resources
 import inspect
 import os
 import re
+import runpy
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
-from dmquant.diffusers.families import GENERIC, HOW_TO_ADD, Family, ends, families, family_of_pipeline
+from dmquant.diffusers.families import GENERIC, HOW_TO_ADD, Family, ends, families, family_of_pipeline, register
 from dmquant.diffusers.families.generic import COMPONENTS
 from dmquant.errors import UsageError, UserError, check_choice, unknown
 from dmquant.host.text import visible
@@ -122,10 +123,12 @@ def _pipeline_class(name: str) -> type:
 def resolve_model(text: str, family: str | None = None) -> ModelSpec:
     """The model that a registered name, a local pipeline folder or a Hub id stands for.
 
-    `family` overrules what its pipeline class says; `generic` fits any backbone. Raises UsageError for a name that is
-    none of them and for a family that does not fit, UserError for a folder that is no pipeline we can quantize and for
-    a Hub id that is neither cached nor reachable.
+    `family` overrules what its pipeline class says; `generic` fits any backbone, and a Python file defines one. Raises
+    UsageError for a name that is none of them and for a family that does not fit, UserError for a folder that is no
+    pipeline we can quantize and for a Hub id that is neither cached nor reachable.
     """
+    if family is not None and family.endswith(".py"):
+        family = _family_in(Path(os.path.expanduser(family)))
     if family is not None and family not in families():
         raise unknown("family", family, families(), f"it is one of {', '.join(families())}")
     models = registered_models()
@@ -144,6 +147,38 @@ def resolve_model(text: str, family: str | None = None) -> ModelSpec:
     if "/" in text or "\\" in text:
         raise UserError(f"there is no folder {text}")
     raise unknown("model", text, models, "`dmquant models` lists them; a Hub id or a local diffusers folder works too")
+
+
+def unknown_parts(text: str) -> tuple[Path, str, str]:
+    """The folder of a pipeline that a folder or a Hub id stands for, its backbone's name, and its class.
+
+    Raises UserError as `resolve_model` does.
+    """
+    folder = Path(os.path.expanduser(text))
+    if not folder.is_dir():
+        known = registered_models().get(text)
+        if known is not None and known.is_embedded:
+            folder = embedded_folder(known.source)
+        elif known is None and not _HUB_ID.fullmatch(text):
+            raise UserError(f"there is no folder {text}")
+        else:
+            folder = hub.configuration(known.source if known else text)[0]
+    return folder, _component(folder), folders.pipeline_class(folder)
+
+
+def _family_in(file: Path) -> str:
+    """The name of the family that a Python file defines as FAMILY, which is known from now on; UserError otherwise."""
+    if not file.is_file():
+        raise UserError(f"there is no file {file} with a family: `dmquant draft-family MODEL --out {file}` writes one")
+    try:
+        found = runpy.run_path(str(file)).get("FAMILY")
+    except Exception as error:
+        raise UserError(f"{file} cannot be run: {type(error).__name__}: {' '.join(str(error).split())}") from error
+    if not isinstance(found, Family):
+        raise UserError(f"{file} defines no FAMILY, a dmquant.diffusers.families.Family")
+    if families().get(found.name) is None:
+        register(found)
+    return found.name
 
 
 def with_loras(spec: ModelSpec, given: Iterable[str]) -> ModelSpec:
@@ -295,6 +330,7 @@ def _unknown_pipeline(pipeline: str, source: str) -> UserError:
         f"{family.name} ({', '.join(family.pipelines)})" for family in families().values() if family.pipelines
     )
     return UserError(
-        f"{source} holds a {pipeline}, which no model family knows; known are {known}; {HOW_TO_ADD}, and "
-        f"--family {GENERIC} --recipe rtn quantizes any Linear and Conv2d without calibration"
+        f"{source} holds a {pipeline}, which no model family knows; known are {known}; `dmquant draft-family "
+        f"{source} --out my_family.py` drafts one for --family my_family.py ({HOW_TO_ADD}), and --family {GENERIC} "
+        "--recipe rtn quantizes any Linear and Conv2d without calibration"
     )
