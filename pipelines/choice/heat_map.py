@@ -56,7 +56,8 @@ def _bars(axis: Axes, layers: list[tuple[str, LayerCosts]], power: float) -> Non
     measured = [(layer.measured or 0.0) / power for _, layer in layers]
     colours = [COLOURS[7] if layer.kept else COLOURS[0] for _, layer in layers]
     least = min((value for value in measured if value > 0), default=1e-12) / 2
-    axis.barh(rows, [max(value, least) for value in measured], color=colours, height=0.75, label="measured")
+    axis.barh(rows, [max(value, least) for value in measured], color=colours, height=0.75)
+    axis.barh([0], [0], color=COLOURS[0], label="measured")
     estimated = [(place, layer.estimated / power) for place, (_, layer) in enumerate(layers) if layer.estimated]
     if estimated:
         places, values = zip(*estimated, strict=True)

@@ -5,6 +5,7 @@ One change at a time is measured on a few prompts. Beside it stands an estimate 
 and what was measured, are kept, so that a study that was stopped goes on.
 """
 
+import contextlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -16,6 +17,7 @@ from dmquant.calib.choice.options import stored_bytes
 from dmquant.calib.choice.solving import collecting, empty_moments, quick, solve
 from dmquant.calib.layers.rounder import Rounder
 from dmquant.convert import of_backbone
+from dmquant.errors import UserError
 from dmquant.host.console import Console
 from dmquant.host.memory import default_budget
 from dmquant.layers import QUANTIZED
@@ -31,8 +33,10 @@ def make_study(subject: Subject, folder: RunFolder, console: Console) -> Study:
     """The study, from where an earlier one stopped."""
     path = folder.path / runfolder.COSTS
     if folder.finished(runfolder.COSTS, subject.key) and path.is_file():
-        console.say("costs: already there")
-        return Study.load(path)
+        with contextlib.suppress(UserError):  # made again, then
+            found = Study.load(path)
+            console.say("costs: already there")
+            return found
     began = time.perf_counter()
     bench, names = subject.bench, list(subject.plans)
     count = len(bench.clean)

@@ -19,7 +19,7 @@ from dmquant.pipelines.runs.defaults import DEFAULT_RECIPE, PURPOSES, named_reci
 from dmquant.recipe import recipe_names
 from tests.tiny import tiny_dit, tiny_pixart, tiny_sd
 
-COMMANDS = [command.callback.__name__ for command in cli.app.registered_commands]
+COMMANDS = [command.callback.__name__.replace("_", "-") for command in cli.app.registered_commands]
 HEAVY = ("torch", "diffusers", "transformers", "torchmetrics", "pydantic", "rich", "yaml")
 HELP_COST = 1.5  # times what typer and rich take to be imported, as typer uses rich for help
 
