@@ -101,16 +101,17 @@ def embedded_folder(source: str) -> Path:
 @functools.cache
 def call_parameters(pipeline: str) -> Mapping[str, inspect.Parameter]:
     """Parameters of the call of a diffusers pipeline class by name; UserError where diffusers has no such class."""
-    return inspect.signature(_pipeline_class(pipeline).__call__).parameters
+    return inspect.signature(pipeline_class(pipeline).__call__).parameters
 
 
 def pipeline_parts(pipeline: str) -> list[str]:
     """Names of the parts of a diffusers pipeline class by name; UserError where diffusers has no such class."""
-    parameters = inspect.signature(_pipeline_class(pipeline).__init__).parameters.values()
+    parameters = inspect.signature(pipeline_class(pipeline).__init__).parameters.values()
     return [one.name for one in parameters if one.default in (one.empty, None) and one.name != "self"]
 
 
-def _pipeline_class(name: str) -> type:
+def pipeline_class(name: str) -> type:
+    """The class of a diffusers pipeline by name; UserError where diffusers has none of that name."""
     import diffusers
 
     found = getattr(diffusers, name, None)
@@ -180,7 +181,7 @@ def _spec_of_folder(
     """Settings for a folder that is not registered: its own size, the rest from its nearest relative."""
     pipeline = folders.pipeline_class(folder)
     own = family_of_pipeline(pipeline)
-    known = None if own is None else own.name
+    known = own.name if own is not None and pipeline in (*own.pipelines, *own.edits) else None
     if known is None:
         _check_takes_a_prompt_alone(folder, pipeline, source)
     chosen = family or known
