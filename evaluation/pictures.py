@@ -39,7 +39,9 @@ class FilePicture:
 
 
 def opened_inputs(inputs: Sequence[Mapping[str, FilePicture]]) -> dict[str, list[Any]]:
-    """The images that go with the prompts of a call, a list for each argument of it; none where there are none."""
+    """The images that go with the prompts of a call, by argument of it: a list, or that of one prompt."""
+    if len(inputs) == 1:
+        return {name: picture.opened() for name, picture in inputs[0].items()}
     return {name: [of_prompt[name].opened() for of_prompt in inputs] for name in (inputs[0] if inputs else {})}
 
 

@@ -133,7 +133,8 @@ class Calls:
             return self.images
         if name in PICTURES:
             value = self.arguments[name]
-            return 1 if isinstance(value, list | tuple) or (isinstance(value, Tensor) and value.dim() == 4) else None
+            is_batch = isinstance(value, Tensor) and value.dim() == 4 and len(value) == len(self)
+            return 1 if is_batch or isinstance(value, list | tuple) else None
         is_of_prompt = name in TEXTS or "prompt_embeds" in name or "prompt_attention_mask" in name
         return 1 if is_of_prompt else None
 
@@ -143,11 +144,12 @@ def _length(value: Any) -> int | None:
 
 
 def _for_batch(value: Any, count: int) -> Any:
-    """Images as a call for `count` prompts takes them: one for each, in a list; or all that a single prompt has."""
+    """Images as a call for `count` prompts takes them: one for each in a list, and that of a single prompt as it is,
+    since pipelines that edit images do not resize those in a list."""
     each = list(value) if isinstance(value, list | tuple) else [value]
-    if count > 1:
-        return opened(each if len(each) == count else each * count)
-    return opened(each[0] if isinstance(value, list | tuple) and isinstance(each[0], list | tuple) else value)
+    if count == 1:
+        return opened(each[0])
+    return opened(each if len(each) == count else each * count)
 
 
 def opened(value: Any) -> Any:

@@ -1,5 +1,8 @@
 """Tiny pipelines that take images: made of those in TINY, with a ControlNet of their backbone where they take one."""
 
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -9,7 +12,9 @@ from PIL import Image
 from dmquant.diffusers.families import families
 from dmquant.diffusers.imaged import argument_for, with_parts_of
 from dmquant.pipelines.models.registry import call_parameters
-from tests.tiny import TINY
+from tests.tiny import IMAGE_SIZE, TINY, Tiny
+from tests.tiny.edits import FLUX_CALL, few_pixels, tiny_kontext, tiny_qwenimage_edit, tiny_qwenimage_edit_plus
+from tests.tiny.parts import finished
 
 CONTROLNETS = {
     "UNet2DConditionModel": lambda unet: diffusers.ControlNetModel.from_unet(
@@ -57,16 +62,70 @@ def controlnet(backbone: Any, seed: int = 0) -> Any:
     return net
 
 
-def tiny_imaged(model: str, given: tuple[str, ...], count: int) -> tuple[Any, dict[str, Any]]:
-    """The pipeline of a tiny model that takes the kinds of images `given`, and images for `count` prompts, by argument
-    of its call."""
-    tiny = TINY[model]
-    pipeline, family = tiny.build(), families()[tiny.family]
-    name = family.imaged[type(pipeline).__name__][given]
-    more = {"controlnet": controlnet(getattr(pipeline, family.component))} if "control" in given else {}
-    parameters = call_parameters(name)
-    images = {
-        argument_for(kind, parameters): masks(count, tiny.size) if kind == "mask" else pictures(count, tiny.size, seed)
+def images(pipeline: str, given: tuple[str, ...], size: int, count: int) -> dict[str, Any]:
+    """Images of the kinds `given` for `count` prompts, by argument of the call of a pipeline."""
+    parameters = call_parameters(pipeline)
+    return {
+        argument_for(kind, parameters): masks(count, size) if kind == "mask" else pictures(count, size, seed)
         for seed, kind in enumerate(given)
     }
-    return with_parts_of(pipeline, getattr(diffusers, name), **more), images
+
+
+def tiny_imaged(model: str, given: tuple[str, ...]) -> Tiny:
+    """The pipeline that takes the kinds of images `given` and has the parts of a tiny model."""
+    tiny, family = TINY[model], families()[TINY[model].family]
+    name = family.imaged[BASES[model]][given]
+    taken = call_parameters(name)
+
+    def build(folder: Path | None = None) -> Any:
+        pipeline = tiny.build()
+        more = {"controlnet": controlnet(getattr(pipeline, family.component))} if "control" in given else {}
+        return finished(with_parts_of(pipeline, getattr(diffusers, name), **more), folder)
+
+    return replace(
+        tiny,
+        build=build,
+        call={argument: value for argument, value in tiny.call.items() if argument in taken},
+        images=partial(images, name, given, tiny.size),
+        takes_size="height" in taken,
+        recent=True,
+    )
+
+
+def edit(build: Any, name: str, family: str, call: dict[str, Any], **more: Any) -> Tiny:
+    """A tiny pipeline that edits images."""
+    return Tiny(build, family, call, images=partial(images, name, ("image",), IMAGE_SIZE), recent=True, **more)
+
+
+BASES = {
+    "sd15": "StableDiffusionPipeline",
+    "sdxl": "StableDiffusionXLPipeline",
+    "sd3": "StableDiffusion3Pipeline",
+    "hunyuan-1.2": "HunyuanDiTPipeline",
+    "flux": "FluxPipeline",
+    "chroma": "ChromaPipeline",
+    "qwenimage": "QwenImagePipeline",
+}
+QWEN_CALL = {"negative_prompt": " "}
+IMAGED = {
+    f"{model} {'+'.join(given)}": tiny_imaged(model, given)
+    for model, base in BASES.items()
+    for given in families()[TINY[model].family].imaged[base]
+} | {
+    "flux-kontext": edit(tiny_kontext, "FluxKontextPipeline", "flux", TINY["flux"].call | FLUX_CALL),
+    "qwenimage-edit": edit(
+        tiny_qwenimage_edit, "QwenImageEditPipeline", "qwenimage", QWEN_CALL, within=few_pixels, most=1
+    ),
+    "qwenimage-edit-plus": edit(
+        tiny_qwenimage_edit_plus, "QwenImageEditPlusPipeline", "qwenimage", QWEN_CALL, within=few_pixels, most=1
+    ),
+    "qwenimage-edit-2511": edit(
+        partial(tiny_qwenimage_edit_plus, zero_cond_t=True),
+        "QwenImageEditPlusPipeline",
+        "qwenimage",
+        QWEN_CALL,
+        within=few_pixels,
+        most=1,
+    ),
+}
+"""Every pipeline that takes images beside a prompt, by the model whose parts it has and the images."""

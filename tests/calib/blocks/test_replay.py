@@ -15,9 +15,10 @@ from dmquant.diffusers.families import families
 from dmquant.errors import UserError
 from tests.calib.runs import captured, recipe_of
 from tests.tiny import TINY, marked
+from tests.tiny.imaged import IMAGED
 
 
-@pytest.fixture(scope="module", params=marked())
+@pytest.fixture(scope="module", params=[*marked(), *marked(IMAGED)])
 def case(request, tmp_path_factory):
     """Model, backbone, arguments of three samples, and the blocks as a recipe that keeps nothing has them."""
     backbone, names, store = captured(request.param, tmp_path_factory.mktemp(request.param))
@@ -78,7 +79,7 @@ def test_going_on_from_the_middle_ends_in_the_bits_of_the_backbone(case):
 
 def test_block_by_block_with_only_what_is_still_needed_ends_in_the_bits_of_the_backbone(case):
     model, backbone, arguments, _ = case
-    family = families()[TINY[model].family]
+    family = families()[(TINY | IMAGED)[model].family]
     blocks = blocks_of(backbone, family.blocks(backbone), arguments, recipe_of(keep=False).keeping(family.keep))
     computed, needed = {}, {}
     for number, block in enumerate(blocks):
