@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from dmquant.errors import UserError
+from dmquant.errors import UsageError, UserError
 from dmquant.host.console import Console
 from dmquant.host.files import fingerprint
 from dmquant.host.hashes import sha256_once
@@ -18,7 +18,7 @@ from dmquant.host.text import file_name
 from dmquant.pipelines.models import folders, hub
 from dmquant.pipelines.models.hub import CONFIG
 from dmquant.pipelines.models.loading import explained
-from dmquant.pipelines.models.registry import pipeline_class
+from dmquant.pipelines.models.registry import HUB_ID, pipeline_class
 from dmquant.pipelines.models.weights import weight_files
 from dmquant.pipelines.models.whole import check_model
 
@@ -39,7 +39,12 @@ class ControlNet:
         Raises UserError for a folder of something else and a ControlNet of another kind.
         """
         path = Path(os.path.expanduser(source))
-        folder = path.resolve() if os.path.exists(path) else hub.part(source, Console().say)
+        if os.path.exists(path):
+            folder = path.resolve()
+        elif HUB_ID.fullmatch(source):
+            folder = hub.part(source, Console().say)
+        else:
+            raise UsageError(f"--controlnet {source}: there is no such folder, and it is no id on the Hub")
         if not (folder / CONFIG).is_file():
             raise UserError(f"--controlnet {source} is no ControlNet: it has no {CONFIG}")
         kind = str(folders.read_json(folder / CONFIG).get("_class_name"))

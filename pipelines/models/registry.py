@@ -26,7 +26,8 @@ from dmquant.pipelines.models.skeleton import skeleton
 
 EMBEDDED = "embedded:"
 SOURCE_QUANTIZED = ("refuse", "dequantize")
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+"""The id of a repository on the Hub."""
 _USUAL_PIXELS = 1024  # the default of diffusers, for pipelines whose configuration tells no size
 _TAKES_MORE = re.compile(
     "Control|Adapter|Img2Img|I2I|Depth2Img|Inpaint|Fill|Redux|Kontext|Pix2Pix|Edit|Refiner|Upscale|SuperResolution"
@@ -136,7 +137,7 @@ def resolve_model(text: str, family: str | None = None) -> ModelSpec:
     if os.path.exists(path):
         folder = path.resolve()
         return _spec_of_folder(folder, family, name=visible(folder.name) or "model", source=str(folder))
-    if _HUB_ID.fullmatch(text):
+    if HUB_ID.fullmatch(text):
         for spec in models.values():
             if spec.source == text:
                 return _registered(spec, family)

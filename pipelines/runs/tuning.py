@@ -256,8 +256,8 @@ def _save(
     formats = format_name(recipe.weights), format_name(recipe.activations)
     card = model_card(settings.model.name, recipe.name, *formats, type(pipeline).__name__, settings.dtype)
     record = settings.to_dict({}, {"recipe": recipe.to_dict(), "tuning": facts})
-    kept = ("model", "recipe", "tuning", "calibration", "device", "dtype", "command", "versions")
-    run = yaml_text({key: record[key] for key in kept}, width=120)
+    kept = ("model", "recipe", "tuning", "calibration", "inputs", "device", "dtype", "command", "versions")
+    run = yaml_text({key: record[key] for key in kept if key in record}, width=120)
     if replaced := save_whole(
         pipeline, out, card + _section(facts), settings.family.component, records={runfolder.SETTINGS: run}
     ):

@@ -16,6 +16,10 @@ from tests.tiny import IMAGE_SIZE, TINY, Tiny
 from tests.tiny.edits import FLUX_CALL, few_pixels, tiny_kontext, tiny_qwenimage_edit, tiny_qwenimage_edit_plus
 from tests.tiny.parts import finished
 
+SANA_SETTINGS = (
+    *("in_channels", "out_channels", "num_attention_heads", "attention_head_dim", "num_cross_attention_heads"),
+    *("cross_attention_head_dim", "cross_attention_dim", "caption_channels", "sample_size"),
+)
 CONTROLNETS = {
     "UNet2DConditionModel": lambda unet: diffusers.ControlNetModel.from_unet(
         unet, conditioning_embedding_out_channels=(8, 8)
@@ -28,6 +32,9 @@ CONTROLNETS = {
     ),
     "QwenImageTransformer2DModel": lambda backbone: diffusers.QwenImageControlNetModel.from_transformer(
         backbone, num_layers=1, extra_condition_channels=0
+    ),
+    "SanaTransformer2DModel": lambda backbone: diffusers.SanaControlNetModel(
+        **{name: backbone.config[name] for name in SANA_SETTINGS}, num_layers=1
     ),
     "SD3Transformer2DModel": lambda backbone: diffusers.SD3ControlNetModel.from_transformer(
         backbone, num_layers=2, num_extra_conditioning_channels=0
@@ -101,6 +108,7 @@ BASES = {
     "sd15": "StableDiffusionPipeline",
     "sdxl": "StableDiffusionXLPipeline",
     "sd3": "StableDiffusion3Pipeline",
+    "sana": "SanaPipeline",
     "hunyuan-1.2": "HunyuanDiTPipeline",
     "flux": "FluxPipeline",
     "chroma": "ChromaPipeline",
