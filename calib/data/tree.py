@@ -85,7 +85,7 @@ def map_floats(function: Callable[[Tensor], Tensor], value: Any) -> Any:
 
 
 def in_own_containers(value: Any) -> Any:
-    """The same tensors in dicts, lists and tuples that nobody else has: HunyuanDiT's forward empties a list it is given."""
+    """The same tensors in dicts, lists and tuples that nobody else has: HunyuanDiT empties a list that it is given."""
     return map_floats(lambda tensor: tensor, value)
 
 
