@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dmquant.errors import UsageError
 from dmquant.pipelines.commands import stages
 from dmquant.pipelines.runs.settings import Options, resolve, resolve_all
 from dmquant.pipelines.runs.tuning import Recovery
 from tests.tiny import tiny_sd
+from tests.tiny.edits import few_pixels, tiny_qwenimage_edit
 from tests.tiny.imaged import controlnet, masks, pictures
 
 pytestmark = pytest.mark.slow
@@ -96,6 +98,18 @@ def test_each_image_comes_of_its_own_input(root, options, tmp_path):
         for index in range(len(PROMPTS))
     ]
     assert same[0] is False
+
+
+def test_a_model_that_changes_images_runs_with_one_for_each_prompt(root, options, tmp_path):
+    tiny_qwenimage_edit(tmp_path / "edit")
+    edit = replace(options, model=str(tmp_path / "edit"), recipe="rtn", height=32, width=32, steps=2, num_prompts=2)
+    with pytest.raises(UsageError, match="changes images, so it takes an image a prompt"):
+        resolve(edit)
+    settings = resolve(replace(edit, image=root / "images", batch_size=4))
+    assert settings.batch_size == 1
+    with few_pixels():
+        stages.run(settings, tmp_path / "run", overwrite=False)
+    assert json.loads((tmp_path / "run" / "report.json").read_text())["inputs"] == {"input": "images/image"}
 
 
 def test_recipes_are_compared_on_the_same_inputs(root, options, tmp_path):
