@@ -38,7 +38,7 @@ class FilePicture:
         return image.convert(self.mode)
 
 
-def opened_inputs(inputs: Sequence[Mapping[str, FilePicture]]) -> dict[str, list[Any]]:
+def opened_inputs(inputs: Sequence[Mapping[str, FilePicture]]) -> dict[str, Any]:
     """The images that go with the prompts of a call, by argument of it: a list, or that of one prompt."""
     if len(inputs) == 1:
         return {name: picture.opened() for name, picture in inputs[0].items()}

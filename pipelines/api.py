@@ -5,7 +5,7 @@ import inspect
 import logging
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -77,6 +77,7 @@ class _Calibration:
     calibration_data: Path | None = None
     device: str = ""
     offload: str | None = None
+    called_in: dict[str, Any] = field(default_factory=dict)
 
     def prompted(self, pipeline: "DiffusionPipeline") -> Any:
         """The pipeline as something that is called with prompts."""

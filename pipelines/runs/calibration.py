@@ -41,6 +41,8 @@ class CalibrationSettings(Protocol):
     memory_budget: int | None
     batch_size: int
     calibration_call: dict[str, Any]
+    called_in: dict[str, Any]
+    """What is called, where that is another pipeline than the model's own, as JSON can hold it."""
     dtype_name: str
     device: str
     offload: str | None
@@ -133,9 +135,9 @@ def data_key(settings: CalibrationSettings, weights: str) -> str:
     )
 
 
-def _made_for(settings: CalibrationSettings, weights: str) -> dict[str, str]:
+def _made_for(settings: CalibrationSettings, weights: str) -> dict[str, Any]:
     """The facts that calibration depends on beside the recipe and the prompts."""
-    return {"weights": weights, "dtype": settings.dtype_name}
+    return {"weights": weights, "dtype": settings.dtype_name, **settings.called_in}
 
 
 def _sampling(settings: CalibrationSettings) -> Sampling:

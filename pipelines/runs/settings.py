@@ -120,6 +120,11 @@ class Settings:
         """The same for calibration, with the images that go with its prompts."""
         return self.call | dict(self.inputs.of_calibration if self.inputs else {})
 
+    @property
+    def called_in(self) -> dict[str, Any]:
+        """What is called where there are images, as JSON can hold it; nothing else than the model's own where not."""
+        return self.inputs.key if self.inputs else {}
+
     def prompted(self, pipeline: "DiffusionPipeline") -> Any:
         """The pipeline of the model as something that is called with prompts, and with images where there are any."""
         prompted = self.family.prompted(pipeline)
@@ -128,7 +133,7 @@ class Settings:
     def requests(self, weights: str) -> list[ImageRequest]:
         """The images to make with the weights that the fingerprint `weights` stands for."""
         way = {"deterministic": True} if self.deterministic else {}  # without it the key is that of earlier versions
-        way |= {"inputs": self.inputs.key} if self.inputs else {}
+        way |= {"inputs": self.called_in} if self.inputs else {}
         settings = fingerprint(
             weights=weights, call=self.call, dtype=self.dtype_name, device=self.device.partition(":")[0], **way
         )
@@ -149,7 +154,7 @@ class Settings:
             return fingerprint(source=weights, files=files, dtype=self.dtype_name, dmquant=version)
         data = {"calibration_prompts": self.calibration_prompts, "call": self.call} if self.recipe.calibrated else {}
         if data and self.inputs:
-            data["inputs"] = [self.inputs.key, self.inputs.calibration_key]
+            data["inputs"] = [self.called_in, self.inputs.calibration_key]
         family = {"keep": sorted(self.family.keep)} if self.recipe.keep == "family" else {}
         return fingerprint(
             source=weights,

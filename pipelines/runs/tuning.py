@@ -146,7 +146,7 @@ def _runs(
     judging, others = listed.only(range(apart)), range(apart, len(listed))
     wanted = max(recovery.prompts - apart, len(others))
     calls = replace(listed.only(list(islice(cycle(others), wanted))), seed=FIRST_SEED + apart)
-    key = fingerprint(weights=weights, dtype=settings.dtype_name)
+    key = fingerprint(weights=weights, dtype=settings.dtype_name, **settings.called_in)
     with console.bar("full precision") as bar:
         common = {"batch_size": recovery.batch_size, "folder": workspace / RUNS, "key": key, "bar": bar}
         last = recovery.last or last_calls(prompted, component, calls, **common)
