@@ -6,7 +6,7 @@ right key is not made again. Beside it lie the image's final latents, and beside
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from PIL import Image, PngImagePlugin
 from dmquant.diffusers.calling import call_pipeline
 from dmquant.diffusers.watching import recording_latents
 from dmquant.evaluation.final_latents import has_latent, latent_path, save_latent
+from dmquant.evaluation.pictures import FilePicture, opened_inputs
 from dmquant.evaluation.png import KEY, read_key
 from dmquant.evaluation.trajectory import (
     TRAJECTORIES,
@@ -38,7 +39,8 @@ PIXELS_PER_BATCH = 1024 * 1024
 class ImageRequest:
     """An image to make: its number in the set, prompt, seed, and the key of everything that determines it.
 
-    With `latents`, an image that is there without its final latents counts as missing.
+    With `latents`, an image that is there without its final latents counts as missing. `inputs` are the images that the
+    pipeline is given beside the prompt, by argument of its call.
     """
 
     index: int
@@ -46,6 +48,7 @@ class ImageRequest:
     seed: int
     key: str
     latents: bool = False
+    inputs: Mapping[str, FilePicture] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -61,12 +64,23 @@ class Generated:
     not_finite: set[str] = field(default_factory=set)
 
 
-def image_requests(prompts: Sequence[str], seed: int, settings: str, latents: bool = False) -> list[ImageRequest]:
-    """Requests, one for each prompt; image `i` gets seed `seed + i`. `settings` is the key of all they share."""
+def image_requests(
+    prompts: Sequence[str],
+    seed: int,
+    settings: str,
+    latents: bool = False,
+    inputs: Sequence[Mapping[str, FilePicture]] = (),
+) -> list[ImageRequest]:
+    """Requests, one for each prompt; image `i` gets seed `seed + i`. `settings` is the key of all they share.
+
+    `inputs` are the images that go with each prompt, where any do.
+    """
     requests = []
     for index, prompt in enumerate(prompts):
-        key = json_sha256([settings, prompt, seed + index])[:32]
-        requests.append(ImageRequest(index, prompt, seed + index, key, latents))
+        own = inputs[index] if inputs else {}
+        given = [{name: picture.sha256 for name, picture in own.items()}] if own else []
+        key = json_sha256([settings, prompt, seed + index, *given])[:32]
+        requests.append(ImageRequest(index, prompt, seed + index, key, latents, own))
     return requests
 
 
@@ -137,7 +151,7 @@ def generate(
     divided by the images made in them.
 
     Args:
-        pipeline: a diffusers text-to-image pipeline, on its device.
+        pipeline: a diffusers pipeline that takes prompts, and images where requests have some, on its device.
         folder: where `00000.png` and so on go; created if need be. A PNG appears there whole or not at all, and after
             its latents.
         batch_size: images a batch.
@@ -206,6 +220,7 @@ def _save_all(batches: Sequence[_Batch], folder: Path) -> None:
 def _call(pipeline: Any, batch: Sequence[ImageRequest], call: dict[str, Any]) -> np.ndarray:
     """Images of one batch, float32 [images, height, width, 3] in 0..1."""
     prompts, seeds = [request.prompt for request in batch], [request.seed for request in batch]
+    call = call | opened_inputs([request.inputs for request in batch])
     return np.asarray(call_pipeline(pipeline, prompts, seeds, "np", call), dtype=np.float32)
 
 

@@ -171,6 +171,7 @@ class Report:
 
     `prompts` are in the order of the images; `settings` (seed, steps, guidance, size, device, ...) and `versions`
     (of the packages used) are flat and printed as they are; `command` is the command line that makes it all again.
+    `inputs` are the folders, relative to the report, of images that went into the pipeline, by what they are.
     """
 
     model: str
@@ -180,6 +181,7 @@ class Report:
     settings: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     command: str = ""
+    inputs: dict[str, str] = field(default_factory=dict)
 
     def check(self) -> None:
         """ValueError where a field holds another type than it declares, or what JSON cannot hold."""
@@ -201,6 +203,7 @@ class Report:
             "settings": self.settings,
             "versions": self.versions,
             "command": self.command,
+            **({"inputs": self.inputs} if self.inputs else {}),
         }
 
     @classmethod
@@ -214,6 +217,7 @@ class Report:
             settings=data["settings"],
             versions=data["versions"],
             command=data.get("command", ""),
+            inputs=data.get("inputs", {}),
         )
 
 

@@ -5,7 +5,7 @@ import inspect
 import logging
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from dmquant.convert import LayerReport, of_backbone, quantize_layers_, unmatched
-from dmquant.diffusers.arguments import EMBEDDED
+from dmquant.diffusers.arguments import EMBEDDED, PICTURES
 from dmquant.diffusers.families import Family, family_of
 from dmquant.diffusers.quantizer import mark_quantized
 from dmquant.errors import UsageError, UserError, check_choice, unknown
@@ -72,11 +72,16 @@ class _Calibration:
     calibration_prompts: Sequence[str] | None
     memory_budget: int | None
     batch_size: int
-    call: dict[str, Any]
+    calibration_call: dict[str, Any]
     dtype_name: str
     calibration_data: Path | None = None
     device: str = ""
     offload: str | None = None
+    called_in: dict[str, Any] = field(default_factory=dict)
+
+    def prompted(self, pipeline: "DiffusionPipeline") -> Any:
+        """The pipeline as something that is called with prompts."""
+        return self.family.prompted(pipeline)
 
 
 class _LoggingConsole(Console):
@@ -106,7 +111,8 @@ def quantize_pipeline(
     leaves the backbone partly quantized.
 
     Args:
-        pipe: a text-to-image pipeline whose backbone has a model family, on its device, in its dtype.
+        pipe: a text-to-image pipeline whose backbone has a model family, or one of its family that takes images as well
+            (img2img, inpainting, editing, ControlNet), on its device, in its dtype.
         recipe: a Recipe, or a name, bits (`w4a6`) or YAML file, with `w` and `a` as its formats.
         components: recipes without data, by name, bits or file, for other parts: `{"text_encoder": "w8a16"}`. Rules of
             the recipe with a `component` name parts as well.
@@ -120,8 +126,9 @@ def quantize_pipeline(
             was stopped continues when the full-precision pipeline is given again with the same `out`.
         call: arguments of the pipeline's call as it will be used for one prompt (num_inference_steps, guidance_scale,
             negative_prompt, callback_on_step_end, ...); those not given are the pipeline's own defaults. Texts,
-            embeddings and latents may also have an entry for every prompt, and `prompt_embeds` take the place of
-            `calibration`. With a callback, a calibration that was stopped starts anew.
+            embeddings, latents, and the images of a pipeline that takes some (`image`, `mask_image`, `control_image`),
+            may also have an entry for every prompt, and `prompt_embeds` take the place of `calibration`. With a
+            callback, a calibration that was stopped starts anew.
 
     Raises UsageError for arguments that do not fit, UserError for a backbone that no family knows, that is quantized
     already, offloaded, or holds LoRA adapters, and for a folder `out` that is in use.
@@ -250,17 +257,22 @@ def _calibration(
     call: dict[str, Any],
 ) -> _Calibration:
     kind = type(pipe).__name__
-    if kind not in family.pipelines:
+    if kind not in family.pipelines and kind not in family.with_images:
         raise UserError(
             f"a {kind} takes more than prompts, so it cannot calibrate: quantize the {family.component} in a "
             f"{' or '.join(family.pipelines)} of the same parts, or use a recipe without data such as rtn"
         )
+    if kind in family.with_images and not any(call.get(name) is not None for name in PICTURES):
+        raise UsageError(
+            f"a {kind} takes images: give those to calibrate with, as in `image=[...]`: one a prompt, or one"
+        )
     backbone = getattr(pipe, family.component)
     height, width = _image_size(pipe, backbone, call)
+    batch_size = 1 if kind in family.edits else batch_size_for(height, width)
     listed = _prompts(kind, prompts, call, height, width)
     dtype = next((name for name, dtype in DTYPES.items() if dtype == backbone.dtype), str(backbone.dtype))
     budget = None if memory_budget is None else parse_size(memory_budget, "memory_budget")
-    return _Calibration(family, recipe, listed, budget, batch_size_for(height, width), call, dtype)
+    return _Calibration(family, recipe, listed, budget, batch_size, call, dtype)
 
 
 def _image_size(pipe: "DiffusionPipeline", backbone: nn.Module, call: dict[str, Any]) -> tuple[int, int]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from dmquant.calib.data.tree import in_own_containers
 from dmquant.errors import UserError
 
 Arguments = tuple[tuple, dict[str, Any]]
@@ -47,7 +48,7 @@ def replay(backbone: nn.Module, arguments: Arguments, given: Mapping[str, Any], 
     `given` may lack modules whose outputs the pass does not depend on. Gradients flow to the parameters of modules that
     are computed. Raises UserError where the pass does not reach `until`.
     """
-    args, kwargs = arguments
+    args, kwargs = in_own_containers(arguments)
     last = backbone.get_submodule(until)
     compute = last.forward
 
@@ -72,7 +73,7 @@ def replay_on(
 
     `given` is as for `replay`, and so are gradients. Raises UserError where the pass does not reach `through`.
     """
-    args, kwargs = arguments
+    args, kwargs = in_own_containers(arguments)
     module, outputs = backbone.get_submodule(through), []
     compute = module.forward
 

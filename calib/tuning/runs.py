@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dmquant.calib.blocks.replay import Arguments, replaced, replaced_forward
 from dmquant.calib.data.importance import PROMPTS, measure_importance
-from dmquant.calib.data.tree import Leaf, flatten, unflatten
+from dmquant.calib.data.tree import Leaf, flatten, in_own_containers, unflatten
 from dmquant.diffusers.arguments import Calls
 from dmquant.diffusers.watching import rehearsing
 from dmquant.errors import UserError
@@ -230,7 +230,7 @@ def rehearsed_calls(pipeline: Any, component: str, calls: Calls) -> list[Argumen
     """What the backbone is given in a run with the first prompt, call by call; those after the first at no price."""
     backbone, given = getattr(pipeline, component), []
     handle = backbone.register_forward_pre_hook(
-        lambda module, args, kwargs: given.append((args, dict(kwargs))), with_kwargs=True
+        lambda module, args, kwargs: given.append(in_own_containers((args, kwargs))), with_kwargs=True
     )
     try:
         with rehearsing(backbone):

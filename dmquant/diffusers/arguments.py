@@ -5,7 +5,7 @@ import json
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -15,9 +15,12 @@ from dmquant.errors import UsageError
 
 EMBEDDED = "prompt_embeds"  # in the place of prompts
 TEXTS = frozenset({"prompt_2", "prompt_3", "negative_prompt", "negative_prompt_2", "negative_prompt_3"})
+PICTURES = frozenset({"image", "mask_image", "control_image"})
+"""Images that the call takes beside a prompt: to change, where to change it, to follow."""
 TOGETHER = TEXTS | {
     *("height", "width", "num_inference_steps", "timesteps", "sigmas", "denoising_end", "eta", "clip_skip"),
     *("guidance_scale", "guidance_rescale", "true_cfg_scale"),
+    *("strength", "controlnet_conditioning_scale", *PICTURES),
     *("max_sequence_length", "clean_caption", "use_resolution_binning", "complex_human_instruction"),
 }
 """Arguments that mean the same for several prompts as for one. SDXL's negative sizes do not: diffusers 0.42 gives those
@@ -26,9 +29,20 @@ IMAGES, LATENTS = "num_images_per_prompt", "latents"
 PLAIN = (type(None), bool, int, float, str)
 
 
+@runtime_checkable
+class Picture(Protocol):
+    """An image that is in memory only while it is needed."""
+
+    sha256: str
+    """Hash of its pixels."""
+
+    def opened(self) -> Any:
+        """The image, for Pillow."""
+
+
 @dataclass(frozen=True)
 class Calls:
-    """Calls of a text-to-image pipeline that differ in their prompts alone.
+    """Calls of a pipeline that differ in their prompts, and the images that go with these.
 
     Raises UsageError for an argument with entries for neither one prompt nor all of them.
     """
@@ -39,7 +53,7 @@ class Calls:
     """Image i of all starts from the noise of `seed` + i."""
     arguments: Mapping[str, Any] = field(default_factory=dict)
     """Those of the pipeline's call for one prompt, other than prompt, generator and output type. A list of texts,
-    embeddings or latents may also have entries for every prompt."""
+    embeddings, latents or images may also have entries for every prompt."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.images, int) or self.images < 1:
@@ -65,7 +79,9 @@ class Calls:
     def one_by_one(self) -> bool:
         """Whether each call is for one prompt, as its arguments may mean something else for several at once."""
         given = {name for name, value in self.arguments.items() if value is not None}
-        return not given <= TOGETHER or not _is_plain(self.arguments)
+        others = {name: value for name, value in self.arguments.items() if name not in PICTURES}
+        pictures = [self.arguments[name] for name in PICTURES & given]
+        return not given <= TOGETHER or not _is_plain(others) or not all(map(_are_plain_pictures, pictures))
 
     def only(self, indices: Sequence[int]) -> "Calls":
         """The calls with some of the prompts, numbered anew."""
@@ -90,6 +106,8 @@ class Calls:
             text = arguments[name]
             each = [text] if isinstance(text, str) else text
             arguments[name] = each if each is None or len(each) == count else list(each) * count
+        for name in PICTURES & arguments.keys():
+            arguments[name] = None if arguments[name] is None else _for_batch(arguments[name], count)
         seeds = [self.seed + image for image in range(batch.start * self.images, batch.stop * self.images)]
         prompts = None if self.prompts is None else self.prompts[batch.start : batch.stop]
         return call_pipeline(pipeline, prompts, seeds, output_type, arguments, differentiable)
@@ -117,12 +135,38 @@ class Calls:
         """Entries of an argument for one prompt; None for one that has none."""
         if name == LATENTS:
             return self.images
+        if name in PICTURES:
+            value = self.arguments[name]
+            is_batch = isinstance(value, Tensor) and value.dim() == 4 and len(value) == len(self)
+            return 1 if is_batch or isinstance(value, list | tuple) else None
         is_of_prompt = name in TEXTS or "prompt_embeds" in name or "prompt_attention_mask" in name
         return 1 if is_of_prompt else None
 
 
 def _length(value: Any) -> int | None:
     return len(value) if isinstance(value, (list, tuple)) or (isinstance(value, Tensor) and value.dim()) else None
+
+
+def _for_batch(value: Any, count: int) -> Any:
+    """Images as a call for `count` prompts takes them: one for each in a list, and that of a single prompt as it is,
+    since pipelines that edit images do not resize those in a list."""
+    each = list(value) if isinstance(value, list | tuple) else [value]
+    if count == 1:
+        return opened(each[0])
+    return opened(each if len(each) == count else each * count)
+
+
+def opened(value: Any) -> Any:
+    """`value` with the images of its files in the place of every Picture."""
+    if isinstance(value, list | tuple):
+        return [opened(each) for each in value]
+    return value.opened() if isinstance(value, Picture) else value
+
+
+def _are_plain_pictures(value: Any) -> bool:
+    """Whether that is an image for Pillow, or a list of some: of those a call takes one for each of its prompts."""
+    each = value if isinstance(value, list | tuple) else [value]
+    return all(isinstance(one, Picture) or (hasattr(one, "mode") and hasattr(one, "tobytes")) for one in each)
 
 
 def _is_plain(value: Any) -> bool:
@@ -150,6 +194,8 @@ def _described(value: Any) -> Any:
     if isinstance(value, Tensor):
         content = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
         return f"{value.dtype} {tuple(value.shape)} {hashlib.sha256(content).hexdigest()}"
+    if isinstance(value, Picture):
+        return value.sha256
     if hasattr(value, "tobytes"):  # NumPy and Pillow
         about = [str(getattr(value, name, None)) for name in ("dtype", "shape", "mode", "size")]
         return f"{about} {hashlib.sha256(value.tobytes()).hexdigest()}"

@@ -102,10 +102,13 @@ def final_latents(pipeline: Any, prompts: Sequence[str], seed: int, call: dict[s
     return call_pipeline(pipeline, prompts, seeds, "latent", call)
 
 
-def backbone_calls(pipeline: Any, steps: int) -> int:
-    """Calls of the backbone in one pipeline call of `steps` steps: some schedulers add some."""
+def backbone_calls(pipeline: Any, steps: int, strength: float | None = None) -> int:
+    """Calls of the backbone in one pipeline call of `steps` steps: some schedulers add some, and a pipeline that
+    changes an image leaves out the first, but for a share of `strength`."""
     scheduler = pipeline.scheduler
     # The shift by image size moves timesteps and adds none, but flow matching refuses to go without.
     shift = {"mu": 0.0} if getattr(scheduler.config, "use_dynamic_shifting", False) else {}
     scheduler.set_timesteps(steps, **shift)
+    if strength is not None:
+        return len(pipeline.get_timesteps(steps, strength, "cpu")[0])
     return len(scheduler.timesteps)

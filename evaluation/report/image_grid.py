@@ -5,12 +5,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from dmquant.evaluation.difference import difference_picture, open_alike, rms_difference
-from dmquant.evaluation.images import matching_images, save_image
+from dmquant.evaluation.images import matching_images, open_rgb, save_image
 from dmquant.host.text import visible
 
 SMALLEST, LARGEST = 128, 384  # pixels: the longer side of a picture in the grid
@@ -39,6 +40,7 @@ def draw_grid(
     amplify: float | None = 4.0,
     worst: bool = False,
     per_line: int | None = None,
+    inputs: Mapping[str, Path] = MappingProxyType({}),
 ) -> Path:
     """Draw the images of several folders side by side, a row a prompt, and write the PNG to `out`.
 
@@ -46,14 +48,17 @@ def draw_grid(
     entry per image, in the order of the names. At most `rows` prompts are shown: evenly spread over all of them, or
     with `worst` those whose images are furthest from full precision, the furthest first. Their absolute difference to
     full precision times `amplify` stands beside one recipe, below several; None leaves it out. `per_line` prompts
-    share a line, by default as many as fit. Raises UserError for missing or unreadable images and for prompts that do
-    not match them.
+    share a line, by default as many as fit. `inputs` are folders of what went into the pipeline, which come first.
+    Raises UserError for missing or unreadable images and for prompts that do not match them.
     """
     folders = matching_images({heading: Path(folder) for heading, folder in columns.items()}, len(prompts))
+    before = matching_images(inputs, len(prompts)) if inputs else {}
     headings = list(columns)
     if len(headings) == 2 and amplify is not None:
         headings.append(_difference_heading(amplify))
+    headings = [*before, *headings]
     beside = list(zip(*folders.values(), strict=True))  # all images of a prompt
+    given = list(zip(*before.values(), strict=True)) if before else [()] * len(prompts)
     side, limit = _fit(rows, len(headings), 2 if amplify is not None and len(columns) > 2 else 1)
     captions = list(prompts)
     if worst:
@@ -65,7 +70,7 @@ def draw_grid(
         ]
     else:
         chosen = _spread(len(prompts), limit)
-    shown = [Prompt(_pictures(beside[index], amplify, side), captions[index]) for index in chosen]
+    shown = [Prompt(_pictures(given[index], beside[index], amplify, side), captions[index]) for index in chosen]
     save_image(_compose(shown, headings, amplify, per_line), Path(out))
     return Path(out)
 
@@ -96,12 +101,18 @@ def _furthest(paths: Sequence[Path]) -> float:
     return max((rms_difference(reference, other) for other in others), default=0.0)
 
 
-def _pictures(paths: Sequence[Path], amplify: float | None, side: int) -> list[list[Image.Image | None]]:
+def _pictures(
+    given: Sequence[Path], paths: Sequence[Path], amplify: float | None, side: int
+) -> list[list[Image.Image | None]]:
+    """Rows of pictures: what was given and what was made of it, and differences beside or below."""
+    inputs = [open_rgb(path) for path in given]
     reference, *others = pictures = open_alike(list(paths))
     rows: list[list[Image.Image | None]] = [pictures]
     if amplify is not None and others:
         apart = [difference_picture(reference, other, amplify) for other in others]
         rows = [pictures + apart] if len(others) == 1 else [pictures, [None, *apart]]
+    nothing = [Image.new("RGB", image.size, PAPER) for image in inputs]  # below them
+    rows = [[*(inputs if row[0] is reference else nothing), *row] for row in rows]
     return [[None if picture is None else _scaled(picture, side) for picture in row] for row in rows]
 
 

@@ -49,6 +49,7 @@ from dmquant.pipelines.runs.defaults import LAYOUTS, SWEEP_BITS, SWEEP_TECHNIQUE
     "dmquant run emoji-pixart --w fp4 --a fp6",
     "dmquant run emoji-pixart --for speed",
     "dmquant run emoji-pixart --target-bits 4.5    (each layer in the format that costs least)",
+    "dmquant run emoji-sd --image photos/ --strength 0.6",
     "dmquant run pixart-sigma --w fp4 --a fp6 --num-prompts 256 --device cuda",
     "dmquant run ./my-pipeline --recipe my.yaml --prompts prompts.txt --real photos/ --out runs/mine",
 )

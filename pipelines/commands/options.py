@@ -158,6 +158,52 @@ Width = Annotated[
     int | None,
     typer.Option(min=8, help="Image width in pixels, used as given. Default: the model's.", rich_help_panel="Images"),
 ]
+Pictures = Annotated[
+    Path | None,
+    typer.Option(
+        "--image",
+        metavar="FILE|FOLDER",
+        help="An image to change as the prompt says (image to image), or one for each prompt, in the folder's order "
+        "and over again where they are fewer. A .csv or .tsv of prompts may name them in a column 'image', too.",
+        rich_help_panel="Input images",
+    ),
+]
+Masks = Annotated[
+    Path | None,
+    typer.Option(
+        "--mask",
+        metavar="FILE|FOLDER",
+        help="What of --image may change: the white part of a mask of its size (inpainting). Or a column 'mask'.",
+        rich_help_panel="Input images",
+    ),
+]
+Controls = Annotated[
+    Path | None,
+    typer.Option(
+        "--control",
+        metavar="FILE|FOLDER",
+        help="Images that --controlnet reads, as edges or poses. Or a column 'control'.",
+        rich_help_panel="Input images",
+    ),
+]
+ControlNet = Annotated[
+    str | None,
+    typer.Option(
+        "--controlnet",
+        metavar="SOURCE",
+        help="A ControlNet for MODEL, a folder or a Hub id; it stays in full precision.",
+        rich_help_panel="Input images",
+    ),
+]
+Strength = Annotated[
+    float | None,
+    typer.Option(
+        metavar="SHARE",
+        help="Share of the steps that run on --image, from 0 to 1: the more, the less is left of it. "
+        "Default: the pipeline's.",
+        rich_help_panel="Input images",
+    ),
+]
 Seed = Annotated[
     int, typer.Option(min=0, help="Image i starts from the noise of seed SEED + i.", rich_help_panel="Images")
 ]
@@ -251,13 +297,20 @@ _CALIBRATION = {
 _FORMATS = {"w": (Weights, None), "a": (Activations, None), "components": (Components, None)}
 _PROMPTS = {"prompts": (Prompts, None), "num_prompts": (NumPrompts, None), "prompt_seed": (PromptSeed, None)}
 _SAMPLING = {"steps": (Steps, None), "guidance": (Guidance, None), "height": (Height, None), "width": (Width, None)}
+_INPUTS = {
+    "image": (Pictures, None),
+    "mask": (Masks, None),
+    "control": (Controls, None),
+    "controlnet": (ControlNet, None),
+    "strength": (Strength, None),
+}
 _NOISE = {"seed": (Seed, 0), "batch_size": (BatchSize, None), "deterministic": (Deterministic, False)}
 _SCORES = {"metrics": (Metrics, None), "real": (Real, None), "clip": (Clip, None)}
 _MACHINE = {"device": (Device, "auto"), "offload": (Offload, None), "dtype": (Dtype, None)}
 
 # Fields of pipelines.settings.Options by command, in the order in which --help lists them.
-GENERATE = _MODEL | _PROMPTS | _SAMPLING | _NOISE | _MACHINE
-COMPARE = _MODEL | _SOURCE | _FORMATS | _CALIBRATION | _PROMPTS | _SAMPLING | _NOISE | _SCORES | _MACHINE
+GENERATE = _MODEL | _PROMPTS | _INPUTS | _SAMPLING | _NOISE | _MACHINE
+COMPARE = _MODEL | _SOURCE | _FORMATS | _CALIBRATION | _PROMPTS | _INPUTS | _SAMPLING | _NOISE | _SCORES | _MACHINE
 RUN = _MODEL | _SOURCE | _RECIPE | COMPARE
 SWEEP = _MODEL | _SOURCE | _CALIBRATION | _PROMPTS | _SAMPLING | _NOISE | _SCORES | _MACHINE
 SWEEP["metrics"] = (SweepMetrics, "psnr,latent_mse")
@@ -270,7 +323,7 @@ SENSITIVITY = (
     | _SAMPLING
     | {"batch_size": (BatchSize, None), "device": (Device, "auto"), "dtype": (Dtype, None)}
 )
-QUANTIZE = _MODEL | _SOURCE | _RECIPE | _FORMATS | _CALIBRATION | _SAMPLING | _MACHINE
+QUANTIZE = _MODEL | _SOURCE | _RECIPE | _FORMATS | _CALIBRATION | _INPUTS | _SAMPLING | _MACHINE
 
 
 def takes(shared: dict[str, tuple[Any, Any]]) -> Callable[[Callable[..., None]], Callable[..., None]]:

@@ -118,6 +118,8 @@ def quantize(settings: Settings, out: Path, overwrite: bool) -> None:
     _refuse_own_place(out)
     path = everyone.on_main(lambda: checked_folder(settings.model, console.say))
     keep_apart(path, out)
+    if settings.inputs:
+        settings.inputs.say(console)
 
     def load() -> "DiffusionPipeline":
         return load_source(settings, console)
@@ -146,6 +148,8 @@ def tune(settings: Settings, recovery: "Recovery", out: Path, overwrite: bool) -
     path = checked_folder(settings.model, console.say)
     for source in filter(None, (path, recovery.begin)):
         keep_apart(source, out)
+    if settings.inputs:
+        settings.inputs.say(console)
     with explaining_a_full_disk(out), _place_of_model(out, overwrite) as room:
         tuning.tune(settings, recovery, out, console, room, source_of(settings, path, console).key)
     console.say(f"model: {out}")
@@ -209,6 +213,8 @@ def generate(settings: Settings, out: Path, overwrite: bool) -> None:
         lambda: checked_quantized(folder) if quantized else checked_folder(settings.model, console.say)
     )
     keep_apart(source, out)
+    if settings.inputs:
+        settings.inputs.say(console)
     key = source_of(settings, source, console).key
     requests = settings.requests(key if file is None else settings.model_key(key))
     with claim_images(out, requests, overwrite) as others, explaining_a_full_disk(out):

@@ -13,10 +13,12 @@ from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
 from dmquant.errors import UserError
 from dmquant.host.units import about_text, size_text
-from dmquant.pipelines.models import folders
+from dmquant.pipelines.models import folders, weights
 
 ANSWER_SECONDS = 10
 _WEIGHTS = re.compile(r"[^/]+/(model|diffusion_pytorch_model)(-\d+-of-\d+)?\.safetensors")
+_PART = re.compile(r"diffusion_pytorch_model[^/]*\.safetensors(\.index[^/]*\.json)?")
+CONFIG = "config.json"
 _CONFIGURATION = [folders.INDEX, "*/config.json", "*/tokenizer_config.json"]
 
 
@@ -69,6 +71,26 @@ def pipeline(repo: str, size: int | None, without: Collection[str], say: Callabl
 
     with _explaining(repo, size):
         return Path(DiffusionPipeline.download(repo, use_safetensors=True, **dict.fromkeys(without)))
+
+
+def part(repo: str, say: Callable[[str], None]) -> Path:
+    """The folder of a model that is a part of pipelines, such as a ControlNet: from the cache, else downloaded.
+
+    Raises UserError where it is neither cached nor to be had.
+    """
+    config = huggingface_hub.try_to_load_from_cache(repo, CONFIG)
+    if isinstance(config, str) and not weights.missing_files(Path(config).parent):
+        return Path(config).parent
+    with _explaining(repo, None):
+        info = huggingface_hub.HfApi().model_info(repo, files_metadata=True, timeout=ANSWER_SECONDS)
+    sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
+    listed = {name: size for name, size in sizes.items() if _PART.fullmatch(name)}
+    plain = {name: size for name, size in listed.items() if not weights.is_variant(name)} or listed
+    size = sum(plain.values())
+    _check_disk(repo, size)
+    say(f"downloading {repo} ({about_text(size)}) from the Hub into {constants.HF_HUB_CACHE}")
+    with _explaining(repo, size):
+        return Path(huggingface_hub.snapshot_download(repo, allow_patterns=[CONFIG, *plain]))
 
 
 def _weight_bytes(repo: str, known: int | None) -> int | None:

@@ -27,7 +27,8 @@ from dmquant.pipelines.models.skeleton import skeleton
 
 EMBEDDED = "embedded:"
 SOURCE_QUANTIZED = ("refuse", "dequantize")
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+"""The id of a repository on the Hub."""
 _USUAL_PIXELS = 1024  # the default of diffusers, for pipelines whose configuration tells no size
 _TAKES_MORE = re.compile(
     "Control|Adapter|Img2Img|I2I|Depth2Img|Inpaint|Fill|Redux|Kontext|Pix2Pix|Edit|Refiner|Upscale|SuperResolution"
@@ -102,16 +103,17 @@ def embedded_folder(source: str) -> Path:
 @functools.cache
 def call_parameters(pipeline: str) -> Mapping[str, inspect.Parameter]:
     """Parameters of the call of a diffusers pipeline class by name; UserError where diffusers has no such class."""
-    return inspect.signature(_pipeline_class(pipeline).__call__).parameters
+    return inspect.signature(pipeline_class(pipeline).__call__).parameters
 
 
 def pipeline_parts(pipeline: str) -> list[str]:
     """Names of the parts of a diffusers pipeline class by name; UserError where diffusers has no such class."""
-    parameters = inspect.signature(_pipeline_class(pipeline).__init__).parameters.values()
+    parameters = inspect.signature(pipeline_class(pipeline).__init__).parameters.values()
     return [one.name for one in parameters if one.default in (one.empty, None) and one.name != "self"]
 
 
-def _pipeline_class(name: str) -> type:
+def pipeline_class(name: str) -> type:
+    """The class of a diffusers pipeline by name; UserError where diffusers has none of that name."""
     import diffusers
 
     found = getattr(diffusers, name, None)
@@ -138,7 +140,7 @@ def resolve_model(text: str, family: str | None = None) -> ModelSpec:
     if os.path.exists(path):
         folder = path.resolve()
         return _spec_of_folder(folder, family, name=visible(folder.name) or "model", source=str(folder))
-    if _HUB_ID.fullmatch(text):
+    if HUB_ID.fullmatch(text):
         for spec in models.values():
             if spec.source == text:
                 return _registered(spec, family)
@@ -215,7 +217,7 @@ def _spec_of_folder(
     """Settings for a folder that is not registered: its own size, the rest from its nearest relative."""
     pipeline = folders.pipeline_class(folder)
     own = family_of_pipeline(pipeline)
-    known = None if own is None else own.name
+    known = own.name if own is not None and pipeline in (*own.pipelines, *own.edits) else None
     if known is None:
         _check_takes_a_prompt_alone(folder, pipeline, source)
     chosen = family or known

@@ -51,6 +51,12 @@ def missing_files(part: Path) -> list[str]:
     return ["*.safetensors" + (" (pickled weights are there, but can run code when opened)" if pickled else "")]
 
 
+def is_variant(name: str) -> bool:
+    """Whether a file's name is that of weights, or of their index, in a variant such as fp16."""
+    path = Path(name)
+    return (_variant_of_index(path) if path.suffix == ".json" else _variant(path)) is not None
+
+
 def _variant(path: Path) -> str | None:
     return match[1] if (match := _VARIANT.search(path.name)) else None
 

@@ -29,10 +29,16 @@ def check_models(folder: Path, leave_out: Collection[str] = (), variant: str | N
     loads is not a fault. Parts that others quantized are left to them.
     """
     for name, (library, kind) in folders.classes(folder).items():
-        if name not in leave_out and (model := model_class(library, kind)) is not None:
-            fault = _fault(folder / name, model, variant)
-            if fault is not None:
-                raise UserError(f"{folder / name} {fault}: {AGAIN}")
+        if name not in leave_out:
+            check_model(folder / name, library, kind, variant)
+
+
+def check_model(part: Path, library: str, kind: str, variant: str | None = None) -> None:
+    """`check_models` of one part, by its folder, library and class."""
+    model = model_class(library, kind)
+    fault = None if model is None else _fault(part, model, variant)
+    if fault is not None:
+        raise UserError(f"{part} {fault}: {AGAIN}")
 
 
 def model_class(library: str, kind: str) -> type[nn.Module] | None:

@@ -5,7 +5,7 @@ import os
 import random
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from dmquant.errors import UsageError, UserError, unknown
@@ -20,7 +20,8 @@ class PromptSet:
     """Prompts and where they come from: the first or the drawn ones of the `total` prompts of the list `name`.
 
     `styles` has one entry a prompt, empty where the list knows no styles. `seed` is None where none was drawn;
-    `comments` counts the lines of the file that were left out.
+    `comments` counts the lines of the file that were left out. `pictures` are files of images, one a prompt, by the
+    kind of image; none where the list has no column of them.
     """
 
     name: str
@@ -29,6 +30,7 @@ class PromptSet:
     total: int
     seed: int | None = None
     comments: int = 0
+    pictures: Mapping[str, tuple[Path, ...]] = field(default_factory=dict)
 
     def take(self, number: int, seed: int | None = None) -> "PromptSet":
         """The first `number` prompts, or that many drawn without replacement; in the order of the list either way.
@@ -44,6 +46,7 @@ class PromptSet:
             prompts=tuple(self.prompts[index] for index in chosen),
             styles=tuple(self.styles[index] for index in chosen),
             seed=seed,
+            pictures={kind: tuple(files[index] for index in chosen) for kind, files in self.pictures.items()},
         )
 
     def describe(self) -> str:
@@ -112,7 +115,8 @@ def read_prompts(source: str) -> PromptSet:
     styles = tuple(style for style, of_style in listed.by_style.items() for _ in of_style)
     # The last part of a path is what means the same on another machine; of a packaged set it is the name.
     name = path.absolute().name + ("" if column is None else f":{column}")
-    return PromptSet(name, prompts, styles, total=len(prompts), comments=listed.comments)
+    pictures = {kind: tuple(files) for kind, files in listed.pictures.items()}
+    return PromptSet(name, prompts, styles, total=len(prompts), comments=listed.comments, pictures=pictures)
 
 
 def load_prompts(source: str, number: int | None = None, seed: int | None = None) -> list[str]:

@@ -2,7 +2,7 @@
 
 import csv
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from dmquant.errors import UsageError, UserError, unknown
 from dmquant.pipelines.prompts.structured import parse_json, parse_yaml
 from dmquant.pipelines.prompts.texts import (
     BLANK,
+    MISSING,
     MOST_PROMPTS,
     check_lines,
     kind_of,
@@ -30,15 +31,22 @@ LONGEST_OBJECT = 1_000_000  # characters of a line of JSON
 DELIMITERS = {",": "commas", ";": "semicolons", "\t": "a tab"}
 COMMENT, NO_COMMENT = "#", "\\#"
 
-Found = list[str] | dict[str, list[str]]
+PICTURED = "prompt"  # the column that images may stand beside
+PICTURES = ("image", "mask", "control")
+"""Columns of a CSV or TSV file whose cells are files of images, relative to the file."""
 
 
 @dataclass(frozen=True)
 class Listed:
-    """The prompts of a file by style, all under NO_STYLE where it has none; and how many of its lines were comments."""
+    """The prompts of a file by style, all under NO_STYLE where it has none; how many of its lines were comments; and by
+    column of PICTURES the file of an image for each prompt."""
 
     by_style: dict[str, list[str]]
     comments: int = 0
+    pictures: dict[str, list[Path]] = field(default_factory=dict)
+
+
+Found = list[str] | dict[str, list[str]] | Listed
 
 
 def read_file(path: Path, column: str | None = None) -> Listed:
@@ -57,6 +65,8 @@ def read_file(path: Path, column: str | None = None) -> Listed:
     if read is None:
         return _lines(path, column)
     found = read(path, column)
+    if isinstance(found, Listed):
+        return found
     return Listed(found if isinstance(found, dict) else {NO_STYLE: found})
 
 
@@ -102,12 +112,17 @@ def _delimited(path: Path, column: str | None, delimiter: str) -> Found:
     raise UserError(problem)
 
 
-def _cells(path: Path, column: str | None, reader: Any, delimiter: str) -> list[str]:
-    """One column of a table whose first row names the columns; rows without any cell are left out."""
+def _cells(path: Path, column: str | None, reader: Any, delimiter: str) -> Listed:
+    """One column of a table whose first row names the columns; rows without any cell are left out.
+
+    Where that is PICTURED and was not asked for by name, the columns of PICTURES go with it.
+    """
     rows = (row for row in reader if row)
     names = [name.strip() for name in next(rows, [])]
     name = _choose(path, names, column)
     index = names.index(name)
+    beside = [kind for kind in PICTURES if kind in names] if column is None and name == PICTURED else []
+    pictures: dict[str, list[Path]] = {kind: [] for kind in beside}
 
     def cells() -> Iterator[str | None]:
         for row in rows:
@@ -116,9 +131,18 @@ def _cells(path: Path, column: str | None, reader: Any, delimiter: str) -> list[
                     f"{path}, line {reader.line_num}: {len(row)} values for {len(names)} columns; put prompts that "
                     f"hold {DELIMITERS[delimiter]} into double quotes"
                 )
-            yield row[index] if index < len(row) else None
+            cell = row[index].strip() if index < len(row) else ""
+            if cell in MISSING:
+                yield None
+                continue
+            for kind in beside:
+                file = "".join(row[names.index(kind) :][:1]).strip()
+                if not file:
+                    raise UsageError(f"{path}, line {reader.line_num}: nothing in column '{kind}': name a file there")
+                pictures[kind].append(path.parent / file)
+            yield cell
 
-    return _column(path, name, cells())
+    return Listed({NO_STYLE: _column(path, name, cells())}, pictures=pictures)
 
 
 def _json(path: Path, column: str | None) -> Found:

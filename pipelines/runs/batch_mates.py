@@ -47,7 +47,7 @@ def note_batch_mates(
         pipeline = load()
         with console.bar(f"{TITLES[side]}: the first alone") as bar, as_settings_say(pipeline, settings):
             bar(0, 1)
-            alone = pixels_alone(settings.family.prompted(pipeline), requests[0], settings.call)
+            alone = pixels_alone(settings.prompted(pipeline), requests[0], settings.call)
             bar(1, 1)
         with Image.open(folder.images(side) / requests[0].name) as there:
             pair = [torch.from_numpy(pixels).movedim(-1, 0)[None] for pixels in (np.array(there), alone)]

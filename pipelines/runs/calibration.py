@@ -36,14 +36,19 @@ class CalibrationSettings(Protocol):
     family: Family
     recipe: Recipe
     calibration_prompts: Sequence[str] | None
-    """None where `call` has the embeddings of prompts."""
+    """None where `calibration_call` has the embeddings of prompts."""
     calibration_data: Path | None
     memory_budget: int | None
     batch_size: int
-    call: dict[str, Any]
+    calibration_call: dict[str, Any]
+    called_in: dict[str, Any]
+    """What is called, where that is another pipeline than the model's own, as JSON can hold it."""
     dtype_name: str
     device: str
     offload: str | None
+
+    def prompted(self, pipeline: "DiffusionPipeline") -> Any:
+        """The pipeline as something that is called with prompts and the arguments `calibration_call`."""
 
 
 def calibrate(
@@ -93,7 +98,7 @@ def calibration_data(
     folder = settings.calibration_data or workspace / DATA / key
     with console.bar("calibration data") as bar:
         store = capture(
-            settings.family.prompted(pipeline),
+            settings.prompted(pipeline),
             settings.family.component,
             calls,
             sampling=_sampling(settings),
@@ -115,7 +120,7 @@ def calibration_data(
 
 def calls_of(settings: CalibrationSettings) -> Calls:
     """The pipeline's calls with the prompts to calibrate with, as many as the recipe takes."""
-    listed = Calls(settings.calibration_prompts, FIRST_SEED, settings.call)
+    listed = Calls(settings.calibration_prompts, FIRST_SEED, settings.calibration_call)
     return listed.only(range(min(settings.recipe.calibration.prompts, len(listed))))
 
 
@@ -130,9 +135,9 @@ def data_key(settings: CalibrationSettings, weights: str) -> str:
     )
 
 
-def _made_for(settings: CalibrationSettings, weights: str) -> dict[str, str]:
+def _made_for(settings: CalibrationSettings, weights: str) -> dict[str, Any]:
     """The facts that calibration depends on beside the recipe and the prompts."""
-    return {"weights": weights, "dtype": settings.dtype_name}
+    return {"weights": weights, "dtype": settings.dtype_name, **settings.called_in}
 
 
 def _sampling(settings: CalibrationSettings) -> Sampling:

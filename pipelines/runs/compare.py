@@ -15,7 +15,7 @@ from dmquant.host.files import fingerprint
 from dmquant.pipelines.runs import runfolder
 from dmquant.pipelines.runs.closing_tables import comparison_tables
 from dmquant.pipelines.runs.file_side import side_of
-from dmquant.pipelines.runs.image_stage import FP
+from dmquant.pipelines.runs.image_stage import FP, save_inputs
 from dmquant.pipelines.runs.loaded_parts import LoadedParts
 from dmquant.pipelines.runs.run import images_line, save_settings
 from dmquant.pipelines.runs.run_report import build_report, write_all_reports
@@ -49,6 +49,8 @@ class Comparison:
         record = self.common.to_dict(self.reference.source.sha256, recipes) | fingerprints
         save_settings(self.folder, record)
         self.console.say(f"{self.common.model.name}: {len(self.settings)} recipes; {images_line(self.common)}")
+        if self.common.inputs:
+            self.common.inputs.say(self.console)
         self.reference.images()
         # Scores come last: the networks they look through would count in the peak memory of the recipes after them.
         made = [name for name in self.settings if self._tried(name, Quantized.make)]
@@ -90,7 +92,7 @@ class Comparison:
         path, result = self.folder.path, build_report(self.folder, record)
         columns = {"full precision": self.folder.images(FP)}
         columns |= {name: path / recipe.images for name, recipe in result.recipes.items()}
-        draw_grid(columns, self.common.prompts, path / runfolder.GRID)
+        draw_grid(columns, self.common.prompts, path / runfolder.GRID, inputs=save_inputs(self.common, self.folder))
         draw_comparison(result, path / runfolder.PLOT)
         write_all_reports(self.folder, record, result, self.console)
         for table in comparison_tables(result):

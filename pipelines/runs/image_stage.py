@@ -16,11 +16,13 @@ from dmquant.evaluation.generate import (
     Generated,
     ImageRequest,
     generate,
+    image_requests,
     prune,
     pruned_and_missing,
     unfinished_batches,
 )
 from dmquant.evaluation.image_files import PNG, kind_of
+from dmquant.evaluation.pictures import save_picture
 from dmquant.evaluation.png import read_key
 from dmquant.host import owned, processes
 from dmquant.host.console import Console
@@ -36,6 +38,8 @@ if TYPE_CHECKING:
 FP, QUANTIZED = "fp", "quantized"
 SESSION = uuid.uuid4().hex[:12]
 """This process: times of images compare with those of the same session, when the machine was as busy."""
+INPUTS = {"image": "input", "mask": "mask", "control": "control"}
+"""What the images are called that go into a pipeline, by their kind."""
 TITLES = {FP: "full-precision images", QUANTIZED: "quantized images"}
 
 
@@ -156,9 +160,25 @@ class _Facts:
         return {name: (noted or earlier).get(name) for name in names} | {"not_finite": not_finite}
 
 
+def save_inputs(settings: Settings, folder: RunFolder) -> dict[str, Path]:
+    """Write the images that went into the pipeline beside those it made, and remove those of earlier settings; the
+    folder of each kind, by what it holds."""
+    if settings.inputs is None:
+        return {}
+    found = {}
+    for argument, kind in settings.inputs.kinds.items():
+        found[INPUTS[kind]] = place = folder.images(kind)
+        pictures = settings.inputs.of_prompts[argument]
+        requests = image_requests(settings.prompts, settings.seed, "")
+        prune(place, requests)
+        for request, picture in zip(requests, pictures, strict=True):
+            save_picture(picture, place / request.name)
+    return found
+
+
 def as_settings_say(pipeline: "DiffusionPipeline", settings: Settings) -> AbstractContextManager[None]:
     """The pipeline makes every image as it would alone, where the settings ask for it, until the block ends."""
-    return deterministic(pipeline) if settings.deterministic else contextlib.nullcontext()
+    return deterministic(settings.prompted(pipeline)) if settings.deterministic else contextlib.nullcontext()
 
 
 def make_images(
@@ -181,7 +201,7 @@ def make_images(
             bar(kept + made, len(requests), speed=f"{made / (time.perf_counter() - began):.2f} images/s")
 
         generated = generate(
-            settings.family.prompted(pipeline),
+            settings.prompted(pipeline),
             requests,
             folder,
             batch_size=settings.batch_size,

@@ -21,6 +21,7 @@ from dmquant.diffusers.calling import backbone_calls, final_latents
 from dmquant.diffusers.watching import watching_steps
 from dmquant.errors import UserError
 from dmquant.evaluation.generate import ImageRequest
+from dmquant.evaluation.pictures import opened_inputs
 from dmquant.evaluation.result import LayerError
 from dmquant.host.console import Console
 from dmquant.host.files import fingerprint
@@ -91,11 +92,11 @@ def probe_full_precision(
         return probe
     with console.bar("outputs of the layers at full precision") as bar:
         probe = make_probe(
-            settings.family.prompted(load()),
+            settings.prompted(load()),
             settings.family.component,
             [request.prompt for request in _probed(requests, settings)],
             seed=settings.seed,
-            call=settings.call,
+            call=settings.call | opened_inputs([request.inputs for request in _probed(requests, settings)]),
             progress=bar,
         )
     probe.save(path, key)
@@ -157,7 +158,8 @@ def make_probe(
     """
     if "num_inference_steps" not in call:
         raise UserError(f"a {type(pipeline).__name__} takes no num_inference_steps: its steps are not known beforehand")
-    backbone, steps = getattr(pipeline, component), backbone_calls(pipeline, call["num_inference_steps"])
+    backbone = getattr(pipeline, component)
+    steps = backbone_calls(pipeline, call["num_inference_steps"], call.get("strength"))
     chosen = _spread(steps)
     total = steps + len(chosen)
     recorder = _Recorder(chosen, lambda done: progress(done, total))

@@ -17,7 +17,7 @@ from dmquant.pipelines.runs import runfolder
 from dmquant.pipelines.runs.closing_tables import closing_table
 from dmquant.pipelines.runs.file_recipe import FileRecipe
 from dmquant.pipelines.runs.file_side import side_of
-from dmquant.pipelines.runs.image_stage import FP, QUANTIZED
+from dmquant.pipelines.runs.image_stage import FP, QUANTIZED, save_inputs
 from dmquant.pipelines.runs.run_report import build_report, write_all_reports
 from dmquant.pipelines.runs.runfolder import RunFolder
 from dmquant.pipelines.runs.settings import Settings
@@ -36,6 +36,8 @@ class Run:
     def finish(self) -> None:
         """Every stage in order, from where an earlier run stopped."""
         self.console.say(f"{quantization_line(self.settings)}; {images_line(self.settings)}")
+        if self.settings.inputs:
+            self.settings.inputs.say(self.console)
         recipe = {"recipe": self.settings.recipe.to_dict()}
         fingerprints = {"fingerprints": self.reference.fingerprints | fingerprints_of(self.settings, self.reference)}
         record = self.settings.to_dict(self.reference.source.sha256, recipe) | fingerprints
@@ -48,10 +50,12 @@ class Run:
     def _report(self, record: dict[str, Any]) -> None:
         path = self.folder.path
         heading = "W {} A {}".format(*(name.partition("_")[0] for name in self.settings.formats))
+        inputs = save_inputs(self.settings, self.folder)
         draw_grid(
             {"full precision": self.folder.images(FP), heading: self.folder.images(QUANTIZED)},
             self.settings.prompts,
             path / runfolder.GRID,
+            inputs=inputs,
         )
         result = build_report(self.folder, record)
         write_all_reports(self.folder, record, result, self.console)
@@ -72,6 +76,7 @@ def images_line(settings: Settings) -> str:
     return (
         f"{len(settings.prompts)} prompts, {settings.steps} steps, guidance {settings.guidance:g}, "
         f"{settings.width}x{settings.height}, seed {settings.seed}; {settings.device}, {settings.dtype_name}"
+        + (f"; {settings.inputs.line()}" if settings.inputs else "")
     )
 
 

@@ -15,17 +15,19 @@ from dmquant.evaluation.scores_csv import columns
 from dmquant.evaluation.step_errors import step_errors
 from dmquant.host import checksums, owned
 from dmquant.host.console import Console
-from dmquant.host.files import write_text
+from dmquant.host.files import fingerprint, write_text
 from dmquant.pipelines.models.loading import DTYPES
 from dmquant.pipelines.runs import runfolder
 from dmquant.pipelines.runs.batch_mates import batch_mates, with_batch_mates
 from dmquant.pipelines.runs.card import scored_card
 from dmquant.pipelines.runs.components import described
+from dmquant.pipelines.runs.image_stage import INPUTS
 from dmquant.pipelines.runs.published import published, published_metric
 from dmquant.pipelines.runs.runfolder import RECIPES, RunFolder
 from dmquant.pipelines.runs.scores import OF_REFERENCE, generated_names, table_holds
 from dmquant.settings import format_name
 
+SHOWN_FILES = 4
 NOT_TAKEN = "not taken by the pipeline"
 
 
@@ -53,6 +55,7 @@ def build_report(folder: RunFolder, settings: dict[str, Any]) -> Report:
             settings=_flat_settings(folder, side, published(settings)),
             versions=settings["versions"],
             command=published(settings)["command"],
+            inputs=_inputs(folder, settings),
         )
         report.check()
     return report
@@ -70,6 +73,13 @@ def reading_records(folder: RunFolder) -> Iterator[None]:
             f"the records of the run in {folder.path} are damaged ({type(error).__name__}: {error}): "
             "run its command again with --overwrite"
         ) from error
+
+
+def _inputs(folder: RunFolder, settings: dict[str, Any]) -> dict[str, str]:
+    """The folders of the images that went into the pipeline, relative to the run's, by what they are."""
+    given = settings.get("inputs", {})
+    found = {name: folder.images(kind) for kind, name in INPUTS.items() if kind in given}
+    return {name: path.relative_to(folder.path).as_posix() for name, path in found.items()}
 
 
 def write_all_reports(folder: RunFolder, settings: dict[str, Any], report: Report, console: Console) -> None:
@@ -229,11 +239,32 @@ def _flat_settings(folder: RunFolder, side: RunFolder, settings: dict[str, Any])
         "size": f"{images['width']}x{images['height']}",
         "batch size": images["batch_size"],
         "each image as alone": "to the bit" if images.get("deterministic") else "but for rounding",
+        **_of_inputs(settings.get("inputs")),
         "device": settings["device"],
         "dtype": settings["dtype"],
         "peak memory is": side.record("images_quantized")["peak_memory_of"] or "not measured",
         "real images": settings["real"] or "none",
     }
+
+
+def _of_inputs(inputs: dict[str, Any] | None) -> dict[str, Any]:
+    """What repeats the run of a pipeline that takes images."""
+    if inputs is None:
+        return {}
+    net = inputs["controlnet"]
+    of_kinds = {INPUTS[kind]: inputs[kind] for kind in INPUTS if kind in inputs}
+    return {
+        "pipeline": inputs["pipeline"],
+        **({"strength": inputs["strength"]} if "strength" in inputs else {}),
+        **({"ControlNet": f"{net['source']}, in full precision"} if net else {}),
+        **{f"{name} images": _few(list(dict.fromkeys(files))) for name, files in of_kinds.items()},
+        "input images (sha256)": fingerprint(sha256=inputs["sha256"]),
+    }
+
+
+def _few(names: list[str]) -> str:
+    more = f" and {len(names) - SHOWN_FILES} more" if len(names) > SHOWN_FILES else ""
+    return ", ".join(names[:SHOWN_FILES]) + more
 
 
 def _recipe_settings(side: RunFolder, recipe: dict[str, Any]) -> dict[str, Any]:

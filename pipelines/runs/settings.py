@@ -2,10 +2,9 @@
 
 import importlib.metadata
 import platform
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -32,51 +31,21 @@ from dmquant.pipelines.models.registry import (
     family_for,
     resolve_model,
 )
-from dmquant.pipelines.prompts.lists import PromptSet, load_prompts, read_prompts
+from dmquant.pipelines.prompts.lists import PromptSet, read_prompts
 from dmquant.pipelines.runs.bounds import check_environment, check_image_size, check_numbers, check_taken, parse_size
 from dmquant.pipelines.runs.defaults import named_recipe
 from dmquant.pipelines.runs.file_recipe import FILE, FileRecipe, chosen_recipe
+from dmquant.pipelines.runs.inputs import Inputs, resolve_inputs
+from dmquant.pipelines.runs.typed import Options
 from dmquant.recipe import Recipe
 from dmquant.settings import format_name
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 DEFAULT_PROMPTS = 64
 ALL = "all"
 LIBRARIES = ("torch", "diffusers", "transformers")
-
-
-@dataclass(frozen=True)
-class Options:
-    """The options of a command line; None stands for the model's or the recipe's own default."""
-
-    model: str
-    family: str | None = None
-    loras: Sequence[str] | None = None
-    source_quantized: str = "refuse"
-    recipe: str | None = None
-    purpose: str | None = None
-    w: str | None = None
-    a: str | None = None
-    components: list[str] | None = None
-    calibration_prompts: str | None = None
-    calibration_data: Path | None = None
-    memory_budget: str | None = None
-    prompts: str | None = None
-    num_prompts: int | None = None
-    prompt_seed: int | None = None
-    steps: int | None = None
-    guidance: float | None = None
-    height: int | None = None
-    width: int | None = None
-    seed: int = 0
-    batch_size: int | None = None
-    deterministic: bool = False
-    metrics: str | None = None
-    real: Path | None = None
-    clip: str | None = None
-    device: str = "auto"
-    offload: str | None = None
-    dtype: str | None = None
-    command: str = ""
 
 
 @dataclass(frozen=True)
@@ -87,7 +56,7 @@ class Settings:
     folder with calibration data to use or to create; `memory_budget` bytes, None for what calibration needs. Images
     without their final latents are made again where `needs_latents`. `clip` is the CLIP model of the metrics,
     `prompt_set` says for people which prompts these are,
-    and `command` what was typed.
+    and `command` what was typed. `inputs` are images that go with the prompts, where any do.
     """
 
     model: ModelSpec
@@ -113,6 +82,7 @@ class Settings:
     dtype_name: str
     folder_name: str
     command: str
+    inputs: Inputs | None = None
 
     @property
     def family(self) -> Family:
@@ -138,16 +108,37 @@ class Settings:
             "num_inference_steps": self.steps,
             self.family.guidance_argument: self.guidance,
         }
-        taken = call_parameters(self.model.pipeline)
-        return {name: value for name, value in sampling.items() if name in taken} | self.model.call
+        if self.inputs is None:
+            taken, own = call_parameters(self.model.pipeline), self.model.call
+        else:
+            taken = call_parameters(self.inputs.pipeline)
+            own = {name: value for name, value in self.model.call.items() if name in taken} | self.inputs.call
+        return {name: value for name, value in sampling.items() if name in taken} | own
+
+    @property
+    def calibration_call(self) -> dict[str, Any]:
+        """The same for calibration, with the images that go with its prompts."""
+        return self.call | dict(self.inputs.of_calibration if self.inputs else {})
+
+    @property
+    def called_in(self) -> dict[str, Any]:
+        """What is called where there are images, as JSON can hold it; nothing else than the model's own where not."""
+        return self.inputs.key if self.inputs else {}
+
+    def prompted(self, pipeline: "DiffusionPipeline") -> Any:
+        """The pipeline of the model as something that is called with prompts, and with images where there are any."""
+        prompted = self.family.prompted(pipeline)
+        return prompted if self.inputs is None else self.inputs.taken_by(prompted, self.dtype, self.device)
 
     def requests(self, weights: str) -> list[ImageRequest]:
         """The images to make with the weights that the fingerprint `weights` stands for."""
         way = {"deterministic": True} if self.deterministic else {}  # without it the key is that of earlier versions
+        way |= {"inputs": self.called_in} if self.inputs else {}
         settings = fingerprint(
             weights=weights, call=self.call, dtype=self.dtype_name, device=self.device.partition(":")[0], **way
         )
-        return image_requests(self.prompts, self.seed, settings, self.needs_latents)
+        given = self.inputs.of_each_prompt() if self.inputs else ()
+        return image_requests(self.prompts, self.seed, settings, self.needs_latents, given)
 
     def recipe_for(self, backbone: nn.Module) -> Recipe:
         """The recipe with all rules written out for a backbone of the family, whatever its class is called."""
@@ -162,6 +153,8 @@ class Settings:
             files, version = self.recipe.hashes, dmquant.__version__
             return fingerprint(source=weights, files=files, dtype=self.dtype_name, dmquant=version)
         data = {"calibration_prompts": self.calibration_prompts, "call": self.call} if self.recipe.calibrated else {}
+        if data and self.inputs:
+            data["inputs"] = [self.called_in, self.inputs.calibration_key]
         family = {"keep": sorted(self.family.keep)} if self.recipe.keep == "family" else {}
         return fingerprint(
             source=weights,
@@ -205,6 +198,7 @@ class Settings:
                 "width": self.width,
                 **self.call,
             },
+            **({"inputs": self.inputs.describe()} if self.inputs else {}),
             "metrics": list(self.metrics),
             "real": None if self.real is None else str(self.real),
             "clip": self.clip,
@@ -240,20 +234,24 @@ def resolve(options: Options) -> Settings:
     prompts = _prompts(options, model)
     height, width = options.height or model.height, options.width or model.width
     check_image_size(height, width)
+    calibration = read_prompts(options.calibration_prompts or model.calibration_prompts)
+    steps = options.steps or model.steps
+    inputs = resolve_inputs(options, model, prompts, calibration, (width, height), steps)
+    alone = inputs is not None and inputs.pipeline in family_for(model).edits
     return Settings(
         model=model,
         recipe=recipe,
-        calibration_prompts=tuple(load_prompts(options.calibration_prompts or model.calibration_prompts)),
+        calibration_prompts=calibration.prompts,
         calibration_data=options.calibration_data,
         memory_budget=None if options.memory_budget is None else parse_size(options.memory_budget, "--memory-budget"),
-        prompts=tuple(prompts.prompts),
+        prompts=prompts.prompts,
         prompt_set=prompts.describe(),
-        steps=options.steps or model.steps,
+        steps=steps,
         guidance=model.guidance if options.guidance is None else options.guidance,
         height=height,
         width=width,
         seed=options.seed,
-        batch_size=options.batch_size or batch_size_for(height, width),
+        batch_size=1 if alone else options.batch_size or batch_size_for(height, width),
         deterministic=options.deterministic,
         metrics=metrics,
         # Images of an earlier version have none: a default does not throw away images that took hours.
@@ -264,6 +262,7 @@ def resolve(options: Options) -> Settings:
         offload=options.offload,
         dtype_name=dtype_name,
         command=options.command,
+        inputs=inputs,
         folder_name=readable("-".join(filter(None, (model.name, recipe.name, options.w, options.a)))),
     )
 

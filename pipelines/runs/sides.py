@@ -74,7 +74,7 @@ class FullPrecision:
 
     def _tell_cut_prompts(self, pipeline: "DiffusionPipeline", key: str) -> None:
         settings = self.settings
-        cuts = cut_prompts(settings.family.prompted(pipeline), settings.prompts, settings.call)
+        cuts = cut_prompts(settings.prompted(pipeline), settings.prompts, settings.call)
         line = cut_line(cuts, len(settings.prompts))
         self.folder.note(runfolder.CUT_PROMPTS, {"line": line, "images": key})
         if line:

@@ -3,7 +3,7 @@
 import contextlib
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import cycle, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -101,17 +101,19 @@ def tune(
     total = settings.memory_budget or default_budget(device)
     if settings.offload:
         place_backbone_alone(pipeline, component, settings.device)
-    learning, held_out = _runs(pipeline, settings, recovery, workspace, console, weights)
+    prompted = settings.prompted(pipeline)
+    learning, held_out = _runs(prompted, settings, recovery, workspace, console, weights)
     if recovery.begin is None:
         quantize_in_place(pipeline, settings, workspace, console, weights)
         began = settings.saved_model_key(weights)
     else:
         backbone, began = _begun(recovery.begin, settings, full)
-        setattr(pipeline, component, backbone)
+        for each in (pipeline, prompted):
+            setattr(each, component, backbone)
     backbone, options = getattr(pipeline, component), recovery.tuning
     _check_memory(backbone, options, total)
     student = Student(backbone, options.train, options.lean)
-    with _checkpointed(pipeline, settings, learning, options):
+    with _checkpointed(prompted, settings, learning, options):
         seconds = rehearse(student, learning)
         _forecast(student, backbone, recovery, learning, seconds, console)
         key = fingerprint(began=began, data=learning.key, **asdict(recovery) | {"begin": None}, of=dmquant.__version__)
@@ -126,7 +128,7 @@ def tune(
 
 
 def _runs(
-    pipeline: "DiffusionPipeline",
+    prompted: Any,
     settings: Settings,
     recovery: Recovery,
     workspace: Path,
@@ -135,19 +137,20 @@ def _runs(
 ) -> tuple[Runs, Runs]:
     """Runs to learn from and to judge by, with other prompts. Where the list of prompts does not reach it is taken from
     the beginning again: with other noise they are other runs."""
-    prompted, component = settings.family.prompted(pipeline), settings.family.component
-    listed = settings.calibration_prompts[: recovery.prompts]
+    component = settings.family.component
+    listed = Calls(settings.calibration_prompts, FIRST_SEED, settings.calibration_call)
+    listed = listed.only(range(min(recovery.prompts, len(listed))))
     if len(listed) < 2:
         raise UsageError("tuning takes two prompts at least: one to learn from and one to judge by")
     apart = max(1, len(listed) // HELD_OUT)
-    judging, others = listed[:apart], listed[apart:]
+    judging, others = listed.only(range(apart)), range(apart, len(listed))
     wanted = max(recovery.prompts - apart, len(others))
-    calls = Calls(tuple(islice(cycle(others), wanted)), FIRST_SEED + apart, settings.call)
-    key = fingerprint(weights=weights, dtype=settings.dtype_name)
+    calls = replace(listed.only(list(islice(cycle(others), wanted))), seed=FIRST_SEED + apart)
+    key = fingerprint(weights=weights, dtype=settings.dtype_name, **settings.called_in)
     with console.bar("full precision") as bar:
         common = {"batch_size": recovery.batch_size, "folder": workspace / RUNS, "key": key, "bar": bar}
         last = recovery.last or last_calls(prompted, component, calls, **common)
-        held_out = Runs(prompted, component, Calls(judging, FIRST_SEED, settings.call), last=None, **common)
+        held_out = Runs(prompted, component, judging, last=None, **common)
         learning = Runs(prompted, component, calls, last=last, **common)
     console.say(
         f"full precision: {len(calls)} runs to learn from and {len(judging)} to judge by, "
@@ -174,14 +177,14 @@ def _begun(folder: Path, settings: Settings, full: nn.Module) -> tuple[nn.Module
 
 
 @contextlib.contextmanager
-def _checkpointed(pipeline: "DiffusionPipeline", settings: Settings, learning: Runs, options: Tuning) -> Iterator[None]:
+def _checkpointed(prompted: Any, settings: Settings, learning: Runs, options: Tuning) -> Iterator[None]:
     """With Q-GaLore, blocks compute again in the backward pass what they would keep: else that would be the most."""
     if options.lean is None:
         yield
         return
     component = settings.family.component
-    backbone = getattr(pipeline, component)
-    example = rehearsed_calls(settings.family.prompted(pipeline), component, learning.calls)[0]
+    backbone = getattr(prompted, component)
+    example = rehearsed_calls(prompted, component, learning.calls)[0]
     traced = trace(backbone, example, settings.family.blocks(backbone))
     with checkpointing(backbone, [one.name for one in traced if not one.overwrites and not one.is_overwritten]):
         yield
@@ -253,8 +256,8 @@ def _save(
     formats = format_name(recipe.weights), format_name(recipe.activations)
     card = model_card(settings.model.name, recipe.name, *formats, type(pipeline).__name__, settings.dtype)
     record = settings.to_dict({}, {"recipe": recipe.to_dict(), "tuning": facts})
-    kept = ("model", "recipe", "tuning", "calibration", "device", "dtype", "command", "versions")
-    run = yaml_text({key: record[key] for key in kept}, width=120)
+    kept = ("model", "recipe", "tuning", "calibration", "inputs", "device", "dtype", "command", "versions")
+    run = yaml_text({key: record[key] for key in kept if key in record}, width=120)
     if replaced := save_whole(
         pipeline, out, card + _section(facts), settings.family.component, records={runfolder.SETTINGS: run}
     ):

@@ -13,6 +13,7 @@ from dmquant.convert import plan
 from dmquant.diffusers.calling import final_latents
 from dmquant.errors import UserError
 from dmquant.evaluation.metrics.registry import METRICS
+from dmquant.evaluation.pictures import opened_inputs
 from dmquant.evaluation.report.pareto_plot import Point, draw_pareto
 from dmquant.host import owned, processes
 from dmquant.host.console import Console
@@ -248,7 +249,8 @@ def first_call(pipeline: "DiffusionPipeline", settings: Settings) -> dict[str, i
     with counting(backbone) as counts, contextlib.suppress(_Counted):
         handle = backbone.register_forward_hook(stop)
         try:
-            final_latents(settings.family.prompted(pipeline), settings.prompts[:1], settings.seed, settings.call)
+            call = settings.call | opened_inputs(settings.inputs.of_each_prompt()[:1] if settings.inputs else [])
+            final_latents(settings.prompted(pipeline), settings.prompts[:1], settings.seed, call)
         finally:
             handle.remove()
     return counts

@@ -19,6 +19,7 @@ from dmquant.layers import QuantConv2d, QuantLinear
 from dmquant.pipelines.models.loading import load_pipeline
 from dmquant.recipe import Recipe
 from tests.tiny import TINY
+from tests.tiny.imaged import IMAGED
 
 PROMPTS = 4
 STEPS = 4
@@ -34,31 +35,33 @@ PART_OF_UNET = [
 
 def call_of(model: str, steps: int) -> dict:
     """Arguments of the pipeline's call for a tiny model."""
-    tiny = TINY[model]
-    size = {"height": tiny.size, "width": tiny.size, "num_inference_steps": steps}
+    tiny = (TINY | IMAGED)[model]
+    size = {"height": tiny.size, "width": tiny.size} if tiny.takes_size else {}
+    size["num_inference_steps"] = steps
     guidance = {families()[tiny.family].guidance_argument: 3.0} if tiny.takes_guidance else {}
     return size | guidance | dict(tiny.call)
 
 
 def captured(model: str, folder: Path, **sizes):
     """Backbone of a tiny pipeline, names of its blocks, and calibration data: 12 samples to learn from, 4 held out."""
-    tiny = TINY[model]
+    tiny = (TINY | IMAGED)[model]
     family, pipeline = families()[tiny.family], tiny.build(**sizes)
     backbone = getattr(pipeline, family.component)
     with torch.no_grad():  # diffusers starts some with zeros, such as the gates of PixArt's blocks
         for parameter in backbone.parameters():
             if not parameter.any():
                 parameter.normal_(std=0.1)
-    store = capture(
-        family.prompted(pipeline),
-        family.component,
-        Calls(tiny.prompts[:PROMPTS], 0, call_of(model, STEPS)),
-        sampling=Sampling("stratified", 4, 0.25, 0),
-        batch_size=4,
-        folder=folder,
-        made_for={"model": model},
-        **family.batching,
-    )
+    with tiny.within():
+        store = capture(
+            family.prompted(pipeline),
+            family.component,
+            Calls(tiny.prompts[:PROMPTS], 0, call_of(model, STEPS) | tiny.images(PROMPTS)),
+            sampling=Sampling("stratified", 4, 0.25, 0),
+            batch_size=tiny.most,
+            folder=folder,
+            made_for={"model": model},
+            **family.batching,
+        )
     return backbone, family.blocks(backbone), store
 
 

@@ -6,6 +6,7 @@ import inspect
 import diffusers
 import pytest
 import torch
+from PIL import Image
 
 from dmquant.calib.data.capture import capture
 from dmquant.calib.data.sampling import Sampling
@@ -174,6 +175,82 @@ def test_entries_for_neither_one_prompt_nor_all_are_refused(arguments, message):
     with pytest.raises(UsageError, match=message) as refused:
         Calls(["a", "b"], 0, arguments)
     assert "\n" not in str(refused.value)
+
+
+class Seen:
+    """A pipeline that keeps what it is called with."""
+
+    def __init__(self):
+        self.calls = []
+
+    def set_progress_bar_config(self, **config): ...
+
+    def __call__(self, prompt, generator, output_type, **given):
+        self.calls.append(given)
+        return type("Output", (), {"images": torch.zeros(len(prompt))})
+
+
+class Closed:
+    """An image that is not in memory."""
+
+    def __init__(self, image):
+        self.image, self.sha256, self.times = image, "digest", 0
+
+    def opened(self):
+        self.times += 1
+        return self.image
+
+
+class TestImages:
+    PICTURES = tuple(Image.new("RGB", (4, 4), (index, 0, 0)) for index in range(3))
+
+    def given(self, value, batch, prompts=("a", "b", "c")):
+        seen = Seen()
+        Calls(list(prompts), 0, {"image": value}).latents(seen, batch)
+        return seen.calls[0]["image"]
+
+    def test_each_prompt_of_a_batch_is_given_its_own(self):
+        assert self.given(self.PICTURES, range(1, 3)) == [*self.PICTURES[1:]]
+        assert self.given(self.PICTURES, range(2, 3)) is self.PICTURES[2]
+
+    def test_one_goes_with_every_prompt(self):
+        for value in (self.PICTURES[0], self.PICTURES[:1]):
+            assert self.given(value, range(3)) == [self.PICTURES[0]] * 3
+            assert self.given(value, range(1)) is self.PICTURES[0]
+
+    def test_a_prompt_may_have_several(self):
+        pairs = [self.PICTURES[:2], self.PICTURES[1:], self.PICTURES[::2]]
+        assert self.given(pairs, range(1, 2)) == [*self.PICTURES[1:]]
+        assert Calls(["a", "b", "c"], 0, {"image": pairs}).one_by_one
+
+    def test_they_are_opened_for_the_batch_they_are_in(self):
+        closed = [Closed(picture) for picture in self.PICTURES]
+        assert self.given(closed, range(1)) is self.PICTURES[0]
+        assert [each.times for each in closed] == [1, 0, 0]
+
+    def test_they_share_a_call_with_others(self):
+        for together in (self.PICTURES, self.PICTURES[0], [Closed(picture) for picture in self.PICTURES], None):
+            assert not Calls(["a", "b", "c"], 0, {"image": together, "strength": 0.5}).one_by_one
+        for apart in (torch.zeros(3, 3, 8, 8), self.PICTURES[0].tobytes()):
+            assert Calls(["a", "b", "c"], 0, {"image": apart}).one_by_one
+        assert Calls(["a"], 0, {"image": self.PICTURES[0], "num_images_per_prompt": 2}).one_by_one
+
+    def test_those_of_some_prompts_stay_with_them(self):
+        calls = Calls(["a", "b", "c"], 0, {"image": self.PICTURES, "mask_image": self.PICTURES[0]})
+        some = calls.only([2, 0])
+        assert some.arguments["image"] == [self.PICTURES[2], self.PICTURES[0]]
+        assert some.arguments["mask_image"] is self.PICTURES[0]
+
+    def test_neither_one_nor_one_for_each_prompt_is_refused(self):
+        with pytest.raises(UsageError, match=r"'control_image' has 2 entries: give 1, .* or 3, for the 3 prompts"):
+            Calls(["a", "b", "c"], 0, {"control_image": self.PICTURES[:2]})
+
+    def test_they_are_described_by_their_pixels(self):
+        def described(image):
+            return Calls(["a"], 0, {"image": image}).dependencies()["image"]
+
+        assert described(self.PICTURES[0]) == described(self.PICTURES[0].copy()) != described(self.PICTURES[1])
+        assert described([Closed(self.PICTURES[0])]) == ["digest"]
 
 
 def test_some_of_the_prompts_keep_their_own_entries():

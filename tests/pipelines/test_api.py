@@ -9,6 +9,7 @@ from functools import partial
 import accelerate
 import pytest
 import torch
+from PIL import Image
 
 import dmquant
 from dmquant.convert import layers_in, quantize_
@@ -463,8 +464,16 @@ class TestControlNet:
         assert type(loaded) is StableDiffusionControlNetPipeline
         assert torch.equal(images(loaded, image=edges), quantized)
 
-    def test_it_cannot_calibrate_but_takes_a_unet_calibrated_without_it(self, pipe):
-        with pytest.raises(UserError, match=r"takes more than prompts.*StableDiffusionPipeline or"):
+    def test_it_calibrates_with_an_image_a_prompt_and_leaves_the_controlnet_alone(self, pipe):
+        net, size = copy.deepcopy(pipe.controlnet), (IMAGE_SIZE, IMAGE_SIZE)
+        edges = [Image.new("RGB", size, (40 * index, 90, 200)) for index in range(len(PROMPTS))]
+        dmquant.quantize_pipeline(pipe, LEARNED, calibration=PROMPTS, image=edges, **CALL)
+        assert same_weights(pipe.controlnet, net)
+        assert type(pipe) is StableDiffusionControlNetPipeline
+        assert images(pipe, image=edges[0]).isfinite().all()
+
+    def test_it_does_not_calibrate_without_images_but_takes_a_unet_calibrated_without_it(self, pipe):
+        with pytest.raises(UsageError, match="a StableDiffusionControlNetPipeline takes images: give one"):
             dmquant.quantize_pipeline(pipe, LEARNED, calibration=PROMPTS, **CALL)
         sd = tiny_sd()
         dmquant.quantize_pipeline(sd, LEARNED, calibration=PROMPTS, **CALL)

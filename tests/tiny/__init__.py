@@ -4,6 +4,7 @@ Each builder returns the pipeline in float32 with weights drawn from `seed`, and
 """
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,8 +44,16 @@ class Tiny:
     family: str
     call: Mapping[str, Any] = field(default_factory=dict)
     size: int = IMAGE_SIZE
+    takes_size: bool = True
+    """Whether the call takes height and width."""
+    most: int = 4
+    """Prompts that a call takes."""
     takes_guidance: bool = True
     """Whether the call takes a scale of guidance."""
+    images: Callable[[int], Mapping[str, Any]] = lambda count: {}
+    """Images for so many prompts, by argument of the call."""
+    within: Callable[[], AbstractContextManager[Any]] = nullcontext
+    """What the pipeline is called within."""
     recent: bool = False
     """Of a family whose tests but the shortest run among the slow ones: `marked`."""
     prompts: tuple[str, ...] = ("red apple", "blue cat", "a green house", "a boat on the tree", "face")
@@ -75,8 +84,8 @@ TINY = {
 
 def marked(names: Iterable[str] = TINY) -> list[Any]:
     """Names as parameters of tests that take long: those of recent families run among the slow tests."""
-    recent = {name for name, tiny in TINY.items() if tiny.recent}
-    return [pytest.param(name, marks=pytest.mark.slow) if name in recent else name for name in names]
+    early = {name for name, tiny in TINY.items() if not tiny.recent}
+    return [name if name in early else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
 __all__ = [

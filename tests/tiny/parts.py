@@ -17,6 +17,7 @@ from transformers import (
 
 WORDS = ["a", "red", "green", "blue", "apple", "cat", "house", "tree", "boat", "face", "on", "the", "with", "and", ","]
 TOKENS = 16
+IMAGE_TOKEN = "<|image_pad|>"
 TEXT = 32  # channels of every text encoder
 
 
@@ -84,6 +85,7 @@ def t5(tokenizer: PreTrainedTokenizerFast, channels: int = TEXT, blocks: int = 1
 
 def qwen_vl(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLForConditionalGeneration:
     """A language model that could see images as well."""
+    vocabulary = tokenizer.get_vocab()
     vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": TEXT}
     return Qwen2_5_VLForConditionalGeneration(
         Qwen2_5_VLConfig(
@@ -100,6 +102,7 @@ def qwen_vl(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLForConditionalGener
                 "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]},
             },
             vision_config=vision,
+            **({"image_token_id": vocabulary[IMAGE_TOKEN]} if IMAGE_TOKEN in vocabulary else {}),
         )
     )
 

@@ -1,6 +1,7 @@
 """Tiny Qwen-Image: joint blocks, texts as long as the longest prompt of a call, guidance by a second call."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import (
@@ -15,7 +16,7 @@ from tests.tiny.parts import TEXT, finished, qwen_vl, tokenizer
 LATENTS = 4
 
 
-def tiny_qwenimage(folder: Path | None = None, *, seed: int = 0) -> QwenImagePipeline:
+def tiny_qwenimage(folder: Path | None = None, *, seed: int = 0, **config: Any) -> QwenImagePipeline:
     """QwenImagePipeline with three blocks; its latents are packed, four neighbours in one token."""
     torch.manual_seed(seed)
     words = tokenizer(bos=False)
@@ -27,6 +28,7 @@ def tiny_qwenimage(folder: Path | None = None, *, seed: int = 0) -> QwenImagePip
         num_attention_heads=2,
         joint_attention_dim=TEXT,
         axes_dims_rope=(4, 6, 6),
+        **config,
     )
     vae = AutoencoderKLQwenImage(
         base_dim=8,

@@ -45,6 +45,22 @@ def joint_in(groups: "Mapping[str, Sequence[str]]") -> "Callable[[nn.Module], li
     return of_backbone
 
 
+IMAGED = {
+    ("image",): "Img2Img",
+    ("image", "mask"): "Inpaint",
+    ("control",): "ControlNet",
+    ("image", "control"): "ControlNetImg2Img",
+    ("image", "mask", "control"): "ControlNetInpaint",
+}
+"""What the pipelines of diffusers that take images beside a prompt are called, by the images."""
+
+
+def imaged(pipeline: str, *kinds: str) -> dict[str, dict[tuple[str, ...], str]]:
+    """For `Family.imaged`: those of a pipeline for text alone whose names have one of the `kinds` of IMAGED in them."""
+    stem = pipeline.removesuffix("Pipeline")
+    return {pipeline: {given: f"{stem}{kind}Pipeline" for given, kind in IMAGED.items() if kind in kinds}}
+
+
 def first_of_each_patch(features: int, channels: int, first: int) -> "Tensor":
     """Mask of a patch projection's output features: True for the first `first` channels of a pixel; bool (features,).
 
@@ -110,6 +126,11 @@ class Family:
     encoded: "Callable[[DiffusionPipeline, Sequence[str], Mapping[str, Any]], dict[str, Any]] | None" = None
     """Embeddings of prompts of any lengths, all of one length, as arguments of the pipeline's call, whose others are
     given; for calibration, where the pipeline gives the backbone texts of different lengths without a mask."""
+    imaged: Mapping[str, Mapping[tuple[str, ...], str]] = field(default_factory=dict)
+    """Class names of the pipelines that have the parts of one for text alone, a ControlNet as the case may be, and take
+    images: by the class of that one and what is given, as in IMAGED."""
+    edits: tuple[str, ...] = ()
+    """Class names of the pipelines that change an image as a prompt says, and make none without; one at a time."""
     prompted: "Callable[[DiffusionPipeline], Any]" = _itself
     """The pipeline as something that is called with prompts; itself, unless its call takes something else."""
     without: Mapping[str, Any] = field(default_factory=dict)
@@ -124,6 +145,11 @@ class Family:
 
     keeps_ends: bool = False
     """Whether the first and the last layer stay in high precision as well, whatever they are called."""
+
+    @property
+    def with_images(self) -> set[str]:
+        """Class names of the pipelines of this family that are called with images."""
+        return {*self.edits, *(name for others in self.imaged.values() for name in others.values())}
 
     @property
     def batching(self) -> dict[str, Any]:
@@ -164,8 +190,10 @@ def family_of_backbone(class_name: str) -> Family | None:
 
 
 def family_of_pipeline(class_name: str) -> Family | None:
-    """The family that runs pipelines of this class, None where none does."""
-    return next((family for family in families().values() if class_name in family.pipelines), None)
+    """The family that runs pipelines of this class, with images or without; None where none does."""
+    return next(
+        (one for one in families().values() if class_name in one.pipelines or class_name in one.with_images), None
+    )
 
 
 @knows_models

@@ -8,7 +8,7 @@ at every step, for the negative prompt.
 
 from typing import TYPE_CHECKING
 
-from dmquant.diffusers.families import Family, blocks_in, joint_in
+from dmquant.diffusers.families import Family, blocks_in, imaged, joint_in
 
 if TYPE_CHECKING:
     from torch import nn
@@ -27,6 +27,7 @@ FAMILY = Family(
     component="transformer",
     backbones=("ChromaTransformer2DModel",),
     pipelines=("ChromaPipeline",),
+    imaged=imaged("ChromaPipeline", "Img2Img", "Inpaint"),
     keep={
         "x_embedder": "sees the noisy latents themselves; 0.2 million of Chroma's 8.9 billion weights",
         "context_embedder": "runs on every text token before the first block; all blocks read what it makes",

@@ -8,7 +8,7 @@ learned rounding of the block makes up for it. Guidance is distilled: there is n
 
 from typing import TYPE_CHECKING
 
-from dmquant.diffusers.families import Family, blocks_in, joint_in
+from dmquant.diffusers.families import IMAGED, Family, blocks_in, imaged, joint_in
 
 if TYPE_CHECKING:
     from torch import nn
@@ -27,6 +27,8 @@ FAMILY = Family(
     component="transformer",
     backbones=("FluxTransformer2DModel",),
     pipelines=("FluxPipeline",),
+    imaged=imaged("FluxPipeline", *IMAGED.values()),
+    edits=("FluxKontextPipeline",),
     keep={
         "x_embedder": "sees the noisy latents themselves; 0.2 million of Flux.1's 12 billion weights",
         "time_text_embed.*": "one embedding of timestep, guidance and pooled text conditions every block",

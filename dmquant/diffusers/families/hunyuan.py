@@ -8,7 +8,7 @@ turns into a shift, and the rotary table of the image's positions.
 
 from typing import TYPE_CHECKING
 
-from dmquant.diffusers.families import Family, blocks_in, first_of_each_patch
+from dmquant.diffusers.families import Family, blocks_in, first_of_each_patch, imaged
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -32,6 +32,7 @@ FAMILY = Family(
     component="transformer",
     backbones=("HunyuanDiT2DModel",),
     pipelines=("HunyuanDiTPipeline",),
+    imaged=imaged("HunyuanDiTPipeline", "ControlNet"),
     keep={
         "pos_embed.*": "sees the noisy latents themselves; 23 thousand of HunyuanDiT's 1.5 billion weights",
         "time_extra_emb.*": "one embedding of timestep, pooled text, size and style conditions every block",

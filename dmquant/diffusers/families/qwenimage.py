@@ -10,7 +10,7 @@ scale is called `true_cfg_scale`, as `guidance_scale` is for models that are dis
 from collections.abc import Sequence
 from typing import Any
 
-from dmquant.diffusers.families import Family, blocks_in, joint_in
+from dmquant.diffusers.families import Family, blocks_in, imaged, joint_in
 
 
 def _lengths(pipeline: Any, tokenizer: str, prompts: Sequence[str]) -> list[int]:
@@ -25,6 +25,8 @@ FAMILY = Family(
     component="transformer",
     backbones=("QwenImageTransformer2DModel",),
     pipelines=("QwenImagePipeline",),
+    imaged=imaged("QwenImagePipeline", "Img2Img", "Inpaint", "ControlNet"),
+    edits=("QwenImageEditPipeline", "QwenImageEditPlusPipeline"),
     keep={
         "img_in": "sees the noisy latents themselves; 0.2 million of Qwen-Image's 20 billion weights",
         "txt_in": "runs on every text token before the first block; all blocks read what it makes",

@@ -6,7 +6,7 @@ also reads the caption's embeddings with their mask and one modulation that `tim
 
 from typing import TYPE_CHECKING
 
-from dmquant.diffusers.families import Family, blocks_in, first_of_each_patch
+from dmquant.diffusers.families import Family, blocks_in, first_of_each_patch, imaged
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -23,6 +23,7 @@ FAMILY = Family(
     component="transformer",
     backbones=("SanaTransformer2DModel",),
     pipelines=("SanaPipeline",),
+    imaged=imaged("SanaPipeline", "ControlNet"),
     keep={
         "patch_embed.*": "sees the noisy latents themselves; 72 thousand of Sana's 1.6 billion weights",
         "time_embed.*": "one embedding sets scale and shift of every block: its error reaches all tokens",

@@ -6,13 +6,14 @@ returns the image's alone. Every block also reads one vector made of timestep an
 error stays within the block, and learned rounding of the block makes up for it.
 """
 
-from dmquant.diffusers.families import Family, blocks_in, joint_in
+from dmquant.diffusers.families import Family, blocks_in, imaged, joint_in
 
 FAMILY = Family(
     name="sd3",
     component="transformer",
     backbones=("SD3Transformer2DModel",),
     pipelines=("StableDiffusion3Pipeline",),
+    imaged=imaged("StableDiffusion3Pipeline", "Img2Img", "Inpaint", "ControlNet"),
     keep={
         "pos_embed.*": "sees the noisy latents themselves; 98 thousand of SD3's 2 billion weights",
         "time_text_embed.*": "one embedding of timestep and pooled text conditions every block",

@@ -7,7 +7,7 @@ embedding (SDXL: with size and pooled text added), every transformer the text em
 
 from typing import TYPE_CHECKING
 
-from dmquant.diffusers.families import Family
+from dmquant.diffusers.families import IMAGED, Family, imaged
 
 if TYPE_CHECKING:
     from torch import nn
@@ -43,6 +43,7 @@ FAMILY = Family(
     component="unet",
     backbones=("UNet2DConditionModel",),
     pipelines=("StableDiffusionPipeline", "StableDiffusionXLPipeline"),
+    imaged=imaged("StableDiffusionPipeline", *IMAGED.values()) | imaged("StableDiffusionXLPipeline", *IMAGED.values()),
     keep={
         "conv_in": "sees the noisy latents themselves; 4 input channels",
         "time_embedding.*": "one embedding conditions every resnet: its error reaches every pixel",

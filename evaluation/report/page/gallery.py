@@ -40,14 +40,18 @@ def image_pairs(folder: Path, report: Report, progress: Progress = silent) -> Pa
     images = matching_images({name: folder / kind.images for name, kind in kinds.items()}, len(report.prompts))
     reference = images[report.reference.name]
     values = {name: _values(recipe, reference, images[name], progress) for name, recipe in report.recipes.items()}
-    shown = _shown([recipe[DIFFERENCE] for recipe in values.values()], min(MOST_PAIRS, MOST_IMAGES // len(images)))
-    chosen = {name: [paths[index] for index in shown] for name, paths in images.items()}
-    uris, encoding = embed([path for paths in zip(*chosen.values(), strict=True) for path in paths], progress=progress)
+    inputs = {name: folder / path for name, path in report.inputs.items()}
+    beside = matching_images(inputs, len(report.prompts)) if inputs else {}
+    each = len(images) + len(beside)
+    shown = _shown([recipe[DIFFERENCE] for recipe in values.values()], min(MOST_PAIRS, MOST_IMAGES // each))
+    chosen = [[paths[index] for index in shown] for paths in (*images.values(), *beside.values())]
+    uris, encoding = embed([path for paths in zip(*chosen, strict=True) for path in paths], progress=progress)
     figures = []
     for place, index in enumerate(shown):
         files = {name: _link(paths[index], folder) for name, paths in images.items()}
-        sources = uris[place * len(files) : (place + 1) * len(files)]
-        figures.append(_figure(index, report.prompts[index], _size(reference[index]), files, sources))
+        given = {name: _link(paths[index], folder) for name, paths in beside.items()}
+        sources = uris[place * each : (place + 1) * each]
+        figures.append(_figure(index, report.prompts[index], _size(reference[index]), files, given, sources))
     sorts = {name: _sort(name) for recipe in values.values() for name in recipe}
     data = {
         "reference": report.reference.name,
@@ -116,15 +120,29 @@ def _size(path: Path) -> tuple[int, int]:
         return image.size
 
 
-def _figure(index: int, prompt: str, size: tuple[int, int], files: dict[str, str], sources: Sequence[str]) -> str:
+def _figure(
+    index: int,
+    prompt: str,
+    size: tuple[int, int],
+    files: dict[str, str],
+    given: dict[str, str],
+    sources: Sequence[str],
+) -> str:
+    """A pair, and what was `given` for it; `sources` are the images of both."""
     width, height = size
     layers = "\n".join(
         f'<a class="layer" data-name="{escape(name)}" href="{escape(file)}"><img alt="{escape(name)}" loading="lazy" '
         f'decoding="async" width="{width}" height="{height}" src="{source}"><span>{escape(name)}</span></a>'
-        for (name, file), source in zip(files.items(), sources, strict=True)
+        for (name, file), source in zip(files.items(), sources[: len(files)], strict=True)
     )
+    inputs = "".join(
+        f'<a href="{escape(file)}"><img alt="{escape(name)}" loading="lazy" decoding="async" src="{source}">'
+        f"<span>{escape(name)}</span></a>"
+        for (name, file), source in zip(given.items(), sources[len(files) :], strict=True)
+    )
+    inputs = f'<div class="inputs">{inputs}</div>\n' if inputs else ""
     return (
         f'<figure class="pair" data-number="{index}">\n<div class="frame" style="--width:{width};--height:{height}">\n'
-        f'{layers}\n</div>\n<figcaption><b>{index}</b> <span class="prompt" dir="auto">{escape(prompt)}</span> '
+        f'{layers}\n</div>\n{inputs}<figcaption><b>{index}</b> <span class="prompt" dir="auto">{escape(prompt)}</span> '
         '<span class="value"></span></figcaption>\n</figure>'
     )

@@ -12,17 +12,20 @@ from dmquant.diffusers.families import families
 from dmquant.recipe import Recipe
 from tests.calib.runs import calibrated, captured, quantized_layers, recipe_of
 from tests.tiny import TINY, marked
+from tests.tiny.imaged import IMAGED
 
 BY_DATA = {"candidates": ["fp4_e2m1", "fp4_e1m2"], "scale": "hessian"}
 SETTINGS = {"sd15": BY_DATA, "hunyuan-1.2": BY_DATA}
+CALIBRATED = ("sd15 control", "flux control", "hunyuan-1.2 control", "flux-kontext", "qwenimage-edit-2511")
+"""Of the pipelines that take images: what their backbones are given is more than others are."""
 LEARNING = {"iterations": 8, "checks": 2, "batch_size": 6, "learning_rate": 0.05}
 
 
-@pytest.fixture(scope="module", params=marked())
+@pytest.fixture(scope="module", params=[*marked(), *marked(CALIBRATED)])
 def done(request, tmp_path_factory):
     """Family, what was captured, and what calibration made of it; two have their scales and formats chosen by data."""
     folder = tmp_path_factory.mktemp(request.param)
-    case, family = captured(request.param, folder / "data"), families()[TINY[request.param].family]
+    case, family = captured(request.param, folder / "data"), families()[(TINY | IMAGED)[request.param].family]
     recipe = recipe_of(keep=False, activations="fp8", learning=LEARNING, **SETTINGS.get(request.param, {}))
     recipe = recipe.keeping(family.keep).splitting(family.concatenations(case[0]))
     return family, case, *calibrated(case, recipe, folder, counted=family.counted(case[0]))

@@ -9,15 +9,16 @@ from torch import nn
 from dmquant.calib.blocks.replay import replaced_forward, replay, replay_on
 from dmquant.calib.blocks.trace import trace
 from dmquant.calib.blocks.units import find_blocks
-from dmquant.calib.data.tree import flatten, map_floats
+from dmquant.calib.data.tree import flatten, in_own_containers, map_floats
 from dmquant.convert import plan
 from dmquant.diffusers.families import families
 from dmquant.errors import UserError
 from tests.calib.runs import captured, recipe_of
 from tests.tiny import TINY, marked
+from tests.tiny.imaged import IMAGED
 
 
-@pytest.fixture(scope="module", params=marked())
+@pytest.fixture(scope="module", params=[*marked(), *marked(IMAGED)])
 def case(request, tmp_path_factory):
     """Model, backbone, arguments of three samples, and the blocks as a recipe that keeps nothing has them."""
     backbone, names, store = captured(request.param, tmp_path_factory.mktemp(request.param))
@@ -40,10 +41,15 @@ def outputs_of(backbone, arguments, names):
     for name in names:
         handles.append(backbone.get_submodule(name).register_forward_hook(keep(name)))
     with torch.no_grad():
-        backbone(*arguments[0], **arguments[1])
+        passed(backbone, arguments)
     for handle in handles:
         handle.remove()
     return outputs
+
+
+def passed(backbone, arguments):
+    args, kwargs = in_own_containers(arguments)
+    return backbone(*args, **kwargs)
 
 
 def equal(one, other):
@@ -64,7 +70,7 @@ def test_going_on_from_the_middle_ends_in_the_bits_of_the_backbone(case):
     _, backbone, arguments, blocks = case
     whole = outputs_of(backbone, arguments, [block.name for block in blocks])
     with torch.no_grad():
-        returned = backbone(*arguments[0], **arguments[1])[0]
+        returned = passed(backbone, arguments)[0]
         for number in (0, len(blocks) // 2, len(blocks) - 1):
             given, through = {other.name: whole[other.name] for other in blocks[:number]}, blocks[number].name
             output, found = replay_on(
@@ -78,7 +84,7 @@ def test_going_on_from_the_middle_ends_in_the_bits_of_the_backbone(case):
 
 def test_block_by_block_with_only_what_is_still_needed_ends_in_the_bits_of_the_backbone(case):
     model, backbone, arguments, _ = case
-    family = families()[TINY[model].family]
+    family = families()[(TINY | IMAGED)[model].family]
     blocks = blocks_of(backbone, family.blocks(backbone), arguments, recipe_of(keep=False).keeping(family.keep))
     computed, needed = {}, {}
     for number, block in enumerate(blocks):
@@ -88,10 +94,10 @@ def test_block_by_block_with_only_what_is_still_needed_ends_in_the_bits_of_the_b
             if other.last_use <= number:
                 needed[other.name] = map_floats(nan_like, computed[other.name])
     with contextlib.ExitStack() as stack, torch.no_grad():
-        whole = backbone(*arguments[0], **arguments[1])[0]
+        whole = passed(backbone, arguments)[0]
         for name, output in computed.items():
             stack.enter_context(replaced_forward(backbone.get_submodule(name), lambda *_, output=output, **__: output))
-        assert torch.equal(backbone(*arguments[0], **arguments[1])[0], whole)
+        assert torch.equal(passed(backbone, arguments)[0], whole)
 
 
 def nan_like(tensor):

@@ -172,3 +172,18 @@ def test_folders_that_do_not_match_are_an_error_and_nothing_is_written(tmp_path,
     with pytest.raises(UserError, match=message):
         draw_grid(columns, PROMPTS, tmp_path / "grid.png")
     assert not (tmp_path / "grid.png").exists()
+
+
+def test_what_went_into_the_pipeline_comes_first(tmp_path):
+    base = torch.full((2, 3, 128, 128), 100, dtype=torch.uint8)
+    columns = {
+        "full precision": write_images(tmp_path / "fp", base),
+        "w4a6": write_images(tmp_path / "a", base - 7),
+        "w8a8": write_images(tmp_path / "b", base - 1),
+    }
+    inputs = {"input": write_images(tmp_path / "in", base - 50)}
+    for count in (2, 3):
+        some = dict(list(columns.items())[:count])
+        with Image.open(draw_grid(some, PROMPTS[:2], tmp_path / "grid.png", amplify=5.0, inputs=inputs)) as sheet:
+            pixels = np.asarray(sheet)
+        assert [pixels[140, MARGIN + 64 + column * (128 + GAP)][0] for column in range(3)] == [50, 100, 93]

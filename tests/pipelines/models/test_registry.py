@@ -31,7 +31,8 @@ def edit(path, **changes):
 def test_every_registered_model_names_a_family_a_pipeline_class_and_a_prompt_set_that_exist(spec):
     import diffusers
 
-    assert spec.pipeline in families()[spec.family].pipelines
+    family = families()[spec.family]
+    assert spec.pipeline in (*family.pipelines, *family.edits)
     assert hasattr(diffusers, spec.pipeline)
     assert {spec.prompts, spec.calibration_prompts} <= prompt_sets().keys()
     assert not set(load_prompts(spec.prompts)) & set(load_prompts(spec.calibration_prompts))
@@ -66,7 +67,7 @@ def test_a_spec_refuses_unknown_keys_and_wrong_values():
 
 
 def test_every_pipeline_class_has_a_registered_model_to_take_settings_from():
-    known = {name for family in families().values() for name in family.pipelines}
+    known = {name for family in families().values() for name in (*family.pipelines, *family.edits)}
     assert known == {spec.pipeline for spec in registered_models().values()}
 
 

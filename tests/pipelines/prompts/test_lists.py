@@ -414,3 +414,35 @@ def test_vbench_that_is_not_installed(monkeypatch):
     with pytest.raises(UserError, match=r"vbench.*pip install --no-deps vbench==0\.1\.5") as caught:
         load_prompts("vbench")
     assert caught.value.exit_code == 1
+
+
+class TestImagesBesidePrompts:
+    TABLE = 'prompt,image,mask\n"a red cat, please",in/a.png,m.png\n\nnan,in/x.png,m.png\nblue boat,/b.png,m.png\n'
+
+    def test_their_files_are_beside_the_list(self, tmp_path):
+        found = read_prompts(written(tmp_path / "list.csv", self.TABLE))
+        assert found.prompts == ("a red cat, please", "blue boat")
+        assert found.pictures == {
+            "image": (tmp_path / "in" / "a.png", Path("/b.png")),
+            "mask": (tmp_path / "m.png",) * 2,
+        }
+
+    def test_a_tsv_has_them_too(self, tmp_path):
+        found = read_prompts(written(tmp_path / "list.tsv", "control\tprompt\nedges.png\ta tree\n"))
+        assert (found.prompts, found.pictures) == (("a tree",), {"control": (tmp_path / "edges.png",)})
+
+    def test_a_part_of_the_prompts_has_its_own(self, tmp_path):
+        rows = "".join(f"prompt {index},{index}.png\n" for index in range(20))
+        found = read_prompts(written(tmp_path / "list.csv", "prompt,image\n" + rows)).take(5, seed=3)
+        assert [path.stem for path in found.pictures["image"]] == [prompt.split()[1] for prompt in found.prompts]
+
+    def test_a_column_that_is_named_stands_alone_and_other_lists_have_none(self, tmp_path):
+        table = written(tmp_path / "list.csv", self.TABLE)
+        assert read_prompts(f"{table}:prompt").pictures == {}
+        assert read_prompts(written(tmp_path / "captions.csv", "image,caption\na.png,a tree\n")).pictures == {}
+        assert read_prompts("emoji").pictures == {}
+
+    def test_a_prompt_without_one_is_refused(self, tmp_path):
+        table = written(tmp_path / "list.csv", "prompt,image\na tree,a.png\na boat,\n")
+        with pytest.raises(UsageError, match=r"list.csv, line 3: nothing in column 'image': name a file there"):
+            read_prompts(table)
