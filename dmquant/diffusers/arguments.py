@@ -17,7 +17,7 @@ EMBEDDED = "prompt_embeds"  # in the place of prompts
 TEXTS = frozenset({"prompt_2", "prompt_3", "negative_prompt", "negative_prompt_2", "negative_prompt_3"})
 TOGETHER = TEXTS | {
     *("height", "width", "num_inference_steps", "timesteps", "sigmas", "denoising_end", "eta", "clip_skip"),
-    *("guidance_scale", "guidance_rescale", "true_cfg_scale"),
+    *("num_frames", "guidance_scale", "guidance_scale_2", "guidance_rescale", "true_cfg_scale"),
     *("max_sequence_length", "clean_caption", "use_resolution_binning", "complex_human_instruction"),
 }
 """Arguments that mean the same for several prompts as for one. SDXL's negative sizes do not: diffusers 0.42 gives those

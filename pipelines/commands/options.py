@@ -158,6 +158,12 @@ Width = Annotated[
     int | None,
     typer.Option(min=8, help="Image width in pixels, used as given. Default: the model's.", rich_help_panel="Images"),
 ]
+Frames = Annotated[
+    int | None,
+    typer.Option(
+        min=1, help="Frames of a video, for models that make videos. Default: the model's.", rich_help_panel="Images"
+    ),
+]
 Seed = Annotated[
     int, typer.Option(min=0, help="Image i starts from the noise of seed SEED + i.", rich_help_panel="Images")
 ]
@@ -250,7 +256,8 @@ _CALIBRATION = {
 }
 _FORMATS = {"w": (Weights, None), "a": (Activations, None), "components": (Components, None)}
 _PROMPTS = {"prompts": (Prompts, None), "num_prompts": (NumPrompts, None), "prompt_seed": (PromptSeed, None)}
-_SAMPLING = {"steps": (Steps, None), "guidance": (Guidance, None), "height": (Height, None), "width": (Width, None)}
+_SIZE = {"height": (Height, None), "width": (Width, None), "frames": (Frames, None)}
+_SAMPLING = {"steps": (Steps, None), "guidance": (Guidance, None)} | _SIZE
 _NOISE = {"seed": (Seed, 0), "batch_size": (BatchSize, None), "deterministic": (Deterministic, False)}
 _SCORES = {"metrics": (Metrics, None), "real": (Real, None), "clip": (Clip, None)}
 _MACHINE = {"device": (Device, "auto"), "offload": (Offload, None), "dtype": (Dtype, None)}

@@ -27,6 +27,7 @@ from dmquant.pipelines.models.skeleton import skeleton
 EMBEDDED = "embedded:"
 SOURCE_QUANTIZED = ("refuse", "dequantize")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+FRAMES = "num_frames"  # the argument of a pipeline's call that is the number of frames
 _USUAL_PIXELS = 1024  # the default of diffusers, for pipelines whose configuration tells no size
 _TAKES_MORE = re.compile(
     "Control|Adapter|Img2Img|I2I|Depth2Img|Inpaint|Fill|Redux|Kontext|Pix2Pix|Edit|Refiner|Upscale|SuperResolution"
@@ -71,6 +72,19 @@ class ModelSpec(BaseModel):
     """Fused into the weights when they are loaded."""
     dequantizes: bool = False
     """Whether weights that are quantized already are taken for what they stand for."""
+
+    @property
+    def frames(self) -> int:
+        """Frames of a video; 1 where it makes images."""
+        return self.call.get(FRAMES, 1)
+
+    def with_frames(self, frames: int | None) -> "ModelSpec":
+        """The same with so many frames of a video."""
+        return self if frames is None else self.model_copy(update={"call": {**self.call, FRAMES: frames}})
+
+    def for_backbone(self, name: str) -> "ModelSpec":
+        """The same with one of several backbones as the one that is meant."""
+        return self.model_copy(update={"component": name})
 
     @property
     def is_embedded(self) -> bool:
@@ -277,7 +291,7 @@ def _component(folder: Path) -> str:
 def _check_takes_a_prompt_alone(folder: Path, pipeline: str, source: str) -> None:
     """UserError for a pipeline class that makes something else than images, or needs more than a prompt for them."""
     parameters = call_parameters(pipeline)
-    if "num_frames" in parameters or "Video" in pipeline:
+    if FRAMES in parameters or "Video" in pipeline:
         raise UserError(f"{source} holds a {pipeline}, which makes videos: dmquant quantizes text-to-image pipelines")
     needed = [name for name, parameter in parameters.items() if parameter.default is parameter.empty]
     alone = {"self", "prompt", "args", "kwargs"}

@@ -67,6 +67,7 @@ class Options:
     guidance: float | None = None
     height: int | None = None
     width: int | None = None
+    frames: int | None = None
     seed: int = 0
     batch_size: int | None = None
     deterministic: bool = False
@@ -86,8 +87,7 @@ class Settings:
     `calibration_prompts` is the whole list, of which the recipe takes as many as it asks for; `calibration_data` a
     folder with calibration data to use or to create; `memory_budget` bytes, None for what calibration needs. Images
     without their final latents are made again where `needs_latents`. `clip` is the CLIP model of the metrics,
-    `prompt_set` says for people which prompts these are,
-    and `command` what was typed.
+    `prompt_set` says for people which prompts these are, and `command` what was typed.
     """
 
     model: ModelSpec
@@ -118,6 +118,10 @@ class Settings:
     def family(self) -> Family:
         return family_for(self.model)
 
+    def for_backbone(self, name: str) -> "Settings":
+        """The same where the backbone is one of several that a pipeline has."""
+        return self if name == self.family.component else replace(self, model=self.model.for_backbone(name))
+
     @property
     def dtype(self) -> torch.dtype:
         return resolve_dtype(self.dtype_name, self.device)
@@ -144,9 +148,8 @@ class Settings:
     def requests(self, weights: str) -> list[ImageRequest]:
         """The images to make with the weights that the fingerprint `weights` stands for."""
         way = {"deterministic": True} if self.deterministic else {}  # without it the key is that of earlier versions
-        settings = fingerprint(
-            weights=weights, call=self.call, dtype=self.dtype_name, device=self.device.partition(":")[0], **way
-        )
+        way["device"] = self.device.partition(":")[0]
+        settings = fingerprint(weights=weights, call=self.call, dtype=self.dtype_name, **way)
         return image_requests(self.prompts, self.seed, settings, self.needs_latents)
 
     def recipe_for(self, backbone: nn.Module) -> Recipe:
@@ -241,7 +244,7 @@ def resolve(options: Options) -> Settings:
     height, width = options.height or model.height, options.width or model.width
     check_image_size(height, width)
     return Settings(
-        model=model,
+        model=model.with_frames(options.frames),
         recipe=recipe,
         calibration_prompts=tuple(load_prompts(options.calibration_prompts or model.calibration_prompts)),
         calibration_data=options.calibration_data,
@@ -253,7 +256,7 @@ def resolve(options: Options) -> Settings:
         height=height,
         width=width,
         seed=options.seed,
-        batch_size=options.batch_size or batch_size_for(height, width),
+        batch_size=options.batch_size or batch_size_for(height, width, options.frames or model.frames),
         deterministic=options.deterministic,
         metrics=metrics,
         # Images of an earlier version have none: a default does not throw away images that took hours.
@@ -337,8 +340,8 @@ def _check_clip(name: str) -> None:
 
 def versions() -> dict[str, str]:
     """Versions of what a result depends on."""
-    libraries = {name: importlib.metadata.version(name) for name in LIBRARIES}
-    return {"dmquant": dmquant.__version__, "python": platform.python_version(), **libraries}
+    own = {"dmquant": dmquant.__version__, "python": platform.python_version()}
+    return own | {name: importlib.metadata.version(name) for name in LIBRARIES}
 
 
 def _prompts(options: Options, model: ModelSpec) -> PromptSet:

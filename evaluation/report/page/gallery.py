@@ -7,10 +7,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from PIL import Image
-
 from dmquant.evaluation.difference import open_alike, rms_difference
-from dmquant.evaluation.images import matching_images
+from dmquant.evaluation.images import STRIP, image_size, matching_images, number_of_frames
 from dmquant.evaluation.metrics.registry import METRICS
 from dmquant.evaluation.progress import Progress, silent
 from dmquant.evaluation.report import wording
@@ -112,8 +110,8 @@ def _link(path: Path, folder: Path) -> str:
 
 
 def _size(path: Path) -> tuple[int, int]:
-    with Image.open(path) as image:
-        return image.size
+    width, height = image_size(path)
+    return width * min(number_of_frames(path), STRIP), height
 
 
 def _figure(index: int, prompt: str, size: tuple[int, int], files: dict[str, str], sources: Sequence[str]) -> str:
