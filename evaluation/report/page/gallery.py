@@ -55,7 +55,10 @@ def image_pairs(folder: Path, report: Report, progress: Progress = silent) -> Pa
             for name, recipe in values.items()
         },
     }
-    return Pairs(_about(len(shown), len(report.prompts), encoding), "\n".join(figures), json_script("pairs-data", data))
+    frames = min(number_of_frames(reference[0]), STRIP)
+    return Pairs(
+        _about(len(shown), len(report.prompts), encoding, frames), "\n".join(figures), json_script("pairs-data", data)
+    )
 
 
 def _values(
@@ -95,10 +98,14 @@ def _finite(value: float) -> float | None:
     return float(f"{value:.6g}") if math.isfinite(value) else None
 
 
-def _about(shown: int, count: int, encoding: WebP | None) -> str:
+def _about(shown: int, count: int, encoding: WebP | None, frames: int) -> str:
     which = "" if shown == count else f"The {shown:,} of {count:,} pairs with the largest difference. "
     how = "The images are the files themselves." if encoding is None else f"The images are re-encoded here ({encoding})"
     files = "" if encoding is None else "; the files that were scored are linked."
+    if frames > 1:
+        files = (
+            f"; {frames} frames of every video stand side by side, and the files that were scored are linked and play."
+        )
     return (
         f"{which}The images of a prompt share its seed and initial noise. Drag or use the arrow keys to compare; click "
         f"or press Enter to enlarge. The difference is the root mean square over all pixels, of 255. {how}{files}"
