@@ -1,4 +1,4 @@
-"""The difference of two pictures of one prompt, as one number and as a picture."""
+"""The difference of two pictures of one prompt, as one number and as a picture; of videos, of the frames shown."""
 
 from pathlib import Path
 
@@ -6,12 +6,12 @@ import numpy as np
 from PIL import Image
 
 from dmquant.errors import UserError
-from dmquant.evaluation.images import open_rgb
+from dmquant.evaluation.images import open_strip
 
 
 def open_alike(paths: list[Path]) -> list[Image.Image]:
-    """The images at `paths` as RGB; raises UserError when one is unreadable or not of the first one's size."""
-    first, *others = pictures = [open_rgb(path) for path in paths]
+    """The images at `paths` as RGB, or strips of videos; UserError for one that is unreadable or of another size."""
+    first, *others = pictures = [open_strip(path)[0] for path in paths]
     for path, other in zip(paths[1:], others, strict=True):
         if other.size != first.size:
             raise UserError(f"{path} and {paths[0]} differ in size: generate both at one size")

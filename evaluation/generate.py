@@ -1,8 +1,9 @@
-"""Generate images that are comparable pair by pair: the same prompt, seed and initial noise on both sides.
+"""Generate images, or videos, that are comparable pair by pair: the same prompt, seed and initial noise on both sides.
 
 Every image has its own seed, drawn on the CPU, so its noise depends neither on the batch it is made in nor on the
 device. Every PNG carries its prompt, its seed and the key of the settings that made it; one that is on disk with the
-right key is not made again. Beside it lie the image's final latents, and beside the first few their trajectories.
+right key is not made again. A video is an animated PNG. Beside it lie the image's final latents, and beside the first
+few their trajectories.
 """
 
 import time
@@ -17,6 +18,7 @@ from PIL import Image, PngImagePlugin
 
 from dmquant.diffusers.calling import call_pipeline
 from dmquant.diffusers.watching import recording_latents
+from dmquant.evaluation.animated_png import encoded
 from dmquant.evaluation.final_latents import has_latent, latent_path, save_latent
 from dmquant.evaluation.pictures import FilePicture, opened_inputs
 from dmquant.evaluation.png import KEY, read_key
@@ -84,9 +86,9 @@ def image_requests(
     return requests
 
 
-def batch_size_for(height: int, width: int) -> int:
-    """Images a batch: 16 at 64x64 and up to 256x256, 4 at 512x512, 1 at 1024x1024 and above."""
-    return max(1, min(MAX_BATCH, PIXELS_PER_BATCH // (height * width)))
+def batch_size_for(height: int, width: int, frames: int = 1) -> int:
+    """Images a batch: 16 at 64x64 and up to 256x256, 4 at 512x512, 1 at 1024x1024 and above; all frames count."""
+    return max(1, min(MAX_BATCH, PIXELS_PER_BATCH // (height * width * frames)))
 
 
 def missing(folder: Path, requests: Sequence[ImageRequest]) -> list[ImageRequest]:
@@ -182,7 +184,10 @@ def generate(
 
 
 def pixels_alone(pipeline: Any, request: ImageRequest, call: dict[str, Any]) -> np.ndarray:
-    """The pixels that `generate` saves of one image, uint8 [height, width, 3], made in a batch of one."""
+    """The pixels that `generate` saves of one image, uint8 [height, width, 3], made in a batch of one.
+
+    Of a video they are [frames, height, width, 3].
+    """
     return _pixels(_call(pipeline, [request], call)[0])
 
 
@@ -198,7 +203,7 @@ class _Batch:
         with recording_latents(pipeline) as latents, recording_trajectories(pipeline, followed) as steps:
             self._images = _call(pipeline, self.requests, call)
         self._latents, self._trajectories = torch.cat(latents) if latents else (), steps.trajectories
-        finite = np.isfinite(self._images).all(axis=(1, 2, 3))
+        finite = np.isfinite(self._images).all(axis=tuple(range(1, self._images.ndim)))
         return [request.key for request, whole in zip(self.requests, finite, strict=True) if not whole]
 
     def save(self, folder: Path) -> None:
@@ -218,10 +223,11 @@ def _save_all(batches: Sequence[_Batch], folder: Path) -> None:
 
 
 def _call(pipeline: Any, batch: Sequence[ImageRequest], call: dict[str, Any]) -> np.ndarray:
-    """Images of one batch, float32 [images, height, width, 3] in 0..1."""
+    """Images of one batch, float32 [images, height, width, 3] in 0..1, or videos [videos, frames, height, width, 3]."""
     prompts, seeds = [request.prompt for request in batch], [request.seed for request in batch]
     call = call | opened_inputs([request.inputs for request in batch])
-    return np.asarray(call_pipeline(pipeline, prompts, seeds, "np", call), dtype=np.float32)
+    made = np.asarray(call_pipeline(pipeline, prompts, seeds, "np", call), dtype=np.float32)
+    return made[:, 0] if made.ndim == 5 and made.shape[1] == 1 else made  # of one frame it is an image
 
 
 def _pixels(image: np.ndarray) -> np.ndarray:
@@ -233,5 +239,9 @@ def _save(image: np.ndarray, request: ImageRequest, path: Path) -> None:
     about.add_itxt("prompt", escaped(request.prompt))
     about.add_text("seed", str(request.seed))
     about.add_text(KEY, request.key)
+    pixels = _pixels(image)
     with replacing(path) as partial:
-        Image.fromarray(_pixels(image)).save(partial, format="PNG", pnginfo=about)
+        if pixels.ndim == 3:
+            Image.fromarray(pixels).save(partial, format="PNG", pnginfo=about)
+        else:
+            partial.write_bytes(encoded([Image.fromarray(frame) for frame in pixels], about))

@@ -1,4 +1,4 @@
-"""Image files as tensors, and folders of images that belong together by name."""
+"""Image files as tensors, videos as their frames, and folders of images that belong together by name."""
 
 import contextlib
 import struct
@@ -14,11 +14,12 @@ from torch import Tensor
 
 from dmquant.errors import UserError
 from dmquant.evaluation import image_files
-from dmquant.evaluation.png import OURS, SOFTWARE
+from dmquant.evaluation.png import KEY, OURS, SOFTWARE
 from dmquant.host.files import replacing
 from dmquant.host.hashes import sha256_once
 
 EXIF_ORIENTATION = 0x0112
+STRIP = 4  # frames of a video that stand for it in a picture
 LYING = range(5, 9)  # orientations that exchange width and height
 PNG_DEPTH = 24  # where a PNG says its bits a channel: Pillow takes 16 bits in colour for 8, and drops the lower ones
 
@@ -26,10 +27,13 @@ PNG_DEPTH = 24  # where a PNG says its bits a channel: Pillow takes 16 bits in c
 def open_rgb(path: Path) -> Image.Image:
     """The image at `path` as 8-bit RGB, turned as its EXIF data say; transparent pixels are composited on white.
 
-    Raises UserError when the file is missing, damaged or truncated, holds more than 8 bits a channel, is animated, or
-    has more pixels than Pillow lets pass (179 million).
+    Of a video that dmquant made it is the frame in the middle. Raises UserError when the file is missing, damaged or
+    truncated, holds more than 8 bits a channel, is another animation, or has more pixels than Pillow lets pass (179
+    million).
     """
     with _opened(path) as image:
+        if (frames := _frames(image)) > 1:
+            image.seek(frames // 2)
         ImageOps.exif_transpose(image, in_place=True)
         if not image.has_transparency_data:
             return image.convert("RGB")
@@ -45,6 +49,37 @@ def image_size(path: Path) -> tuple[int, int]:
         return image.size[::-1] if turned else image.size
 
 
+def number_of_frames(path: Path) -> int:
+    """Frames of a video that dmquant made; 1 for an image. Errors as in `image_size`."""
+    with _opened(path) as image:
+        return _frames(image)
+
+
+def load_frames(path: Path) -> Tensor:
+    """The video at `path` as uint8 [frames, 3, H, W], or the image as [3, H, W]; errors as in `open_rgb`."""
+    with _opened(path) as image:
+        frames = _frames(image)
+        if frames > 1:
+            return torch.stack([_tensor(_frame(image, number)) for number in range(frames)])
+    return load_image(path)
+
+
+def open_strip(path: Path) -> tuple[Image.Image, int]:
+    """Frames of the video at `path`, evenly spaced, side by side, and how many; or the image at `path`, and 1.
+
+    Errors as in `open_rgb`.
+    """
+    with _opened(path) as image:
+        frames = _frames(image)
+        if frames > 1:
+            shown = np.linspace(0, frames - 1, min(frames, STRIP)).round().astype(int).tolist()
+            strip = Image.new("RGB", (image.width * len(shown), image.height))
+            for place, number in enumerate(shown):
+                strip.paste(_frame(image, number), (place * image.width, 0))
+            return strip, len(shown)
+    return open_rgb(path), 1
+
+
 def image_sha256(path: Path) -> str:
     """SHA-256 of the file at `path` in hexadecimal; raises UserError when it is missing or cannot be read."""
     try:
@@ -57,7 +92,7 @@ def image_sha256(path: Path) -> str:
 
 def load_image(path: Path) -> Tensor:
     """The image at `path` as uint8 [3, H, W]; errors as in `open_rgb`."""
-    return torch.from_numpy(np.array(open_rgb(path))).permute(2, 0, 1).contiguous()
+    return _tensor(open_rgb(path))
 
 
 def save_image(image: Image.Image | Tensor, path: Path) -> None:
@@ -139,8 +174,17 @@ class ImagePairs:
         return batches
 
     def load(self, index: int) -> tuple[Tensor, Tensor]:
-        """(reference, quantized) of one pair, both uint8 [3, H, W]; errors as in `open_rgb`."""
-        return load_image(self.reference[index]), load_image(self.quantized[index])
+        """(reference, quantized) of one pair, both uint8 [3, H, W], or [frames, 3, H, W]; errors as in `open_rgb`.
+
+        Raises UserError also for two videos of unequal length.
+        """
+        pair = load_frames(self.reference[index]), load_frames(self.quantized[index])
+        if pair[0].shape != pair[1].shape:
+            raise UserError(
+                f"{self.quantized[index]} and {self.reference[index]} differ in their number of frames: generate both "
+                "alike"
+            )
+        return pair
 
 
 @contextlib.contextmanager
@@ -155,13 +199,28 @@ def _opened(path: Path) -> Iterator[Image.Image]:
             if deep_png or image.mode == "F" or image.mode.startswith("I"):
                 raise UserError(f"{path} has more than 8 bits a channel: convert it to 8-bit RGB")
             # A JPEG with a preview or a depth map is an MPO of several frames; the first is the picture.
-            if image.format != "MPO" and (frames := getattr(image, "n_frames", 1)) > 1:
+            frames = getattr(image, "n_frames", 1)
+            if image.format != "MPO" and frames not in (1, _frames(image)):
                 raise UserError(f"{path} is animated ({frames} frames): save the frame that is meant as a still image")
             yield image
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
     except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
         raise UserError(f"{path} is not a readable image ({error}): remove it or make it again") from error
+
+
+def _frames(image: Image.Image) -> int:
+    """Frames of an opened video of dmquant's; 1 for all else."""
+    return getattr(image, "n_frames", 1) if image.format == "PNG" and KEY in image.info else 1
+
+
+def _frame(image: Image.Image, number: int) -> Image.Image:
+    image.seek(number)
+    return image.convert("RGB")
+
+
+def _tensor(image: Image.Image) -> Tensor:
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
 def _common_size(reference: Path, quantized: Path) -> tuple[int, int]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from dmquant.convert import LayerReport, of_backbone, quantize_layers_, unmatched
+from dmquant.convert import LayerReport, component_names, of_backbone, quantize_layers_, unmatched
 from dmquant.diffusers.arguments import EMBEDDED, PICTURES
 from dmquant.diffusers.families import Family, family_of
 from dmquant.diffusers.quantizer import mark_quantized
@@ -25,12 +25,12 @@ from dmquant.models import completed
 from dmquant.pipelines.models.attention import check_attention
 from dmquant.pipelines.models.loading import DTYPES, resolve_device
 from dmquant.pipelines.models.placing import OFFLOADS, end_offloading, place
-from dmquant.pipelines.models.registry import registered_models
+from dmquant.pipelines.models.registry import FRAMES, registered_models
 from dmquant.pipelines.models.saving import model_card, save_whole
 from dmquant.pipelines.prompts.lists import load_prompts
 from dmquant.pipelines.runs import runfolder
 from dmquant.pipelines.runs.bounds import parse_size
-from dmquant.pipelines.runs.calibration import calibrate, weights_key
+from dmquant.pipelines.runs.calibration import calibrate_all, weights_key
 from dmquant.pipelines.runs.components import check_components, check_names, quantize_components, with_components
 from dmquant.pipelines.runs.defaults import DEFAULT_RECIPE
 from dmquant.pipelines.runs.footprint import Footprint, footprint
@@ -134,8 +134,8 @@ def quantize_pipeline(
     already, offloaded, or holds LoRA adapters, and for a folder `out` that is in use.
     """
     family, target = _family(pipe), None if out is None else _free_folder(Path(out))
-    backbone = getattr(pipe, family.component)
-    _check_backbone(backbone, family.component)
+    for name, each in family.backbones_of(pipe).items():
+        _check_backbone(each, name)
     call = _complete_call(family.prompted(pipe), call)
     if not isinstance(recipe, Recipe):
         recipe = Recipe.load(recipe, w, a)
@@ -144,25 +144,32 @@ def quantize_pipeline(
     recipe = with_components(recipe, (f"{name}={source}" for name, source in components.items()))
     check_names(recipe, list(pipe.components), family.component)
     check_components(pipe, recipe)
+    others = component_names(recipe)
+    backbones = {name: each for name, each in family.backbones_of(pipe).items() if name not in others}
+    backbone = backbones[family.component]
     if warning := unmatched(backbone, recipe):
         logging.getLogger("dmquant").warning(warning)
     device = _check_offload(pipe, offload, device)
     named, recipe = recipe, completed(of_backbone(recipe), backbone)
     with _workspace(target) as workspace:
         if recipe.calibrated:
-            check_attention(backbone)
+            for each in backbones.values():
+                check_attention(each)
             settings = _calibration(pipe, family, recipe, calibration, memory_budget, call)
             settings = replace(settings, offload=offload, device=device)
+            one_by_one = [replace(settings, family=replace(family, component=name)) for name in backbones]
             with _offloaded(pipe, offload, device):
-                calibrated = calibrate(pipe, settings, workspace, _LoggingConsole(), weights_key(pipe))
-            recipe, layers = calibrated.recipe, calibrated.layers
+                calibrated = calibrate_all(pipe, one_by_one, workspace, _LoggingConsole(), weights_key(pipe))
+            done = [(one.layers, one.recipe) for one in calibrated]
         else:
-            layers = quantize_layers_(backbone, recipe)
-        mark_quantized(backbone, recipe)
+            done = [(quantize_layers_(each, recipe), recipe) for each in backbones.values()]
+        for each, (_, its_recipe) in zip(backbones.values(), done, strict=True):
+            mark_quantized(each, its_recipe)
+        layers, recipe = [layer for of_one, _ in done for layer in of_one], done[0][1]
         parts = quantize_components(pipe, named, _LoggingConsole())
         if target is not None:
-            _save(pipe, target, recipe, family.component)
-    return Quantized(recipe, layers, footprint(backbone), parts)
+            _save(pipe, target, recipe, list(backbones))
+    return Quantized(recipe, layers, footprint(nn.ModuleList(backbones.values())), parts)
 
 
 def _family(pipe: "DiffusionPipeline") -> Family:
@@ -178,9 +185,9 @@ def _free_folder(out: Path) -> Path:
     return out
 
 
-def _save(pipe: "DiffusionPipeline", folder: Path, recipe: Recipe, component: str) -> None:
-    formats, dtype = (format_name(recipe.weights), format_name(recipe.activations)), getattr(pipe, component).dtype
-    save_whole(pipe, folder, model_card(folder.name, recipe.name, *formats, type(pipe).__name__, dtype), component)
+def _save(pipe: "DiffusionPipeline", folder: Path, recipe: Recipe, backbones: Sequence[str]) -> None:
+    formats, dtype = (format_name(recipe.weights), format_name(recipe.activations)), getattr(pipe, backbones[0]).dtype
+    save_whole(pipe, folder, model_card(folder.name, recipe.name, *formats, type(pipe).__name__, dtype), backbones)
 
 
 def _check_backbone(backbone: nn.Module, component: str) -> None:
@@ -268,7 +275,9 @@ def _calibration(
         )
     backbone = getattr(pipe, family.component)
     height, width = _image_size(pipe, backbone, call)
-    batch_size = 1 if kind in family.edits else batch_size_for(height, width)
+    parameters = inspect.signature(pipe.__call__).parameters
+    frames = call.get(FRAMES) or (parameters[FRAMES].default if FRAMES in parameters else 1)
+    batch_size = 1 if kind in family.edits else batch_size_for(height, width, frames)
     listed = _prompts(kind, prompts, call, height, width)
     dtype = next((name for name, dtype in DTYPES.items() if dtype == backbone.dtype), str(backbone.dtype))
     budget = None if memory_budget is None else parse_size(memory_budget, "memory_budget")
@@ -276,8 +285,11 @@ def _calibration(
 
 
 def _image_size(pipe: "DiffusionPipeline", backbone: nn.Module, call: dict[str, Any]) -> tuple[int, int]:
-    """Height and width in pixels; what the call leaves out is what the backbone was made for."""
-    latent = backbone.config.get("sample_size") or pipe.default_sample_size
+    """Height and width in pixels; what the call leaves out is what the backbone was made for, or the call's default."""
+    latent = backbone.config.get("sample_size") or getattr(pipe, "default_sample_size", None)
+    if latent is None:
+        parameters = inspect.signature(pipe.__call__).parameters
+        return tuple(call.get(side) or parameters[side].default for side in ("height", "width"))
     sides = latent if isinstance(latent, Sequence) else (latent, latent)
     factor = getattr(pipe, "vae_scale_factor", None) or 2 ** (len(pipe.vae.config.block_out_channels) - 1)
     own = [side * factor for side in sides]

@@ -144,7 +144,8 @@ def _rehearsed(
     with recorder, rehearsing(backbone):
         calls.latents(pipeline, range(1))
     if not recorder.timesteps:
-        raise UserError(f"the pipeline never called its {type(backbone).__name__}: there is nothing to calibrate on")
+        kind = type(backbone).__name__
+        raise UserError(f"the pipeline never called its {kind} ({component}): there is nothing to calibrate on")
     return recorder.timesteps
 
 

@@ -19,7 +19,7 @@ PICTURES = frozenset({"image", "mask_image", "control_image"})
 """Images that the call takes beside a prompt: to change, where to change it, to follow."""
 TOGETHER = TEXTS | {
     *("height", "width", "num_inference_steps", "timesteps", "sigmas", "denoising_end", "eta", "clip_skip"),
-    *("guidance_scale", "guidance_rescale", "true_cfg_scale"),
+    *("num_frames", "guidance_scale", "guidance_scale_2", "guidance_rescale", "true_cfg_scale"),
     *("strength", "controlnet_conditioning_scale", *PICTURES),
     *("max_sequence_length", "clean_caption", "use_resolution_binning", "complex_human_instruction"),
 }

@@ -24,8 +24,8 @@ def call_pipeline(
     call: dict[str, Any],
     differentiable: bool = False,
 ) -> Any:
-    """The images (or latents, by `output_type`) of one call, without a progress bar, and without gradients unless the
-    call is to be `differentiable`: then through the sampler as well.
+    """The images or videos, or their latents, by `output_type`, of one call, without a progress bar, and without
+    gradients unless the call is to be `differentiable`: then through the sampler as well.
 
     Every image starts from the noise of its own seed, drawn on the CPU, so that it depends neither on the batch nor on
     the device. `call` holds the arguments other than prompt, generator and output type; with the embeddings of prompts
@@ -42,7 +42,8 @@ def call_pipeline(
         torch.set_grad_enabled(differentiable),
         _refusing(type(pipeline).__name__, call),
     ):
-        return run(pipeline, **given, generator=generators, output_type=output_type, **call).images
+        made = run(pipeline, **given, generator=generators, output_type=output_type, **call)
+        return made.frames if hasattr(made, "frames") else made.images
 
 
 @contextlib.contextmanager

@@ -35,9 +35,23 @@ def deterministic(pipeline: Any) -> Iterator[None]:
     parts = {id(part): part for name, part in pipeline.components.items() if name not in LEFT_WHOLE}
     with contextlib.ExitStack() as stack:
         for part in parts.values():
+            if hasattr(part, "clear_cache"):
+                stack.enter_context(_sliced(part))
+                continue
             for module in _called(part):
                 stack.enter_context(_row_by_row(module))
         yield
+
+
+@contextlib.contextmanager
+def _sliced(vae: Any) -> Iterator[None]:
+    """Decode row by row, with one call of the whole for each: a VAE of videos hands lists of what it knows of earlier
+    frames to its modules, which add to them."""
+    before, vae.use_slicing = vae.use_slicing, True
+    try:
+        yield
+    finally:
+        vae.use_slicing = before
 
 
 def _called(part: Any) -> list[nn.Module]:

@@ -1,5 +1,6 @@
 """Metrics of pairs: every image against the full-precision one of the same prompt, seed and noise."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -25,7 +26,10 @@ Measure = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class PairValues:
-    """Values of pairs [N], float64 on the CPU, in the order of the file names; and remarks on odd images."""
+    """Values of pairs [N], float64 on the CPU, in the order of the file names; and remarks on odd images.
+
+    That of a pair of videos is the mean over its frames.
+    """
 
     values: Tensor
     note: str | None
@@ -50,11 +54,12 @@ def mean_of_pairs(
     return summarize(of_pairs.values, kind.better, of_pairs.note, backbone)
 
 
-def values_of_pairs(scored: ScoredImages, kind: Kind, measure: Measure) -> PairValues:
+def values_of_pairs(scored: ScoredImages, kind: Kind, measure: Measure, most: float = math.inf) -> PairValues:
     """`measure` of every pair; the title of `kind` names it in the progress bar.
 
     Args:
         measure: from images and references, both uint8 [N, 3, H, W] on the networks' device, to [N].
+        most: what a frame of a video counts as at most, unless all are infinite.
     """
     pairs, device = scored.pairs, scored.networks.device
 
@@ -62,16 +67,29 @@ def values_of_pairs(scored: ScoredImages, kind: Kind, measure: Measure) -> PairV
         done, total = 0, sum(map(len, batches))
         with ThreadPoolExecutor(READERS) as pool:
             for loaded in read_ahead(batches, pairs.load, pool):
-                reference, image = map(torch.stack, zip(*loaded, strict=True))
-                values = measure(image.to(device), reference.to(device))
-                yield list(zip(values.tolist(), _one_colour(image), strict=True))
-                done += len(image)
+                if loaded[0][0].dim() == 3:
+                    reference, image = map(torch.stack, zip(*loaded, strict=True))
+                    values = measure(image.to(device), reference.to(device)).tolist()
+                    blank = _one_colour(image)
+                else:
+                    values = [_mean_of_frames(*pair, measure, device, most) for pair in loaded]
+                    blank = [all(_one_colour(video)) for _, video in loaded]
+                yield list(zip(values, blank, strict=True))
+                done += len(loaded)
                 scored.progress(kind.title, done, total)
 
     found = [pair for batch in in_shares(pairs.batches(PIXELS_PER_BATCH), measured) for pair in batch]
     values, blank = zip(*found, strict=True)
     note = f"{flagged_names(pairs, blank)} hold one colour only, as NaN leaves them" if any(blank) else None
     return PairValues(torch.tensor(values, dtype=torch.float64), note)
+
+
+def _mean_of_frames(reference: Tensor, video: Tensor, measure: Measure, device: str, most: float) -> float:
+    """The mean of `measure` over the frames of two videos, uint8 [frames, 3, H, W], on some frames at a time."""
+    at_once = max(1, PIXELS_PER_BATCH // math.prod(video.shape[2:]))
+    parts = zip(video.split(at_once), reference.split(at_once), strict=True)
+    values = torch.cat([measure(part.to(device), other.to(device)).double().cpu() for part, other in parts])
+    return math.inf if bool((values == math.inf).all()) else values.clamp(max=most).mean().item()
 
 
 def in_shares(items: Sequence[Item], work: Callable[[Sequence[Item]], Iterable[Result]]) -> list[Result]:

@@ -18,7 +18,7 @@ def psnr(scored: "ScoredImages") -> "Metric":
     from dmquant.evaluation.metrics.pairs import values_of_pairs
     from dmquant.evaluation.metrics.summary import summarize
 
-    of_pairs = values_of_pairs(scored, PSNR, decibels)
+    of_pairs = values_of_pairs(scored, PSNR, decibels, most=CAP)
     identical = int(of_pairs.values.isinf().sum())
     capped = f"{identical} of {len(of_pairs.values)} pairs are identical and count as {CAP:.0f} dB"
     notes = "; ".join(filter(None, (capped if identical else None, of_pairs.note)))

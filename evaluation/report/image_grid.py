@@ -1,4 +1,4 @@
-"""A picture that shows the effect of quantization: images of the same prompts, side by side."""
+"""A picture that shows the effect of quantization: images of the same prompts, side by side, or strips of videos."""
 
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from dmquant.evaluation.difference import difference_picture, open_alike, rms_difference
-from dmquant.evaluation.images import matching_images, open_rgb, save_image
+from dmquant.evaluation.images import STRIP, matching_images, number_of_frames, open_rgb, save_image
 from dmquant.host.text import visible
 
 SMALLEST, LARGEST = 128, 384  # pixels: the longer side of a picture in the grid
@@ -59,7 +59,13 @@ def draw_grid(
     headings = [*before, *headings]
     beside = list(zip(*folders.values(), strict=True))  # all images of a prompt
     given = list(zip(*before.values(), strict=True)) if before else [()] * len(prompts)
-    side, limit = _fit(rows, len(headings), 2 if amplify is not None and len(columns) > 2 else 1)
+    frames = min(STRIP, number_of_frames(beside[0][0]))
+    if frames > 1:  # strips of videos, one below the other
+        below = len(columns) + (len(columns) - 1 if amplify is not None else 0)
+        headings = [", below it ".join(headings)]
+        side, limit = _fit(rows, frames, below)
+    else:
+        side, limit = _fit(rows, len(headings), 2 if amplify is not None and len(columns) > 2 else 1)
     captions = list(prompts)
     if worst:
         apart = [_furthest(paths) for paths in beside]
@@ -70,7 +76,7 @@ def draw_grid(
         ]
     else:
         chosen = _spread(len(prompts), limit)
-    shown = [Prompt(_pictures(given[index], beside[index], amplify, side), captions[index]) for index in chosen]
+    shown = [Prompt(_pictures(given[index], beside[index], amplify, side, frames), captions[index]) for index in chosen]
     save_image(_compose(shown, headings, amplify, per_line), Path(out))
     return Path(out)
 
@@ -102,7 +108,7 @@ def _furthest(paths: Sequence[Path]) -> float:
 
 
 def _pictures(
-    given: Sequence[Path], paths: Sequence[Path], amplify: float | None, side: int
+    given: Sequence[Path], paths: Sequence[Path], amplify: float | None, side: int, frames: int
 ) -> list[list[Image.Image | None]]:
     """Rows of pictures: what was given and what was made of it, and differences beside or below."""
     inputs = [open_rgb(path) for path in given]
@@ -113,12 +119,15 @@ def _pictures(
         rows = [pictures + apart] if len(others) == 1 else [pictures, [None, *apart]]
     nothing = [Image.new("RGB", image.size, PAPER) for image in inputs]  # below them
     rows = [[*(inputs if row[0] is reference else nothing), *row] for row in rows]
-    return [[None if picture is None else _scaled(picture, side) for picture in row] for row in rows]
+    if frames > 1:
+        rows = [[picture] for row in rows for picture in row if picture is not None]
+    return [[None if picture is None else _scaled(picture, side, frames) for picture in row] for row in rows]
 
 
-def _scaled(picture: Image.Image, largest: int) -> Image.Image:
-    """`picture` enlarged by a whole factor if it is small, reduced if its longer side is over `largest` pixels."""
-    side = max(picture.size)
+def _scaled(picture: Image.Image, largest: int, frames: int = 1) -> Image.Image:
+    """`picture`, of so many frames in a row, enlarged by a whole factor if they are small, reduced if their longer side
+    is over `largest` pixels."""
+    side = max(picture.width // frames, picture.height)
     if side < SMALLEST:
         factor = -(-SMALLEST // side)
         return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.LANCZOS)

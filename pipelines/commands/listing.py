@@ -31,6 +31,7 @@ from dmquant.settings import format_name
 
 GUIDANCE = {
     "rows": "guidance by rows with and without the prompt in one call",
+    "calls": "guidance by a call of its own without the prompt, one row an image",
     "embedded": "guidance as an input, one row an image",
 }
 MARKS = {"ok": "ok", "warn": "note", "missing": "missing"}
@@ -45,7 +46,7 @@ def models() -> None:
             spec.name,
             spec.description,
             spec.family,
-            f"{spec.width}x{spec.height}",
+            f"{spec.width}x{spec.height}" + (f", {spec.frames} frames" if spec.frames > 1 else ""),
             str(spec.steps),
             f"{spec.guidance:g}",
             spec.dtype,
@@ -133,9 +134,12 @@ def inspect(folder: Path, layers: bool) -> None:
     pipeline = folders.pipeline_class(folder)
     folders.check_whole(folder)
     component = next((name for name in COMPONENTS if name in folders.components(folder)), None)
-    method = component and folders.quantization(folder, component)
-    of_others = bool(component) and method != QuantMethod.DMQUANT.value and is_of_others(folder / component)
-    check_models(folder, (component,) if of_others else ())
+    backbones = () if component is None else _backbones(folder, component)
+    methods = {name: folders.quantization(folder, name) for name in backbones}
+    of_others = [
+        name for name in backbones if methods[name] != QuantMethod.DMQUANT.value and is_of_others(folder / name)
+    ]
+    check_models(folder, of_others)
     console = Console()
     parts = _table("part", "files", "size")
     for name in folders.components(folder):
@@ -145,22 +149,32 @@ def inspect(folder: Path, layers: bool) -> None:
     console.show(parts)
     if component is None:
         console.say(f"no {' or '.join(COMPONENTS)} in it")
-        return
-    backbone = folders.read_json(folder / component / "config.json").get("_class_name")
+    for name in backbones:
+        _inspect_backbone(folder / name, methods[name], name in of_others, layers, console)
+
+
+def _backbones(folder: Path, component: str) -> list[str]:
+    """Names of the backbones in a pipeline folder, of which `component` is the first."""
+    family = family_of_backbone(folders.read_json(folder / component / "config.json").get("_class_name"))
+    return [component] if family is None else family.backbones_among(folders.components(folder))
+
+
+def _inspect_backbone(part: Path, method: str | None, of_others: bool, layers: bool, console: Console) -> None:
+    backbone = folders.read_json(part / "config.json").get("_class_name")
     family = family_of_backbone(backbone)
     known = (
         f"no family knows it, --family {GENERIC} fits"
         if family is None
         else f"family {family.name}, {GUIDANCE[family.guidance]}"
     )
-    console.say(f"{component}: {backbone}, {known}")
+    console.say(f"{part.name}: {backbone}, {known}")
     if method == QuantMethod.DMQUANT.value:
-        _inspect_quantized(folder / component, layers, console)
+        _inspect_quantized(part, layers, console)
     elif of_others or method is not None:
-        console.say(f"{component}: quantized by {method or 'others'}")
-        inspecting.inspect_file(folder / component, layers)
+        console.say(f"{part.name}: quantized by {method or 'others'}")
+        inspecting.inspect_file(part, layers)
     else:
-        _inspect_full_precision(folder / component, family, console)
+        _inspect_full_precision(part, family, console)
 
 
 def verify(folder: Path) -> None:

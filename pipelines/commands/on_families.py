@@ -26,8 +26,7 @@ def draft_family(
     The draft says what has to be checked. `--family FILE` of the other commands takes it.
     """
     from dmquant.host.files import write_text
-    from dmquant.pipelines.models.drafting import draft
-    from dmquant.pipelines.models.registry import unknown_parts
+    from dmquant.pipelines.models.drafting import draft, unknown_parts
 
     text = draft(*unknown_parts(model))
     if out is None:

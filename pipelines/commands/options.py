@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from dmquant.pipelines.commands.picture_options import ControlNet, Controls, Masks, Pictures, Strength
 from dmquant.pipelines.runs.defaults import DEFAULT_RECIPE, ENGINES, LAYOUTS, PURPOSES
 
 Model = Annotated[
@@ -158,50 +159,10 @@ Width = Annotated[
     int | None,
     typer.Option(min=8, help="Image width in pixels, used as given. Default: the model's.", rich_help_panel="Images"),
 ]
-Pictures = Annotated[
-    Path | None,
+Frames = Annotated[
+    int | None,
     typer.Option(
-        "--image",
-        metavar="FILE|FOLDER",
-        help="An image to change as the prompt says (image to image), or one for each prompt, in the folder's order "
-        "and over again where they are fewer. A .csv or .tsv of prompts may name them in a column 'image', too.",
-        rich_help_panel="Input images",
-    ),
-]
-Masks = Annotated[
-    Path | None,
-    typer.Option(
-        "--mask",
-        metavar="FILE|FOLDER",
-        help="What of --image may change: the white part of a mask of its size (inpainting). Or a column 'mask'.",
-        rich_help_panel="Input images",
-    ),
-]
-Controls = Annotated[
-    Path | None,
-    typer.Option(
-        "--control",
-        metavar="FILE|FOLDER",
-        help="Images that --controlnet reads, as edges or poses. Or a column 'control'.",
-        rich_help_panel="Input images",
-    ),
-]
-ControlNet = Annotated[
-    str | None,
-    typer.Option(
-        "--controlnet",
-        metavar="SOURCE",
-        help="A ControlNet for MODEL, a folder or a Hub id; it stays in full precision.",
-        rich_help_panel="Input images",
-    ),
-]
-Strength = Annotated[
-    float | None,
-    typer.Option(
-        metavar="SHARE",
-        help="Share of the steps that run on --image, from 0 to 1: the more, the less is left of it. "
-        "Default: the pipeline's.",
-        rich_help_panel="Input images",
+        min=1, help="Frames of a video, for models that make videos. Default: the model's.", rich_help_panel="Images"
     ),
 ]
 Seed = Annotated[
@@ -296,7 +257,8 @@ _CALIBRATION = {
 }
 _FORMATS = {"w": (Weights, None), "a": (Activations, None), "components": (Components, None)}
 _PROMPTS = {"prompts": (Prompts, None), "num_prompts": (NumPrompts, None), "prompt_seed": (PromptSeed, None)}
-_SAMPLING = {"steps": (Steps, None), "guidance": (Guidance, None), "height": (Height, None), "width": (Width, None)}
+_SIZE = {"height": (Height, None), "width": (Width, None), "frames": (Frames, None)}
+_SAMPLING = {"steps": (Steps, None), "guidance": (Guidance, None)} | _SIZE
 _INPUTS = {
     "image": (Pictures, None),
     "mask": (Masks, None),

@@ -2,6 +2,7 @@
 
 import fnmatch
 import inspect
+import os
 import re
 import textwrap
 from collections.abc import Iterable, Mapping
@@ -12,11 +13,30 @@ from torch import nn
 from dmquant.convert import layers_in
 from dmquant.errors import UserError
 from dmquant.models import USUAL
+from dmquant.pipelines.models import folders, hub
+from dmquant.pipelines.models.registry import HUB_ID, backbone_part, embedded_folder, registered_models
 from dmquant.pipelines.models.skeleton import skeleton
 
 _ROWS = re.compile(r"torch\.cat\(\s*\[\s*latents\s*\]\s*\*\s*2|cat\(\[latents, latents\]")
 _CALLS = re.compile(r"true_cfg_scale|noise_pred_uncond\s*=\s*self\.transformer|do_true_cfg|cond=.uncond")
 _IDS = re.compile(r".*_ids$|.*rotary_emb$|freqs_cis.*")
+
+
+def unknown_parts(text: str) -> tuple[Path, str, str]:
+    """The folder of a pipeline that a folder or a Hub id stands for, its backbone's name, and its class.
+
+    Raises UserError as `resolve_model` does.
+    """
+    folder = Path(os.path.expanduser(text))
+    if not folder.is_dir():
+        known = registered_models().get(text)
+        if known is not None and known.is_embedded:
+            folder = embedded_folder(known.source)
+        elif known is None and not HUB_ID.fullmatch(text):
+            raise UserError(f"there is no folder {text}")
+        else:
+            folder = hub.configuration(known.source if known else text)[0]
+    return folder, backbone_part(folder), folders.pipeline_class(folder)
 
 
 def draft(folder: Path, component: str, pipeline: str) -> str:

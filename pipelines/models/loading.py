@@ -101,17 +101,24 @@ def checked_folder(spec: ModelSpec, say: Callable[[str], None]) -> Path:
     else:
         folder = hub.pipeline(spec.source, spec.download_bytes, family.without, say)
     folders.check_whole(folder, family.without)
-    method = folders.quantization(folder, family.component)
-    if method is None and is_of_others(folder / family.component):
-        method = open_foreign(folder / family.component).format.name
+    methods = {name: _method(folder, name) for name in family.backbones_among(folders.components(folder))}
+    method = next(filter(None, methods.values()), None)
     if method is not None and not spec.dequantizes:
         raise UserError(
             f"{folder} is already quantized (by {method}): start from the full-precision model, or, with "
             "--source-quantized dequantize, from what its weights stand for; `dmquant inspect` shows what it holds"
         )
-    decoded_apart = {family.component} if method not in (None, QuantMethod.DMQUANT.value) else {}
+    decoded_apart = {name for name, each in methods.items() if each not in (None, QuantMethod.DMQUANT.value)}
     check_models(folder, {*family.without, *decoded_apart}, folders.variant(folder, family.component))
     return folder
+
+
+def _method(folder: Path, component: str) -> str | None:
+    """The method or the format that a backbone is quantized with, dmquant's or another's; None in full precision."""
+    method = folders.quantization(folder, component)
+    if method is None and is_of_others(folder / component):
+        return open_foreign(folder / component).format.name
+    return method
 
 
 def checked_quantized(folder: Path, leave_out: Collection[str] = ()) -> Path:
@@ -149,8 +156,9 @@ def load_full_precision(
     without = {name: value for name, value in family.without.items() if name in parameters}
     variant = folders.variant(folder, family.component)
     options = {"dtype": dtype, "use_safetensors": True, "local_files_only": True}
-    if spec.dequantizes and (backbone := decoded(folder / family.component, dtype)) is not None:
-        parts = {**parts, family.component: backbone}
+    for name in family.backbones_among(folders.components(folder)) if spec.dequantizes else ():
+        if (backbone := decoded(folder / name, dtype)) is not None:
+            parts = {**parts, name: backbone}
     with explained(folder):
         apart = {
             name: model_class(*folders.classes(folder)[name]).from_pretrained(folder / name, variant=own, **options)
@@ -162,9 +170,10 @@ def load_full_precision(
     if spec.dequantizes:
         dequantize_parts(pipeline, dtype)
     bake(pipeline, spec.loras, family.component)
-    _check_backbone(getattr(pipeline, family.component), folder / family.component)
+    for name, backbone in family.backbones_of(pipeline).items():
+        _check_backbone(backbone, folder / name)
+        check_attention(backbone)
     _remember_configuration(pipeline, folder, parameters)
-    check_attention(getattr(pipeline, family.component))
     return place(pipeline, device, offload)
 
 

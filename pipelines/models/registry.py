@@ -8,7 +8,6 @@ import importlib.resources
 import inspect
 import os
 import re
-import runpy
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -17,11 +16,12 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
-from dmquant.diffusers.families import GENERIC, HOW_TO_ADD, Family, ends, families, family_of_pipeline, register
+from dmquant.diffusers.families import GENERIC, HOW_TO_ADD, Family, ends, families, family_of_pipeline
 from dmquant.diffusers.families.generic import COMPONENTS
 from dmquant.errors import UsageError, UserError, check_choice, unknown
 from dmquant.host.text import visible
 from dmquant.pipelines.models import folders, hub
+from dmquant.pipelines.models.family_files import family_in
 from dmquant.pipelines.models.loras import Lora, parse
 from dmquant.pipelines.models.skeleton import skeleton
 
@@ -29,6 +29,7 @@ EMBEDDED = "embedded:"
 SOURCE_QUANTIZED = ("refuse", "dequantize")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 """The id of a repository on the Hub."""
+FRAMES = "num_frames"  # the argument of a pipeline's call that is the number of frames
 _USUAL_PIXELS = 1024  # the default of diffusers, for pipelines whose configuration tells no size
 _TAKES_MORE = re.compile(
     "Control|Adapter|Img2Img|I2I|Depth2Img|Inpaint|Fill|Redux|Kontext|Pix2Pix|Edit|Refiner|Upscale|SuperResolution"
@@ -73,6 +74,19 @@ class ModelSpec(BaseModel):
     """Fused into the weights when they are loaded."""
     dequantizes: bool = False
     """Whether weights that are quantized already are taken for what they stand for."""
+
+    @property
+    def frames(self) -> int:
+        """Frames of a video; 1 where it makes images."""
+        return self.call.get(FRAMES, 1)
+
+    def with_frames(self, frames: int | None) -> "ModelSpec":
+        """The same with so many frames of a video."""
+        return self if frames is None else self.model_copy(update={"call": {**self.call, FRAMES: frames}})
+
+    def for_backbone(self, name: str) -> "ModelSpec":
+        """The same with one of several backbones as the one that is meant."""
+        return self.model_copy(update={"component": name})
 
     @property
     def is_embedded(self) -> bool:
@@ -130,7 +144,7 @@ def resolve_model(text: str, family: str | None = None) -> ModelSpec:
     pipeline we can quantize and for a Hub id that is neither cached nor reachable.
     """
     if family is not None and family.endswith(".py"):
-        family = _family_in(Path(os.path.expanduser(family)))
+        family = family_in(Path(os.path.expanduser(family)))
     if family is not None and family not in families():
         raise unknown("family", family, families(), f"it is one of {', '.join(families())}")
     models = registered_models()
@@ -149,38 +163,6 @@ def resolve_model(text: str, family: str | None = None) -> ModelSpec:
     if "/" in text or "\\" in text:
         raise UserError(f"there is no folder {text}")
     raise unknown("model", text, models, "`dmquant models` lists them; a Hub id or a local diffusers folder works too")
-
-
-def unknown_parts(text: str) -> tuple[Path, str, str]:
-    """The folder of a pipeline that a folder or a Hub id stands for, its backbone's name, and its class.
-
-    Raises UserError as `resolve_model` does.
-    """
-    folder = Path(os.path.expanduser(text))
-    if not folder.is_dir():
-        known = registered_models().get(text)
-        if known is not None and known.is_embedded:
-            folder = embedded_folder(known.source)
-        elif known is None and not _HUB_ID.fullmatch(text):
-            raise UserError(f"there is no folder {text}")
-        else:
-            folder = hub.configuration(known.source if known else text)[0]
-    return folder, _component(folder), folders.pipeline_class(folder)
-
-
-def _family_in(file: Path) -> str:
-    """The name of the family that a Python file defines as FAMILY, which is known from now on; UserError otherwise."""
-    if not file.is_file():
-        raise UserError(f"there is no file {file} with a family: `dmquant draft-family MODEL --out {file}` writes one")
-    try:
-        found = runpy.run_path(str(file)).get("FAMILY")
-    except Exception as error:
-        raise UserError(f"{file} cannot be run: {type(error).__name__}: {' '.join(str(error).split())}") from error
-    if not isinstance(found, Family):
-        raise UserError(f"{file} defines no FAMILY, a dmquant.diffusers.families.Family")
-    if families().get(found.name) is None:
-        register(found)
-    return found.name
 
 
 def with_loras(spec: ModelSpec, given: Iterable[str]) -> ModelSpec:
@@ -223,7 +205,7 @@ def _spec_of_folder(
     chosen = family or known
     if chosen is None:
         raise _unknown_pipeline(pipeline, source)
-    size = folders.image_size(folder, _component(folder))
+    size = folders.image_size(folder, backbone_part(folder))
     relative = _relative(pipeline, name, size) or _defaults(pipeline, chosen)
     height, width = size or (relative.height, relative.width)
     call = dict(relative.call)
@@ -287,7 +269,7 @@ def _defaults(pipeline: str, family: str) -> ModelSpec:
 def _of_family(spec: ModelSpec, folder: Path, name: str) -> ModelSpec:
     """`spec` with the backbone in `folder` taken for one of the family `name`; UsageError where it is none."""
     if name == GENERIC:
-        component = _component(folder)
+        component = backbone_part(folder)
         keep = ends(skeleton(folder / component))
         return spec.model_copy(update={"family": name, "component": component, "keep": keep})
     family = families()[name]
@@ -301,7 +283,7 @@ def _of_family(spec: ModelSpec, folder: Path, name: str) -> ModelSpec:
     return spec.model_copy(update={"family": name})
 
 
-def _component(folder: Path) -> str:
+def backbone_part(folder: Path) -> str:
     """Name of the part of an unknown pipeline that is its backbone."""
     parts = folders.components(folder)
     for name in COMPONENTS:
@@ -314,7 +296,7 @@ def _component(folder: Path) -> str:
 def _check_takes_a_prompt_alone(folder: Path, pipeline: str, source: str) -> None:
     """UserError for a pipeline class that makes something else than images, or needs more than a prompt for them."""
     parameters = call_parameters(pipeline)
-    if "num_frames" in parameters or "Video" in pipeline:
+    if FRAMES in parameters or "Video" in pipeline:
         raise UserError(f"{source} holds a {pipeline}, which makes videos: dmquant quantizes text-to-image pipelines")
     needed = [name for name, parameter in parameters.items() if parameter.default is parameter.empty]
     alone = {"self", "prompt", "args", "kwargs"}

@@ -28,13 +28,13 @@ def save_whole(
     pipeline: "DiffusionPipeline",
     folder: Path,
     card: str,
-    backbone: str,
+    backbones: Sequence[str],
     shared: SharedParts | None = None,
     records: Mapping[str, str] = MappingProxyType({}),
 ) -> Path | None:
     """Save `pipeline` with its model card to `folder`; a model that is there is replaced at the end.
 
-    `records` are texts to save beside the card, by name. Parts other than the `backbone` are taken from `shared`, or
+    `records` are texts to save beside the card, by name. Parts other than the `backbones` are taken from `shared`, or
     put there, where it is given. Files of the user's in a folder that was replaced stay in it. Returns where a model
     without checksums, of versions up to 0.2, went, or None.
     """
@@ -44,7 +44,7 @@ def save_whole(
         owned.drop(new)  # of a command that was killed
         new.mkdir(parents=True)
         try:
-            _save(pipeline, new, backbone, shared)
+            _save(pipeline, new, backbones, shared)
             for name, text in {CARD: card, **records}.items():
                 (new / name).write_text(text, encoding="utf-8")
             checksums.write(new)
@@ -72,16 +72,17 @@ def listed(folder: Path) -> Mapping[str, str] | None:
     }
 
 
-def _save(pipeline: "DiffusionPipeline", folder: Path, backbone: str, shared: SharedParts | None) -> None:
+def _save(pipeline: "DiffusionPipeline", folder: Path, backbones: Sequence[str], shared: SharedParts | None) -> None:
     _put_tokenizers_at_rest(pipeline)
     if shared is not None and shared.fill(folder):
-        getattr(pipeline, backbone).save_pretrained(folder / backbone, safe_serialization=True)
-        as_umask_says(folder / backbone)
+        for name in backbones:
+            getattr(pipeline, name).save_pretrained(folder / name, safe_serialization=True)
+            as_umask_says(folder / name)
         make_portable(folder)
         return
     save_pipeline(pipeline, folder)
     if shared is not None:
-        shared.keep(folder, backbone)
+        shared.keep(folder, backbones)
 
 
 def _put_tokenizers_at_rest(pipeline: "DiffusionPipeline") -> None:

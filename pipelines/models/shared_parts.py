@@ -10,6 +10,7 @@ import os
 import shutil
 import stat
 import tempfile
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,9 +36,9 @@ class SharedParts:
             _link(self.folder / name, model / name)
         return bool(names)
 
-    def keep(self, model: Path, backbone: str) -> None:
+    def keep(self, model: Path, backbones: Collection[str]) -> None:
         """Take the parts of a whole model, for those to come; of several processes that do so at once one does it."""
-        others = [name for name in folders.components(model) if name != backbone]
+        others = [name for name in folders.components(model) if name not in backbones]
         paths = [model / folders.INDEX, *(path for name in others for path in sorted(model.glob(f"{name}/*")))]
         parts = [path.relative_to(model) for path in paths]
         unfinished = self.folder.parent / owned.UNFINISHED

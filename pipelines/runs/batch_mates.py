@@ -4,11 +4,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
-from PIL import Image
 
 from dmquant.evaluation.generate import ImageRequest, pixels_alone
+from dmquant.evaluation.images import load_frames
 from dmquant.evaluation.metrics.psnr import PSNR, decibels
 from dmquant.evaluation.result import BatchMates, Metric
 from dmquant.host import processes
@@ -49,8 +48,8 @@ def note_batch_mates(
             bar(0, 1)
             alone = pixels_alone(settings.prompted(pipeline), requests[0], settings.call)
             bar(1, 1)
-        with Image.open(folder.images(side) / requests[0].name) as there:
-            pair = [torch.from_numpy(pixels).movedim(-1, 0)[None] for pixels in (np.array(there), alone)]
+        there = load_frames(folder.images(side) / requests[0].name)
+        pair = there[None], torch.from_numpy(alone).movedim(-1, -3)[None]
         apart = decibels(*pair).item()
         return BatchMates(together, None if apart == float("inf") else apart)
 

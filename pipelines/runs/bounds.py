@@ -8,7 +8,7 @@ from typing import Any
 from dmquant import kernels
 from dmquant.cpu import products
 from dmquant.errors import UsageError, check_choice
-from dmquant.pipelines.models.registry import ModelSpec, call_parameters, family_for
+from dmquant.pipelines.models.registry import FRAMES, ModelSpec, call_parameters, family_for
 
 BOUNDS = {
     "num_prompts": 1_000_000,
@@ -17,6 +17,7 @@ BOUNDS = {
     "guidance": 1_000,
     "height": 16_384,
     "width": 16_384,
+    "frames": 10_000,
     "seed": 1 << 62,  # and the number of the image is added to it
     "batch_size": 10_000,
 }
@@ -47,7 +48,8 @@ def check_image_size(height: int, width: int) -> None:
 def check_taken(options: Any, model: ModelSpec) -> None:
     """UsageError for an option that the pipeline's call has no argument for."""
     taken, own = call_parameters(model.pipeline), {"height": model.height, "width": model.width}
-    arguments = {"height": "height", "width": "width", "guidance": family_for(model).guidance_argument}
+    arguments = {"height": "height", "width": "width", "frames": FRAMES}
+    arguments["guidance"] = family_for(model).guidance_argument
     for option, argument in arguments.items():
         given = getattr(options, option)
         if given is not None and argument not in taken and given != own.get(option):

@@ -59,11 +59,37 @@ def calibrate(
     `weights` is the key of the full-precision pipeline. Raises UserError for calibration data made for something else,
     and as `capture` and `calibrate_` do.
     """
+    return calibrate_all(pipeline, [settings], workspace, console, weights)[0]
+
+
+def calibrate_all(
+    pipeline: "DiffusionPipeline",
+    settings: Sequence[CalibrationSettings],
+    workspace: Path,
+    console: Console,
+    weights: str,
+) -> list[Calibrated]:
+    """`calibrate` for each of a pipeline's backbones, by its settings; the data of all come before one is changed."""
+    for one in settings:
+        # which may raise, and capturing takes long
+        plans_to_calibrate(getattr(pipeline, one.family.component), one.recipe)
+    stores = [calibration_data(pipeline, one, workspace, console, weights) for one in settings]
+    return [
+        _calibrate(pipeline, one, store, workspace, console, weights)
+        for one, store in zip(settings, stores, strict=True)
+    ]
+
+
+def _calibrate(
+    pipeline: "DiffusionPipeline",
+    settings: CalibrationSettings,
+    store: "CalibrationStore",
+    workspace: Path,
+    console: Console,
+    weights: str,
+) -> Calibrated:
     family, recipe = settings.family, settings.recipe
-    backbone = getattr(pipeline, family.component)
-    plans_to_calibrate(backbone, recipe)  # which may raise, and capturing takes long
-    store = calibration_data(pipeline, settings, workspace, console, weights)
-    device = None
+    backbone, device = getattr(pipeline, family.component), None
     if settings.offload == GROUP:
         end_offloading(pipeline)
         device = torch.device(settings.device)
@@ -74,7 +100,7 @@ def calibrate(
         recipe,
         store,
         blocks=family.blocks(backbone),
-        folder=workspace / f"codes-{fingerprint(recipe=meaning_of(recipe))[:8]}",
+        folder=workspace / f"codes-{family.prefix.replace('.', '-')}{fingerprint(recipe=meaning_of(recipe))[:8]}",
         made_for=_made_for(settings, weights),
         counted=family.counted(backbone),
         memory_budget=settings.memory_budget,
@@ -95,7 +121,9 @@ def calibration_data(
     wanted, calls, key = settings.recipe.calibration, calls_of(settings), data_key(settings, weights)[:8]
     if len(calls) < wanted.prompts:
         console.say(f"note: the recipe asks for {wanted.prompts} calibration prompts, the list has {len(calls)}")
-    folder = settings.calibration_data or workspace / DATA / key
+    first = folder = settings.calibration_data or workspace / DATA / key
+    if settings.family.prefix:  # not the first backbone
+        folder = first.with_name(f"{first.name}-{settings.family.component}")
     with console.bar("calibration data") as bar:
         store = capture(
             settings.prompted(pipeline),
@@ -108,11 +136,12 @@ def calibration_data(
             **settings.family.batching,
             weighted=IMPORTANCE in needs_of(settings.recipe.learning.objective),
             progress=bar,
-            replace=folder.name == key,  # as runs and sweeps name those that are theirs alone
+            replace=first.name == key,  # as runs and sweeps name those that are theirs alone
         )
     held_out = sum(sample.held_out for sample in store.samples)
+    title = f"calibration data of {settings.family.component}" if settings.family.prefix else "calibration data"
     console.say(
-        f"calibration data: {len(calls)} prompts, {len(store) - held_out} backbone calls to learn from and "
+        f"{title}: {len(calls)} prompts, {len(store) - held_out} backbone calls to learn from and "
         f"{held_out} held out, {wanted.sampler} over {store.steps} steps"
     )
     return store

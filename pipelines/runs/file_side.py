@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from dmquant.diffusers.families import family_of_backbone
 from dmquant.diffusers.timesteps import tell_timesteps
+from dmquant.errors import UserError
 from dmquant.exchange.applying import OTHER_PARTS, Applied, apply_, places
 from dmquant.exchange.checking import check
 from dmquant.exchange.interfaces import Foreign
@@ -31,6 +33,9 @@ def put_into(pipeline: "DiffusionPipeline", component: str, foreign: Foreign, mo
     `model` is what the user calls it. UserError where the file is of another model, or mislabelled.
     """
     backbone = getattr(pipeline, component)
+    if (family := family_of_backbone(type(backbone).__name__)) and len(family.backbones_of(pipeline)) > 1:
+        others = " and ".join(name for name in family.backbones_of(pipeline) if name != component)
+        raise UserError(f"{model} has {others} beside its {component}, and a file holds one: quantize the model itself")
     found = places(foreign, backbone, model)
     check(foreign, found, backbone, model)
     with console.bar("weights of the file") as bar, torch.no_grad():
@@ -89,7 +94,8 @@ class FromFile(Quantized):
         settings = self.settings
         formats = {name: (fmt, bits) for name, (fmt, bits) in self.folder.record("model")["formats_of_layers"].items()}
         pipeline = self._load()
-        errors = layer_errors(pipeline, self.reference.probe(), weight_errors, settings, self.console, formats)
+        probe = self.reference.probes()[settings.family.component]
+        errors = layer_errors(pipeline, probe, weight_errors, settings, self.console, formats)
         return [asdict(layer) for layer in errors]
 
 

@@ -10,6 +10,8 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
 from dmquant.diffusers.deterministic import deterministic
 from dmquant.errors import UserError
 from dmquant.evaluation.generate import (
@@ -63,7 +65,7 @@ def complete_images(
         folder.forget(stage)  # its record of the images is about to be untrue
         with peak_memory(settings.device) as peak:
             pipeline = load()
-            backbone = getattr(pipeline, settings.family.component)
+            backbone = nn.ModuleList(settings.family.backbones_of(pipeline).values())
 
             def note(generated: Generated) -> None:
                 peak.update()

@@ -19,7 +19,8 @@ from dmquant.pipelines.models.whole import model_class
 def data_of(folder: Path) -> Path | None:
     """The newest calibration data of a run, or of the comparison that it is part of; None where there is none."""
     places = [folder, *folder.resolve().parents[:2]]
-    found = [path for place in places for path in place.glob(f"calibration/data/*/{INDEX}")]
+    # That of further backbones is in folders of longer names.
+    found = [path for place in places for path in place.glob(f"calibration/data/????????/{INDEX}")]
     return max(found, key=lambda path: path.stat().st_mtime_ns).parent if found else None
 
 

@@ -1,6 +1,6 @@
 """The parts of a pipeline that models of several recipes have in common, in memory once for all of them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dmquant.host.files import fingerprint
@@ -12,21 +12,20 @@ SCHEDULER = "scheduler"  # has a state of its own, and is nothing to load
 
 
 class LoadedParts:
-    """Parts beside the backbone, as the first model that was loaded had them; without `keeps` none are kept."""
+    """Parts beside the backbones, as the first model that was loaded had them; without `keeps` none are kept."""
 
     def __init__(self, keeps: bool = True):
         self.keeps = keeps
         self.kept: dict[str, Any] = {}
-        self._backbone, self._key = "", ""
+        self._backbones, self._key = (), ""
 
-    def of(self, backbone: str, sha256: Mapping[str, str]) -> dict[str, Any]:
+    def of(self, backbones: Sequence[str], sha256: Mapping[str, str]) -> dict[str, Any]:
         """The parts kept, if they are from files like those of the model about to be loaded; else none are any more."""
-        key = fingerprint(
-            files={name: digest for name, digest in sha256.items() if not name.startswith(f"{backbone}/")}
-        )
+        places = tuple(f"{name}/" for name in backbones)
+        key = fingerprint(files={name: digest for name, digest in sha256.items() if not name.startswith(places)})
         if key != self._key:
             self.clear()
-        self._backbone, self._key = backbone, key
+        self._backbones, self._key = tuple(backbones), key
         return self.kept
 
     def keep(self, pipeline: "DiffusionPipeline") -> None:
@@ -36,7 +35,7 @@ class LoadedParts:
             self.kept = {
                 name: part
                 for name, part in others.items()
-                if name not in (self._backbone, SCHEDULER) and not getattr(part, "is_quantized", False)
+                if name not in (*self._backbones, SCHEDULER) and not getattr(part, "is_quantized", False)
             }
 
     def clear(self) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import diffusers
 from torch import nn
 
-from dmquant.convert import LayerReport, of_backbone, quantize_layers_, unmatched
+from dmquant.convert import LayerReport, component_names, of_backbone, quantize_layers_, unmatched
 from dmquant.diffusers.quantizer import mark_quantized
 from dmquant.errors import UserError
 from dmquant.host import processes
@@ -24,10 +24,10 @@ from dmquant.pipelines.models.attention import check_attention
 from dmquant.pipelines.models.checksums import checked
 from dmquant.pipelines.models.hashes import pipeline_hashes
 from dmquant.pipelines.models.loading import checked_quantized, explained, load_full_precision
-from dmquant.pipelines.models.placing import GROUP, end_offloading, place, place_backbone_alone
+from dmquant.pipelines.models.placing import GROUP, MODEL, end_offloading, place, place_backbone_alone
 from dmquant.pipelines.models.saving import model_card, narrow_exactly, save_whole
 from dmquant.pipelines.models.shared_parts import SharedParts
-from dmquant.pipelines.runs.calibration import calibrate, calibration_data
+from dmquant.pipelines.runs.calibration import calibrate_all, calibration_data
 from dmquant.pipelines.runs.components import BYTES_IN_16_BIT, check_components, quantize_components
 from dmquant.pipelines.runs.footprint import footprint, remainder
 from dmquant.pipelines.runs.settings import Settings
@@ -51,7 +51,9 @@ def make_model_together(
         if everyone.is_main:
             return make_model(load(), settings, folder, console, workspace, weights, shared)
         if settings.recipe.calibrated:
-            calibration_data(load(), settings, workspace, console, weights)
+            pipeline = load()
+            for name in to_quantize(pipeline, settings):
+                calibration_data(pipeline, settings.for_backbone(name), workspace, console, weights)
         return None
 
     everyone = processes.current()
@@ -67,46 +69,53 @@ def make_model(
     weights: str,
     shared: SharedParts | None = None,
 ) -> dict[str, Any]:
-    """Quantize the backbone of a full-precision pipeline, whose key is `weights`, in place; save it whole to `folder`.
+    """Quantize the backbones of a full-precision pipeline, whose key is `weights`, in place; save it whole to `folder`.
 
     `workspace` is where a recipe that takes data keeps it, and the codes of finished blocks; `shared` has the parts
     that are saved once for several models. Returns what the report says of the model: number of layers and parameters,
     bits and bytes, formats, seconds, and file hashes. Bits over all and bytes in full precision count what the file
     holds: parameters, and buffers that are saved with them.
     """
-    backbone = getattr(pipeline, settings.family.component)
+    backbones = to_quantize(pipeline, settings)
+    backbone = nn.ModuleList(backbones.values())
     parameters = sum(parameter.numel() for parameter in backbone.parameters())
     elements = sum(tensor.numel() for tensor in backbone.state_dict().values())
     check_components(pipeline, settings.recipe)
     began = time.perf_counter()
-    layers = quantize_in_place(pipeline, settings, workspace, console, weights)
-    for note, names in _notes(backbone, layers).items():
-        _say_of(console, names, note)
+    reports = quantize_in_place(pipeline, settings, workspace, console, weights)
+    for name, layers in reports.items():
+        for note, names in _notes(backbones[name], layers).items():
+            _say_of(console, names, note)
+    layers = [layer for of_one in reports.values() for layer in of_one]
     components = quantize_components(pipeline, settings.recipe, console, narrow_exactly)
     narrow_exactly(backbone)
     size, stored = footprint(backbone), sum(tensor.nbytes for tensor in backbone.state_dict().values())
     kind = type(pipeline).__name__
     loras = [lora.describe() for lora in settings.model.loras]
     card = model_card(settings.model.name, settings.recipe.name, *settings.formats, kind, settings.dtype, loras)
-    if replaced := save_whole(pipeline, folder, card, settings.family.component, shared):
+    if replaced := save_whole(pipeline, folder, card, list(backbones), shared):
         console.say(
             f"note: the model that was in {folder} has no checksums, so that it was not removed: it is {replaced}"
         )
     seconds = time.perf_counter() - began
-    component = folder / settings.family.component
+    files = [path for name in backbones for path in (folder / name).glob("*.safetensors")]
     facts = {
         "layers": len(layers),
         "parameters": parameters,
         "quantized_weights": size.quantized_weights,
         "bits_per_quantized_weight": size.bits_per_weight,
         "bits_per_weight": 8 * stored / elements,
-        "size_bytes": sum(path.stat().st_size for path in component.glob("*.safetensors")),
+        "size_bytes": sum(path.stat().st_size for path in files),
         "full_precision_bytes": BYTES_IN_16_BIT * elements,
-        "weight_errors": {layer.plan.name: layer.error for layer in layers},
+        "weight_errors": {
+            settings.for_backbone(name).family.prefix + layer.plan.name: layer.error
+            for name, of_one in reports.items()
+            for layer in of_one
+        },
         "formats": dict(Counter(layer.plan.weights.fmt.name for layer in layers)),
         "seconds": seconds,
         "components": components,
-        **_hashes(folder, settings.family.component),
+        **_hashes(folder, list(backbones)),
     }
     console.say(
         f"model: {facts['layers']} layers, {facts['bits_per_quantized_weight']:.2f} bits a quantized weight, "
@@ -116,31 +125,44 @@ def make_model(
     return facts
 
 
+def to_quantize(pipeline: "DiffusionPipeline", settings: Settings) -> dict[str, nn.Module]:
+    """The backbones, by name, that the recipe is for: further ones may have rules of their own, as other parts have."""
+    others = component_names(settings.recipe)
+    return {name: each for name, each in settings.family.backbones_of(pipeline).items() if name not in others}
+
+
 def quantize_in_place(
     pipeline: "DiffusionPipeline", settings: Settings, workspace: Path, console: Console, weights: str
-) -> list[LayerReport]:
-    """Quantize the backbone of a full-precision pipeline, whose key is `weights`, in place, as `make_model` says."""
-    backbone = getattr(pipeline, settings.family.component)
-    if warning := unmatched(backbone, settings.recipe):
+) -> dict[str, list[LayerReport]]:
+    """Quantize the backbones of a full-precision pipeline, whose key is `weights`, in place, as `make_model` says."""
+    backbones = to_quantize(pipeline, settings)
+    if warning := unmatched(next(iter(backbones.values())), settings.recipe):  # all are of one architecture
         console.say(f"warning: {warning}")
-    recipe = of_backbone(settings.recipe_for(backbone))
-    for rule in recipe.rules:
+    each = {
+        name: replace(settings.for_backbone(name), recipe=of_backbone(settings.recipe_for(backbone)))
+        for name, backbone in backbones.items()
+    }
+    for rule in each[settings.family.component].recipe.rules:
         if rule.keep and rule.reason:
             _say_of(console, as_list(rule.match), f"in high precision, since it {rule.reason}")
-    if recipe.calibrated:
-        calibrated = calibrate(pipeline, replace(settings, recipe=recipe), workspace, console, weights)
-        layers, recipe = calibrated.layers, calibrated.recipe
+    if settings.recipe.calibrated:
+        calibrated = calibrate_all(pipeline, list(each.values()), workspace, console, weights)
+        done = {name: (one.layers, one.recipe) for name, one in zip(each, calibrated, strict=True)}
     else:
         if settings.offload == GROUP:
-            end_offloading(
-                pipeline
-            )  # without data a layer at a time is looked at, which host memory is good enough for
-        elif settings.offload:
-            place_backbone_alone(pipeline, settings.family.component, settings.device)
-        with console.bar("quantizing") as bar:
-            layers = quantize_layers_(backbone, recipe, lambda done, total, name: bar(done, total))
-    mark_quantized(backbone, recipe)
-    return layers
+            # Without data a layer at a time is looked at, which host memory is good enough for.
+            end_offloading(pipeline)
+        done = {}
+        for name, backbone in backbones.items():
+            if settings.offload == MODEL:
+                place_backbone_alone(pipeline, name, settings.device)
+            recipe = each[name].recipe
+            with console.bar("quantizing") as bar:
+                layers = quantize_layers_(backbone, recipe, lambda at, total, layer, bar=bar: bar(at, total))
+            done[name] = layers, recipe
+    for name, (_, recipe) in done.items():
+        mark_quantized(backbones[name], recipe)
+    return {name: layers for name, (layers, _) in done.items()}
 
 
 def _say_of(console: Console, names: Sequence[str], note: str) -> None:
@@ -180,7 +202,8 @@ def load_quantized(folder: Path, settings: Settings, **parts: Any) -> "Diffusion
     kind = getattr(diffusers, folders.pipeline_class(folder)) if parts else diffusers.DiffusionPipeline
     with checked(folder, parts), explained(folder):
         pipeline = kind.from_pretrained(folder, dtype=settings.dtype, local_files_only=True, **parts)
-    check_attention(getattr(pipeline, settings.family.component))
+    for backbone in settings.family.backbones_of(pipeline).values():
+        check_attention(backbone)
     return place(pipeline, settings.device, settings.offload)
 
 
@@ -193,10 +216,11 @@ def is_as_written(folder: Path, sha256: dict[str, str]) -> bool:
         return False
 
 
-def _hashes(folder: Path, backbone: str) -> dict[str, dict[str, str]]:
-    """SHA-256 of the files of a model folder, with the parts other than the backbone by themselves."""
+def _hashes(folder: Path, backbones: Sequence[str]) -> dict[str, dict[str, str]]:
+    """SHA-256 of the files of a model folder, with the parts other than the backbones by themselves."""
     hashes = pipeline_hashes(folder)
-    of_backbone = {name for name in hashes if name.endswith(".json") or name.startswith(f"{backbone}/")}
+    places = tuple(f"{name}/" for name in backbones)
+    of_backbone = {name for name in hashes if name.endswith(".json") or name.startswith(places)}
     return {
         "sha256": {name: digest for name, digest in hashes.items() if name in of_backbone},
         "parts_sha256": {name: digest for name, digest in hashes.items() if name not in of_backbone},

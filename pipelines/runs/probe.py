@@ -86,7 +86,7 @@ def probe_full_precision(
     `requests` belong to the full-precision images; `load` loads their pipeline, and is called only where the probe
     has to be made. Raises UserError as `make_probe` does.
     """
-    path, key = folder / FILE, probe_key(requests, settings)
+    path, key = folder / f"{settings.family.prefix}{FILE}", probe_key(requests, settings)
     probe = Probe.load(path, key)
     if probe is not None:
         return probe
@@ -113,7 +113,7 @@ def layer_errors(
 ) -> list[LayerError]:
     """The errors of each layer of a quantized pipeline, in the order of the backbone.
 
-    `weight_errors` are the relative squared errors of the weights by layer, as `quantize_` and calibration report them;
+    `weight_errors` are the relative squared errors of the weights by layer, as `make_model` reports them;
     `formats` the format and the bits a weight of each, where the layers are not of dmquant.
     """
     backbone = getattr(pipeline, settings.family.component)
@@ -121,7 +121,11 @@ def layer_errors(
         outputs = output_errors(backbone, probe, bar, None if formats is None else list(formats))
     kinds = {name: _kind(backbone.get_submodule(name)) for name in outputs}
     formats = formats or {name: _format(backbone.get_submodule(name)) for name in outputs}
-    return [LayerError(name, kinds[name], *formats[name], weight_errors[name], outputs[name]) for name in outputs]
+    listed = {name: f"{settings.family.prefix}{name}" for name in outputs}
+    return [
+        LayerError(full, kinds[name], *formats[name], weight_errors[full], outputs[name])
+        for name, full in listed.items()
+    ]
 
 
 def _probed(requests: Sequence[ImageRequest], settings: Settings) -> Sequence[ImageRequest]:

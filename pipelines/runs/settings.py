@@ -88,6 +88,10 @@ class Settings:
     def family(self) -> Family:
         return family_for(self.model)
 
+    def for_backbone(self, name: str) -> "Settings":
+        """The same where the backbone is one of several that a pipeline has."""
+        return self if name == self.family.component else replace(self, model=self.model.for_backbone(name))
+
     @property
     def dtype(self) -> torch.dtype:
         return resolve_dtype(self.dtype_name, self.device)
@@ -134,9 +138,8 @@ class Settings:
         """The images to make with the weights that the fingerprint `weights` stands for."""
         way = {"deterministic": True} if self.deterministic else {}  # without it the key is that of earlier versions
         way |= {"inputs": self.called_in} if self.inputs else {}
-        settings = fingerprint(
-            weights=weights, call=self.call, dtype=self.dtype_name, device=self.device.partition(":")[0], **way
-        )
+        way["device"] = self.device.partition(":")[0]
+        settings = fingerprint(weights=weights, call=self.call, dtype=self.dtype_name, **way)
         given = self.inputs.of_each_prompt() if self.inputs else ()
         return image_requests(self.prompts, self.seed, settings, self.needs_latents, given)
 
@@ -239,7 +242,7 @@ def resolve(options: Options) -> Settings:
     inputs = resolve_inputs(options, model, prompts, calibration, (width, height), steps)
     alone = inputs is not None and inputs.pipeline in family_for(model).edits
     return Settings(
-        model=model,
+        model=model.with_frames(options.frames),
         recipe=recipe,
         calibration_prompts=calibration.prompts,
         calibration_data=options.calibration_data,
@@ -251,7 +254,7 @@ def resolve(options: Options) -> Settings:
         height=height,
         width=width,
         seed=options.seed,
-        batch_size=1 if alone else options.batch_size or batch_size_for(height, width),
+        batch_size=1 if alone else options.batch_size or batch_size_for(height, width, options.frames or model.frames),
         deterministic=options.deterministic,
         metrics=metrics,
         # Images of an earlier version have none: a default does not throw away images that took hours.
@@ -336,8 +339,8 @@ def _check_clip(name: str) -> None:
 
 def versions() -> dict[str, str]:
     """Versions of what a result depends on."""
-    libraries = {name: importlib.metadata.version(name) for name in LIBRARIES}
-    return {"dmquant": dmquant.__version__, "python": platform.python_version(), **libraries}
+    own = {"dmquant": dmquant.__version__, "python": platform.python_version()}
+    return own | {name: importlib.metadata.version(name) for name in LIBRARIES}
 
 
 def _prompts(options: Options, model: ModelSpec) -> PromptSet:

@@ -19,6 +19,7 @@ from dmquant.host import owned, processes
 from dmquant.host.console import Console
 from dmquant.host.files import fingerprint
 from dmquant.host.memory import peak_memory
+from dmquant.pipelines.models import folders
 from dmquant.pipelines.models.shared_parts import SharedParts
 from dmquant.pipelines.models.truncation import cut_line, cut_prompts
 from dmquant.pipelines.runs import runfolder
@@ -80,11 +81,13 @@ class FullPrecision:
         if line:
             self.console.say(f"note: {line}")
 
-    def probe(self) -> Probe:
-        """Outputs of the layers, to compare with: from an earlier run, or made with the pipeline."""
-        return probe_full_precision(
-            self.load, self.requests, self.settings, self.folder.path / runfolder.PROBE, self.console
-        )
+    def probes(self) -> dict[str, Probe]:
+        """Outputs of the layers of each backbone, to compare with: from an earlier run, or made with the pipeline."""
+        folder, there = self.folder.path / runfolder.PROBE, folders.components(self.source.folder)
+        return {
+            name: probe_full_precision(self.load, self.requests, self.settings.for_backbone(name), folder, self.console)
+            for name in self.settings.family.backbones_among(there)
+        }
 
     def load(self) -> "DiffusionPipeline":
         """The pipeline, loaded when first asked for."""
@@ -137,15 +140,15 @@ class Quantized:
     def _load(self) -> "DiffusionPipeline":
         """The quantized pipeline, loaded when first asked for."""
         if self._pipeline is None:
-            component, made = self.settings.family.component, self.folder.record("model")
-            loaded = self.reference.parts.of(component, made["sha256"] | made.get("parts_sha256", {}))
+            made = self.folder.record("model")
+            loaded = self.reference.parts.of(self.settings.family.names, made["sha256"] | made.get("parts_sha256", {}))
             self._pipeline = load_quantized(self.folder.path / runfolder.MODEL, self.settings, **loaded)
             self.reference.parts.keep(self._pipeline)
         return self._pipeline
 
     def _probe_reference(self) -> None:
         with self._going_on_without():
-            self.reference.probe()
+            self.reference.probes()
 
     def _layers(self) -> None:
         settings, reference = self.settings, self.reference
@@ -158,8 +161,13 @@ class Quantized:
 
     def _errors_of_layers(self, weight_errors: dict[str, float]) -> list[dict[str, Any]]:
         pipeline = self._load()
-        errors = layer_errors(pipeline, self.reference.probe(), weight_errors, self.settings, self.console)
-        return [asdict(layer) for layer in errors]
+        others = component_names(self.settings.recipe)
+        return [
+            asdict(layer)
+            for name, probe in self.reference.probes().items()
+            if name not in others
+            for layer in layer_errors(pipeline, probe, weight_errors, self.settings.for_backbone(name), self.console)
+        ]
 
     @contextlib.contextmanager
     def _going_on_without(self) -> Iterator[None]:

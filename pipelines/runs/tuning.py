@@ -96,6 +96,11 @@ def tune(
     """
     component, workspace = settings.family.component, workspace / runfolder.CALIBRATION
     pipeline = load_source(settings, console)
+    if len(backbones := settings.family.backbones_of(pipeline)) > 1:
+        raise UserError(
+            f"{settings.model.name} has {len(backbones)} backbones ({', '.join(backbones)}), and tuning is of one: "
+            "quantize it with a recipe that calibrates, such as adaround"
+        )
     full = getattr(pipeline, component).requires_grad_(False)
     device = next(full.parameters()).device
     total = settings.memory_budget or default_budget(device)
@@ -259,7 +264,7 @@ def _save(
     kept = ("model", "recipe", "tuning", "calibration", "inputs", "device", "dtype", "command", "versions")
     run = yaml_text({key: record[key] for key in kept if key in record}, width=120)
     if replaced := save_whole(
-        pipeline, out, card + _section(facts), settings.family.component, records={runfolder.SETTINGS: run}
+        pipeline, out, card + _section(facts), [settings.family.component], records={runfolder.SETTINGS: run}
     ):
         console.say(f"note: the model that was in {out} has no checksums, so that it was not removed: it is {replaced}")
     console.say(f"{footprint(backbone).bits_per_weight:.2f} bits a quantized weight")

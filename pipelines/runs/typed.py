@@ -28,6 +28,7 @@ class Options:
     guidance: float | None = None
     height: int | None = None
     width: int | None = None
+    frames: int | None = None
     image: Path | None = None
     mask: Path | None = None
     control: Path | None = None

@@ -24,6 +24,7 @@ from dmquant.host.units import time_text
 from dmquant.pipelines.models.skeleton import skeleton
 from dmquant.pipelines.runs import runfolder
 from dmquant.pipelines.runs.calibration import calibration_data
+from dmquant.pipelines.runs.model_stage import to_quantize
 from dmquant.pipelines.runs.published import published
 from dmquant.pipelines.runs.run import images_line, save_settings
 from dmquant.pipelines.runs.runfolder import RunFolder, is_full_disk
@@ -132,7 +133,10 @@ class Sweep:
         needed = {task.settings.calibration_data: task.settings for task in waiting if task.settings.recipe.calibrated}
         for settings in needed.values():
             try:
-                calibration_data(self.reference.load(), settings, self.folder.path, self.console, self.source.key)
+                pipeline = self.reference.load()
+                for name in to_quantize(pipeline, settings):
+                    one = settings.for_backbone(name)
+                    calibration_data(pipeline, one, self.folder.path, self.console, self.source.key)
             except UserError as error:
                 if is_full_disk(error):
                     raise

@@ -140,6 +140,16 @@ def _auraflow() -> dict[str, Any]:
     return {"hidden_states": _latents(4), "encoder_hidden_states": _rows(20, 2048), "timestep": _rows()}
 
 
+def _wan(channels: int, **timestep: Tensor) -> dict[str, Any]:
+    """Three latent frames."""
+    return {
+        "hidden_states": _rows(channels, 3, LATENT, LATENT),
+        "timestep": _rows(),
+        "encoder_hidden_states": _rows(20, 4096),
+        **timestep,
+    }
+
+
 def _flux2(text: int, **guidance: Tensor) -> dict[str, Any]:
     """For text embeddings of that many channels; each row has positions of its own, which are those of the first."""
     tokens = (LATENT // 2) ** 2
@@ -203,6 +213,14 @@ _KLEIN_9B = {
     "guidance_embeds": False,
 }
 _COGVIEW4 = {"num_layers": 28, "attention_head_dim": 128, "num_attention_heads": 32}
+_WAN_13B = {"num_layers": 30, "num_attention_heads": 12, "ffn_dim": 8960}
+_WAN_5B = {
+    "num_layers": 30,
+    "num_attention_heads": 24,
+    "ffn_dim": 14336,
+    "in_channels": 48,
+    "out_channels": 48,
+}
 _DIT = {"sample_size": 32, "in_channels": 4, "out_channels": 8, "num_embeds_ada_norm": 1000}
 ARCHITECTURES = {
     name: Architecture(BACKBONES[name].family, kind, BACKBONES[name].config, BACKBONES[name].parameters, inputs)
@@ -229,9 +247,18 @@ ARCHITECTURES = {
     "cogview4": Architecture("cogview4", "CogView4Transformer2DModel", _COGVIEW4, 6_369_118_272, _cogview4),
     "auraflow": Architecture("auraflow", "AuraFlowTransformer2DModel", {}, 6_833_439_744, _auraflow),
     "sana": Architecture("sana", "SanaTransformer2DModel", {}, 1_604_462_752, _sana),
+    "wan2.1-1.3b": Architecture("wan", "WanTransformer3DModel", _WAN_13B, 1_418_996_800, lambda: _wan(16)),
+    "wan2.1-14b": Architecture("wan", "WanTransformer3DModel", {}, 14_288_491_584, lambda: _wan(16)),
+    "wan2.2-5b": Architecture(
+        "wan",
+        "WanTransformer3DModel",
+        _WAN_5B,
+        4_999_787_712,
+        lambda: _wan(48, timestep=_rows(3 * (LATENT // 2) ** 2)),
+    ),
     "dit-256": Architecture("dit", "DiTTransformer2DModel", _DIT, 749_826_464, _dit),
 }
 """By the name of the preset. The counts of those that are not benchmarked are those of the classes at the published
 configurations; the published figures are 2, 2.5 (SD 3.5, with the table of positions), 12, 12, 8.9 (Chroma), 32, 4, 9,
-17 (HunyuanImage), 20 (Qwen-Image), 6 (CogView4), 6.8 (AuraFlow, with the class's own table of positions), 1.6 and 0.675
-billion (DiT, with one copy of the embedder that all 28 blocks have in diffusers)."""
+17 (HunyuanImage), 20 (Qwen-Image), 6 (CogView4), 6.8 (AuraFlow, with the class's own table of positions), 1.6, 1.3
+(Wan), 14, 5 and 0.675 billion (DiT, with one copy of the embedder that all 28 blocks have in diffusers)."""

@@ -25,7 +25,7 @@ from transformers import T5Config, T5EncoderModel  # isort: skip
 peft = pytest.importorskip("peft")
 FP8 = Recipe.load("rtn", "fp8", "none")
 JOINT = ("transformer_blocks.0.attn.to_q", "transformer_blocks.0.attn.add_k_proj", "transformer_blocks.1.ff.net.2")
-RECENT = ("flux2", "flux2-klein", "chroma", "hunyuanimage", "qwenimage", "cogview4", "auraflow")
+RECENT = ("flux2", "flux2-klein", "chroma", "hunyuanimage", "qwenimage", "cogview4", "auraflow", "wan", "wan-22")
 SINGLE = ("single_transformer_blocks.0.proj_mlp", "single_transformer_blocks.1.attn.to_v")
 
 

@@ -38,7 +38,7 @@ def quantized(tiny, recipe):
         "flux",
         "sana",
         "dit",
-        *marked(["flux2", "flux2-klein", "chroma", "hunyuanimage", "cogview4", "auraflow"]),
+        *marked(["flux2", "flux2-klein", "chroma", "hunyuanimage", "cogview4", "auraflow", "wan", "wan-22"]),
     ],
 )
 def test_an_image_is_the_same_alone_and_in_any_batch(model):

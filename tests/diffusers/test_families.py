@@ -56,6 +56,7 @@ def test_every_family_and_every_preset_has_an_architecture_here():
     assert {each.family for each in ARCHITECTURES.values()} == families().keys() - {GENERIC}
     twins = {"pixart-alpha-512": "pixart-sigma", "dit-512": "dit-256", "flux2-klein-base-9b": "flux2-klein-9b"}
     twins |= {"qwenimage-edit": "qwenimage", "qwenimage-edit-plus": "qwenimage", "flux-kontext": "flux-dev"}
+    twins["wan2.2-14b"] = "wan2.1-14b"
     downloaded = [name for name, spec in registered_models().items() if not spec.is_embedded]
     assert {twins.get(name, name) for name in downloaded} == ARCHITECTURES.keys()
     for name in downloaded:
@@ -229,6 +230,8 @@ def test_the_features_that_count_are_those_of_the_channels_that_the_sampler_uses
         "qwenimage",
         "cogview4",
         "auraflow",
+        "wan",
+        "wan-22",
     ],
 )
 def test_every_feature_counts_where_no_variance_is_learned(name):

@@ -112,7 +112,7 @@ def sources(tmp_path_factory):
         folder, pipeline = tmp_path_factory.mktemp(name), build()
         plain = copy.deepcopy(pipeline.transformer)
         dmquant.quantize_(pipeline.transformer, dmquant.Recipe.from_dict(NVFP4 | {"engine": "comfyui"}, "a test"))
-        save_whole(pipeline, folder / "model", "", "transformer")
+        save_whole(pipeline, folder / "model", "", ["transformer"])
         made[name] = plain, open_source(folder / "model")
     return made
 

@@ -25,7 +25,7 @@ TITLES = {
     "sd15": "Stable Diffusion 1",
 }
 TITLES |= {"pixart": "PixArt", "sana": "Sana", "hunyuanimage": "HunyuanImage", "hunyuan": "HunyuanDiT", "dit": "DiT"}
-TITLES |= {"qwenimage": "Qwen-Image", "cogview4": "CogView4", "auraflow": "AuraFlow"}
+TITLES |= {"qwenimage": "Qwen-Image", "cogview4": "CogView4", "auraflow": "AuraFlow", "wan": "Wan"}
 FAMILIES = {name: next((TITLES[key] for key in TITLES if name.startswith(key)), None) for name in TINY}
 
 

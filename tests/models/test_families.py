@@ -6,10 +6,10 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from dmquant.convert import plan
 from dmquant.diffusers.calling import call_pipeline
+from dmquant.evaluation.images import load_frames
 from dmquant.layers import QuantConv2d, QuantLinear
 from dmquant.pipelines.commands import stages
 from dmquant.pipelines.runs.settings import Options, Settings, resolve
@@ -28,6 +28,7 @@ learning: {iterations: 5, batch_size: 2, checks: 1}
 """
 RUNS = {name: (name, "rtn") for name in TINY}
 RUNS |= {f"{name}, learned": (name, "learned") for name in ("sd15", "hunyuan-1.2", "flux")}
+RUNS["wan-22, learned"] = ("wan-22", "learned")
 
 
 class Run(NamedTuple):
@@ -62,6 +63,7 @@ def run(request, home):
             guidance=3.0 if tiny.takes_guidance else None,
             height=tiny.size,
             width=tiny.size,
+            frames=tiny.call.get("num_frames"),
             dtype="fp32",
             metrics="psnr,ssim,latent_mse",
         )
@@ -80,13 +82,16 @@ def loaded(run):
 
 
 def pixels(path):
-    return np.asarray(Image.open(path), dtype=np.int64)
+    """Those of an image, or of all frames of a video."""
+    return load_frames(path).movedim(-3, -1).numpy().astype(np.int64)
 
 
 def test_there_are_images_of_both_sides_and_they_differ(run):
     for index in range(COUNT):
         exact, quantized = (pixels(run.folder / "images" / side / f"{index:05d}.png") for side in ("fp", "quantized"))
-        assert exact.shape == quantized.shape == (run.settings.height, run.settings.width, 3)
+        assert exact.shape == quantized.shape
+        frames = (run.settings.model.frames,) if run.settings.model.frames > 1 else ()
+        assert exact.shape == (*frames, run.settings.height, run.settings.width, 3)
         assert 0 < np.abs(exact - quantized).mean() < 64
 
 
@@ -106,8 +111,8 @@ def test_the_report_scores_them(run):
 
 
 def _weights(settings):
-    """Files of the backbone in full precision."""
-    return Path(settings.model.source, settings.family.component).glob("*.safetensors")
+    """Files of the backbones in full precision."""
+    return [path for name in settings.family.names for path in Path(settings.model.source, name).glob("*.safetensors")]
 
 
 def test_the_model_folder_gives_the_same_images_to_any_diffusers_app(run, loaded):
@@ -121,8 +126,10 @@ def test_the_model_folder_gives_the_same_images_to_any_diffusers_app(run, loaded
 
 def test_every_layer_that_the_family_does_not_keep_is_quantized(run, loaded):
     family = run.settings.family
-    backbone = getattr(loaded, family.component)
-    exact = getattr(TINY[run.settings.model.name].build(), family.component)
-    wanted = {step.name for step in plan(exact, Recipe.load("rtn").keeping(family.keep))}
-    found = {name for name, layer in backbone.named_modules() if isinstance(layer, QuantLinear | QuantConv2d)}
-    assert found == wanted
+    exact = family.backbones_of(TINY[run.settings.model.name].build())
+    backbones = family.backbones_of(loaded)
+    assert backbones.keys() == exact.keys()
+    for backbone, of_exact in zip(backbones.values(), exact.values(), strict=True):
+        wanted = {step.name for step in plan(of_exact, Recipe.load("rtn").keeping(family.keep))}
+        found = {name for name, layer in backbone.named_modules() if isinstance(layer, QuantLinear | QuantConv2d)}
+        assert found == wanted

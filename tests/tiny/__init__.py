@@ -28,8 +28,10 @@ from tests.tiny.pixart import tiny_pixart, tiny_pixart_alpha, tiny_pixart_alpha_
 from tests.tiny.qwenimage import tiny_qwenimage
 from tests.tiny.sana import tiny_sana
 from tests.tiny.stable_diffusion import tiny_sd, tiny_sd3, tiny_sdxl
+from tests.tiny.wan import tiny_wan, tiny_wan_5b, tiny_wan_22
 
 IMAGE_SIZE = 32
+FRAMES = 5  # of a tiny video
 LENGTH = {"max_sequence_length": TOKENS}
 # What a tiny PixArt pipeline needs in its call besides prompt, size, steps and guidance.
 PIXART_CALL = {**LENGTH, "clean_caption": False, "use_resolution_binning": False}
@@ -78,18 +80,22 @@ TINY = {
     "qwenimage": Tiny(tiny_qwenimage, "qwenimage", {"negative_prompt": " "}, recent=True),
     "cogview4": Tiny(tiny_cogview4, "cogview4", {"max_sequence_length": 48}, recent=True, prompts=COGVIEW4_PROMPTS),
     "auraflow": Tiny(tiny_auraflow, "auraflow", LENGTH, recent=True),
+    "wan": Tiny(tiny_wan, "wan", {**LENGTH, "num_frames": FRAMES}, recent=True),
+    "wan-5b": Tiny(tiny_wan_5b, "wan", {**LENGTH, "num_frames": FRAMES}, recent=True),
+    "wan-22": Tiny(tiny_wan_22, "wan", {**LENGTH, "num_frames": FRAMES}, recent=True),
 }
 """Every pipeline that dmquant runs, by the name of the model it stands for."""
 
 
 def marked(names: Iterable[str] = TINY) -> list[Any]:
     """Names as parameters of tests that take long: those of recent families run among the slow tests."""
-    early = {name for name, tiny in TINY.items() if not tiny.recent}
-    return [name if name in early else pytest.param(name, marks=pytest.mark.slow) for name in names]
+    recent = {name for name, tiny in TINY.items() if tiny.recent}
+    return [pytest.param(name, marks=pytest.mark.slow) if name.partition(",")[0] in recent else name for name in names]
 
 
 __all__ = [
     "FLUX2_TOKENS",
+    "FRAMES",
     "IMAGE_SIZE",
     "PIXART_CALL",
     "TINY",
@@ -115,4 +121,7 @@ __all__ = [
     "tiny_sd",
     "tiny_sd3",
     "tiny_sdxl",
+    "tiny_wan",
+    "tiny_wan_5b",
+    "tiny_wan_22",
 ]

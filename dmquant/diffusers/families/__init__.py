@@ -7,7 +7,7 @@ from outside.
 import functools
 import importlib
 import pkgutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -109,6 +109,9 @@ class Family:
     """Argument of the pipeline's call that is the scale of guidance."""
     prompt_first: bool = False
     """Whether of the two rows of a call the one with the prompt is the first; in most pipelines it is the second."""
+    experts: tuple[str, ...] = ()
+    """Attributes of the pipeline that are further backbones, of the class of the first, where a model has them. Each
+    computes timesteps of its own, and is quantized and calibrated as the first is."""
     concatenations: "Callable[[nn.Module], dict[str, int]]" = _nothing
     """Layers whose input is the concatenation of a stream and a skip connection, with the channels of the stream. The
     two halves differ in distribution, so each gets scales of its own."""
@@ -145,6 +148,24 @@ class Family:
 
     keeps_ends: bool = False
     """Whether the first and the last layer stay in high precision as well, whatever they are called."""
+
+    def backbones_of(self, pipeline: "DiffusionPipeline") -> "dict[str, nn.Module]":
+        """The backbones that a pipeline has, by name, the first one first."""
+        return {name: part for name in self.names if (part := getattr(pipeline, name, None)) is not None}
+
+    def backbones_among(self, parts: Container[str]) -> list[str]:
+        """Names of the backbones of a pipeline with these parts, the first one first."""
+        return [name for name in self.names if name == self.component or name in parts]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Attributes of the pipeline that may be backbones."""
+        return tuple(dict.fromkeys((self.component, *self.experts)))
+
+    @property
+    def prefix(self) -> str:
+        """What the names of layers begin with where those of several backbones are listed together."""
+        return f"{self.component}." if self.component in self.experts else ""
 
     @property
     def with_images(self) -> set[str]:

@@ -7,10 +7,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from PIL import Image
-
 from dmquant.evaluation.difference import open_alike, rms_difference
-from dmquant.evaluation.images import matching_images
+from dmquant.evaluation.images import STRIP, image_size, matching_images, number_of_frames
 from dmquant.evaluation.metrics.registry import METRICS
 from dmquant.evaluation.progress import Progress, silent
 from dmquant.evaluation.report import wording
@@ -61,7 +59,10 @@ def image_pairs(folder: Path, report: Report, progress: Progress = silent) -> Pa
             for name, recipe in values.items()
         },
     }
-    return Pairs(_about(len(shown), len(report.prompts), encoding), "\n".join(figures), json_script("pairs-data", data))
+    frames = min(number_of_frames(reference[0]), STRIP)
+    return Pairs(
+        _about(len(shown), len(report.prompts), encoding, frames), "\n".join(figures), json_script("pairs-data", data)
+    )
 
 
 def _values(
@@ -101,10 +102,14 @@ def _finite(value: float) -> float | None:
     return float(f"{value:.6g}") if math.isfinite(value) else None
 
 
-def _about(shown: int, count: int, encoding: WebP | None) -> str:
+def _about(shown: int, count: int, encoding: WebP | None, frames: int) -> str:
     which = "" if shown == count else f"The {shown:,} of {count:,} pairs with the largest difference. "
     how = "The images are the files themselves." if encoding is None else f"The images are re-encoded here ({encoding})"
     files = "" if encoding is None else "; the files that were scored are linked."
+    if frames > 1:
+        files = (
+            f"; {frames} frames of every video stand side by side, and the files that were scored are linked and play."
+        )
     return (
         f"{which}The images of a prompt share its seed and initial noise. Drag or use the arrow keys to compare; click "
         f"or press Enter to enlarge. The difference is the root mean square over all pixels, of 255. {how}{files}"
@@ -116,8 +121,8 @@ def _link(path: Path, folder: Path) -> str:
 
 
 def _size(path: Path) -> tuple[int, int]:
-    with Image.open(path) as image:
-        return image.size
+    width, height = image_size(path)
+    return width * min(number_of_frames(path), STRIP), height
 
 
 def _figure(

@@ -10,7 +10,7 @@ from pathlib import Path
 from PIL import Image
 
 from dmquant.errors import UserError
-from dmquant.evaluation.images import open_rgb
+from dmquant.evaluation.images import number_of_frames, open_strip
 from dmquant.evaluation.progress import Progress, silent
 
 BUDGET = 26_000_000  # characters of base64, so that the whole page stays under 30 MB
@@ -22,15 +22,15 @@ HEADROOM = 0.92  # the others may take a little more than those
 
 @dataclass(frozen=True)
 class WebP:
-    """WebP of one quality, with the longer side at most `side` pixels."""
+    """WebP of one quality, with the longer side of an image, or of each frame in a strip, at most `side` pixels."""
 
     side: int
     quality: int
 
     def encode(self, path: Path) -> str:
-        """The image at `path` as a data: URI."""
-        picture = open_rgb(path)
-        picture.thumbnail((self.side, self.side), Image.Resampling.LANCZOS)
+        """The image at `path`, or a strip of the video there, as a data: URI."""
+        picture, frames = open_strip(path)
+        picture.thumbnail((self.side * frames, self.side), Image.Resampling.LANCZOS)
         buffer = io.BytesIO()
         picture.save(buffer, format="WEBP", quality=self.quality, method=3)
         return data_uri(buffer.getvalue(), "webp")
@@ -43,9 +43,10 @@ def embed(paths: Sequence[Path], budget: int = BUDGET, progress: Progress = sile
     """The images at `paths` as data: URIs of at most `budget` characters in all, and how they were re-encoded, if so.
 
     One re-encoding serves all, so that the two images of a pair stay comparable: the first of SIDES and QUALITIES that
-    fits. Raises UserError for an unreadable image and where not even the smallest fits.
+    fits. Of videos there are strips, which are always encoded. Raises UserError for an unreadable image and where not
+    even the smallest fits.
     """
-    if sum(4 * path.stat().st_size / 3 + 32 for path in paths) <= budget:
+    if number_of_frames(paths[0]) == 1 and sum(4 * path.stat().st_size / 3 + 32 for path in paths) <= budget:
         return [data_uri(path.read_bytes(), "png") for path in paths], None
     sample = paths[:: max(1, len(paths) // SAMPLE)]
     with ThreadPoolExecutor() as threads:

@@ -47,8 +47,8 @@ def test_the_files_and_the_names_in_them_agree():
     assert named <= registered_models().keys()
 
 
-SIZELESS = ("flux", "flux2", "chroma", "hunyuanimage", "qwenimage")  # families whose backbones are of no size
-RECENT = ("flux2-dev", "flux2-klein-base-9b", "chroma", "qwenimage", "cogview4", "auraflow")
+SIZELESS = ("flux", "flux2", "chroma", "hunyuanimage", "qwenimage", "wan")  # families whose backbones are of no size
+RECENT = ("flux2-dev", "flux2-klein-base-9b", "chroma", "qwenimage", "cogview4", "auraflow", "wan2.1-1.3b")
 
 
 @pytest.mark.parametrize("name", ["sd15", "sdxl", "pixart-sigma", "hunyuan", "sd3", "sana", "dit-256", *RECENT])

@@ -19,7 +19,7 @@ def test_a_pipeline_with_parts_of_another_is_the_same_and_loads_its_own_backbone
     family = families()[TINY[model].family]
     spec, parts = resolve_model(str(tmp_path), None), LoadedParts()
     whole = load_full_precision(spec, torch.float32, "cpu")
-    assert parts.of(family.component, {"vae/config.json": "digest"}) == {}
+    assert parts.of([family.component], {"vae/config.json": "digest"}) == {}
     parts.keep(whole)
     again = load_full_precision(spec, torch.float32, "cpu", parts=parts.kept)
     assert again.components.keys() == whole.components.keys()
@@ -36,10 +36,10 @@ def test_a_pipeline_with_parts_of_another_is_the_same_and_loads_its_own_backbone
 
 def test_parts_of_other_files_are_dropped():
     parts = LoadedParts()
-    parts.of("transformer", {"vae/model.safetensors": "a", "transformer/model.safetensors": "x"})
+    parts.of(["transformer"], {"vae/model.safetensors": "a", "transformer/model.safetensors": "x"})
     parts.kept = {"vae": object()}
-    assert parts.of("transformer", {"vae/model.safetensors": "a", "transformer/model.safetensors": "y"})
-    assert not parts.of("transformer", {"vae/model.safetensors": "b", "transformer/model.safetensors": "y"})
+    assert parts.of(["transformer"], {"vae/model.safetensors": "a", "transformer/model.safetensors": "y"})
+    assert not parts.of(["transformer"], {"vae/model.safetensors": "b", "transformer/model.safetensors": "y"})
     assert not parts.kept
 
 
