@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dmquant.diffusers.families import family_of_pipeline
+from dmquant.diffusers.posterior import seeded_posterior
 from dmquant.errors import UserError
 
 QUOTED = 160  # characters of another's error
@@ -39,6 +40,7 @@ def call_pipeline(
     run = inspect.unwrap(type(pipeline).__call__) if differentiable else type(pipeline).__call__
     with (
         _no_progress_bar(pipeline),
+        seeded_posterior(pipeline, seeds),
         torch.set_grad_enabled(differentiable),
         _refusing(type(pipeline).__name__, call),
     ):

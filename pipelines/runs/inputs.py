@@ -226,7 +226,9 @@ def _pictures(
     others: dict[Path, tuple[int, int]] = {}
     try:
         for of_prompts in listed:
-            for image, mask in zip(of_prompts.get("image", ()), of_prompts.get("mask", ()), strict=True):
+            for image, mask in (
+                zip(of_prompts["image"], of_prompts["mask"], strict=True) if "mask" in of_prompts else ()
+            ):
                 if image_size(image) != image_size(mask):
                     raise UsageError(f"{mask} is {_text(image_size(mask))} and its image {image} "
                                      f"{_text(image_size(image))}: a mask has the size of its image")  # fmt: skip

@@ -12,6 +12,7 @@ from dmquant.calib.data.tree import flatten
 from dmquant.diffusers.arguments import Calls
 from dmquant.diffusers.families import families, family_of_pipeline
 from dmquant.diffusers.imaged import argument_for, with_parts_of
+from dmquant.diffusers.posterior import seeded_posterior
 from tests.calib.runs import call_of, without_padding
 from tests.diffusers.test_arguments import arguments_of
 from tests.tiny import TINY, tiny_sd
@@ -63,7 +64,8 @@ def test_the_backbone_is_given_what_a_call_for_one_prompt_and_its_image_gives_it
         for prompt in range(COUNT):
             own = {argument: each[prompt] for argument, each in images.items()}
             one = Calls(tiny.prompts[:COUNT], SEED, {**calls.arguments, **own})
-            given = arguments_of(pipeline, family.component, one, prompt)
+            with seeded_posterior(pipeline, [SEED + prompt]):
+                given = arguments_of(pipeline, family.component, one, prompt)
             for index, sample in enumerate(store.samples):
                 if sample.prompt == prompt:
                     both = (store.batch([index])[1], given[sample.step])
@@ -71,6 +73,17 @@ def test_the_backbone_is_given_what_a_call_for_one_prompt_and_its_image_gives_it
                     assert stored[0] == passed[0]
                     for (leaf, left), (_, right) in zip(stored[1], passed[1], strict=True):
                         assert torch.allclose(left, right.expand_as(left), atol=1e-4), leaf
+
+
+@pytest.mark.parametrize("name", [pytest.param("sd3 control", marks=pytest.mark.slow), "sd15 image"])
+def test_an_image_is_encoded_alike_whatever_was_drawn_before(name):
+    tiny = IMAGED[name]
+    pipeline = tiny.build()
+    calls = Calls(tiny.prompts[:1], SEED, call_of(name, 2) | tiny.images(1))
+    first = calls.latents(pipeline, range(1))
+    torch.rand(3)
+    assert torch.equal(calls.latents(pipeline, range(1)), first)
+    assert "encode" not in vars(pipeline.vae)
 
 
 @pytest.mark.parametrize("name", ["sd15 control"])

@@ -16,6 +16,7 @@ from tests.tiny.flux import tiny_flux
 from tests.tiny.parts import IMAGE_TOKEN, finished, qwen_vl, tokenizer
 from tests.tiny.qwenimage import tiny_qwenimage
 
+VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|video_pad|>")
 PIXELS = 32 * 32
 FLUX_CALL: Mapping[str, Any] = {"max_area": PIXELS, "_auto_resize": False}
 """What keeps a tiny Kontext from making images of a million pixels."""
@@ -27,7 +28,7 @@ def tiny_qwenimage_edit(
     """QwenImageEditPipeline, or of another kind, whose text encoder sees the image as well."""
     base = tiny_qwenimage(seed=seed, **transformer)
     words = tokenizer(bos=False)
-    words.add_special_tokens({"additional_special_tokens": ["<|vision_start|>", "<|vision_end|>", IMAGE_TOKEN]})
+    words.add_special_tokens({"additional_special_tokens": [*VISION_TOKENS, IMAGE_TOKEN]})
     words.model_max_length = 1024
     torch.manual_seed(seed)
     processor = Qwen2VLProcessor(Qwen2VLImageProcessor(), words, Qwen2VLVideoProcessor())

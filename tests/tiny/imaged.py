@@ -12,7 +12,7 @@ from PIL import Image
 from dmquant.diffusers.families import families
 from dmquant.diffusers.imaged import argument_for, with_parts_of
 from dmquant.pipelines.models.registry import call_parameters
-from tests.tiny import IMAGE_SIZE, TINY, Tiny
+from tests.tiny import IMAGE_SIZE, TINY, Tiny, tiny_sd3
 from tests.tiny.edits import FLUX_CALL, few_pixels, tiny_kontext, tiny_qwenimage_edit, tiny_qwenimage_edit_plus
 from tests.tiny.parts import finished
 
@@ -20,18 +20,23 @@ SANA_SETTINGS = (
     *("in_channels", "out_channels", "num_attention_heads", "attention_head_dim", "num_cross_attention_heads"),
     *("cross_attention_head_dim", "cross_attention_dim", "caption_channels", "sample_size"),
 )
+HUNYUAN_SETTINGS = (
+    *("num_attention_heads", "attention_head_dim", "in_channels", "patch_size", "sample_size", "hidden_size"),
+    *("mlp_ratio", "cross_attention_dim", "cross_attention_dim_t5", "pooled_projection_dim", "text_len", "text_len_t5"),
+    "use_style_cond_and_image_meta_size",
+)
 CONTROLNETS = {
     "UNet2DConditionModel": lambda unet: diffusers.ControlNetModel.from_unet(
         unet, conditioning_embedding_out_channels=(8, 8)
     ),
-    "HunyuanDiT2DModel": lambda backbone: diffusers.HunyuanDiT2DControlNetModel.from_transformer(
-        backbone, transformer_num_layers=2
+    "HunyuanDiT2DModel": lambda backbone: diffusers.HunyuanDiT2DControlNetModel(
+        **{name: backbone.config[name] for name in HUNYUAN_SETTINGS}, transformer_num_layers=backbone.config.num_layers
     ),
     "FluxTransformer2DModel": lambda backbone: diffusers.FluxControlNetModel.from_transformer(
         backbone, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2
     ),
     "QwenImageTransformer2DModel": lambda backbone: diffusers.QwenImageControlNetModel.from_transformer(
-        backbone, num_layers=1, extra_condition_channels=0
+        backbone, num_layers=1, attention_head_dim=16, num_attention_heads=2, extra_condition_channels=0
     ),
     "SanaTransformer2DModel": lambda backbone: diffusers.SanaControlNetModel(
         **{name: backbone.config[name] for name in SANA_SETTINGS}, num_layers=1
@@ -85,7 +90,7 @@ def tiny_imaged(model: str, given: tuple[str, ...]) -> Tiny:
     taken = call_parameters(name)
 
     def build(folder: Path | None = None) -> Any:
-        pipeline = tiny.build()
+        pipeline = WIDER.get((model, given), tiny.build)()
         more = {"controlnet": controlnet(getattr(pipeline, family.component))} if "control" in given else {}
         return finished(with_parts_of(pipeline, getattr(diffusers, name), **more), folder)
 
@@ -104,6 +109,8 @@ def edit(build: Any, name: str, family: str, call: dict[str, Any], **more: Any) 
     return Tiny(build, family, call, images=partial(images, name, ("image",), IMAGE_SIZE), recent=True, **more)
 
 
+WIDER = {("sd3", ("image", "mask")): partial(tiny_sd3, channels=16)}
+"""How a pipeline is built whose other kind insists on a number of channels."""
 BASES = {
     "sd15": "StableDiffusionPipeline",
     "sdxl": "StableDiffusionXLPipeline",

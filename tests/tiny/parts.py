@@ -114,9 +114,8 @@ def vae(image_size: int, levels: int = 2, kind: type[ModelMixin] = AutoencoderKL
         up_block_types=("UpDecoderBlock2D",) * levels,
         block_out_channels=(16,) * levels,
         layers_per_block=1,
-        latent_channels=4,
         norm_num_groups=8,
         mid_block_add_attention=False,
         sample_size=image_size,
-        **config,
+        **{"latent_channels": 4} | config,
     )

@@ -68,7 +68,7 @@ def tiny_sdxl(
     )
 
 
-def tiny_sd3(folder: Path | None = None, *, seed: int = 0) -> StableDiffusion3Pipeline:
+def tiny_sd3(folder: Path | None = None, *, channels: int = 4, seed: int = 0) -> StableDiffusion3Pipeline:
     """StableDiffusion3Pipeline with one block of 3.5's kind (a second attention of the image alone) and one of 3's.
 
     The last block returns no text stream.
@@ -78,14 +78,14 @@ def tiny_sd3(folder: Path | None = None, *, seed: int = 0) -> StableDiffusion3Pi
     transformer = SD3Transformer2DModel(
         sample_size=16,
         patch_size=2,
-        in_channels=4,
+        in_channels=channels,
         num_layers=3,
         attention_head_dim=16,
         num_attention_heads=2,
         joint_attention_dim=2 * TEXT,
         caption_projection_dim=32,
         pooled_projection_dim=2 * TEXT,
-        out_channels=4,
+        out_channels=channels,
         pos_embed_max_size=16,
         dual_attention_layers=(0,),
         qk_norm="rms_norm",
@@ -94,7 +94,7 @@ def tiny_sd3(folder: Path | None = None, *, seed: int = 0) -> StableDiffusion3Pi
         StableDiffusion3Pipeline(
             transformer=transformer,
             scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-            vae=vae(32, shift_factor=0.1),
+            vae=vae(32, latent_channels=channels, shift_factor=0.1),
             text_encoder=CLIPTextModelWithProjection(clip_config(words)),
             tokenizer=words,
             text_encoder_2=CLIPTextModelWithProjection(clip_config(words)),

@@ -27,7 +27,9 @@ FAMILY = Family(
     component="transformer",
     backbones=("ChromaTransformer2DModel",),
     pipelines=("ChromaPipeline",),
-    imaged=imaged("ChromaPipeline", "Img2Img", "Inpaint"),
+    imaged=imaged(
+        "ChromaPipeline", "Img2Img"
+    ),  # diffusers 0.42's ChromaInpaintPipeline reads a setting that is not there
     keep={
         "x_embedder": "sees the noisy latents themselves; 0.2 million of Chroma's 8.9 billion weights",
         "context_embedder": "runs on every text token before the first block; all blocks read what it makes",
