@@ -237,6 +237,7 @@ def _flat_settings(folder: RunFolder, side: RunFolder, settings: dict[str, Any])
         "steps": images.get("num_inference_steps", NOT_TAKEN),
         "guidance": images.get(guidance, NOT_TAKEN),
         "size": f"{images['width']}x{images['height']}",
+        **({"frames": images["num_frames"]} if images.get("num_frames", 1) > 1 else {}),
         "batch size": images["batch_size"],
         "each image as alone": "to the bit" if images.get("deterministic") else "but for rounding",
         **_of_inputs(settings.get("inputs")),
