@@ -10,6 +10,7 @@ from dmquant.pipelines.choice.flow import choose as choose_formats
 from dmquant.pipelines.choice.flow import study_sensitivity
 from dmquant.pipelines.choice.targets import Target
 from dmquant.pipelines.commands.stages import explaining_a_full_disk, keep_apart
+from dmquant.pipelines.models import folders
 from dmquant.pipelines.models.loading import checked_folder
 from dmquant.pipelines.runs import runfolder
 from dmquant.pipelines.runs.compare import Comparison
@@ -53,6 +54,10 @@ def _source_of_choice(settings: Settings, out: Path, console: Console) -> Path:
         raise UsageError("a file that is quantized already leaves nothing to choose: give --recipe a name or YAML")
     if settings.offload:
         raise UsageError("--offload: costs are measured with all of the pipeline on the device: leave it out")
+    if settings.inputs:
+        raise UsageError("costs are measured on prompts alone: leave out images, and give --costs of a study without")
     source = checked_folder(settings.model, console.say)
     keep_apart(source, out)
+    if len(names := settings.family.backbones_among(folders.components(source))) > 1:
+        raise UsageError(f"{settings.model.name} has {len(names)} backbones, whose costs are not measured together yet")
     return source
