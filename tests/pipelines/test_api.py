@@ -559,3 +559,14 @@ def test_an_expert_may_have_a_recipe_of_its_own():
     assert made.components.keys() == {"transformer_2"}
     assert len(made.layers) == made.components["transformer_2"]["layers"]
     assert recorded(pipe.transformer)["recipe"]["weights"] != recorded(pipe.transformer_2)["recipe"]["weights"]
+
+
+@pytest.mark.slow
+def test_loras_of_two_experts_are_to_be_fused_into_both(tmp_path):
+    """By default diffusers fuses them into the first, and unloading drops those of the second."""
+    peft = pytest.importorskip("peft")
+    pipe = TINY["wan-22"].build(tmp_path / "model")
+    pipe.transformer_2.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False))
+    both = r"fuse_lora\(components=\['transformer', 'transformer_2'\]\)"
+    with pytest.raises(UserError, match=f"the transformer_2 holds LoRA adapters: call {both}"):
+        dmquant.quantize_pipeline(pipe, "w4a6")
