@@ -16,6 +16,9 @@ from dmquant.diffusers.families import family_of
 from dmquant.errors import UsageError, UserError
 from dmquant.layers import QuantConv2d, QuantLinear
 from dmquant.pipelines import api
+from dmquant.pipelines.models.loading import load_full_precision
+from dmquant.pipelines.models.loras import Lora
+from dmquant.pipelines.models.registry import resolve_model
 from dmquant.pipelines.runs import settings
 from dmquant.recipe import Recipe
 from tests.tiny import IMAGE_SIZE, PIXART_CALL, TINY, marked, tiny_pixart, tiny_sd
@@ -570,3 +573,7 @@ def test_loras_of_two_experts_are_to_be_fused_into_both(tmp_path):
     both = r"fuse_lora\(components=\['transformer', 'transformer_2'\]\)"
     with pytest.raises(UserError, match=f"the transformer_2 holds LoRA adapters: call {both}"):
         dmquant.quantize_pipeline(pipe, "w4a6")
+    spec = resolve_model(str(tmp_path / "model"))
+    one = spec.model_copy(update={"loras": (Lora(path=tmp_path / "style.safetensors", scale=1.0),)})
+    with pytest.raises(UserError, match="has 2 backbones, and --lora goes into one"):
+        load_full_precision(one, torch.float32, "cpu")
