@@ -193,8 +193,8 @@ def _check_backbone(backbone: nn.Module, component: str, fused: str) -> None:
         raise UserError(f"the {component} is already quantized: start from the full-precision pipeline")
     if any(hasattr(each, "base_layer") for each in modules):  # of peft
         raise UserError(
-            f"the {component} holds LoRA adapters: call fuse_lora({fused}) and then unload_lora_weights() to quantize it "
-            "with them, or unload_lora_weights() alone and load them again afterwards"
+            f"the {component} holds LoRA adapters: call fuse_lora({fused}) and then unload_lora_weights() to "
+            "quantize it with them, or unload_lora_weights() alone and load them again afterwards"
         )
     if any(map(_is_hooked, modules)) or any(parameter.is_meta for parameter in backbone.parameters()):
         raise UserError(
