@@ -134,8 +134,9 @@ def quantize_pipeline(
     already, offloaded, or holds LoRA adapters, and for a folder `out` that is in use.
     """
     family, target = _family(pipe), None if out is None else _free_folder(Path(out))
-    for name, each in family.backbones_of(pipe).items():
-        _check_backbone(each, name)
+    every = family.backbones_of(pipe)
+    for name, each in every.items():
+        _check_backbone(each, name, f"components={list(every)}" if len(every) > 1 else "")
     call = _complete_call(family.prompted(pipe), call)
     if not isinstance(recipe, Recipe):
         recipe = Recipe.load(recipe, w, a)
@@ -145,7 +146,7 @@ def quantize_pipeline(
     check_names(recipe, list(pipe.components), family.component)
     check_components(pipe, recipe)
     others = component_names(recipe)
-    backbones = {name: each for name, each in family.backbones_of(pipe).items() if name not in others}
+    backbones = {name: each for name, each in every.items() if name not in others}
     backbone = backbones[family.component]
     if warning := unmatched(backbone, recipe):
         logging.getLogger("dmquant").warning(warning)
@@ -190,8 +191,8 @@ def _save(pipe: "DiffusionPipeline", folder: Path, recipe: Recipe, backbones: Se
     save_whole(pipe, folder, model_card(folder.name, recipe.name, *formats, type(pipe).__name__, dtype), backbones)
 
 
-def _check_backbone(backbone: nn.Module, component: str) -> None:
-    """UserError for a backbone that is not plain weights in memory."""
+def _check_backbone(backbone: nn.Module, component: str, fused: str) -> None:
+    """UserError for a backbone that is not plain weights in memory; `fused` is what fuse_lora has to be told."""
     modules = list(backbone.modules())
     if getattr(backbone, "hf_quantizer", None) is not None or any(
         isinstance(each, tuple(QUANTIZED.values())) for each in modules
@@ -199,8 +200,8 @@ def _check_backbone(backbone: nn.Module, component: str) -> None:
         raise UserError(f"the {component} is already quantized: start from the full-precision pipeline")
     if any(hasattr(each, "base_layer") for each in modules):  # of peft
         raise UserError(
-            f"the {component} holds LoRA adapters: call fuse_lora() and then unload_lora_weights() to quantize it with "
-            "them, or unload_lora_weights() alone and load them again afterwards"
+            f"the {component} holds LoRA adapters: call fuse_lora({fused}) and then unload_lora_weights() to "
+            "quantize it with them, or unload_lora_weights() alone and load them again afterwards"
         )
     if any(map(_is_hooked, modules)) or any(parameter.is_meta for parameter in backbone.parameters()):
         raise UserError(

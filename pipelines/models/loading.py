@@ -169,8 +169,14 @@ def load_full_precision(
         family_of(pipeline)
     if spec.dequantizes:
         dequantize_parts(pipeline, dtype)
+    backbones = family.backbones_of(pipeline)
+    if spec.loras and len(backbones) > 1:
+        raise UserError(
+            f"{spec.name} has {len(backbones)} backbones, and --lora goes into one: in Python, load_lora_weights has "
+            "load_into_transformer_2=True, fuse_lora takes components, and quantize_pipeline goes on from there"
+        )
     bake(pipeline, spec.loras, family.component)
-    for name, backbone in family.backbones_of(pipeline).items():
+    for name, backbone in backbones.items():
         _check_backbone(backbone, folder / name)
         check_attention(backbone)
     _remember_configuration(pipeline, folder, parameters)

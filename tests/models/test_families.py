@@ -11,7 +11,8 @@ from dmquant.convert import plan
 from dmquant.diffusers.calling import call_pipeline
 from dmquant.evaluation.images import load_frames
 from dmquant.layers import QuantConv2d, QuantLinear
-from dmquant.pipelines.commands import stages
+from dmquant.pipelines.commands import listing, stages
+from dmquant.pipelines.models import folders
 from dmquant.pipelines.runs.settings import Options, Settings, resolve
 from dmquant.recipe import Recipe
 from tests.tiny import TINY, marked
@@ -133,3 +134,11 @@ def test_every_layer_that_the_family_does_not_keep_is_quantized(run, loaded):
         wanted = {step.name for step in plan(of_exact, Recipe.load("rtn").keeping(family.keep))}
         found = {name for name, layer in backbone.named_modules() if isinstance(layer, QuantLinear | QuantConv2d)}
         assert found == wanted
+
+
+def test_inspect_describes_every_backbone(run, capsys):
+    listing.inspect(run.folder, False)
+    text = " ".join(capsys.readouterr().out.split())
+    for name in run.settings.family.backbones_among(folders.components(run.folder / "model")):
+        assert f"{name}: {run.settings.family.backbones[0]}, family {run.settings.family.name}, guidance " in text
+        assert f"{name}: recipe {run.settings.recipe.name}, weights " in text

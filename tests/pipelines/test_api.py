@@ -17,6 +17,9 @@ from dmquant.diffusers.families import family_of
 from dmquant.errors import UsageError, UserError
 from dmquant.layers import QuantConv2d, QuantLinear
 from dmquant.pipelines import api
+from dmquant.pipelines.models.loading import load_full_precision
+from dmquant.pipelines.models.loras import Lora
+from dmquant.pipelines.models.registry import resolve_model
 from dmquant.pipelines.runs import settings
 from dmquant.recipe import Recipe
 from tests.tiny import IMAGE_SIZE, PIXART_CALL, TINY, marked, tiny_pixart, tiny_sd
@@ -568,3 +571,18 @@ def test_an_expert_may_have_a_recipe_of_its_own():
     assert made.components.keys() == {"transformer_2"}
     assert len(made.layers) == made.components["transformer_2"]["layers"]
     assert recorded(pipe.transformer)["recipe"]["weights"] != recorded(pipe.transformer_2)["recipe"]["weights"]
+
+
+@pytest.mark.slow
+def test_loras_of_two_experts_are_to_be_fused_into_both(tmp_path):
+    """By default diffusers fuses them into the first, and unloading drops those of the second."""
+    peft = pytest.importorskip("peft")
+    pipe = TINY["wan-22"].build(tmp_path / "model")
+    pipe.transformer_2.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False))
+    both = r"fuse_lora\(components=\['transformer', 'transformer_2'\]\)"
+    with pytest.raises(UserError, match=f"the transformer_2 holds LoRA adapters: call {both}"):
+        dmquant.quantize_pipeline(pipe, "w4a6")
+    spec = resolve_model(str(tmp_path / "model"))
+    one = spec.model_copy(update={"loras": (Lora(path=tmp_path / "style.safetensors", scale=1.0),)})
+    with pytest.raises(UserError, match="has 2 backbones, and --lora goes into one"):
+        load_full_precision(one, torch.float32, "cpu")

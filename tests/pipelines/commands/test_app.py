@@ -489,6 +489,8 @@ def test_options_that_a_pipelines_call_does_not_take(capsys, tmp_path):
         assert result[0] == code
         if code:
             _fails(result, code, "a DiTPipeline takes no height; dit makes images of 32x32")
+    of_videos = dmquant(capsys, "quantize", "dit", "--recipe", "rtn", "--frames", 5, "--out", "q")
+    _fails(of_videos, 2, "--frames 5: a DiTPipeline takes no frames")
 
 
 def test_inspect_asks_which_model_of_a_comparison(capsys, model):
