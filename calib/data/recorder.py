@@ -131,8 +131,15 @@ class Recorder:
 
 
 def _by_name(signature: inspect.Signature, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Arguments by parameter name, whether they were passed by position or by keyword."""
-    arguments = dict(signature.bind(*args, **kwargs).arguments)
+    """Arguments by parameter name, whether they were passed by position or by keyword.
+
+    Without those that are None and are so by default: some pipelines pass these in one branch of guidance alone.
+    """
+    given = signature.bind(*args, **kwargs).arguments
+    parameters = signature.parameters
+    arguments = {
+        name: value for name, value in given.items() if value is not None or parameters[name].default is not None
+    }
     for name, parameter in signature.parameters.items():
         if parameter.kind is parameter.VAR_KEYWORD:
             arguments |= arguments.pop(name, {})

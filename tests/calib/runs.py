@@ -66,7 +66,9 @@ def captured(model: str, folder: Path, **sizes):
 
 
 def without_padding(family, arguments, rows=slice(None)):
-    """Arguments of a backbone by name, padded texts cut to what is no padding in some rows, lists to their entries."""
+    """Arguments of a backbone by name, without those that are None, padded texts cut to what is no padding in some rows,
+    lists to their entries."""
+    arguments = {name: value for name, value in arguments.items() if value is not None}
     changed = {name: arguments[name][rows] for name in family.listed}
     for name, mask in family.padded.items():
         text, kept = arguments[name][rows], arguments.get(mask)

@@ -89,8 +89,8 @@ TINY = {
 
 def marked(names: Iterable[str] = TINY) -> list[Any]:
     """Names as parameters of tests that take long: those of recent families run among the slow tests."""
-    recent = {name for name, tiny in TINY.items() if tiny.recent}
-    return [pytest.param(name, marks=pytest.mark.slow) if name.partition(",")[0] in recent else name for name in names]
+    early = {name for name, tiny in TINY.items() if not tiny.recent}
+    return [name if name.partition(",")[0] in early else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
 __all__ = [
