@@ -15,6 +15,7 @@ from dmquant.host import checksums, owned
 from dmquant.host.files import as_umask_says, sha256
 from dmquant.host.folder_swap import take_place
 from dmquant.pipelines.models import folders
+from dmquant.pipelines.models.registry import FRAMES, call_parameters
 from dmquant.pipelines.models.shared_parts import SharedParts
 
 if TYPE_CHECKING:
@@ -118,9 +119,12 @@ def model_card(
     name: str, recipe: str, weights: str, activations: str, pipeline: str, dtype: torch.dtype, loras: Sequence[str] = ()
 ) -> str:
     """README.md of a quantized pipeline: what it is, the LoRAs fused into it, and the lines that load it."""
+    import diffusers
+
+    makes_videos = hasattr(diffusers, pipeline) and FRAMES in call_parameters(pipeline)
     return f"""---
 library_name: diffusers
-tags: [dmquant, quantized, text-to-image]
+tags: [dmquant, quantized, {"text-to-video" if makes_videos else "text-to-image"}]
 ---
 
 {NEEDS}
