@@ -86,6 +86,8 @@ class Recorder:
             tokens, given = arguments[name], arguments.get(mask)
             every = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
             arguments[mask] = every if given is None else given.bool()
+        # In one order, whether a mask was passed or not: tensors are told apart by their numbers.
+        arguments = {name: arguments[name] for name in self._signature.parameters if name in arguments} | arguments
         skeleton, leaves = flatten(arguments)
         call_rows = leaves[0].tensor.shape[0]
         rows_each, left = divmod(call_rows, len(self.batch))

@@ -66,7 +66,7 @@ def captured(model: str, folder: Path, **sizes):
 
 
 def without_padding(family, arguments, rows=slice(None)):
-    """Arguments of a backbone by name, without those that are None, padded texts cut to what is no padding in some rows,
+    """Arguments of a backbone by name, without those that are None, in some rows: padded texts without their padding,
     lists to their entries."""
     arguments = {name: value for name, value in arguments.items() if value is not None}
     changed = {name: arguments[name][rows] for name in family.listed}

@@ -22,7 +22,8 @@ from tests.tiny.imaged import IMAGED
 def case(request, tmp_path_factory):
     """Model, backbone, arguments of three samples, and the blocks as a recipe that keeps nothing has them."""
     backbone, names, store = captured(request.param, tmp_path_factory.mktemp(request.param))
-    arguments = store.batch([0, 5, min(9, len(store) - 1)])  # of a part of the steps there are fewer
+    chosen = [0, 5, 9] if len(store) > 9 else [0, len(store) // 2, len(store) - 1]  # fewer of a part of the steps
+    arguments = store.batch(chosen)
     return request.param, backbone, arguments, blocks_of(backbone, names, arguments, recipe_of(keep=False))
 
 
