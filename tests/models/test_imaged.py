@@ -17,7 +17,7 @@ from tests.tiny.imaged import controlnet, masks, pictures
 
 pytestmark = pytest.mark.slow
 PROMPTS = ["red apple", "blue cat", "a green house"]
-FAST = "{name: fast, rounding: {method: adaround}, learning: {iterations: 4}, calibration: {prompts: 3}}"
+FAST = "{name: fast, rounding: {method: adaround}, learning: {iterations: 4, batch_size: 2}, calibration: {prompts: 3}}"
 
 
 @pytest.fixture(scope="module")
