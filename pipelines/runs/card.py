@@ -21,10 +21,11 @@ def scored_card(report: Report, recipe_name: str, pipeline_class: str, dtype: st
     """
     recipe, source = report.recipes[recipe_name], str(report.settings.get("source", ""))
     on_hub = HUB_ID.fullmatch(source)
+    task = "text-to-video" if "frames" in report.settings else "text-to-image"
     front = {
         "library_name": "diffusers",
-        "pipeline_tag": "text-to-image",
-        "tags": ["dmquant", "quantized", "text-to-image", recipe.weights],
+        "pipeline_tag": task,
+        "tags": ["dmquant", "quantized", task, recipe.weights],
         **({"base_model": source, "base_model_relation": "quantized"} if on_hub else {}),
     }
     parts = [

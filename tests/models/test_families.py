@@ -109,7 +109,7 @@ def test_the_report_scores_them(run):
     assert 10 < result["metrics"]["psnr"]["value"] < 80
     assert result["metrics"]["latent_mse"]["value"] > 0
     task = "text-to-video" if run.settings.model.frames > 1 else "text-to-image"
-    assert f"quantized, {task}]" in (run.folder / "model" / "README.md").read_text()
+    assert f"pipeline_tag: {task}\n" in (run.folder / "model" / "README.md").read_text()
     assert 0 < result["size_bytes"] < sum(path.stat().st_size for path in _weights(run.settings))
 
 
